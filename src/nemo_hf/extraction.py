@@ -1,0 +1,401 @@
+"""From a parent to a stand-alone module, and the law that shows the cut to be exact.
+
+The extraction law: a module's logits equal the parent's under the module's static mask, restricted to the
+module's labels. It holds because a closed neuron adds exactly nothing to what reads it: values and units are
+masked where they are read, q.k dimensions are missing in q and k alike, attention keeps its scale, and the
+residual stream keeps its width, so that every norm sees the statistics that it was trained with. Families in
+which one of these fails would fail silently, so every extraction checks the law.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .config import LabelLike, NeMoConfig, resolve_labels
+from .files import WeightFiles, read_companions
+from .modeling import HUB_OPTIONS, NeMoModelConfig, NeMoPreTrainedModel
+from .planning import plan_module, retained_neurons, static_masks
+from .sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, find_heads, with_back_ends
+from .slicing import TensorCut, cut_tensor, site_cut, tensor_cuts
+
+logger = logging.getLogger(__name__)
+
+LAW_TOLERANCE = 1e-5
+EFFECT_FACTOR = 100
+Model = TypeVar("Model", bound=NeMoPreTrainedModel)
+Reader = Callable[[str, TensorCut | None], Tensor]
+
+
+class ExtractionLawError(RuntimeError):
+    """A module's logits differ from the parent's under the same static mask."""
+
+
+@dataclass(frozen=True)
+class LawCheck:
+    """Result of a check of the extraction law, in float32.
+
+    Args:
+        status: `"verified"`, or `"unverified"` where the mask hardly moves the parent's logits, so that
+            equal logits would prove nothing.
+        difference: Largest difference between the module's and the parent's logits.
+        tolerance: 1e-5 times max(1, largest logit).
+        effect: Largest difference that the static mask makes to the parent's logits.
+        samples: Number of samples compared.
+    """
+
+    status: str
+    difference: float
+    tolerance: float
+    effect: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What a module keeps: labels, neurons and, with soft masks, the mean mask of each kept neuron."""
+
+    label_ids: list[int]
+    groups: list[str]
+    keep: dict[str, dict[str, Tensor]]
+    static: dict[str, Tensor]
+    threshold: float
+    retained: float
+
+
+def make_plan(
+    parent: NeMoPreTrainedModel,
+    labels: LabelLike | Sequence[LabelLike],
+    threshold: float | None = None,
+    round_to: int | None = None,
+) -> ModulePlan:
+    """Plans a module without cutting it.
+
+    Args:
+        parent: The parent; its weights may be on the meta device, its relevance may not.
+        labels: Labels or groups, as `extract_module` takes them.
+        threshold: As in `extract_module`; `round_to` likewise.
+
+    Returns:
+        The plan. Its `static` masks are what the module computes under.
+
+    Raises:
+        ValueError: If the labels, the threshold or the relevance allow no module.
+    """
+    if parent.masks is None:
+        raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
+    groups = parent.config.label_groups or {}
+    label_ids, names = resolve_labels(labels, groups, parent.config.id2label or {})
+    threshold = parent.nemo_config.relevance_threshold if threshold is None else threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
+    if parent.config.relevance_source == "initial":
+        logger.warning(
+            "This parent's relevance was never measured, so its modules keep every neuron. "
+            "Train it with NeMoTrainer, or call compute_relevance(parent, dataloader) first."
+        )
+    indices = [list(groups).index(name) for name in names]
+    keep = plan_module(parent.sites, parent.masks.relevance(), indices, threshold, round_to)
+    static = static_masks(parent.sites, keep)
+    for mask in parent.masks.site_masks():
+        if mask.mean_mask is not None:
+            static[mask.site.key] *= mask.mean_mask[indices].mean(0).cpu()
+    return ModulePlan(label_ids, names, keep, static, threshold, retained_neurons(parent.sites, keep))
+
+
+def make_parent(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig | None = None,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+) -> NeMoPreTrainedModel:
+    """Attaches masks to a plain model and finds, by cutting it at random, the back ends that are exact.
+
+    Args:
+        model: A classification model of `transformers`, one label a sample; it becomes part of the parent.
+        nemo_config: The options; `None` takes the defaults.
+        label_groups: Groups in place of `nemo_config.label_groups`.
+
+    Returns:
+        The parent.
+
+    Raises:
+        TypeError: If `model` is not such a model.
+        ValueError: If it has masks already, PEFT adapters, quantized weights or another head.
+        UnsupportedArchitectureError: If it has no sites, or one that no back end cuts exactly.
+    """
+    parent = NeMoPreTrainedModel.from_plain(model, nemo_config, label_groups)
+    failure = _probe(parent)
+    if failure is None:
+        return parent
+    dense = list(parent.sites)
+    attention = {site.key: "scatter" for site in dense if isinstance(site, AttentionSite)}
+    parent.set_sites(with_back_ends(dense, attention))
+    if _probe(parent) is None:
+        return parent
+    culprit = next((site for site in parent.sites if _probe(parent, only=site)), parent.sites[0])
+    other = [kind for kind in parent.nemo_config.targets if kind != culprit.kind]
+    parent.detach_masks()
+    raise UnsupportedArchitectureError(
+        f"Got model type {model.config.model_type!r}, whose {culprit.kind} neurons in {culprit.name!r} no back end "
+        f"cuts exactly ({failure}). "
+        + (f"Leave them whole with NeMoConfig(targets={other})." if other else "Choose another architecture.")
+    )
+
+
+def _probe(parent: NeMoPreTrainedModel, only: NeuronSite | None = None) -> str | None:
+    """Cuts a random half of the neurons (of one site) and says how the law failed, if it did."""
+    generator = torch.Generator().manual_seed(0)
+    keep = {}
+    for site in parent.sites:
+        share = 0.5 if only is None or only.key == site.key else 1.0
+        keep[site.key] = {
+            name: (torch.rand(size, generator=generator) < share).nonzero().squeeze(-1)
+            for name, size in site.parts.items()
+        }
+    ids = list(parent.config.id2label or {})
+    plan = ModulePlan(ids, [], keep, static_masks(parent.sites, keep), 1.0, 0.5)
+    state = parent.model.state_dict()
+    try:
+        module = _build_module(type(parent), parent, plan, partial(_read_tensor, state))
+        module.to(parent.device)  # type: ignore[arg-type]
+        parent.config.law = asdict(check_law(parent, module, plan.static))
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _read_tensor(state: Mapping[str, Tensor], name: str, cut: TensorCut | None) -> Tensor:
+    if cut is None:
+        return state[name].clone()  # nothing is shared: training the module must not change the parent
+    if cut.constant is not None:
+        return cut.constant.clone()
+    tensor = state[name].cpu()
+    return cut_tensor(tensor.index_select, cut)
+
+
+def extract_module(
+    parent: Model,
+    labels: LabelLike | Sequence[LabelLike],
+    threshold: float | None = None,
+    round_to: int | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Model:
+    """Does what `NeMoPreTrainedModel.extract_module` says, as a function of the parent."""
+    plan = make_plan(parent, labels, threshold, round_to)
+    module = _build_module(type(parent), parent, plan, partial(_read_tensor, parent.model.state_dict()))
+    module.to(parent.device)  # type: ignore[arg-type]
+    check = check_law(parent, module, plan.static, inputs)
+    module.config.law = asdict(check)
+    module.processor_files = dict(parent.processor_files)
+    return module
+
+
+def _build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePlan, read: Reader) -> Model:
+    assert parent.masks is not None
+    is_hard = parent.masks.state.is_hard
+    cuts = [
+        site_cut(site, plan.keep[site.key], None if is_hard else plan.static[site.key]) for site in parent.sites
+    ]
+    config = _module_config(parent.config, plan, parent, [cut.widths for cut in cuts])
+    heads = dict.fromkeys(
+        find_heads(parent.model, parent.config.num_labels or 0), torch.tensor(plan.label_ids, dtype=torch.long)
+    )
+    by_name = tensor_cuts(parent.model, cuts, heads)
+    state = {}
+    for name in [*parent.model.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]:
+        state[f"model.{name}"] = read(name, by_name.get(name))
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[assignment]
+    return module
+
+
+def _module_config(
+    parent: NeMoModelConfig, plan: ModulePlan, model: NeMoPreTrainedModel, widths: Sequence[Mapping[str, int]]
+) -> NeMoModelConfig:
+    id2label = {index: (parent.id2label or {})[label] for index, label in enumerate(plan.label_ids)}
+    config: NeMoModelConfig = copy.deepcopy(parent)
+    config.role = "module"
+    config.id2label = id2label
+    config.label2id = {name: index for index, name in id2label.items()}
+    config.label_ids = list(plan.label_ids)
+    config.label_groups = {name: list((parent.label_groups or {})[name]) for name in plan.groups}
+    config.problem_type = "single_label_classification" if len(id2label) > 1 else None
+    config.relevance_threshold = plan.threshold
+    config.retained_neurons = plan.retained
+    config.sites = [
+        {"key": site.key, "back_end": site.back_end, "widths": dict(width)}
+        for site, width in zip(model.sites, widths, strict=True)
+    ]
+    return config
+
+
+def cut_on_load(
+    cls: type[Model],
+    source: str | Path,
+    labels: LabelLike | Sequence[LabelLike],
+    threshold: float | None = None,
+    round_to: int | None = None,
+    verify: bool = False,
+    config: NeMoModelConfig | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Loads only a module from a saved parent: reads the relevance, then the rows and columns it needs.
+
+    Args:
+        cls: Class of the parent and the module.
+        source: Directory or Hub repository of the parent.
+        labels: Labels or groups, as `extract_module` takes them; `threshold`, `round_to` likewise.
+        verify: Whether to load the parent too and check the extraction law.
+        config: The parent's configuration, if it is loaded already.
+        **kwargs: Options of `from_pretrained`; those of the Hub, `dtype` and `attn_implementation` count.
+
+    Returns:
+        The module in eval mode, as `extract_module` on the loaded parent would return it.
+
+    Raises:
+        ValueError: If `source` is a module, or a tensor is missing or too small.
+        OSError: If a file is missing or damaged.
+    """
+    hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    if not isinstance(config, NeMoModelConfig):
+        config = NeMoModelConfig.from_pretrained(source, **hub_options)
+    if config.role != "parent":
+        raise ValueError(
+            f"Got {str(source)!r}, which is a module; expected a parent to cut labels from. "
+            "Load it without labels=, or name the parent's repository."
+        )
+    if kwargs.get("attn_implementation"):
+        config._attn_implementation = kwargs["attn_implementation"]
+    weights = WeightFiles(source, hub_options)
+    with torch.device("meta"):
+        parent = cls(config)
+    assert parent.masks is not None
+    for index, mask in enumerate(parent.masks.site_masks()):
+        mask.relevance = weights.read(f"masks.{index}.relevance")
+        if mask.mean_mask is not None:
+            mask.mean_mask = weights.read(f"masks.{index}.mean_mask")
+    plan = make_plan(parent, labels, threshold, round_to)
+    module = _build_module(cls, parent, plan, lambda name, cut: weights.read(f"model.{name}", cut))
+    if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":
+        dtype = kwargs["dtype"]
+        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    module.processor_files, _ = read_companions(source, hub_options)
+    module.config.law = config.law
+    if verify:
+        whole: Model = cls.from_pretrained(source, **hub_options)  # type: ignore[assignment]
+        module.config.law = asdict(check_law(whole, module, plan.static))
+    return module
+
+
+def check_law(
+    parent: NeMoPreTrainedModel,
+    module: NeMoPreTrainedModel,
+    static: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor] | None = None,
+) -> LawCheck:
+    """Compares a module's logits with the parent's under the module's static mask.
+
+    Args:
+        parent: The parent.
+        module: A module of it; its configuration says its labels.
+        static: Site key to the module's static mask, shape (neurons,).
+        inputs: Model inputs without labels; `None` draws a few random ones.
+
+    Returns:
+        The check, computed in float32 and eval mode with TF32 off.
+
+    Raises:
+        ExtractionLawError: If the logits differ by more than the tolerance.
+    """
+    label_ids = module.config.label_ids or []
+    inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    assert parent.masks is not None
+    with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
+        device = exact_parent.device
+        batch = {
+            name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, label_ids]
+        expected = exact_parent(**batch, static_masks=static).logits[:, label_ids]
+        got = exact_module(**batch).logits
+    difference = (got - expected).abs().max().item()
+    tolerance = LAW_TOLERANCE * max(1.0, expected.abs().max().item())
+    effect = (opened - expected).abs().max().item()
+    if not difference <= tolerance:  # also when it is not a number
+        raise ExtractionLawError(
+            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask "
+            f"by {difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: "
+            "mask less of it, for example NeMoConfig(targets=['ffn']), and report the model type."
+        )
+    status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
+    return LawCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))
+
+
+@contextmanager
+def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
+    """Yields models in eval mode and float32 (copies, if they have another dtype), with TF32 off."""
+    training = [model.training for model in models]
+    exact = [
+        model.eval() if model.dtype == torch.float32 else copy.deepcopy(model).float().eval() for model in models
+    ]
+    precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield exact
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)
+
+
+def random_inputs(model: NeMoPreTrainedModel, samples: int = 4) -> dict[str, Tensor]:
+    """Draws inputs that a model accepts, without touching the global random state.
+
+    Args:
+        model: A parent or module.
+        samples: Number of samples.
+
+    Returns:
+        Model inputs by name; texts have padding.
+
+    Raises:
+        ValueError: If the model's main input is none that we can draw.
+    """
+    base = model.config.base_config
+    assert isinstance(base, PreTrainedConfig)
+    generator = torch.Generator().manual_seed(0)
+    name = model.main_input_name
+    if name == "pixel_values":
+        size = getattr(base, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (samples, getattr(base, "num_channels", 3), height, width)
+        return {name: torch.randn(shape, generator=generator)}
+    if name == "input_ids":
+        text = base.get_text_config()
+        pad = getattr(text, "pad_token_id", None)
+        tokens = min(16, getattr(text, "max_position_embeddings", 16) - 4)
+        ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (samples, tokens), generator=generator)
+        if pad is None:
+            return {name: ids[:1]}  # models without a padding token take one sequence at a time
+        ids = torch.where(ids == pad, (ids + 1) % text.vocab_size, ids)
+        mask = torch.ones_like(ids)
+        mask[samples // 2 :, tokens // 2 :] = 0
+        return {name: torch.where(mask.bool(), ids, pad), "attention_mask": mask}
+    if name == "input_values":
+        return {name: torch.randn(samples, 4000, generator=generator)}
+    raise ValueError(
+        f"Got a model whose main input is {name!r}; expected pixel_values, input_ids or input_values. "
+        "Pass a few samples as inputs=."
+    )

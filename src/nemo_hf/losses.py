@@ -1,0 +1,138 @@
+"""The losses of modularizing training, as pure tensor functions."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cosine_similarities(mask: Tensor) -> Tensor:
+    """Cosine similarity of every two samples' masks.
+
+    Args:
+        mask: Soft masks of one site, shape (batch, neurons), values in [0, 1).
+
+    Returns:
+        Shape (batch, batch), float32. The norm is sqrt(sum m^2 + 1e-6): a plain one has a gradient of
+        1e12 at a mask that is closed everywhere.
+    """
+    mask = mask.float()
+    unit = mask * torch.rsqrt(mask.square().sum(-1, keepdim=True) + 1e-6)
+    return unit @ unit.T
+
+
+def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float = 0.2) -> Tensor:
+    """Contrastive loss over neuron masks: samples of one group should open the same neurons.
+
+    For each site, anchor i and positives P(i) (other samples of i's group), with s = cosine similarity:
+    `-mean_i 1/|P(i)| sum_{j in P(i)} log(e^{s_ij/t} / sum_{k != i} e^{s_ik/t})`; then the mean over sites.
+
+    Args:
+        masks: Soft masks, one tensor a site, each of shape (batch, neurons) with values in [0, 1).
+        groups: Group of each sample, shape (batch,), integers.
+        temperature: Above 0.
+
+    Returns:
+        A float32 scalar with gradient to every mask. Anchors without a positive are left out; if no
+        sample has one, the loss is 0.
+
+    References:
+        NeMo (arXiv 2508.11348), contrastive objective. The authors' code zeroes excluded pairs before
+        exp, so each still adds 1 to both sums, and counts a sample as its own positive; this does not.
+    """
+    similarities = torch.stack([cosine_similarities(mask) for mask in masks]) / temperature  # (sites, batch, batch)
+    if groups.shape[0] < 2:  # the sum over "every other sample" is empty: its logarithm is -inf
+        return similarities.sum() * 0.0
+    itself = torch.eye(groups.shape[0], dtype=torch.bool, device=groups.device)
+    positive = (groups[:, None] == groups[None, :]) & ~itself
+    log_share = similarities - similarities.masked_fill(itself, float("-inf")).logsumexp(-1, keepdim=True)
+    counts = positive.sum(-1)
+    per_anchor = (log_share * positive).sum(-1) / counts.clamp(min=1)  # (sites, batch)
+    has_positive = (counts > 0).float()
+    return -(per_anchor * has_positive).sum(-1).mean() / has_positive.sum().clamp(min=1)
+
+
+def sparsity_loss(masks: Sequence[Tensor]) -> Tensor:
+    """Mean mask value of each site, averaged over sites.
+
+    Args:
+        masks: Soft masks, one tensor a site, each of shape (batch, neurons).
+
+    Returns:
+        A float32 scalar in [0, 1).
+    """
+    return torch.stack([mask.float().mean() for mask in masks]).mean()
+
+
+def restricted_cross_entropy(
+    logits: Tensor, labels: Tensor, allowed: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy over the labels that each sample may choose from.
+
+    Args:
+        logits: Shape (batch, labels).
+        labels: Right label of each sample, shape (batch,).
+        allowed: Labels that each sample may choose from, boolean, shape (batch, labels), its right label
+            among them. `None` allows all.
+        label_smoothing: Share of the probability, in [0, 1), spread evenly over the allowed labels.
+
+    Returns:
+        A float32 scalar, the mean over samples.
+    """
+    logits = logits.float()
+    if allowed is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    log_probabilities = logits.masked_fill(~allowed, float("-inf")).log_softmax(-1)
+    right = -log_probabilities.gather(-1, labels[:, None]).squeeze(-1)
+    if label_smoothing == 0.0:
+        return right.mean()
+    spread = -log_probabilities.masked_fill(~allowed, 0.0).sum(-1) / allowed.sum(-1)
+    return ((1 - label_smoothing) * right + label_smoothing * spread).mean()
+
+
+def site_masks(neuron_masks: Mapping[str, Tensor]) -> list[Tensor]:
+    """Splits the masks of a model's output into one tensor a site and call.
+
+    Args:
+        neuron_masks: Site name to soft masks of shape (batch, calls, neurons).
+
+    Returns:
+        Tensors of shape (batch, neurons), in site order, calls apart.
+    """
+    return [mask for calls in neuron_masks.values() for mask in calls.unbind(1)]
+
+
+def nemo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    neuron_masks: Mapping[str, Tensor],
+    groups: Tensor,
+    contrastive_weight: float = 0.5,
+    sparsity_weight: float = 0.0,
+    temperature: float = 0.2,
+) -> Tensor:
+    """The whole training loss, for a training loop of one's own.
+
+    Args:
+        logits: Shape (batch, labels).
+        labels: Right label of each sample, shape (batch,).
+        neuron_masks: The `neuron_masks` of the parent's output: site name to (batch, calls, neurons).
+        groups: Group of each sample, shape (batch,).
+        contrastive_weight: Weight of `contrastive_loss` [alpha].
+        sparsity_weight: Weight of `sparsity_loss` [lambda].
+        temperature: Temperature of `contrastive_loss` [tau].
+
+    Returns:
+        A float32 scalar: cross-entropy plus the two weighted terms.
+
+    References:
+        NeMo (arXiv 2508.11348), overall objective; the sparsity term is ours.
+    """
+    masks = site_masks(neuron_masks)
+    contrast = contrastive_loss(masks, groups, temperature)
+    return (
+        restricted_cross_entropy(logits, labels)
+        + contrastive_weight * contrast
+        + sparsity_weight * sparsity_loss(masks)
+    )

@@ -1,0 +1,330 @@
+"""Neuron masks: the generators, how they attach to a plain model, and the state of one forward call."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import NeMoConfig
+from .sites import AttentionSite, NeuronSite
+
+MASK_BIAS = 1.0
+"""Initial bias of a mask: tanh(1) = .76, so that every neuron starts open and can still close."""
+
+LARGEST_RANK = 64
+
+
+class MaskGenerator(nn.Module):
+    """Low-rank network from a site's pooled input to its soft masks: relu(tanh(W2 relu(W1 p + b1) + b2)).
+
+    Args:
+        in_features: Width of the pooled input.
+        rank: Hidden width.
+        neurons: Number of neurons.
+
+    References:
+        NeMo (arXiv 2508.11348), neuron mask generator; there the hidden width is the layer's width.
+    """
+
+    def __init__(self, in_features: int, rank: int, neurons: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank)
+        self.up = nn.Linear(rank, neurons)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights; all neurons start open for inputs of ordinary size."""
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.down.bias)
+        nn.init.normal_(self.up.weight, std=0.02)
+        nn.init.constant_(self.up.bias, MASK_BIAS)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Maps pooled inputs (batch, in_features) to soft masks (batch, neurons) in [0, 1), float32.
+
+        Mixed precision is switched off here: a mask near 0 must not flip with the dtype.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            hidden = nn.functional.linear(pooled.float(), self.down.weight.float(), self.down.bias.float()).relu()
+            return nn.functional.linear(hidden, self.up.weight.float(), self.up.bias.float()).tanh().relu()
+
+
+class CallState:
+    """What the masks of one forward call depend on.
+
+    It stays until the next call, because activation checkpointing replays layers in the backward pass.
+    Only the collector is closed when the call returns, so that replays add nothing to it.
+    """
+
+    def __init__(self) -> None:
+        self.is_enabled = True
+        self.is_hard = True
+        self.batch_size = 0
+        self.attention_mask: Tensor | None = None
+        self.static_masks: Mapping[str, Tensor] | None = None
+        self.static_samples: Tensor | None = None
+        self.collected: dict[str, list[Tensor]] | None = None
+        self.current: tuple[str, Tensor] | None = None
+
+    def check_is_open(self) -> None:
+        """Refuses layers that run outside a call, where the state is that of an older one."""
+        if self.collected is not None:
+            return
+        # The id of the running backward pass, as torch's own checkpointing asks for it; -1 if there is none.
+        if torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                "Got a call of the base model inside a parent; expected a call of the parent itself, which sets the "
+                "masks. Call parent(...), or run parent.model within `parent.masks.disabled()`."
+            )
+        # A replay: drop its last mask when the backward pass ends, lest it keep a graph alive.
+        torch.autograd.Variable._execution_engine.queue_callback(self._drop_current)
+
+    def _drop_current(self) -> None:
+        self.current = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CallState":
+        # A call's tensors belong to the graph of the model that made them, not to its copy.
+        copied = CallState()
+        copied.is_enabled, copied.is_hard = self.is_enabled, self.is_hard
+        return copied
+
+
+class SiteMask(nn.Module):
+    """Generator, relevance and hooks of one site.
+
+    The hooks are methods of a layer and not closures, so that a deep copy of the model drives its own.
+
+    Args:
+        site: The site.
+        rank: Hidden width of the generator.
+        groups: Number of label groups.
+        keeps_mean: Whether mean mask values are kept for modules, as soft masks need.
+    """
+
+    relevance: Tensor
+    mean_mask: Tensor | None
+
+    def __init__(self, site: NeuronSite, rank: int, groups: int, keeps_mean: bool) -> None:
+        super().__init__()
+        self.site = site
+        self.generator = MaskGenerator(site.in_features, rank, site.neurons)
+        self.state = CallState()
+        # uint8, since a cast of the model to another dtype would change a float buffer
+        self.register_buffer("relevance", torch.full((groups, site.neurons), 255, dtype=torch.uint8))
+        self.register_buffer("mean_mask", torch.ones(groups, site.neurons) if keeps_mean else None)
+
+    def attach(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Registers the hooks on a model's layers and returns their handles."""
+        pooled, output = model.get_submodule(self.site.pooled), model.get_submodule(self.site.output)
+        handles = [
+            pooled.register_forward_hook(self.pool_output)
+            if self.site.pooled_output
+            else pooled.register_forward_pre_hook(self.pool_input, with_kwargs=True)
+        ]
+        if isinstance(self.site, AttentionSite):
+            query = model.get_submodule(self.site.query.layer)
+            handles.append(query.register_forward_hook(self.mask_query))
+        handles.append(output.register_forward_pre_hook(self.mask_output_inputs))
+        return handles
+
+    def pool_input(self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes the call's mask from a layer's first input."""
+        if self.state.is_enabled:
+            self._make_mask(inputs[0] if inputs else next(iter(kwargs.values())))
+
+    def pool_output(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Makes the call's mask from a layer's (first) output."""
+        if self.state.is_enabled:
+            self._make_mask(output[0] if isinstance(output, tuple) else output)
+
+    def _make_mask(self, hidden_states: Tensor) -> None:
+        state = self.state
+        state.check_is_open()
+        mask = self.generator(self._pooled(hidden_states))
+        if state.collected is not None:
+            state.collected.setdefault(self.site.key, []).append(mask)
+        if state.is_hard:
+            # Forward 1[m > 0], backward the gradient of m; the difference is taken first, so that it is 0.
+            mask = (mask > 0).float() + (mask - mask.detach())
+        if state.static_masks is not None:
+            # The generator runs all the same: parameters without a gradient would stop DDP.
+            static = state.static_masks[self.site.key].to(mask)
+            samples = state.static_samples
+            everywhere = torch.ones_like(mask[:, :1], dtype=torch.bool)
+            mask = torch.where(everywhere if samples is None else samples[:, None], static, mask)
+        state.current = (self.site.key, mask)
+
+    def _pooled(self, hidden_states: Tensor) -> Tensor:
+        """Mean over a sample's tokens: (batch, tokens, features), or windows of them, to (batch, features)."""
+        batch, attention_mask = self.state.batch_size, self.state.attention_mask
+        if hidden_states.shape[0] % batch:
+            raise ValueError(
+                f"Got an input of shape {tuple(hidden_states.shape)} at {self.site.pooled!r} for {batch} samples; "
+                "expected samples, or windows of samples, in the first dimension. Leave this layer out by `targets`."
+            )
+        tokens = hidden_states.reshape(batch, -1, hidden_states.shape[-1])
+        if attention_mask is None:
+            return tokens.mean(1, dtype=torch.float32)
+        if attention_mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"Got an attention mask of shape {tuple(attention_mask.shape)} for {tuple(tokens.shape[:2])} tokens at "
+                f"{self.site.pooled!r}; expected one entry a token, since padding must not change the masks."
+            )
+        admitted = attention_mask.to(tokens.dtype)[:, :, None]
+        total = (tokens * admitted).sum(1, dtype=torch.float32)
+        return total / admitted.sum(1, dtype=torch.float32).clamp(min=1)
+
+    def _current(self) -> Tensor:
+        assert self.state.current is not None and self.state.current[0] == self.site.key, self.site.key
+        return self.state.current[1]
+
+    def mask_query(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Multiplies the rows of q: q.k over the open dimensions is the same as masking both."""
+        if not self.state.is_enabled:
+            return None
+        site = self.site
+        assert isinstance(site, AttentionSite)
+        mask = site.query_mask(self._current())
+        if site.query.size != output.shape[-1]:  # a fused projection
+            after = output.shape[-1] - site.query.start - site.query.size
+            mask = nn.functional.pad(mask, (site.query.start, after), value=1.0)
+        return _times(output, mask)
+
+    def mask_output_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Multiplies what the output projection reads: values after attention, or activated units.
+
+        Masks of v commute with attention; units are masked after the activation, so that a closed one
+        is 0 for activations with act(0) != 0 as well.
+        """
+        if not self.state.is_enabled:
+            return None
+        return (_times(inputs[0], self.site.read_mask(self._current())), *inputs[1:])
+
+
+def _times(hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """Multiplies (batch or windows, ..., neurons) by a sample's mask (batch, neurons)."""
+    windows = hidden_states.shape[0] // mask.shape[0]
+    if windows > 1:
+        mask = mask.repeat_interleave(windows, 0)
+    shape = (mask.shape[0], *(1,) * (hidden_states.ndim - 2), mask.shape[1])
+    return hidden_states * mask.to(hidden_states.dtype).view(shape)
+
+
+class NeuronMasks(nn.ModuleList):
+    """The masks of all sites of a model, in site order, with one shared call state.
+
+    Args:
+        sites: The sites.
+        rank: Hidden width of the generators.
+        groups: Number of label groups.
+        is_hard: Whether the forward pass sees 0/1 masks.
+    """
+
+    def __init__(self, sites: Sequence[NeuronSite], rank: int, groups: int, is_hard: bool) -> None:
+        super().__init__(SiteMask(site, rank, groups, keeps_mean=not is_hard) for site in sites)
+        self.state = CallState()
+        self.state.is_hard = is_hard
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for mask in self.site_masks():
+            mask.state = self.state
+
+    def site_masks(self) -> Iterator[SiteMask]:
+        """Iterates over the masks with their type."""
+        for mask in self:
+            assert isinstance(mask, SiteMask)
+            yield mask
+
+    def attach(self, model: nn.Module) -> None:
+        """Registers the hooks on the model's layers."""
+        self._handles = [handle for mask in self.site_masks() for handle in mask.attach(model)]
+
+    def detach(self) -> None:
+        """Removes the hooks; the model is what it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Lets the model run as if no masks were attached."""
+        self.state.is_enabled = False
+        try:
+            yield
+        finally:
+            self.state.is_enabled = True
+
+    @contextmanager
+    def call(
+        self,
+        batch_size: int,
+        attention_mask: Tensor | None,
+        static_masks: Mapping[str, Tensor] | None,
+        static_samples: Tensor | None,
+    ) -> Iterator[dict[str, list[Tensor]]]:
+        """Sets the state of one forward call and collects its soft masks.
+
+        Args:
+            batch_size: Number of samples.
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens), or `None`.
+            static_masks: Site key to masks of shape (neurons,) or (batch, neurons) in place of the
+                generated ones, or `None`.
+            static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
+
+        Yields:
+            Site key to soft masks of shape (batch, neurons), one a call of the site; filled as the
+            model runs.
+        """
+        state = self.state
+        state.batch_size, state.attention_mask = batch_size, attention_mask
+        state.static_masks, state.static_samples = static_masks, static_samples
+        state.collected = collected = {}
+        try:
+            yield collected
+        finally:
+            state.collected = None
+            state.current = None
+
+    def relevance(self) -> dict[str, Tensor]:
+        """Returns site key to relevance, uint8, shape (groups, neurons): round(255 f)."""
+        return {mask.site.key: mask.relevance for mask in self.site_masks()}
+
+    def open_masks(self) -> dict[str, Tensor]:
+        """Returns static masks that keep every neuron."""
+        return {m.site.key: torch.ones(m.site.neurons, device=m.relevance.device) for m in self.site_masks()}
+
+
+def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
+    """Largest generator rank within the budget of parameters.
+
+    Args:
+        sites: The sites that get generators.
+        base_parameters: Number of parameters of the plain model.
+
+    Returns:
+        A rank from 1 to 64: generators take at most 10 % of `base_parameters`, 6 % if a site's input is
+        384 or wider.
+    """
+    share = 0.06 if max(site.in_features for site in sites) >= 384 else 0.10
+    biases = sum(site.neurons for site in sites)
+    per_rank = sum(site.in_features + site.neurons + 1 for site in sites)
+    return int(max(1, min(LARGEST_RANK, (share * base_parameters - biases) // per_rank)))
+
+
+def build_masks(
+    sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters: int, groups: int
+) -> NeuronMasks:
+    """Builds the masks for a model's sites as the options say.
+
+    Args:
+        sites: The model's sites.
+        config: The options.
+        base_parameters: Number of parameters of the plain model.
+        groups: Number of label groups.
+
+    Returns:
+        Masks that are not attached yet.
+    """
+    rank = config.generator_rank or default_rank(sites, base_parameters)
+    return NeuronMasks(sites, rank, groups, config.hard_masks)

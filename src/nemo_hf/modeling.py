@@ -1,0 +1,554 @@
+"""Parents and modules as `transformers` models: one class per task, registered with the Auto classes."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+
+from .config import LabelLike, NeMoConfig, resolve_groups
+from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
+from .masking import MaskGenerator, NeuronMasks, build_masks
+from .sites import NeuronSite, UnsupportedArchitectureError, find_heads, find_sites, with_back_ends
+from .slicing import ScatterLinear, resize, resize_head
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class NeMoModelConfig(PreTrainedConfig):
+    """Configuration of a parent or a module.
+
+    Args:
+        base_config: Configuration of the plain model inside, at full width.
+        base_class: Name of the plain model's class in `transformers`.
+        role: `"parent"` (masks attached) or `"module"` (layers sliced).
+        nemo_config: The options of `NeMoConfig` that the parent was trained with.
+        label_groups: Parent: group name to label ids, a partition. Module: the groups it was cut for.
+        label_ids: Module: the parent's id of each label, in the order of the outputs.
+        sites: One entry a site: `key`, `back_end`, and for a module the kept `widths`.
+        relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
+        relevance_threshold: Module: the threshold of its plan. `retained_neurons`: its neuron retention
+            rate.
+        law: Result of the last check of the extraction law, or `None`.
+    """
+
+    model_type = "nemo_hf"
+    sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
+
+    base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
+    base_class: str = "ViTForImageClassification"
+    role: str = "parent"
+    nemo_config: dict | None = None  # type: ignore[type-arg]
+    label_groups: dict | None = None  # type: ignore[type-arg]
+    label_ids: list | None = None  # type: ignore[type-arg]
+    sites: list | None = None  # type: ignore[type-arg]
+    relevance_source: str = "initial"
+    relevance_threshold: float | None = None
+    retained_neurons: float | None = None
+    law: dict | None = None  # type: ignore[type-arg]
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Returns the plain model's configuration of text, so that special tokens are set where they count."""
+        assert isinstance(self.base_config, PreTrainedConfig)
+        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+@dataclass
+class NeMoOutput(ModelOutput):
+    """Output of a parent or a module.
+
+    Args:
+        loss: Task loss, if labels were given.
+        logits: Shape (batch, labels).
+        hidden_states: As the plain model returns them on request. `attentions` likewise.
+        neuron_masks: Parents in training, or on request: site key to soft masks of shape
+            (batch, calls, neurons), float32.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    neuron_masks: dict[str, Tensor] | None = None
+
+
+class NeMoPreTrainedModel(PreTrainedModel):
+    """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
+
+    config: NeMoModelConfig
+    config_class = NeMoModelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The loss is a mean over samples; without this flag the Trainer would not divide it by the number of
+    # accumulation steps, since forward takes **kwargs (transformers 5.23, Trainer.compute_loss).
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: NeMoModelConfig, base_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        is_new = base_model is None
+        self.model = _build_base(config) if base_model is None else base_model
+        self.processor_files: dict[str, bytes] = {}
+        self.report: dict[str, Any] | None = None
+        self.main_input_name = self.model.main_input_name
+        nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
+        back_ends = {entry["key"]: entry["back_end"] for entry in config.sites or []}
+        self.sites = with_back_ends(find_sites(self.model, nemo_config.targets), back_ends)
+        self.masks: NeuronMasks | None = None
+        if config.role == "module":
+            self._resize()
+        else:
+            self.masks = build_masks(
+                self.sites, nemo_config, self.model.num_parameters(), len(config.label_groups or {})
+            )
+            self.masks.attach(self.model)
+        with nullcontext() if is_new else no_init_weights():
+            self.post_init()
+
+    def _resize(self) -> None:
+        entries = {entry["key"]: entry for entry in self.config.sites or []}
+        if set(entries) != {site.key for site in self.sites}:
+            raise ValueError(
+                f"Got a config.json with the sites {sorted(entries)}; expected {sorted(s.key for s in self.sites)}. "
+                "It belongs to another base model or version: save the module again."
+            )
+        heads = find_heads(self.model, self.model.config.num_labels)
+        for site in self.sites:
+            resize(self.model, site, entries[site.key].get("widths", {}))
+        for head in heads:
+            resize_head(self.model, head, self.config.num_labels or 0)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MaskGenerator):
+            module.reset_parameters()
+        elif not isinstance(module, ScatterLinear):
+            super()._init_weights(module)
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether modules can be cut from this model."""
+        return self.masks is not None
+
+    @property
+    def nemo_config(self) -> NeMoConfig:
+        """The options that the model was trained with."""
+        return NeMoConfig.from_dict(self.config.nemo_config or {})
+
+    @classmethod
+    def from_plain(
+        cls,
+        model: PreTrainedModel,
+        nemo_config: NeMoConfig | None = None,
+        label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    ) -> "NeMoPreTrainedModel":
+        """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
+
+        Args:
+            model: An image, sequence or audio classification model of `transformers`, one label a sample.
+            nemo_config: The options; `None` takes the defaults.
+            label_groups: Groups in place of `nemo_config.label_groups`.
+
+        Returns:
+            The parent, of the class for the model's task. With hard masks it computes what the plain model
+            does until a mask closes.
+
+        Raises:
+            TypeError: If `model` is not such a model.
+            ValueError: If it is one already, or has PEFT adapters, quantized weights or another head.
+            UnsupportedArchitectureError: If it has no sites that can be cut exactly.
+        """
+        nemo_config = nemo_config or NeMoConfig()
+        _check_plain(model)
+        base_config = model.config
+        groups = resolve_groups(label_groups or nemo_config.label_groups, base_config.id2label)
+        if getattr(base_config, "use_cache", False):
+            base_config.use_cache = False  # a classifier reads no cache
+        config = NeMoModelConfig(
+            base_config=base_config,
+            base_class=type(model).__name__,
+            nemo_config=nemo_config.to_dict(),
+            label_groups=groups,
+            id2label=dict(base_config.id2label),
+            label2id=dict(base_config.label2id),
+            problem_type="single_label_classification",
+            # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
+            attn_implementation=base_config._attn_implementation,
+        )
+        parent = task_class(type(model).__name__)(config, model)
+        assert parent.masks is not None
+        parent.masks.to(model.device)
+        parent.set_sites(parent.sites)
+        return parent.train(model.training)
+
+    def set_sites(self, sites: Sequence[NeuronSite]) -> None:
+        """Sets the sites of a parent to the same ones with other back ends, here and in its configuration."""
+        self.sites = list(sites)
+        for mask, site in zip(self._parent_masks().site_masks(), sites, strict=True):
+            mask.site = site
+        self.config.sites = [{"key": site.key, "back_end": site.back_end} for site in sites]
+
+    def detach_masks(self) -> PreTrainedModel:
+        """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
+        self._parent_masks().detach()
+        self.masks = None
+        return self.model
+
+    def _parent_masks(self) -> NeuronMasks:
+        if self.masks is None:
+            raise ValueError("Got a module; expected a parent, which has masks. Load the parent that it was cut from.")
+        return self.masks
+
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor | None],
+        labels: Tensor | None,
+        static_masks: Mapping[str, Tensor] | None,
+        static_samples: Tensor | None,
+        output_neuron_masks: bool | None,
+        return_dict: bool | None,
+        kwargs: Mapping[str, Any],
+    ) -> NeMoOutput | tuple[Any, ...]:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        collected: dict[str, list[Tensor]] = {}
+        if self.masks is None:
+            if static_masks is not None:
+                self._parent_masks()
+            outputs = self.model(**given, **kwargs, return_dict=True)
+        else:
+            attention_mask = given.get("attention_mask")
+            batch_size = next(iter(given.values()), next(iter(kwargs.values()), torch.empty(0))).shape[0]
+            with self.masks.call(batch_size, attention_mask, static_masks, static_samples) as collected:
+                outputs = self.model(**given, **kwargs, return_dict=True)
+        wanted = self.training if output_neuron_masks is None else output_neuron_masks
+        result = NeMoOutput(
+            loss=None if labels is None else self._task_loss(outputs.logits, labels),
+            logits=outputs.logits,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            neuron_masks={key: torch.stack(calls, 1) for key, calls in collected.items()}
+            if wanted and collected
+            else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.num_labels == 1:
+            raise ValueError(
+                "Got labels for a model of one label; expected at least 2, since a single output can't be trained "
+                "to choose. Cut a module for more labels."
+            )
+        loss: Tensor = self.loss_function(labels, logits, self.config)
+        return loss
+
+    def extract_module(
+        self,
+        labels: LabelLike | Sequence[LabelLike],
+        threshold: float | None = None,
+        round_to: int | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """Cuts the module for some labels out of a parent and checks the extraction law.
+
+        Args:
+            labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
+            threshold: Share of a group's samples that must open a neuron; `None` takes the parent's
+                `relevance_threshold`.
+            round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant
+                neurons.
+            inputs: A few samples to check the law on; `None` draws random ones.
+
+        Returns:
+            A stand-alone module that shares no memory with the parent.
+
+        Raises:
+            ValueError: If the labels are unknown, repeated or none, or no neuron is left.
+            ExtractionLawError: If the module's logits are not the parent's under the same mask.
+        """
+        from .extraction import extract_module  # one level up: the method is the door to that room
+
+        return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
+
+    def attach_processor(self, processor: Any) -> None:
+        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
+        self.processor_files = processor_files(processor)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves weights, configuration, processor and report; the directory is complete or untouched.
+
+        Args:
+            save_directory: Where to.
+            **kwargs: As in `transformers`. `save_original_format` defaults to `False`, because `Trainer`
+                resumes and loads its best model by the names that the weights have in memory.
+        """
+        kwargs.setdefault("save_original_format", False)
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        base_config = self.config.base_config
+        assert isinstance(base_config, PreTrainedConfig)
+        base_config.dtype = self.dtype
+        if kwargs.get("is_main_process", True):
+            with replaced_directory(save_directory) as temporary:
+                super().save_pretrained(temporary, **kwargs)
+                for name, content in self.processor_files.items():
+                    (temporary / name).write_bytes(content)
+                if self.report is not None:
+                    write_json(temporary / REPORT_NAME, self.report)
+        if push:
+            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        labels: LabelLike | Sequence[LabelLike] | None = None,
+        threshold: float | None = None,
+        round_to: int | None = None,
+        verify: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a parent or a module, or cuts a module on load from a parent.
+
+        Args:
+            pretrained_model_name_or_path: Directory or Hub repository.
+            *model_args: As in `transformers`; `**kwargs` likewise.
+            labels: With a parent: read only the module for these labels, as `extract_module` takes them.
+            threshold: With `labels`: as in `extract_module`; `round_to` likewise.
+            verify: With `labels`: load the parent too and check the extraction law, instead of trusting
+                the check that was made when the parent was saved.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            OSError: If a file is missing or damaged.
+            ValueError: If a tensor is missing or has another shape than the configuration says.
+        """
+        source = pretrained_model_name_or_path
+        if labels is not None and source is not None:
+            from .extraction import cut_on_load  # one level up: the argument is the door to that room
+
+            return cut_on_load(
+                cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # told below, with the names, instead of drawn anew
+        try:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. "
+                "Save or download it again."
+            ) from error
+        _check_loaded(str(source), info)
+        if source is not None:
+            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+            model.processor_files, model.report = read_companions(source, hub_options)
+        return (model, info) if wants_info else model  # type: ignore[return-value]
+
+
+class NeMoForImageClassification(NeMoPreTrainedModel):
+    """Parent or module that classifies images."""
+
+    main_input_name = "pixel_values"
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies images.
+
+        Args:
+            pixel_values: Shape (batch, channels, height, width).
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in
+                [0, 1], in place of the generated ones.
+            static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
+            output_neuron_masks: Parents: whether to return the soft masks; `None`: in training mode only.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"pixel_values": pixel_values}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForSequenceClassification(NeMoPreTrainedModel):
+    """Parent or module that classifies texts."""
+
+    main_input_name = "input_ids"
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies texts; arguments other than those here as in `NeMoForImageClassification.forward`.
+
+        Args:
+            input_ids: Token ids, shape (batch, tokens).
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForAudioClassification(NeMoPreTrainedModel):
+    """Parent or module that classifies recordings."""
+
+    main_input_name = "input_values"
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies recordings; arguments other than those here as in `NeMoForImageClassification.forward`.
+
+        Args:
+            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain model takes them.
+            input_features: Features of models that take these instead.
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"input_values": input_values, "input_features": input_features}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+def task_class(base_class: str) -> type[NeMoPreTrainedModel]:
+    """Finds our class for the task of a plain model's class, given by name."""
+    if base_class in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in base_class:
+        return NeMoForAudioClassification
+    if "ForImageClassification" in base_class:
+        return NeMoForImageClassification
+    if "ForSequenceClassification" in base_class:
+        return NeMoForSequenceClassification
+    raise TypeError(
+        f"Got a {base_class}; expected a class for image, sequence or audio classification. "
+        "Load the model with AutoModelForImageClassification or AutoModelForSequenceClassification."
+    )
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
+        raise ValueError(
+            "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
+            "Call merge_and_unload() on it first."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "Got a quantized model; expected plain weights, since packed ones can't be cut by row. "
+            "Load it without quantization_config, and quantize the modules instead."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
+    if isinstance(model, NeMoPreTrainedModel):
+        raise ValueError(
+            "Got a nemo_hf model; expected a plain one, since masks are attached once. "
+            "Pass a saved parent to NeMoTrainer itself to train it on, or call parent.detach_masks() first."
+        )
+    task_class(type(model).__name__)
+    problem = model.config.problem_type
+    if problem not in (None, "single_label_classification") or model.config.num_labels < 2:
+        raise ValueError(
+            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected single-label "
+            "classification with at least 2 labels, since each sample's label says which group it trains. "
+            "Load the model with num_labels=... and problem_type='single_label_classification'."
+        )
+
+
+def _build_base(config: NeMoModelConfig) -> PreTrainedModel:
+    base_class = getattr(transformers, config.base_class, None)
+    if not (inspect.isclass(base_class) and issubclass(base_class, PreTrainedModel)):
+        raise UnsupportedArchitectureError(
+            f"Got base_class={config.base_class!r} in config.json; expected the name of a model class of "
+            f"transformers {transformers.__version__}. Update transformers."
+        )
+    model: PreTrainedModel = base_class(config.base_config)
+    return model
+
+
+def _check_loaded(source: str, info: Mapping[str, Any]) -> None:
+    if info["mismatched_keys"]:
+        name, got, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"Got the tensor {name!r} of shape {tuple(got)} in {source!r}; expected {tuple(expected)}. "
+            "The weights and config.json are not of the same model: save or download them again."
+        )
+    for kind in ("missing", "unexpected"):
+        if info[f"{kind}_keys"]:
+            raise ValueError(
+                f"Got weights in {source!r} with {len(info[f'{kind}_keys'])} {kind} tensors, such as "
+                f"{sorted(info[f'{kind}_keys'])[0]!r}; expected exactly those of the configuration. "
+                "Save or download them again."
+            )
+    if info["error_msgs"]:
+        raise ValueError(f"Got weights in {source!r} that don't load: {info['error_msgs'][0]}")
+
+
+def base_parameters(model: PreTrainedModel) -> int:
+    """Counts the parameters of a parent without generators, or of a module."""
+    return int(model.model.num_parameters() if isinstance(model, NeMoPreTrainedModel) else model.num_parameters())
+
+
+AutoConfig.register(NeMoModelConfig.model_type, NeMoModelConfig)
+AutoModelForImageClassification.register(NeMoModelConfig, NeMoForImageClassification)
+AutoModelForSequenceClassification.register(NeMoModelConfig, NeMoForSequenceClassification)
+AutoModelForAudioClassification.register(NeMoModelConfig, NeMoForAudioClassification)

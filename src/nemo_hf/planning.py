@@ -1,0 +1,117 @@
+"""From relevance to what a module keeps, as pure functions of tensors."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .sites import AttentionSite, NeuronSite
+
+RELEVANCE_SCALE = 255
+"""Relevance is stored as round(255 f), f the share of a group's samples that open a neuron."""
+
+
+def plan_module(
+    sites: Sequence[NeuronSite],
+    relevance: Mapping[str, Tensor],
+    groups: Sequence[int],
+    threshold: float,
+    round_to: int | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Chooses the neurons that a module for some groups keeps.
+
+    Args:
+        sites: The parent's sites.
+        relevance: Site key to relevance, uint8, shape (groups, neurons).
+        groups: Indices of the module's groups.
+        threshold: Neurons that at least this share of some group's samples open are kept, in (0, 1].
+        round_to: Widths are filled up to multiples of this with the next most relevant neurons; empty
+            sites and empty heads stay empty. `None` keeps exactly the neurons over the threshold.
+
+    Returns:
+        Site key to part to kept neurons, sorted, int64.
+
+    Raises:
+        ValueError: If no neuron of any site is kept, or `round_to` is not positive.
+
+    References:
+        NeMo (arXiv 2508.11348), module generation; the paper's threshold is .9.
+    """
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"Got round_to={round_to!r}; expected None or a positive integer such as 8 or 16.")
+    plan = {}
+    for site in sites:
+        scores = relevance[site.key][list(groups)].amax(0).to("cpu", torch.int64)
+        parts = dict(zip(site.parts, scores.split(list(site.parts.values())), strict=True))
+        kept = {name: part >= threshold * RELEVANCE_SCALE for name, part in parts.items()}
+        if isinstance(site, AttentionSite):
+            # Without values a head adds nothing, whatever it attends to.
+            alive = kept["value"].view(site.key_value_heads, -1).any(-1, keepdim=True)
+            kept["query_key"] = (kept["query_key"].view(site.key_value_heads, -1) & alive).flatten()
+        if round_to:
+            _fill(site, kept, parts, round_to)
+        plan[site.key] = {name: part.nonzero().squeeze(-1) for name, part in kept.items()}
+    if not any(len(index) for keep in plan.values() for index in keep.values()):
+        raise ValueError(
+            f"Got a relevance that opens no neuron at the threshold {threshold}; expected at least one. "
+            "Lower the threshold, or train with a smaller sparsity_weight."
+        )
+    return plan
+
+
+def _fill(site: NeuronSite, kept: dict[str, Tensor], scores: Mapping[str, Tensor], round_to: int) -> None:
+    if not (isinstance(site, AttentionSite) and site.back_end == "dense"):
+        for name, part in kept.items():
+            kept[name] = _most_relevant(part, scores[name], _rounded(int(part.sum()), round_to, len(part)))
+        return
+    # Dense heads are padded to the widest one: fill them with neurons instead, all to one rounded width.
+    dims = {name: len(part) // site.key_value_heads for name, part in kept.items()}
+    by_head = {name: part.view(site.key_value_heads, -1).clone() for name, part in kept.items()}
+    alive = by_head["value"].any(-1).nonzero().squeeze(-1).tolist()
+    if not alive:
+        return
+    widest = max(int(heads[alive].sum(-1).max()) for heads in by_head.values())
+    for name, heads in by_head.items():
+        width = _rounded(widest, round_to, dims[name])
+        for head in alive:
+            heads[head] = _most_relevant(heads[head], scores[name].view_as(heads)[head], width)
+        kept[name] = heads.flatten()
+
+
+def _rounded(count: int, multiple: int, most: int) -> int:
+    return min(most, -(-count // multiple) * multiple)
+
+
+def _most_relevant(kept: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The kept neurons and the next most relevant ones, `count` in all; ties go to the lower index."""
+    order = torch.where(kept, scores + RELEVANCE_SCALE + 1, scores).argsort(descending=True, stable=True)
+    filled = torch.zeros_like(kept)
+    filled[order[:count]] = True
+    return filled
+
+
+def static_masks(sites: Sequence[NeuronSite], plan: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Turns a plan into the static masks that a module computes under.
+
+    Args:
+        sites: The parent's sites.
+        plan: Site key to part to kept neurons.
+
+    Returns:
+        Site key to 0/1 masks, float32, shape (neurons,).
+    """
+    masks = {}
+    for site in sites:
+        parts = []
+        for name, size in site.parts.items():
+            part = torch.zeros(size)
+            part[plan[site.key][name]] = 1.0
+            parts.append(part)
+        masks[site.key] = torch.cat(parts)
+    return masks
+
+
+def retained_neurons(sites: Sequence[NeuronSite], plan: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """Neuron retention rate of a plan: kept neurons over all neurons that masks reach."""
+    kept = sum(len(index) for keep in plan.values() for index in keep.values())
+    return kept / sum(site.neurons for site in sites)

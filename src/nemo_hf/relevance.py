@@ -1,0 +1,154 @@
+"""Relevance: which share of a group's samples opens each neuron, counted in one streaming pass."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .masking import NeuronMasks
+from .modeling import NeMoPreTrainedModel
+from .planning import RELEVANCE_SCALE
+
+RUNNING_WINDOW = 64
+"""Samples of a group over which the running relevance averages, about."""
+
+
+class OpenCounts:
+    """Counts, by group and neuron, of the samples that open it: groups x neurons numbers, whatever the data.
+
+    Args:
+        masks: The parent's masks.
+        group_of_label: Group of each label id, shape (labels,).
+    """
+
+    def __init__(self, masks: NeuronMasks, group_of_label: Tensor) -> None:
+        self._masks = list(masks.site_masks())
+        self._group_of_label = group_of_label
+        self._groups = len(self._masks[0].relevance)
+        self._neurons = [mask.site.neurons for mask in self._masks]
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew."""
+        device = self._group_of_label.device
+        # One row a group: its number of samples, then the counts, then the sums of the masks' values.
+        width = sum(self._neurons)
+        self.samples = torch.zeros(self._groups, device=device, dtype=torch.float64)
+        self.labels = torch.zeros(len(self._group_of_label), device=device, dtype=torch.float64)
+        self.opened = torch.zeros(self._groups, width, device=device, dtype=torch.float64)
+        self.values = torch.zeros(self._groups, width, device=device, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Counts a batch.
+
+        Args:
+            neuron_masks: Site key to soft masks of shape (batch, calls, neurons), of all sites; a neuron
+                counts as open if it is in any call.
+            labels: Label ids, shape (batch,).
+        """
+        soft = torch.cat([neuron_masks[mask.site.key].amax(1) for mask in self._masks], -1)
+        member = torch.nn.functional.one_hot(self._group_of_label[labels], self._groups).T.to(soft.dtype)
+        self.samples += member.sum(-1)
+        self.labels += torch.bincount(labels, minlength=len(self.labels))
+        self.opened += member @ (soft > 0).to(soft.dtype)
+        if self._masks[0].mean_mask is not None:
+            self.values += member @ soft
+
+    def tensors(self) -> list[Tensor]:
+        """The sums that add up over processes, to be reduced in place."""
+        return [self.samples, self.labels, self.opened, self.values]
+
+    def write(self) -> None:
+        """Replaces the masks' relevance by the counted shares."""
+        total = self.samples.clamp(min=1)[:, None]
+        self._store((self.opened / total).float(), torch.ones_like(self.samples, dtype=torch.bool))
+        for mask, mean in zip(self._masks, (self.values / total).float().split(self._neurons, -1), strict=True):
+            if mask.mean_mask is not None:
+                mask.mean_mask.copy_(mean)
+
+    def blend(self) -> None:
+        """Moves the masks' relevance towards the counted shares, of the groups that were counted.
+
+        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another.
+        """
+        share = (self.opened / self.samples.clamp(min=1)[:, None]).float()
+        weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples.float()[:, None]
+        before = torch.cat([mask.relevance for mask in self._masks], -1).float() / RELEVANCE_SCALE
+        self._store(before + weight * (share - before), self.samples > 0)
+
+    def _store(self, share: Tensor, groups: Tensor) -> None:
+        stored = (share * RELEVANCE_SCALE).round().to(torch.uint8)
+        for mask, part in zip(self._masks, stored.split(self._neurons, -1), strict=True):
+            mask.relevance.copy_(torch.where(groups[:, None], part, mask.relevance))
+
+
+def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
+    """Returns the index of each label's group, shape (labels,), on the parent's device."""
+    groups: Mapping[str, Sequence[int]] = parent.config.label_groups or {}
+    indices = torch.zeros(parent.config.num_labels or 0, dtype=torch.long)
+    for index, members in enumerate(groups.values()):
+        indices[list(members)] = index
+    return indices.to(parent.device)
+
+
+def compute_relevance(
+    parent: NeMoPreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    accelerator: Any = None,
+    show_progress: bool = True,
+) -> None:
+    """Replaces a parent's relevance by the exact one over a data set, in eval mode.
+
+    Args:
+        parent: The parent; its masks' `relevance` is written.
+        batches: Batches of model inputs with `labels`, of the training data without augmentation.
+        accelerator: An `accelerate.Accelerator` whose processes each see a share of the data, or `None`.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If `parent` is a module, a batch has no labels, or a label has no sample.
+    """
+    if parent.masks is None:
+        raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
+    counts = OpenCounts(parent.masks, group_indices(parent))
+    was_training = parent.training
+    parent.eval()
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="Relevance", disable=not show_progress):
+                inputs = {k: v.to(parent.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                labels = inputs.pop("labels", None)
+                if labels is None:
+                    raise ValueError(
+                        f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
+                    )
+                counts.add(parent(**inputs, output_neuron_masks=True).neuron_masks, labels)
+    finally:
+        parent.train(was_training)
+    if accelerator is not None:
+        for tensor in counts.tensors():
+            tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
+    check_label_counts(counts.labels.tolist(), parent.config.id2label or {})
+    counts.write()
+    parent.config.relevance_source = "exact"
+
+
+def check_label_counts(counts: Sequence[float], id2label: Mapping[int, str]) -> None:
+    """Refuses training data in which some label has no sample.
+
+    Args:
+        counts: Number of samples by label id.
+        id2label: The labels.
+
+    Raises:
+        ValueError: Naming the labels.
+    """
+    missing = [id2label[index] for index, count in enumerate(counts) if not count]
+    if missing:
+        raise ValueError(
+            f"Got training data without a sample of {missing[:12]}; expected at least one of each of the "
+            f"{len(counts)} labels, or their modules would be empty. Add samples, or load the model with fewer labels."
+        )

@@ -1,0 +1,396 @@
+"""Cutting layers by the indices of what is kept, values preserved.
+
+Two back ends. *Dense* makes every layer smaller; attention heads are padded with zero rows to one width,
+or dropped when nothing of their values is left. *Scatter* computes the kept outputs and puts them at their
+old places, so that whatever happens between the layers keeps its shape (rotary attention).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .sites import AttentionSite, FeedForwardSite, NeuronSite, Rows
+
+Keep = Mapping[str, Tensor]
+"""Kept neurons of a site by part: sorted indices, int64."""
+
+PAD = -1
+"""Index of a row or column of zeros."""
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What stays of one linear layer.
+
+    Args:
+        outputs: Kept outputs, `PAD` for a zero; `None` keeps all. `inputs` likewise.
+        is_scattered: Whether the layer keeps its outer shape and the indices become buffers.
+        output_scale: Factor of each output of the old layer; `None` for 1. `input_scale` likewise.
+    """
+
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+    is_scattered: bool = False
+    output_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SiteCut:
+    """What stays of one site.
+
+    Args:
+        widths: The new widths by name, which with the site determine every shape.
+        layers: Path of each linear layer that is cut.
+        head_tensors: Kept heads of other parameters' last dimension.
+    """
+
+    widths: dict[str, int]
+    layers: dict[str, LayerCut]
+    head_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ScatterLinear(nn.Module):
+    """A linear layer that reads some inputs and writes some outputs of a layer of the old outer shape.
+
+    Args:
+        in_features: Number of inputs that are read.
+        out_features: Number of outputs that are computed.
+        full_outputs: Width of the result, zeros elsewhere; `None` if all outputs are computed.
+        reads_some: Whether `input_indices` says which inputs are read.
+        has_bias: Whether there is a bias.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, full_outputs: int | None, reads_some: bool, has_bias: bool
+    ) -> None:
+        super().__init__()
+        self.full_outputs = full_outputs
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
+        self.register_buffer("input_indices", torch.zeros(in_features, dtype=torch.long) if reads_some else None)
+        computes_some = full_outputs is not None
+        self.register_buffer("output_indices", torch.zeros(out_features, dtype=torch.long) if computes_some else None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps (..., inputs) to (..., full outputs)."""
+        if self.input_indices is not None:
+            hidden_states = hidden_states.index_select(-1, self.input_indices)
+        outputs = nn.functional.linear(hidden_states, self.weight, self.bias)
+        if self.output_indices is None or self.full_outputs is None:
+            return outputs
+        full = outputs.new_zeros(*outputs.shape[:-1], self.full_outputs)
+        return full.index_copy(-1, self.output_indices, outputs)
+
+
+def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> SiteCut:
+    """Works out what stays of a site's layers when only some neurons are kept.
+
+    Args:
+        site: The site.
+        keep: Kept neurons by part, as `NeuronSite.parts` names and counts them.
+        static: Value of each neuron's static mask, shape (neurons,), where it is not 1 for the kept ones
+            (soft masks); the layers' weights take it up.
+
+    Returns:
+        The cut; applying it gives the function of the site under a static mask of the kept neurons.
+    """
+    cut = _unscaled_cut(site, keep)
+    if static is not None:
+        cut.layers[site.output] = replace(cut.layers[site.output], input_scale=site.read_mask(static))
+        if isinstance(site, AttentionSite):
+            query = site.query_mask(static)
+            others = sum(r.size for r in (site.key_rows, site.value) if r.layer == site.query.layer)
+            scale = torch.cat([query, query.new_ones(others)])  # q comes first in a fused projection
+            cut.layers[site.query.layer] = replace(cut.layers[site.query.layer], output_scale=scale)
+    return cut
+
+
+def _unscaled_cut(site: NeuronSite, keep: Keep) -> SiteCut:
+    if isinstance(site, FeedForwardSite):
+        kept = keep["intermediate"]
+        layers = {rows.layer: LayerCut(outputs=kept) for rows in site.producers}
+        return SiteCut({"intermediate": len(kept)}, {**layers, site.output: LayerCut(inputs=kept)})
+    if not isinstance(site, AttentionSite):
+        raise TypeError(f"Got {type(site).__name__}; expected a FeedForwardSite or an AttentionSite.")
+    return _dense_attention(site, keep) if site.back_end == "dense" else _scatter_attention(site, keep)
+
+
+def _dense_attention(site: AttentionSite, keep: Keep) -> SiteCut:
+    query_key = _by_head(keep["query_key"], site.key_value_heads, site.query_key_dims)
+    value = _by_head(keep["value"], site.key_value_heads, site.head_dim)
+    # A head without value dimensions adds nothing. One head stays where none has any: its zeros cost
+    # next to nothing, and the attention layer can't view a tensor of no heads.
+    kept_heads = [head for head in range(site.key_value_heads) if len(value[head])] or [0]
+    head_dim = max(1, *(max(len(query_key[head]), len(value[head])) for head in kept_heads))
+    sharing = site.heads // site.key_value_heads
+    rows = {"query": [], "key": [], "value": [], "output": []}  # type: dict[str, list[Tensor]]
+    for head in kept_heads:
+        shared = range(head * sharing, (head + 1) * sharing)
+        rows["key"].append(_padded(query_key[head] + head * site.head_dim, head_dim))
+        rows["value"].append(_padded(value[head] + head * site.head_dim, head_dim))
+        rows["query"].extend(_padded(query_key[head] + q * site.head_dim, head_dim) for q in shared)
+        rows["output"].extend(_padded(value[head] + q * site.head_dim, head_dim) for q in shared)
+    joined = {name: torch.cat(parts) for name, parts in rows.items()}
+    layers = {
+        layer: LayerCut(outputs=index)
+        for layer, index in _by_layer(site, joined["query"], joined["key"], joined["value"]).items()
+    }
+    layers[site.output] = LayerCut(inputs=joined["output"])
+    heads = torch.tensor([head * sharing + q for head in kept_heads for q in range(sharing)])
+    return SiteCut(
+        {"key_value_heads": len(kept_heads), "head_dim": head_dim},
+        layers,
+        {path: heads for path in site.head_tensors},
+    )
+
+
+def _scatter_attention(site: AttentionSite, keep: Keep) -> SiteCut:
+    sharing = site.heads // site.key_value_heads
+    head, dim = keep["query_key"] // site.query_key_dims, keep["query_key"] % site.query_key_dims
+    dims = torch.cat([dim, dim + site.head_dim // 2]) if site.is_rotary else dim
+    heads = torch.cat([head, head]) if site.is_rotary else head
+    key = (heads * site.head_dim + dims).sort().values
+    query = _shared_rows(heads, dims, sharing, site.head_dim)
+    value = keep["value"]
+    output = _shared_rows(value // site.head_dim, value % site.head_dim, sharing, site.head_dim)
+    by_layer = _by_layer(site, query, key, value)
+    layers = {layer: LayerCut(outputs=index, is_scattered=True) for layer, index in by_layer.items()}
+    layers[site.output] = LayerCut(inputs=output, is_scattered=True)
+    return SiteCut({"query": len(query), "key": len(key), "value": len(value), "output": len(output)}, layers)
+
+
+def _shared_rows(heads: Tensor, dims: Tensor, sharing: int, head_dim: int) -> Tensor:
+    """Rows of the query heads that share the given key/value heads, at the given dimensions."""
+    query_heads = heads[:, None] * sharing + torch.arange(sharing)
+    return (query_heads * head_dim + dims[:, None]).flatten().sort().values
+
+
+def _by_head(kept: Tensor, heads: int, dims: int) -> list[Tensor]:
+    return [kept[kept // dims == head] % dims for head in range(heads)]
+
+
+def _padded(index: Tensor, width: int) -> Tensor:
+    return torch.cat([index, index.new_full((width - len(index),), PAD)])
+
+
+def _by_layer(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Kept outputs of each projection layer; a fused one gets the three shares one after another."""
+    by_layer: dict[str, list[Tensor]] = {}
+    for rows, index in ((site.query, query), (site.key_rows, key), (site.value, value)):
+        by_layer.setdefault(rows.layer, []).append(torch.where(index == PAD, PAD, index + rows.start))
+    return {layer: torch.cat(shares) for layer, shares in by_layer.items()}
+
+
+def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
+    """Checks widths read from a file.
+
+    Args:
+        site: The site that they are for.
+        widths: Widths by name, as `SiteCut.widths`.
+
+    Raises:
+        ValueError: If a width is missing, unknown or outside what the site has.
+    """
+    most = _largest_widths(site)
+    if set(widths) != set(most):
+        raise ValueError(f"Got the widths {sorted(widths)} for {site.key!r}; expected {sorted(most)}.")
+    least = 1 if isinstance(site, AttentionSite) and site.back_end == "dense" else 0
+    for name, width in widths.items():
+        if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:
+            raise ValueError(
+                f"Got the width {name}={width!r} for {site.key!r}; expected an integer from {least} to {most[name]}. "
+                "The config.json is damaged or belongs to another base model: save or download the module again."
+            )
+
+
+def _largest_widths(site: NeuronSite) -> dict[str, int]:
+    if isinstance(site, AttentionSite):
+        if site.back_end == "dense":
+            return {"key_value_heads": site.key_value_heads, "head_dim": site.head_dim}
+        sizes = {"query": site.query.size, "key": site.key_rows.size, "value": site.value.size}
+        return {**sizes, "output": site.heads * site.head_dim}
+    return dict(site.parts)
+
+
+def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> None:
+    """Gives a site's layers the shapes of a cut, in place; the new weights are not filled in.
+
+    Args:
+        model: A plain model whose layers have their full width.
+        site: One of its sites.
+        widths: The widths of the cut, as `SiteCut.widths`.
+
+    Raises:
+        ValueError: If the widths are not those of this site.
+    """
+    check_widths(site, widths)
+    if isinstance(site, FeedForwardSite):
+        for rows in site.producers:
+            _replace(model, rows.layer, lambda layer: _resized(layer, outputs=widths["intermediate"]))
+        _replace(model, site.output, lambda layer: _resized(layer, inputs=widths["intermediate"]))
+        return
+    assert isinstance(site, AttentionSite)
+    if site.back_end == "dense":
+        _resize_dense(model, site, widths["key_value_heads"], widths["head_dim"])
+        return
+    counts: dict[str, int] = {}
+    for rows, name in ((site.query, "query"), (site.key_rows, "key"), (site.value, "value")):
+        counts[rows.layer] = counts.get(rows.layer, 0) + widths[name]
+    for path, count in counts.items():
+        _replace(model, path, lambda layer, count=count: _scattered(layer, outputs=count))
+    _replace(model, site.output, lambda layer: _scattered(layer, inputs=widths["output"]))
+
+
+def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, head_dim: int) -> None:
+    heads = key_value_heads * (site.heads // site.key_value_heads)
+    counts: dict[str, int] = {}
+    for rows, count in ((site.query, heads), (site.key_rows, key_value_heads), (site.value, key_value_heads)):
+        counts[rows.layer] = counts.get(rows.layer, 0) + count * head_dim
+    for path, count in counts.items():
+        _replace(model, path, lambda layer, count=count: _resized(layer, outputs=count))
+    _replace(model, site.output, lambda layer: _resized(layer, inputs=heads * head_dim))
+    attention = model.get_submodule(site.name)
+    assert site.head_dim_attribute is not None
+    # The softmax scale was fixed from the old width when the layer was built, as exactness requires.
+    setattr(attention, site.head_dim_attribute, head_dim)
+    for attribute in site.width_attributes:
+        setattr(attention, attribute, heads * head_dim)
+    for path in site.head_tensors:
+        owner, _, name = path.rpartition(".")
+        parameter = model.get_parameter(path)
+        smaller = torch.empty(*parameter.shape[:-1], heads, dtype=parameter.dtype, device=parameter.device)
+        setattr(model.get_submodule(owner), name, nn.Parameter(smaller))
+
+
+def resize_head(model: nn.Module, path: str, num_labels: int) -> None:
+    """Gives the head at `path` one output a label, in place; the new weights are not filled in."""
+    _replace(model, path, lambda layer: _resized(layer, outputs=num_labels))
+
+
+def _replace(model: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    layer = model.get_submodule(path)
+    made = make(layer)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    model.set_submodule(path, made.to_empty(device=weight.device).to(weight.dtype).train(layer.training))
+
+
+def _resized(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
+    with torch.device("meta"):  # nothing to initialise: the weights come from a cut or a file
+        if isinstance(layer, Conv1D):
+            made: nn.Module = Conv1D(layer.nf if outputs is None else outputs, layer.nx if inputs is None else inputs)
+        else:
+            assert isinstance(layer, nn.Linear)
+            made = nn.Linear(
+                layer.in_features if inputs is None else inputs,
+                layer.out_features if outputs is None else outputs,
+                bias=layer.bias is not None,
+            )
+    return made
+
+
+def _scattered(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
+    if isinstance(layer, Conv1D):
+        full_inputs, full_outputs = layer.nx, layer.nf
+    else:
+        assert isinstance(layer, nn.Linear)
+        full_inputs, full_outputs = layer.in_features, layer.out_features
+    with torch.device("meta"):
+        return ScatterLinear(
+            full_inputs if inputs is None else inputs,
+            full_outputs if outputs is None else outputs,
+            full_outputs=None if outputs is None else full_outputs,
+            reads_some=inputs is not None,
+            has_bias=layer.bias is not None,
+        )
+
+
+@dataclass(frozen=True)
+class TensorCut:
+    """How one tensor of a module comes from the parent's tensor of the same name.
+
+    Args:
+        indices: Kept indices by dimension, `PAD` for zeros.
+        scales: Factor of each kept index, by dimension.
+        is_transposed: Whether the dimensions are swapped after the cut (a `Conv1D` that becomes scattered).
+        constant: The tensor itself where it does not come from the parent (indices of a scattered layer).
+    """
+
+    indices: Mapping[int, Tensor] = field(default_factory=dict)
+    scales: Mapping[int, Tensor] = field(default_factory=dict)
+    is_transposed: bool = False
+    constant: Tensor | None = None
+
+
+def tensor_cuts(model: nn.Module, cuts: Sequence[SiteCut], heads: Mapping[str, Tensor]) -> dict[str, TensorCut]:
+    """Translates cuts of layers into cuts of named tensors.
+
+    Args:
+        model: The plain model at full width; its weights may be on the meta device.
+        cuts: The cut of each site.
+        heads: Path of each head to the label ids that stay, in the module's order.
+
+    Returns:
+        Tensor name to its cut; tensors that are not named stay whole.
+    """
+    tensors: dict[str, TensorCut] = {}
+    for cut in cuts:
+        for path, layer_cut in cut.layers.items():
+            tensors.update(_layer_tensors(model, path, layer_cut))
+        for path, index in cut.head_tensors.items():
+            tensors[path] = TensorCut({model.get_parameter(path).ndim - 1: index})
+    for path, index in heads.items():
+        tensors.update(_layer_tensors(model, path, LayerCut(outputs=index)))
+    return tensors
+
+
+def _layer_tensors(model: nn.Module, path: str, cut: LayerCut) -> dict[str, TensorCut]:
+    layer = model.get_submodule(path)
+    is_transposed = isinstance(layer, Conv1D)  # its weight is (inputs, outputs)
+    output_dim, input_dim = (1, 0) if is_transposed else (0, 1)
+    sides = ((output_dim, cut.outputs, cut.output_scale), (input_dim, cut.inputs, cut.input_scale))
+    indices = {dim: index for dim, index, _ in sides if index is not None}
+    scales = {dim: scale[index] for dim, index, scale in sides if index is not None and scale is not None}
+    tensors = {f"{path}.weight": TensorCut(indices, scales, is_transposed and cut.is_scattered)}
+    if layer.bias is not None and cut.outputs is not None:
+        bias_scale = {} if cut.output_scale is None else {0: cut.output_scale[cut.outputs]}
+        tensors[f"{path}.bias"] = TensorCut({0: cut.outputs}, bias_scale)
+    if cut.is_scattered:
+        for name, index in (("output_indices", cut.outputs), ("input_indices", cut.inputs)):
+            if index is not None:
+                tensors[f"{path}.{name}"] = TensorCut(constant=index)
+    return tensors
+
+
+def cut_tensor(read: Callable[[int, Tensor], Tensor], cut: TensorCut) -> Tensor:
+    """Applies a cut to a tensor that can be read by index.
+
+    Args:
+        read: Returns the rows (dimension 0) or columns (dimension 1) of the tensor at some indices.
+        cut: The cut, with indices in at least one dimension or a constant.
+
+    Returns:
+        The module's tensor, contiguous.
+    """
+    if cut.constant is not None:
+        return cut.constant.clone()
+    (first, index), *others = cut.indices.items()
+    tensor = _with_zeros(read(first, index[index != PAD]), first, index)
+    for dim, index in others:
+        tensor = _with_zeros(tensor.index_select(dim, index[index != PAD]), dim, index)
+    for dim, scale in cut.scales.items():
+        tensor = tensor * scale.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1 - dim))
+    return (tensor.T if cut.is_transposed else tensor).contiguous()
+
+
+def _with_zeros(kept: Tensor, dim: int, index: Tensor) -> Tensor:
+    if not bool((index == PAD).any()):
+        return kept
+    shape = list(kept.shape)
+    shape[dim] = len(index)
+    positions = (index != PAD).nonzero().squeeze(-1)
+    return kept.new_zeros(shape).index_copy(dim, positions, kept)

@@ -1,0 +1,403 @@
+"""`NeMoTrainer`: `transformers.Trainer` that trains neuron masks with the model."""
+
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from .config import LabelLike, NeMoConfig
+from .evaluation import ModuleReport, evaluate_module
+from .extraction import make_parent
+from .losses import contrastive_loss, restricted_cross_entropy, site_masks, sparsity_loss
+from .metrics import cohesion_and_coupling
+from .modeling import NeMoPreTrainedModel
+from .planning import RELEVANCE_SCALE
+from .relevance import OpenCounts, check_label_counts, compute_relevance, group_indices
+
+logger = logging.getLogger(__name__)
+
+MODULARITY_SAMPLES = 1000
+"""Samples of the evaluation data over which cohesion and coupling are measured at most."""
+
+
+class NeMoTrainer(Trainer):
+    """Trains a classification model together with neuron masks, in place of `transformers.Trainer`.
+
+    The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
+    the cross-entropy a contrastive and a sparsity term over the masks and, in a share of the steps, runs the
+    samples of a random set of groups as the module for these groups would (module rehearsal). The log gets
+    `loss_task`, `loss_contrastive` and `neuron_retention_rate`; evaluation gets cohesion and coupling.
+
+    Args:
+        model: A plain model, or a parent to train on.
+        args: `TrainingArguments`.
+        data_collator: As in `Trainer`; all arguments that are not listed here likewise.
+        train_dataset: Training data with labels.
+        *trainer_args: Further positional arguments of `Trainer`.
+        nemo_config: The options; `None` takes the defaults, or those of the parent.
+        relevance_dataset: Finite data without augmentation on which the exact relevance is counted after
+            training; `None` takes `train_dataset`.
+        **trainer_kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        ValueError: If the data, the model or the options can't work together; the message says what to do.
+
+    References:
+        NeMo (arXiv 2508.11348), modularizing-while-training; rehearsal and hard masks are ours.
+    """
+
+    # Every term is a mean over the samples of a micro-batch (transformers 5.23, Trainer.training_step).
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *trainer_args: Any,
+        nemo_config: NeMoConfig | None = None,
+        relevance_dataset: Any = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        self._given_config = nemo_config
+        self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
+        self._check_data(train_dataset)
+        self._labels_seen = train_dataset
+        parent = None if model is None else self._as_parent(model)
+        super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"Got {self.args.n_gpu} GPUs in one process, which nn.DataParallel would use; expected one process "
+                "a GPU, since masks are one state a process. Launch with: accelerate launch your_script.py"
+            )
+        if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0:
+            raise ValueError(
+                "Got compute_loss_func together with module rehearsal; expected one of them, since a rehearsed "
+                "sample may only choose among its module's labels. Set NeMoConfig(rehearsal_probability=0)."
+            )
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None:
+            self.parent.attach_processor(processor)
+        self._open_counts: OpenCounts | None = None
+        self._logged: dict[str, Tensor] = {}
+        self._logged_steps = 0
+        self._warned_no_positive = False
+
+    @property
+    def parent(self) -> NeMoPreTrainedModel:
+        """The parent in training, without the wrappers of distributed training."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, NeMoPreTrainedModel)
+        return model
+
+    @property
+    def nemo_config(self) -> NeMoConfig:
+        """The options of this run."""
+        return self.parent.nemo_config
+
+    def _check_data(self, dataset: Any) -> None:
+        if isinstance(dataset, IterableDataset) and self._relevance_dataset is dataset:
+            raise ValueError(
+                "Got an iterable data set to train on; expected a finite one for the exact relevance after training. "
+                "Pass NeMoTrainer(..., relevance_dataset=...), for example a part of the stream as a Dataset."
+            )
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None and not {"label", "labels", "label_ids"} & set(columns):
+            raise ValueError(
+                f"Got training data with the columns {list(columns)}; expected a 'label' or 'labels' column. "
+                "Rename it with dataset.rename_column(..., 'label')."
+            )
+
+    def call_model_init(self, trial: Any = None) -> NeMoPreTrainedModel:
+        """Builds the plain model and attaches masks to it."""
+        return self._as_parent(super().call_model_init(trial))
+
+    def _as_parent(self, model: PreTrainedModel) -> NeMoPreTrainedModel:
+        config = self._given_config
+        if isinstance(model, NeMoPreTrainedModel):
+            if not model.is_parent:
+                raise ValueError(
+                    "Got a module to train with masks; expected a plain model or a parent. "
+                    "Fine-tune the module with transformers.Trainer."
+                )
+            if config is not None:
+                _check_same_structure(model.nemo_config, config)
+                model.config.nemo_config = config.to_dict()
+            return model
+        config = config or NeMoConfig()
+        labels = _column(self._labels_seen, ("label", "labels", "label_ids"))
+        groups = None
+        if config.group_column is not None:
+            groups = _groups_from_column(self._labels_seen, config.group_column, labels, model.config.id2label)
+        parent = make_parent(model, config, groups)
+        if labels is not None:
+            counts = torch.bincount(torch.tensor(labels), minlength=model.config.num_labels)
+            if len(counts) > model.config.num_labels:
+                raise ValueError(
+                    f"Got the label id {len(counts) - 1} in the training data; expected 0 to "
+                    f"{model.config.num_labels - 1}. Load the model with num_labels={len(counts)}."
+                )
+            check_label_counts(counts.tolist(), model.config.id2label)
+        return parent
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            import inspect
+
+            names = inspect.signature(self.parent.model.forward).parameters
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Creates the optimizer; the generators' parameters get `NeMoConfig.mask_learning_rate`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        rate = self.nemo_config.mask_learning_rate
+        if rate is None:
+            return optimizer
+        assert self.parent.masks is not None
+        trained = self.model if model is None else model
+        masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}
+        for group in list(optimizer.param_groups):
+            chosen = [p for p in group["params"] if id(p) in masks]
+            if chosen:
+                group["params"] = [p for p in group["params"] if id(p) not in masks]
+                optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(
+                f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
+            )
+        if not model.training:
+            outputs = model(**inputs)
+            loss = self._task_loss(outputs, labels, None)
+            return (loss, outputs) if return_outputs else loss
+        parent = self.parent
+        groups = group_indices(parent)
+        rehearsed = self._rehearsed_groups()
+        allowed = None
+        if rehearsed is not None:
+            samples = torch.isin(groups[labels], rehearsed)
+            inputs.update(static_masks=self._module_masks(rehearsed), static_samples=samples)
+            allowed = torch.isin(groups, rehearsed)[None, :] | ~samples[:, None]
+        outputs = model(**inputs)
+        loss = self._task_loss(outputs, labels, allowed)
+        self._count_open(outputs.neuron_masks, labels)
+        total = loss + self._mask_terms(outputs.neuron_masks, groups[labels], loss)
+        return (total, outputs) if return_outputs else total
+
+    def _task_loss(self, outputs: Any, labels: Tensor, allowed: Tensor | None) -> Tensor:
+        if self.compute_loss_func is not None:
+            loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+            return loss
+        return restricted_cross_entropy(outputs.logits, labels, allowed, self.args.label_smoothing_factor)
+
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], groups: Tensor, task_loss: Tensor) -> Tensor:
+        config = self.nemo_config
+        masks = site_masks(neuron_masks)
+        if not self._warned_no_positive and len(groups.unique()) == len(groups):
+            self._warned_no_positive = True
+            logger.warning(
+                "Got a batch of %d samples of %d groups; expected two of one group, without which the contrastive "
+                "loss is 0. Raise per_device_train_batch_size, or use larger label groups.", len(groups), len(groups)
+            )
+        contrast = contrastive_loss(masks, groups, config.temperature)
+        retained = torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
+        self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
+        strength = self._warmup()
+        return strength * (
+            config.contrastive_weight * contrast + config.sparsity_weight * sparsity_loss(masks)
+        )
+
+    def _warmup(self) -> float:
+        """Share of the mask terms' weights that counts at this step."""
+        steps = self.nemo_config.warmup_ratio * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / (steps + 1))
+
+    def _rehearsed_groups(self) -> Tensor | None:
+        """Draws the groups of this optimizer step, equal for its micro-batches and on all ranks, or none."""
+        config, groups = self.nemo_config, self.parent.config.label_groups or {}
+        # A set of one label leaves nothing to choose, so nothing to learn.
+        least = 1 if max(len(members) for members in groups.values()) > 1 else 2
+        most = len(groups) - 1
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
+        if self._warmup() < 1 or draw.random() >= config.rehearsal_probability or most < least:
+            return None
+        chosen = draw.sample(range(len(groups)), draw.randint(least, most))
+        return torch.tensor(sorted(chosen), device=self.parent.device)
+
+    def _module_masks(self, groups: Tensor) -> dict[str, Tensor]:
+        assert self.parent.masks is not None
+        threshold = self.nemo_config.relevance_threshold * RELEVANCE_SCALE
+        return {
+            key: (relevance[groups].amax(0) >= threshold).float()
+            for key, relevance in self.parent.masks.relevance().items()
+        }
+
+    def _count_open(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
+        if self._open_counts is None:
+            assert self.parent.masks is not None
+            self._open_counts = OpenCounts(self.parent.masks, group_indices(self.parent))
+        self._open_counts.add(neuron_masks, labels)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._open_counts is not None:
+            for tensor in self._open_counts.tensors():
+                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+            self._open_counts.blend()
+            self._open_counts.reset()
+            self.parent.config.relevance_source = "running"
+        return loss
+
+    def _log_later(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._logged[name] = self._logged.get(name, torch.zeros_like(value.detach())) + value.detach()
+        self._logged_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
+        if "loss" in logs and self._logged_steps:
+            for name, total in self._logged.items():
+                mean = self.accelerator.reduce(total / self._logged_steps, reduction="mean")
+                logs[name] = round(mean.item(), 6)
+            self._logged, self._logged_steps = {}, 0
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains as `Trainer` does, then counts the exact relevance of the model that it ends with."""
+        self._open_counts = None
+        result = super().train(*args, **kwargs)
+        self.update_relevance()
+        return result
+
+    def update_relevance(self) -> None:
+        """Replaces the parent's relevance by the exact one over `relevance_dataset`."""
+        batches = self.get_eval_dataloader(self._relevance_dataset)
+        compute_relevance(
+            self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm
+        )
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluates as `Trainer` does; adds cohesion and coupling over at most 1,000 samples."""
+        output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if output.label_ids is None or output.metrics is None or description != "Evaluation":
+            return output
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        opened, groups = self._open_masks(dataloader)
+        cohesion, coupling = cohesion_and_coupling(opened, groups)
+        logger.info("Cohesion and coupling are measured over %d samples.", len(groups))
+        measured = {"cohesion": cohesion, "coupling": coupling, "modularity_samples": len(groups)}
+        output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items() if value is not None})
+        return output
+
+    @torch.no_grad()
+    def _open_masks(self, dataloader: Any) -> tuple[Tensor, Tensor]:
+        """Open neurons (samples, neurons) and groups (samples,) of the first samples."""
+        collected: defaultdict[str, list[Tensor]] = defaultdict(list)
+        count = 0
+        for batch in dataloader:
+            inputs = dict(self._prepare_inputs(batch))
+            labels = inputs.pop("labels")
+            masks = self.model(**inputs, output_neuron_masks=True).neuron_masks
+            opened = torch.cat([(mask > 0).any(1) for mask in masks.values()], -1)
+            opened, labels = self.accelerator.gather_for_metrics((opened, labels))
+            collected["opened"].append(opened)
+            collected["labels"].append(labels)
+            count += len(labels)
+            if count >= MODULARITY_SAMPLES:
+                break
+        opened = torch.cat(collected["opened"])[:MODULARITY_SAMPLES]
+        labels = torch.cat(collected["labels"])[:MODULARITY_SAMPLES]
+        return opened, group_indices(self.parent)[labels]
+
+    def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoPreTrainedModel:
+        """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""
+        return self.parent.extract_module(labels, **kwargs)
+
+    def evaluate_module(
+        self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
+    ) -> ModuleReport:
+        """Measures the module for some labels beside its controls, on the evaluation data.
+
+        Args:
+            labels: Label ids, label names or group names.
+            eval_dataset: Data in place of the trainer's `eval_dataset`.
+            **kwargs: Options of `evaluate_module`.
+
+        Returns:
+            The report.
+        """
+        dataloader = self.get_eval_dataloader(eval_dataset)
+        return evaluate_module(self.parent, labels, dataloader, show_progress=not self.args.disable_tqdm, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Trainer would write training_args.bin, a pickle; the processor goes with the model.
+        if self.args.should_save:
+            assert self.args.output_dir is not None
+            self.parent.save_pretrained(Path(output_dir or self.args.output_dir), state_dict=state_dict)
+
+
+def _check_same_structure(trained: NeMoConfig, given: NeMoConfig) -> None:
+    for name in ("targets", "generator_rank", "hard_masks", "label_groups", "group_column"):
+        if getattr(trained, name) != getattr(given, name):
+            raise ValueError(
+                f"Got {name}={getattr(given, name)!r} for a parent trained with {getattr(trained, name)!r}; expected "
+                "the same, since the masks have that shape. Leave nemo_config out, or start from the plain model."
+            )
+
+
+def _column(dataset: Any, names: Sequence[str]) -> list[Any] | None:
+    """A column of a `datasets.Dataset` without transforms, or `None` for other data."""
+    columns = getattr(dataset, "column_names", None)
+    name = next((name for name in names if columns is not None and name in columns), None)
+    if name is None or not hasattr(dataset, "with_format"):
+        return None
+    return list(dataset.with_format(None)[name])
+
+
+def _groups_from_column(
+    dataset: Any, column: str, labels: Sequence[int] | None, id2label: Mapping[int, str]
+) -> dict[str, list[LabelLike]]:
+    values = _column(dataset, (column,))
+    if values is None or labels is None:
+        raise ValueError(
+            f"Got group_column={column!r}; expected a column of a datasets.Dataset to train on, which has "
+            f"{getattr(dataset, 'column_names', 'no columns')}. Name one of them, or pass label_groups."
+        )
+    feature = getattr(dataset, "features", {}).get(column)
+    names = getattr(feature, "names", None)
+    groups: dict[str, list[LabelLike]] = {}
+    owner: dict[int, str] = {}
+    for label, value in zip(labels, values, strict=True):
+        group = str(names[value]) if names and isinstance(value, int) else str(value)
+        if owner.setdefault(label, group) != group:
+            raise ValueError(
+                f"Got the label {id2label[label]!r} in the groups {owner[label]!r} and {group!r} of the column "
+                f"{column!r}; expected one group a label. Correct the data, or pass label_groups."
+            )
+    for label in sorted(owner):
+        groups.setdefault(owner[label], []).append(label)
+    return groups
