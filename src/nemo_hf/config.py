@@ -253,9 +253,7 @@ def resolve_labels(
     return ids, used
 
 
-def _label_or_group(
-    label: LabelLike, groups: Mapping[str, Sequence[int]], id2label: Mapping[int, str]
-) -> list[int]:
+def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2label: Mapping[int, str]) -> list[int]:
     if not isinstance(label, str) or label not in groups:
         try:
             return [label_id(label, id2label)]

@@ -82,7 +82,8 @@ def make_plan(
     Args:
         parent: The parent; its weights may be on the meta device, its relevance may not.
         labels: Labels or groups, as `extract_module` takes them.
-        threshold: As in `extract_module`; `round_to` likewise.
+        threshold: As in `extract_module`.
+        round_to: As in `extract_module`.
 
     Returns:
         The plan. Its `static` masks are what the module computes under.
@@ -92,8 +93,8 @@ def make_plan(
     """
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
-    groups = parent.config.label_groups or {}
-    label_ids, names = resolve_labels(labels, groups, parent.config.id2label or {})
+    groups = parent.config.groups
+    label_ids, names = resolve_labels(labels, groups, parent.config.names)
     threshold = parent.nemo_config.relevance_threshold if threshold is None else threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
@@ -160,7 +161,7 @@ def _probe(parent: NeMoPreTrainedModel, only: NeuronSite | None = None) -> str |
             name: (torch.rand(size, generator=generator) < share).nonzero().squeeze(-1)
             for name, size in site.parts.items()
         }
-    ids = list(parent.config.id2label or {})
+    ids = list(parent.config.names)
     plan = ModulePlan(ids, [], keep, static_masks(parent.sites, keep), 1.0, 0.5)
     state = parent.model.state_dict()
     try:
@@ -201,9 +202,7 @@ def extract_module(
 def _build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePlan, read: Reader) -> Model:
     assert parent.masks is not None
     is_hard = parent.masks.state.is_hard
-    cuts = [
-        site_cut(site, plan.keep[site.key], None if is_hard else plan.static[site.key]) for site in parent.sites
-    ]
+    cuts = [site_cut(site, plan.keep[site.key], None if is_hard else plan.static[site.key]) for site in parent.sites]
     config = _module_config(parent.config, plan, parent, [cut.widths for cut in cuts])
     heads = dict.fromkeys(
         find_heads(parent.model, parent.config.num_labels or 0), torch.tensor(plan.label_ids, dtype=torch.long)
@@ -213,20 +212,20 @@ def _build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePla
     for name in [*parent.model.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]:
         state[f"model.{name}"] = read(name, by_name.get(name))
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[assignment]
+    module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return module
 
 
 def _module_config(
     parent: NeMoModelConfig, plan: ModulePlan, model: NeMoPreTrainedModel, widths: Sequence[Mapping[str, int]]
 ) -> NeMoModelConfig:
-    id2label = {index: (parent.id2label or {})[label] for index, label in enumerate(plan.label_ids)}
+    id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
     config: NeMoModelConfig = copy.deepcopy(parent)
     config.role = "module"
     config.id2label = id2label
     config.label2id = {name: index for index, name in id2label.items()}
     config.label_ids = list(plan.label_ids)
-    config.label_groups = {name: list((parent.label_groups or {})[name]) for name in plan.groups}
+    config.label_groups = {name: list(parent.groups[name]) for name in plan.groups}
     config.problem_type = "single_label_classification" if len(id2label) > 1 else None
     config.relevance_threshold = plan.threshold
     config.retained_neurons = plan.retained
@@ -252,7 +251,9 @@ def cut_on_load(
     Args:
         cls: Class of the parent and the module.
         source: Directory or Hub repository of the parent.
-        labels: Labels or groups, as `extract_module` takes them; `threshold`, `round_to` likewise.
+        labels: Labels or groups, as `extract_module` takes them.
+        threshold: As in `extract_module`.
+        round_to: As in `extract_module`.
         verify: Whether to load the parent too and check the extraction law.
         config: The parent's configuration, if it is loaded already.
         **kwargs: Options of `from_pretrained`; those of the Hub, `dtype` and `attn_implementation` count.
@@ -290,7 +291,7 @@ def cut_on_load(
     module.processor_files, _ = read_companions(source, hub_options)
     module.config.law = config.law
     if verify:
-        whole: Model = cls.from_pretrained(source, **hub_options)  # type: ignore[assignment]
+        whole = cls.from_pretrained(source, **hub_options)
         module.config.law = asdict(check_law(whole, module, plan.static))
     return module
 
@@ -344,9 +345,7 @@ def check_law(
 def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
     """Yields models in eval mode and float32 (copies, if they have another dtype), with TF32 off."""
     training = [model.training for model in models]
-    exact = [
-        model.eval() if model.dtype == torch.float32 else copy.deepcopy(model).float().eval() for model in models
-    ]
+    exact = [model.eval() if model.dtype == torch.float32 else copy.deepcopy(model).float().eval() for model in models]
     precision = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

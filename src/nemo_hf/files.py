@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .slicing import TensorCut, cut_tensor
 
@@ -64,7 +64,7 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
             return
         # The configuration goes last: whoever sees the new one finds the new weights.
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, directory / file.name)
+            file.replace(directory / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -81,7 +81,7 @@ def write_json(path: str | Path, data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def processor_files(processor: Any) -> dict[str, bytes]:

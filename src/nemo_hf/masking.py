@@ -177,7 +177,8 @@ class SiteMask(nn.Module):
         return total / admitted.sum(1, dtype=torch.float32).clamp(min=1)
 
     def _current(self) -> Tensor:
-        assert self.state.current is not None and self.state.current[0] == self.site.key, self.site.key
+        assert self.state.current is not None, self.site.key
+        assert self.state.current[0] == self.site.key, self.site.key
         return self.state.current[1]
 
     def mask_query(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -279,7 +280,8 @@ class NeuronMasks(nn.ModuleList):
         state = self.state
         state.batch_size, state.attention_mask = batch_size, attention_mask
         state.static_masks, state.static_samples = static_masks, static_samples
-        state.collected = collected = {}
+        collected: dict[str, list[Tensor]] = {}
+        state.collected = collected
         try:
             yield collected
         finally:
@@ -312,9 +314,7 @@ def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
     return int(max(1, min(LARGEST_RANK, (share * base_parameters - biases) // per_rank)))
 
 
-def build_masks(
-    sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters: int, groups: int
-) -> NeuronMasks:
+def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters: int, groups: int) -> NeuronMasks:
     """Builds the masks for a model's sites as the options say.
 
     Args:

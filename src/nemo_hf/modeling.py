@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils.generic import ModelOutput
 
 from .config import LabelLike, NeMoConfig, resolve_groups
 from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
@@ -64,6 +64,16 @@ class NeMoModelConfig(PreTrainedConfig):
     relevance_threshold: float | None = None
     retained_neurons: float | None = None
     law: dict | None = None  # type: ignore[type-arg]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Label names by id."""
+        return {int(index): str(name) for index, name in (self.id2label or {}).items()}
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """Label ids by group name, in the order of the relevance's rows."""
+        return dict(self.label_groups or {})
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
@@ -119,9 +129,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         if config.role == "module":
             self._resize()
         else:
-            self.masks = build_masks(
-                self.sites, nemo_config, self.model.num_parameters(), len(config.label_groups or {})
-            )
+            self.masks = build_masks(self.sites, nemo_config, self.model.num_parameters(), len(config.groups))
             self.masks.attach(self.model)
         with nullcontext() if is_new else no_init_weights():
             self.post_init()
@@ -182,7 +190,8 @@ class NeMoPreTrainedModel(PreTrainedModel):
         nemo_config = nemo_config or NeMoConfig()
         _check_plain(model)
         base_config = model.config
-        groups = resolve_groups(label_groups or nemo_config.label_groups, base_config.id2label)
+        names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
+        groups = resolve_groups(label_groups or nemo_config.label_groups, names)
         if getattr(base_config, "use_cache", False):
             base_config.use_cache = False  # a classifier reads no cache
         config = NeMoModelConfig(
@@ -190,17 +199,18 @@ class NeMoPreTrainedModel(PreTrainedModel):
             base_class=type(model).__name__,
             nemo_config=nemo_config.to_dict(),
             label_groups=groups,
-            id2label=dict(base_config.id2label),
-            label2id=dict(base_config.label2id),
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
             problem_type="single_label_classification",
             # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
-            attn_implementation=base_config._attn_implementation,
+            attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
         )
         parent = task_class(type(model).__name__)(config, model)
         assert parent.masks is not None
         parent.masks.to(model.device)
         parent.set_sites(parent.sites)
-        return parent.train(model.training)
+        parent.train(model.training)
+        return parent
 
     def set_sites(self, sites: Sequence[NeuronSite]) -> None:
         """Sets the sites of a parent to the same ones with other back ends, here and in its configuration."""
@@ -213,7 +223,8 @@ class NeMoPreTrainedModel(PreTrainedModel):
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
         self._parent_masks().detach()
         self.masks = None
-        return self.model
+        plain: PreTrainedModel = self.model
+        return plain
 
     def _parent_masks(self) -> NeuronMasks:
         if self.masks is None:
@@ -294,7 +305,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
         self.processor_files = processor_files(processor)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration, processor and report; the directory is complete or untouched.
 
         Args:
@@ -309,7 +320,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         base_config.dtype = self.dtype
         if kwargs.get("is_main_process", True):
             with replaced_directory(save_directory) as temporary:
-                super().save_pretrained(temporary, **kwargs)
+                super().save_pretrained(temporary, **kwargs)  # type: ignore[arg-type]
                 for name, content in self.processor_files.items():
                     (temporary / name).write_bytes(content)
                 if self.report is not None:
@@ -332,11 +343,13 @@ class NeMoPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Directory or Hub repository.
-            *model_args: As in `transformers`; `**kwargs` likewise.
+            *model_args: As in `transformers`.
             labels: With a parent: read only the module for these labels, as `extract_module` takes them.
-            threshold: With `labels`: as in `extract_module`; `round_to` likewise.
+            threshold: With `labels`: as in `extract_module`.
+            round_to: With `labels`: as in `extract_module`.
             verify: With `labels`: load the parent too and check the extraction law, instead of trusting
                 the check that was made when the parent was saved.
+            **kwargs: As in `transformers`.
 
         Returns:
             The model in eval mode.
@@ -349,23 +362,23 @@ class NeMoPreTrainedModel(PreTrainedModel):
         if labels is not None and source is not None:
             from .extraction import cut_on_load  # one level up: the argument is the door to that room
 
-            return cut_on_load(
-                cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs
-            )
+            return cut_on_load(cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # told below, with the names, instead of drawn anew
         try:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. "
                 "Save or download it again."
             ) from error
+        model, info = loaded
         _check_loaded(str(source), info)
         if source is not None:
             hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
             model.processor_files, model.report = read_companions(source, hub_options)
-        return (model, info) if wants_info else model  # type: ignore[return-value]
+        result: Self = loaded if wants_info else model
+        return result
 
 
 class NeMoForImageClassification(NeMoPreTrainedModel):
@@ -506,7 +519,7 @@ def _check_plain(model: PreTrainedModel) -> None:
         )
     task_class(type(model).__name__)
     problem = model.config.problem_type
-    if problem not in (None, "single_label_classification") or model.config.num_labels < 2:
+    if problem not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
         raise ValueError(
             f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected single-label "
             "classification with at least 2 labels, since each sample's label says which group it trains. "
@@ -521,6 +534,7 @@ def _build_base(config: NeMoModelConfig) -> PreTrainedModel:
             f"Got base_class={config.base_class!r} in config.json; expected the name of a model class of "
             f"transformers {transformers.__version__}. Update transformers."
         )
+    assert isinstance(config.base_config, PreTrainedConfig)
     model: PreTrainedModel = base_class(config.base_config)
     return model
 

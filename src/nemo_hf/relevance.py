@@ -87,9 +87,8 @@ class OpenCounts:
 
 def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
     """Returns the index of each label's group, shape (labels,), on the parent's device."""
-    groups: Mapping[str, Sequence[int]] = parent.config.label_groups or {}
-    indices = torch.zeros(parent.config.num_labels or 0, dtype=torch.long)
-    for index, members in enumerate(groups.values()):
+    indices = torch.zeros(len(parent.config.names), dtype=torch.long)
+    for index, members in enumerate(parent.config.groups.values()):
         indices[list(members)] = index
     return indices.to(parent.device)
 
@@ -131,7 +130,7 @@ def compute_relevance(
     if accelerator is not None:
         for tensor in counts.tensors():
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
-    check_label_counts(counts.labels.tolist(), parent.config.id2label or {})
+    check_label_counts(counts.labels.tolist(), parent.config.names)
     counts.write()
     parent.config.relevance_source = "exact"
 

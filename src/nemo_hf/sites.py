@@ -299,9 +299,7 @@ def _child(model: nn.Module, name: str, relative: str) -> tuple[str, nn.Module] 
         return None
 
 
-def _linear_children(
-    model: nn.Module, name: str, relatives: Sequence[str]
-) -> list[tuple[str, tuple[int, int]]] | None:
+def _linear_children(model: nn.Module, name: str, relatives: Sequence[str]) -> list[tuple[str, tuple[int, int]]] | None:
     found = []
     for relative in relatives:
         child = _child(model, name, relative)
@@ -345,8 +343,12 @@ def _attention_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> Ite
         if any(features[0] != in_features for _, features in projections):
             continue  # cross-attention: k and v read another input
         if query.size != output_width or key.size != value.size:
-            raise _refusal(model, name, f"q, k, v and output widths {query.size}, {key.size}, {value.size}, "
-                                        f"{output_width} are not those of heads of one width")
+            raise _refusal(
+                model,
+                name,
+                f"q, k, v and output widths {query.size}, {key.size}, {value.size}, "
+                f"{output_width} are not those of heads of one width",
+            )
         head_dim = getattr(layer, pattern.head_dim_attribute, None)
         if not isinstance(head_dim, int) or query.size % head_dim or key.size % head_dim:
             raise _refusal(model, name, f"its {pattern.head_dim_attribute}={head_dim!r} is no width of a head")

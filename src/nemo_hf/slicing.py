@@ -7,12 +7,13 @@ old places, so that whatever happens between the layers keeps its shape (rotary 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .sites import AttentionSite, FeedForwardSite, NeuronSite, Rows
+from .sites import AttentionSite, FeedForwardSite, NeuronSite
 
 Keep = Mapping[str, Tensor]
 """Kept neurons of a site by part: sorted indices, int64."""
@@ -63,6 +64,9 @@ class ScatterLinear(nn.Module):
         reads_some: Whether `input_indices` says which inputs are read.
         has_bias: Whether there is a bias.
     """
+
+    input_indices: Tensor | None
+    output_indices: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, full_outputs: int | None, reads_some: bool, has_bias: bool
@@ -144,7 +148,7 @@ def _dense_attention(site: AttentionSite, keep: Keep) -> SiteCut:
     return SiteCut(
         {"key_value_heads": len(kept_heads), "head_dim": head_dim},
         layers,
-        {path: heads for path in site.head_tensors},
+        dict.fromkeys(site.head_tensors, heads),
     )
 
 
@@ -230,8 +234,8 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
     check_widths(site, widths)
     if isinstance(site, FeedForwardSite):
         for rows in site.producers:
-            _replace(model, rows.layer, lambda layer: _resized(layer, outputs=widths["intermediate"]))
-        _replace(model, site.output, lambda layer: _resized(layer, inputs=widths["intermediate"]))
+            _replace(model, rows.layer, partial(_resized, outputs=widths["intermediate"]))
+        _replace(model, site.output, partial(_resized, inputs=widths["intermediate"]))
         return
     assert isinstance(site, AttentionSite)
     if site.back_end == "dense":
@@ -241,8 +245,8 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
     for rows, name in ((site.query, "query"), (site.key_rows, "key"), (site.value, "value")):
         counts[rows.layer] = counts.get(rows.layer, 0) + widths[name]
     for path, count in counts.items():
-        _replace(model, path, lambda layer, count=count: _scattered(layer, outputs=count))
-    _replace(model, site.output, lambda layer: _scattered(layer, inputs=widths["output"]))
+        _replace(model, path, partial(_scattered, outputs=count))
+    _replace(model, site.output, partial(_scattered, inputs=widths["output"]))
 
 
 def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, head_dim: int) -> None:
@@ -251,8 +255,8 @@ def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, h
     for rows, count in ((site.query, heads), (site.key_rows, key_value_heads), (site.value, key_value_heads)):
         counts[rows.layer] = counts.get(rows.layer, 0) + count * head_dim
     for path, count in counts.items():
-        _replace(model, path, lambda layer, count=count: _resized(layer, outputs=count))
-    _replace(model, site.output, lambda layer: _resized(layer, inputs=heads * head_dim))
+        _replace(model, path, partial(_resized, outputs=count))
+    _replace(model, site.output, partial(_resized, inputs=heads * head_dim))
     attention = model.get_submodule(site.name)
     assert site.head_dim_attribute is not None
     # The softmax scale was fixed from the old width when the layer was built, as exactness requires.
@@ -268,7 +272,7 @@ def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, h
 
 def resize_head(model: nn.Module, path: str, num_labels: int) -> None:
     """Gives the head at `path` one output a label, in place; the new weights are not filled in."""
-    _replace(model, path, lambda layer: _resized(layer, outputs=num_labels))
+    _replace(model, path, partial(_resized, outputs=num_labels))
 
 
 def _replace(model: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> None:

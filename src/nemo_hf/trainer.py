@@ -1,5 +1,6 @@
 """`NeMoTrainer`: `transformers.Trainer` that trains neuron masks with the model."""
 
+import inspect
 import logging
 import random
 from collections import defaultdict
@@ -71,7 +72,7 @@ class NeMoTrainer(Trainer):
         self._given_config = nemo_config
         self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
         self._check_data(train_dataset)
-        self._labels_seen = train_dataset
+        self._training_data = train_dataset
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
         if self.args.n_gpu > 1:
@@ -88,6 +89,7 @@ class NeMoTrainer(Trainer):
         if processor is not None:
             self.parent.attach_processor(processor)
         self._open_counts: OpenCounts | None = None
+        self._groups: Tensor | None = None
         self._logged: dict[str, Tensor] = {}
         self._logged_steps = 0
         self._warned_no_positive = False
@@ -104,6 +106,12 @@ class NeMoTrainer(Trainer):
         """The options of this run."""
         return self.parent.nemo_config
 
+    @property
+    def _group_of_label(self) -> Tensor:
+        if self._groups is None or self._groups.device != self.parent.device:
+            self._groups = group_indices(self.parent)
+        return self._groups
+
     def _check_data(self, dataset: Any) -> None:
         if isinstance(dataset, IterableDataset) and self._relevance_dataset is dataset:
             raise ValueError(
@@ -119,7 +127,9 @@ class NeMoTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> NeMoPreTrainedModel:
         """Builds the plain model and attaches masks to it."""
-        return self._as_parent(super().call_model_init(trial))
+        model = super().call_model_init(trial)
+        assert isinstance(model, PreTrainedModel)
+        return self._as_parent(model)
 
     def _as_parent(self, model: PreTrainedModel) -> NeMoPreTrainedModel:
         config = self._given_config
@@ -134,28 +144,21 @@ class NeMoTrainer(Trainer):
                 model.config.nemo_config = config.to_dict()
             return model
         config = config or NeMoConfig()
-        labels = _column(self._labels_seen, ("label", "labels", "label_ids"))
+        labels = _column(self._training_data, ("label", "labels", "label_ids"))
+        names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
         groups = None
         if config.group_column is not None:
-            groups = _groups_from_column(self._labels_seen, config.group_column, labels, model.config.id2label)
-        parent = make_parent(model, config, groups)
+            groups = _groups_from_column(self._training_data, config.group_column, labels, names)
         if labels is not None:
-            counts = torch.bincount(torch.tensor(labels), minlength=model.config.num_labels)
-            if len(counts) > model.config.num_labels:
-                raise ValueError(
-                    f"Got the label id {len(counts) - 1} in the training data; expected 0 to "
-                    f"{model.config.num_labels - 1}. Load the model with num_labels={len(counts)}."
-                )
-            check_label_counts(counts.tolist(), model.config.id2label)
-        return parent
+            _check_labels(labels, names)
+        return make_parent(model, config, groups)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            import inspect
-
             names = inspect.signature(self.parent.model.forward).parameters
-            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
+            columns: Any = self._signature_columns  # declared as None in transformers
+            self._signature_columns = list(dict.fromkeys([*columns, *names]))  # type: ignore[assignment]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer; the generators' parameters get `NeMoConfig.mask_learning_rate`."""
@@ -166,7 +169,7 @@ class NeMoTrainer(Trainer):
         if rate is None:
             return optimizer
         assert self.parent.masks is not None
-        trained = self.model if model is None else model
+        trained = self.parent if model is None else model
         masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}
         for group in list(optimizer.param_groups):
             chosen = [p for p in group["params"] if id(p) in masks]
@@ -193,8 +196,7 @@ class NeMoTrainer(Trainer):
             outputs = model(**inputs)
             loss = self._task_loss(outputs, labels, None)
             return (loss, outputs) if return_outputs else loss
-        parent = self.parent
-        groups = group_indices(parent)
+        groups = self._group_of_label
         rehearsed = self._rehearsed_groups()
         allowed = None
         if rehearsed is not None:
@@ -220,15 +222,15 @@ class NeMoTrainer(Trainer):
             self._warned_no_positive = True
             logger.warning(
                 "Got a batch of %d samples of %d groups; expected two of one group, without which the contrastive "
-                "loss is 0. Raise per_device_train_batch_size, or use larger label groups.", len(groups), len(groups)
+                "loss is 0. Raise per_device_train_batch_size, or use larger label groups.",
+                len(groups),
+                len(groups),
             )
         contrast = contrastive_loss(masks, groups, config.temperature)
         retained = torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
         self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
         strength = self._warmup()
-        return strength * (
-            config.contrastive_weight * contrast + config.sparsity_weight * sparsity_loss(masks)
-        )
+        return strength * (config.contrastive_weight * contrast + config.sparsity_weight * sparsity_loss(masks))
 
     def _warmup(self) -> float:
         """Share of the mask terms' weights that counts at this step."""
@@ -237,7 +239,7 @@ class NeMoTrainer(Trainer):
 
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws the groups of this optimizer step, equal for its micro-batches and on all ranks, or none."""
-        config, groups = self.nemo_config, self.parent.config.label_groups or {}
+        config, groups = self.nemo_config, self.parent.config.groups
         # A set of one label leaves nothing to choose, so nothing to learn.
         least = 1 if max(len(members) for members in groups.values()) > 1 else 2
         most = len(groups) - 1
@@ -258,7 +260,7 @@ class NeMoTrainer(Trainer):
     def _count_open(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
         if self._open_counts is None:
             assert self.parent.masks is not None
-            self._open_counts = OpenCounts(self.parent.masks, group_indices(self.parent))
+            self._open_counts = OpenCounts(self.parent.masks, self._group_of_label)
         self._open_counts.add(neuron_masks, labels)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -296,9 +298,7 @@ class NeMoTrainer(Trainer):
     def update_relevance(self) -> None:
         """Replaces the parent's relevance by the exact one over `relevance_dataset`."""
         batches = self.get_eval_dataloader(self._relevance_dataset)
-        compute_relevance(
-            self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm
-        )
+        compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluates as `Trainer` does; adds cohesion and coupling over at most 1,000 samples."""
@@ -321,7 +321,7 @@ class NeMoTrainer(Trainer):
         for batch in dataloader:
             inputs = dict(self._prepare_inputs(batch))
             labels = inputs.pop("labels")
-            masks = self.model(**inputs, output_neuron_masks=True).neuron_masks
+            masks = self.parent(**inputs, output_neuron_masks=True).neuron_masks
             opened = torch.cat([(mask > 0).any(1) for mask in masks.values()], -1)
             opened, labels = self.accelerator.gather_for_metrics((opened, labels))
             collected["opened"].append(opened)
@@ -331,7 +331,7 @@ class NeMoTrainer(Trainer):
                 break
         opened = torch.cat(collected["opened"])[:MODULARITY_SAMPLES]
         labels = torch.cat(collected["labels"])[:MODULARITY_SAMPLES]
-        return opened, group_indices(self.parent)[labels]
+        return opened, self._group_of_label[labels]
 
     def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoPreTrainedModel:
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""
@@ -358,6 +358,16 @@ class NeMoTrainer(Trainer):
         if self.args.should_save:
             assert self.args.output_dir is not None
             self.parent.save_pretrained(Path(output_dir or self.args.output_dir), state_dict=state_dict)
+
+
+def _check_labels(labels: Sequence[int], names: Mapping[int, str]) -> None:
+    counts = torch.bincount(torch.tensor(labels), minlength=len(names))
+    if len(counts) > len(names):
+        raise ValueError(
+            f"Got the label id {len(counts) - 1} in the training data; expected 0 to {len(names) - 1}. "
+            f"Load the model with num_labels={len(counts)}."
+        )
+    check_label_counts(counts.tolist(), names)
 
 
 def _check_same_structure(trained: NeMoConfig, given: NeMoConfig) -> None:

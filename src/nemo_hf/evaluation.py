@@ -1,0 +1,303 @@
+"""A module's report: accuracy beside controls, size, operations and latency."""
+
+import copy
+import random
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from .config import LabelLike
+from .extraction import extract_module, make_plan, random_inputs
+from .modeling import NeMoPreTrainedModel, base_parameters
+
+RANDOM_DRAWS = 5
+LATENCY_BATCHES = (1, 8, 32)
+LATENCY_RUNS = 15
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What is known of a module, for a table or JSON.
+
+    Args:
+        labels: Names of the module's labels, in the order of its outputs.
+        groups: Names of the label groups that it was cut for.
+        accuracy: Share of right answers of the stand-alone module, without fine-tuning.
+        parent_restricted_accuracy: The same of the parent, its answers restricted to `labels`.
+        controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many
+            neurons in each part of each site), `other` (the mask of up to as many other groups; `None` if
+            there is no other group), `empty` (no neuron).
+        samples: Number of samples with these labels.
+        parameters: Of the module; `parent_parameters` of the parent without generators.
+        megabytes: 10^6 bytes of the module's parameters; `parent_megabytes` likewise.
+        macs: Multiply-accumulates for one sample; `parent_macs` likewise.
+        neuron_retention_rate: Kept neurons over neurons; `weight_retention_rate`: kept parameters over
+            the parent's.
+        latency_ms: Median milliseconds of a batch by its size; `parent_latency_ms`: of the plain model
+            inside the parent, without masks.
+        device: Device of the latency. `threshold`: of the module's plan. `seed`: of the controls.
+    """
+
+    labels: list[str]
+    groups: list[str]
+    accuracy: float
+    parent_restricted_accuracy: float
+    controls: dict[str, float | None]
+    samples: int
+    parameters: int
+    parent_parameters: int
+    megabytes: float
+    parent_megabytes: float
+    macs: int
+    parent_macs: int
+    neuron_retention_rate: float
+    weight_retention_rate: float
+    latency_ms: dict[str, float]
+    parent_latency_ms: dict[str, float]
+    device: str
+    threshold: float
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain data for JSON."""
+        return asdict(self)
+
+
+def evaluate_module(
+    parent: NeMoPreTrainedModel,
+    labels: LabelLike | Sequence[LabelLike],
+    batches: Iterable[Mapping[str, Any]],
+    module: NeMoPreTrainedModel | None = None,
+    threshold: float | None = None,
+    round_to: int | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> ModuleReport:
+    """Measures a module and its controls on the samples that have its labels.
+
+    Args:
+        parent: The parent.
+        labels: Label ids, label names or group names.
+        batches: Batches of model inputs with `labels`, of data that chose nothing.
+        module: The module, if it is cut already; `None` cuts it.
+        threshold: As in `extract_module`.
+        round_to: As in `extract_module`.
+        seed: Seed of the random and other control.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If the labels make no module, or no sample has one of them.
+    """
+    plan = make_plan(parent, labels, threshold, round_to)
+    if module is None:
+        module = extract_module(parent, labels, threshold, round_to)
+    masks = {"empty": [_empty_masks(parent)], "random": _random_masks(plan.static, parent, seed)}
+    other = _other_groups(parent, plan.groups, seed)
+    if other:
+        masks["other"] = [make_plan(parent, other, plan.threshold, round_to).static]
+    right, samples = _count_right(parent, module, plan.label_ids, masks, batches, show_progress)
+    if not samples:
+        raise ValueError(
+            f"Got evaluation data without a sample of the labels {plan.label_ids}; expected at least one. "
+            "Pass data that has these labels."
+        )
+    controls = {name: right[name] / samples / len(draws) for name, draws in masks.items()}
+    latencies = measure_latency(parent, module)
+    bytes_each = [sum(p.numel() * p.element_size() for p in m.model.parameters()) for m in (module, parent)]
+    parameters = [base_parameters(m) for m in (module, parent)]
+    names = parent.config.names
+    return ModuleReport(
+        labels=[names[index] for index in plan.label_ids],
+        groups=plan.groups,
+        accuracy=right["module"] / samples,
+        parent_restricted_accuracy=right["parent"] / samples,
+        controls={name: controls.get(name) for name in ("random", "other", "empty")},
+        samples=samples,
+        parameters=parameters[0],
+        parent_parameters=parameters[1],
+        megabytes=bytes_each[0] / 1e6,
+        parent_megabytes=bytes_each[1] / 1e6,
+        macs=count_macs(module),
+        parent_macs=count_macs(parent),
+        neuron_retention_rate=plan.retained,
+        weight_retention_rate=parameters[0] / parameters[1],
+        latency_ms=latencies[0],
+        parent_latency_ms=latencies[1],
+        device=str(parent.device),
+        threshold=plan.threshold,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def _count_right(
+    parent: NeMoPreTrainedModel,
+    module: NeMoPreTrainedModel,
+    label_ids: Sequence[int],
+    masks: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    batches: Iterable[Mapping[str, Any]],
+    show_progress: bool,
+) -> tuple[dict[str, int], int]:
+    """Counts right answers of the module, the parent restricted, and the parent under control masks."""
+    wanted = torch.tensor(label_ids, device=parent.device)
+    right = dict.fromkeys(["module", "parent", *masks], 0)
+    samples = 0
+    was_training = parent.training
+    parent.eval()
+    module.eval()
+    for batch in tqdm(batches, desc="Module", disable=not show_progress):
+        labels = batch["labels"].to(parent.device)
+        chosen = torch.isin(labels, wanted)
+        if not chosen.any():
+            continue
+        inputs = {k: v.to(parent.device)[chosen] for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
+        labels = labels[chosen]
+        samples += len(labels)
+        answers = [("module", wanted[module(**inputs).logits.argmax(-1)])]
+        answers.append(("parent", wanted[parent(**inputs).logits[:, wanted].argmax(-1)]))
+        for name, draws in masks.items():
+            for mask in draws:
+                logits = parent(**inputs, static_masks=mask).logits[:, wanted]
+                answers.append((name, wanted[logits.argmax(-1)]))
+        for name, answer in answers:
+            right[name] += int((answer == labels).sum())
+    parent.train(was_training)
+    return right, samples
+
+
+def _empty_masks(parent: NeMoPreTrainedModel) -> dict[str, Tensor]:
+    return {site.key: torch.zeros(site.neurons) for site in parent.sites}
+
+
+def _random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for _ in range(RANDOM_DRAWS):
+        masks = {}
+        for site in parent.sites:
+            parts = static[site.key].split(list(site.parts.values()))
+            masks[site.key] = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in parts])
+        drawn.append(masks)
+    return drawn
+
+
+def _other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) -> list[int]:
+    """Label ids of as many groups as given, or fewer, drawn from all the others."""
+    others = {name: ids for name, ids in parent.config.groups.items() if name not in groups}
+    chosen = random.Random(seed).sample(sorted(others), min(len(groups), len(others)))  # noqa: S311
+    return [index for name in chosen for index in others[name]]
+
+
+def count_macs(model: NeMoPreTrainedModel) -> int:
+    """Counts multiply-accumulates of linear layers, convolutions and attention for one sample.
+
+    Args:
+        model: A parent, which counts as the plain model inside, or a module.
+
+    Returns:
+        Half the floating-point operations that torch's counter sees for one random sample.
+    """
+    inputs = {name: value[:1] for name, value in random_inputs(model).items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _plain_call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _plain_call(model: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Runs the plain model inside, whose masks would cost time that a user of it does not spend."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if model.masks is None:
+        model.model(**inputs)
+    else:
+        with model.masks.disabled():
+            model.model(**inputs)
+
+
+@torch.no_grad()
+def measure_latency(
+    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Times a module and the plain model inside its parent, alternating in one process.
+
+    Args:
+        parent: The parent; its masks are off.
+        module: The module.
+        batch_sizes: Sizes of the random batches.
+
+    Returns:
+        Median milliseconds by batch size, of the module and of the parent.
+    """
+    medians: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    detached = copy.deepcopy(parent)
+    plain = detached.detach_masks().eval()
+    module.eval()
+    for size in batch_sizes:
+        sample = random_inputs(module)
+        inputs = {
+            name: value[:1].expand(size, *value.shape[1:]).contiguous().to(parent.device)
+            for name, value in sample.items()
+        }
+        times: tuple[list[float], list[float]] = ([], [])
+        for run in range(LATENCY_RUNS + 3):
+            for index, model in enumerate((module.model, plain)):
+                elapsed = _timed(model, inputs)
+                if run >= 3:  # the first runs warm caches up
+                    times[index].append(elapsed)
+        for index in (0, 1):
+            medians[index][str(size)] = round(statistics.median(times[index]) * 1000, 4)
+    return medians
+
+
+def _timed(model: Any, inputs: Mapping[str, Tensor]) -> float:
+    is_cuda = next(iter(inputs.values())).is_cuda
+    if is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(**inputs)
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Renders module reports as a table for a terminal.
+
+    Args:
+        reports: Reports as `ModuleReport.to_dict` gives them.
+
+    Returns:
+        Lines of text: one row a module.
+    """
+    header = ["module", "neurons", "weights", "MB", "raw acc", "parent", "random", "other", "empty", "ms b1/b8/b32"]
+    rows = [header]
+    for report in reports:
+        names = [str(name) for name in report["labels"]]
+        label = ",".join(names) if len(",".join(names)) <= 24 else f"{'+'.join(report['groups'])[:24]}"
+        times = "/".join(f"{value:.1f}" for value in report["latency_ms"].values())
+        parent_times = "/".join(f"{value:.1f}" for value in report["parent_latency_ms"].values())
+        controls = report["controls"]
+        rows.append(
+            [
+                label,
+                f"{report['neuron_retention_rate']:.2f}",
+                f"{report['weight_retention_rate']:.2f}",
+                f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
+                f"{report['accuracy']:.3f}",
+                f"{report['parent_restricted_accuracy']:.3f}",
+                *("-" if controls[name] is None else f"{controls[name]:.3f}" for name in ("random", "other", "empty")),
+                f"{times} of {parent_times}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
