@@ -4,17 +4,14 @@ Importing it registers parents and modules with the Auto classes of `transformer
 """
 
 from .config import NeMoConfig
+from .configuration import NeMoModelConfig
 from .evaluation import ModuleReport, evaluate_module
-from .extraction import ExtractionLawError, make_parent
+from .extraction import make_parent
+from .law import ExtractionLawError
 from .losses import nemo_loss
-from .modeling import (
-    NeMoForAudioClassification,
-    NeMoForImageClassification,
-    NeMoForSequenceClassification,
-    NeMoModelConfig,
-)
+from .neurons import UnsupportedArchitectureError
 from .relevance import compute_relevance
-from .sites import UnsupportedArchitectureError
+from .tasks import NeMoForAudioClassification, NeMoForImageClassification, NeMoForSequenceClassification
 from .trainer import NeMoTrainer
 
 __all__ = [

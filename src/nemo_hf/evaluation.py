@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .config import LabelLike
-from .extraction import extract_module, make_plan, random_inputs
+from .extraction import extract_module, make_plan
+from .law import random_inputs
 from .modeling import NeMoPreTrainedModel, base_parameters
 
 RANDOM_DRAWS = 5

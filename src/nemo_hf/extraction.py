@@ -1,16 +1,8 @@
-"""From a parent to a stand-alone module, and the law that shows the cut to be exact.
-
-The extraction law: a module's logits equal the parent's under the module's static mask, restricted to the
-module's labels. It holds because a closed neuron adds exactly nothing to what reads it: values and units are
-masked where they are read, q.k dimensions are missing in q and k alike, attention keeps its scale, and the
-residual stream keeps its width, so that every norm sees the statistics that it was trained with. Families in
-which one of these fails would fail silently, so every extraction checks the law.
-"""
+"""From a parent to a stand-alone module, in memory or straight from the parent's files."""
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,45 +10,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .config import LabelLike, NeMoConfig, resolve_labels
+from .configuration import NeMoModelConfig
 from .files import WeightFiles, read_companions
-from .modeling import HUB_OPTIONS, NeMoModelConfig, NeMoPreTrainedModel
+from .law import check_law
+from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
+from .neurons import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
 from .planning import plan_module, retained_neurons, static_masks
-from .sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, find_heads, with_back_ends
-from .slicing import TensorCut, cut_tensor, site_cut, tensor_cuts
+from .sites import find_heads
+from .slicing import site_cut
+from .tasks import attach_masks
+from .weights import TensorCut, cut_tensor, tensor_cuts
 
 logger = logging.getLogger(__name__)
 
-LAW_TOLERANCE = 1e-5
-EFFECT_FACTOR = 100
 Model = TypeVar("Model", bound=NeMoPreTrainedModel)
 Reader = Callable[[str, TensorCut | None], Tensor]
-
-
-class ExtractionLawError(RuntimeError):
-    """A module's logits differ from the parent's under the same static mask."""
-
-
-@dataclass(frozen=True)
-class LawCheck:
-    """Result of a check of the extraction law, in float32.
-
-    Args:
-        status: `"verified"`, or `"unverified"` where the mask hardly moves the parent's logits, so that
-            equal logits would prove nothing.
-        difference: Largest difference between the module's and the parent's logits.
-        tolerance: 1e-5 times max(1, largest logit).
-        effect: Largest difference that the static mask makes to the parent's logits.
-        samples: Number of samples compared.
-    """
-
-    status: str
-    difference: float
-    tolerance: float
-    effect: float
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +103,7 @@ def make_parent(
         ValueError: If it has masks already, PEFT adapters, quantized weights or another head.
         UnsupportedArchitectureError: If it has no sites, or one that no back end cuts exactly.
     """
-    parent = NeMoPreTrainedModel.from_plain(model, nemo_config, label_groups)
+    parent = attach_masks(model, nemo_config, label_groups)
     failure = _probe(parent)
     if failure is None:
         return parent
@@ -294,107 +265,3 @@ def cut_on_load(
         whole = cls.from_pretrained(source, **hub_options)
         module.config.law = asdict(check_law(whole, module, plan.static))
     return module
-
-
-def check_law(
-    parent: NeMoPreTrainedModel,
-    module: NeMoPreTrainedModel,
-    static: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor] | None = None,
-) -> LawCheck:
-    """Compares a module's logits with the parent's under the module's static mask.
-
-    Args:
-        parent: The parent.
-        module: A module of it; its configuration says its labels.
-        static: Site key to the module's static mask, shape (neurons,).
-        inputs: Model inputs without labels; `None` draws a few random ones.
-
-    Returns:
-        The check, computed in float32 and eval mode with TF32 off.
-
-    Raises:
-        ExtractionLawError: If the logits differ by more than the tolerance.
-    """
-    label_ids = module.config.label_ids or []
-    inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
-    assert parent.masks is not None
-    with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
-        device = exact_parent.device
-        batch = {
-            name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
-        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, label_ids]
-        expected = exact_parent(**batch, static_masks=static).logits[:, label_ids]
-        got = exact_module(**batch).logits
-    difference = (got - expected).abs().max().item()
-    tolerance = LAW_TOLERANCE * max(1.0, expected.abs().max().item())
-    effect = (opened - expected).abs().max().item()
-    if not difference <= tolerance:  # also when it is not a number
-        raise ExtractionLawError(
-            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask "
-            f"by {difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: "
-            "mask less of it, for example NeMoConfig(targets=['ffn']), and report the model type."
-        )
-    status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
-    return LawCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))
-
-
-@contextmanager
-def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
-    """Yields models in eval mode and float32 (copies, if they have another dtype), with TF32 off."""
-    training = [model.training for model in models]
-    exact = [model.eval() if model.dtype == torch.float32 else copy.deepcopy(model).float().eval() for model in models]
-    precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield exact
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
-        for model, was_training in zip(models, training, strict=True):
-            model.train(was_training)
-
-
-def random_inputs(model: NeMoPreTrainedModel, samples: int = 4) -> dict[str, Tensor]:
-    """Draws inputs that a model accepts, without touching the global random state.
-
-    Args:
-        model: A parent or module.
-        samples: Number of samples.
-
-    Returns:
-        Model inputs by name; texts have padding.
-
-    Raises:
-        ValueError: If the model's main input is none that we can draw.
-    """
-    base = model.config.base_config
-    assert isinstance(base, PreTrainedConfig)
-    generator = torch.Generator().manual_seed(0)
-    name = model.main_input_name
-    if name == "pixel_values":
-        size = getattr(base, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (samples, getattr(base, "num_channels", 3), height, width)
-        return {name: torch.randn(shape, generator=generator)}
-    if name == "input_ids":
-        text = base.get_text_config()
-        pad = getattr(text, "pad_token_id", None)
-        tokens = min(16, getattr(text, "max_position_embeddings", 16) - 4)
-        ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (samples, tokens), generator=generator)
-        if pad is None:
-            return {name: ids[:1]}  # models without a padding token take one sequence at a time
-        ids = torch.where(ids == pad, (ids + 1) % text.vocab_size, ids)
-        mask = torch.ones_like(ids)
-        mask[samples // 2 :, tokens // 2 :] = 0
-        return {name: torch.where(mask.bool(), ids, pad), "attention_mask": mask}
-    if name == "input_values":
-        return {name: torch.randn(samples, 4000, generator=generator)}
-    raise ValueError(
-        f"Got a model whose main input is {name!r}; expected pixel_values, input_ids or input_values. "
-        "Pass a few samples as inputs=."
-    )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from .slicing import TensorCut, cut_tensor
+from .weights import TensorCut, cut_tensor
 
 REPORT_NAME = "report.json"
 WEIGHTS_NAME = "model.safetensors"

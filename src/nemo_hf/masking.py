@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import NeMoConfig
-from .sites import AttentionSite, NeuronSite
+from .neurons import AttentionSite, NeuronSite
 
 MASK_BIAS = 1.0
 """Initial bias of a mask: tanh(1) = .76, so that every neuron starts open and can still close."""

@@ -11,74 +11,19 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
-from .config import LabelLike, NeMoConfig, resolve_groups
+from .config import LabelLike, NeMoConfig
+from .configuration import NeMoModelConfig
 from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
 from .masking import MaskGenerator, NeuronMasks, build_masks
-from .sites import NeuronSite, UnsupportedArchitectureError, find_heads, find_sites, with_back_ends
+from .neurons import NeuronSite, UnsupportedArchitectureError, with_back_ends
+from .sites import find_heads, find_sites
 from .slicing import ScatterLinear, resize, resize_head
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-class NeMoModelConfig(PreTrainedConfig):
-    """Configuration of a parent or a module.
-
-    Args:
-        base_config: Configuration of the plain model inside, at full width.
-        base_class: Name of the plain model's class in `transformers`.
-        role: `"parent"` (masks attached) or `"module"` (layers sliced).
-        nemo_config: The options of `NeMoConfig` that the parent was trained with.
-        label_groups: Parent: group name to label ids, a partition. Module: the groups it was cut for.
-        label_ids: Module: the parent's id of each label, in the order of the outputs.
-        sites: One entry a site: `key`, `back_end`, and for a module the kept `widths`.
-        relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
-        relevance_threshold: Module: the threshold of its plan. `retained_neurons`: its neuron retention
-            rate.
-        law: Result of the last check of the extraction law, or `None`.
-    """
-
-    model_type = "nemo_hf"
-    sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
-
-    base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
-    base_class: str = "ViTForImageClassification"
-    role: str = "parent"
-    nemo_config: dict | None = None  # type: ignore[type-arg]
-    label_groups: dict | None = None  # type: ignore[type-arg]
-    label_ids: list | None = None  # type: ignore[type-arg]
-    sites: list | None = None  # type: ignore[type-arg]
-    relevance_source: str = "initial"
-    relevance_threshold: float | None = None
-    retained_neurons: float | None = None
-    law: dict | None = None  # type: ignore[type-arg]
-
-    @property
-    def names(self) -> dict[int, str]:
-        """Label names by id."""
-        return {int(index): str(name) for index, name in (self.id2label or {}).items()}
-
-    @property
-    def groups(self) -> dict[str, list[int]]:
-        """Label ids by group name, in the order of the relevance's rows."""
-        return dict(self.label_groups or {})
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Returns the plain model's configuration of text, so that special tokens are set where they count."""
-        assert isinstance(self.base_config, PreTrainedConfig)
-        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
 @dataclass
@@ -163,54 +108,6 @@ class NeMoPreTrainedModel(PreTrainedModel):
     def nemo_config(self) -> NeMoConfig:
         """The options that the model was trained with."""
         return NeMoConfig.from_dict(self.config.nemo_config or {})
-
-    @classmethod
-    def from_plain(
-        cls,
-        model: PreTrainedModel,
-        nemo_config: NeMoConfig | None = None,
-        label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
-    ) -> "NeMoPreTrainedModel":
-        """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
-
-        Args:
-            model: An image, sequence or audio classification model of `transformers`, one label a sample.
-            nemo_config: The options; `None` takes the defaults.
-            label_groups: Groups in place of `nemo_config.label_groups`.
-
-        Returns:
-            The parent, of the class for the model's task. With hard masks it computes what the plain model
-            does until a mask closes.
-
-        Raises:
-            TypeError: If `model` is not such a model.
-            ValueError: If it is one already, or has PEFT adapters, quantized weights or another head.
-            UnsupportedArchitectureError: If it has no sites that can be cut exactly.
-        """
-        nemo_config = nemo_config or NeMoConfig()
-        _check_plain(model)
-        base_config = model.config
-        names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
-        groups = resolve_groups(label_groups or nemo_config.label_groups, names)
-        if getattr(base_config, "use_cache", False):
-            base_config.use_cache = False  # a classifier reads no cache
-        config = NeMoModelConfig(
-            base_config=base_config,
-            base_class=type(model).__name__,
-            nemo_config=nemo_config.to_dict(),
-            label_groups=groups,
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
-            problem_type="single_label_classification",
-            # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
-            attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
-        )
-        parent = task_class(type(model).__name__)(config, model)
-        assert parent.masks is not None
-        parent.masks.to(model.device)
-        parent.set_sites(parent.sites)
-        parent.train(model.training)
-        return parent
 
     def set_sites(self, sites: Sequence[NeuronSite]) -> None:
         """Sets the sites of a parent to the same ones with other back ends, here and in its configuration."""
@@ -305,7 +202,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
         self.processor_files = processor_files(processor)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
         """Saves weights, configuration, processor and report; the directory is complete or untouched.
 
         Args:
@@ -320,13 +219,13 @@ class NeMoPreTrainedModel(PreTrainedModel):
         base_config.dtype = self.dtype
         if kwargs.get("is_main_process", True):
             with replaced_directory(save_directory) as temporary:
-                super().save_pretrained(temporary, **kwargs)  # type: ignore[arg-type]
+                super().save_pretrained(temporary, **kwargs)
                 for name, content in self.processor_files.items():
                     (temporary / name).write_bytes(content)
                 if self.report is not None:
                     write_json(temporary / REPORT_NAME, self.report)
         if push:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
+            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -381,152 +280,6 @@ class NeMoPreTrainedModel(PreTrainedModel):
         return result
 
 
-class NeMoForImageClassification(NeMoPreTrainedModel):
-    """Parent or module that classifies images."""
-
-    main_input_name = "pixel_values"
-
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
-        """Classifies images.
-
-        Args:
-            pixel_values: Shape (batch, channels, height, width).
-            labels: Label ids, shape (batch,); adds the loss to the output.
-            static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in
-                [0, 1], in place of the generated ones.
-            static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
-            output_neuron_masks: Parents: whether to return the soft masks; `None`: in training mode only.
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the plain model.
-
-        Returns:
-            A `NeMoOutput`.
-        """
-        inputs = {"pixel_values": pixel_values}
-        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
-
-
-class NeMoForSequenceClassification(NeMoPreTrainedModel):
-    """Parent or module that classifies texts."""
-
-    main_input_name = "input_ids"
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
-        """Classifies texts; arguments other than those here as in `NeMoForImageClassification.forward`.
-
-        Args:
-            input_ids: Token ids, shape (batch, tokens).
-            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
-            labels: Label ids, shape (batch,); adds the loss to the output.
-            static_masks: Parents: masks in place of the generated ones.
-            static_samples: Samples that take the static masks.
-            output_neuron_masks: Parents: whether to return the soft masks.
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the plain model.
-
-        Returns:
-            A `NeMoOutput`.
-        """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
-
-
-class NeMoForAudioClassification(NeMoPreTrainedModel):
-    """Parent or module that classifies recordings."""
-
-    main_input_name = "input_values"
-
-    def forward(
-        self,
-        input_values: Tensor | None = None,
-        input_features: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
-        """Classifies recordings; arguments other than those here as in `NeMoForImageClassification.forward`.
-
-        Args:
-            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain model takes them.
-            input_features: Features of models that take these instead.
-            labels: Label ids, shape (batch,); adds the loss to the output.
-            static_masks: Parents: masks in place of the generated ones.
-            static_samples: Samples that take the static masks.
-            output_neuron_masks: Parents: whether to return the soft masks.
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the plain model.
-
-        Returns:
-            A `NeMoOutput`.
-        """
-        inputs = {"input_values": input_values, "input_features": input_features}
-        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
-
-
-def task_class(base_class: str) -> type[NeMoPreTrainedModel]:
-    """Finds our class for the task of a plain model's class, given by name."""
-    if base_class in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in base_class:
-        return NeMoForAudioClassification
-    if "ForImageClassification" in base_class:
-        return NeMoForImageClassification
-    if "ForSequenceClassification" in base_class:
-        return NeMoForSequenceClassification
-    raise TypeError(
-        f"Got a {base_class}; expected a class for image, sequence or audio classification. "
-        "Load the model with AutoModelForImageClassification or AutoModelForSequenceClassification."
-    )
-
-
-def _check_plain(model: PreTrainedModel) -> None:
-    if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
-        raise ValueError(
-            "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
-            "Call merge_and_unload() on it first."
-        )
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "Got a quantized model; expected plain weights, since packed ones can't be cut by row. "
-            "Load it without quantization_config, and quantize the modules instead."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
-    if isinstance(model, NeMoPreTrainedModel):
-        raise ValueError(
-            "Got a nemo_hf model; expected a plain one, since masks are attached once. "
-            "Pass a saved parent to NeMoTrainer itself to train it on, or call parent.detach_masks() first."
-        )
-    task_class(type(model).__name__)
-    problem = model.config.problem_type
-    if problem not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
-        raise ValueError(
-            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected single-label "
-            "classification with at least 2 labels, since each sample's label says which group it trains. "
-            "Load the model with num_labels=... and problem_type='single_label_classification'."
-        )
-
-
 def _build_base(config: NeMoModelConfig) -> PreTrainedModel:
     base_class = getattr(transformers, config.base_class, None)
     if not (inspect.isclass(base_class) and issubclass(base_class, PreTrainedModel)):
@@ -560,9 +313,3 @@ def _check_loaded(source: str, info: Mapping[str, Any]) -> None:
 def base_parameters(model: PreTrainedModel) -> int:
     """Counts the parameters of a parent without generators, or of a module."""
     return int(model.model.num_parameters() if isinstance(model, NeMoPreTrainedModel) else model.num_parameters())
-
-
-AutoConfig.register(NeMoModelConfig.model_type, NeMoModelConfig)
-AutoModelForImageClassification.register(NeMoModelConfig, NeMoForImageClassification)
-AutoModelForSequenceClassification.register(NeMoModelConfig, NeMoForSequenceClassification)
-AutoModelForAudioClassification.register(NeMoModelConfig, NeMoForAudioClassification)

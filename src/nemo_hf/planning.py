@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .sites import AttentionSite, NeuronSite
+from .neurons import AttentionSite, NeuronSite
 
 RELEVANCE_SCALE = 255
 """Relevance is stored as round(255 f), f the share of a group's samples that open a neuron."""

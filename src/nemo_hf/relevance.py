@@ -1,12 +1,13 @@
 """Relevance: which share of a group's samples opens each neuron, counted in one streaming pass."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .data import check_label_counts
 from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
 from .planning import RELEVANCE_SCALE
@@ -133,21 +134,3 @@ def compute_relevance(
     check_label_counts(counts.labels.tolist(), parent.config.names)
     counts.write()
     parent.config.relevance_source = "exact"
-
-
-def check_label_counts(counts: Sequence[float], id2label: Mapping[int, str]) -> None:
-    """Refuses training data in which some label has no sample.
-
-    Args:
-        counts: Number of samples by label id.
-        id2label: The labels.
-
-    Raises:
-        ValueError: Naming the labels.
-    """
-    missing = [id2label[index] for index, count in enumerate(counts) if not count]
-    if missing:
-        raise ValueError(
-            f"Got training data without a sample of {missing[:12]}; expected at least one of each of the "
-            f"{len(counts)} labels, or their modules would be empty. Add samples, or load the model with fewer labels."
-        )

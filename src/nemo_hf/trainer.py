@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import LabelLike, NeMoConfig
+from .data import check_labels, column_values, groups_from_column
 from .evaluation import ModuleReport, evaluate_module
 from .extraction import make_parent
 from .losses import contrastive_loss, restricted_cross_entropy, site_masks, sparsity_loss
 from .metrics import cohesion_and_coupling
 from .modeling import NeMoPreTrainedModel
 from .planning import RELEVANCE_SCALE
-from .relevance import OpenCounts, check_label_counts, compute_relevance, group_indices
+from .relevance import OpenCounts, compute_relevance, group_indices
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +145,13 @@ class NeMoTrainer(Trainer):
                 model.config.nemo_config = config.to_dict()
             return model
         config = config or NeMoConfig()
-        labels = _column(self._training_data, ("label", "labels", "label_ids"))
+        labels = column_values(self._training_data, ("label", "labels", "label_ids"))
         names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
         groups = None
         if config.group_column is not None:
-            groups = _groups_from_column(self._training_data, config.group_column, labels, names)
+            groups = groups_from_column(self._training_data, config.group_column, labels, names)
         if labels is not None:
-            _check_labels(labels, names)
+            check_labels(labels, names)
         return make_parent(model, config, groups)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -360,16 +361,6 @@ class NeMoTrainer(Trainer):
             self.parent.save_pretrained(Path(output_dir or self.args.output_dir), state_dict=state_dict)
 
 
-def _check_labels(labels: Sequence[int], names: Mapping[int, str]) -> None:
-    counts = torch.bincount(torch.tensor(labels), minlength=len(names))
-    if len(counts) > len(names):
-        raise ValueError(
-            f"Got the label id {len(counts) - 1} in the training data; expected 0 to {len(names) - 1}. "
-            f"Load the model with num_labels={len(counts)}."
-        )
-    check_label_counts(counts.tolist(), names)
-
-
 def _check_same_structure(trained: NeMoConfig, given: NeMoConfig) -> None:
     for name in ("targets", "generator_rank", "hard_masks", "label_groups", "group_column"):
         if getattr(trained, name) != getattr(given, name):
@@ -377,37 +368,3 @@ def _check_same_structure(trained: NeMoConfig, given: NeMoConfig) -> None:
                 f"Got {name}={getattr(given, name)!r} for a parent trained with {getattr(trained, name)!r}; expected "
                 "the same, since the masks have that shape. Leave nemo_config out, or start from the plain model."
             )
-
-
-def _column(dataset: Any, names: Sequence[str]) -> list[Any] | None:
-    """A column of a `datasets.Dataset` without transforms, or `None` for other data."""
-    columns = getattr(dataset, "column_names", None)
-    name = next((name for name in names if columns is not None and name in columns), None)
-    if name is None or not hasattr(dataset, "with_format"):
-        return None
-    return list(dataset.with_format(None)[name])
-
-
-def _groups_from_column(
-    dataset: Any, column: str, labels: Sequence[int] | None, id2label: Mapping[int, str]
-) -> dict[str, list[LabelLike]]:
-    values = _column(dataset, (column,))
-    if values is None or labels is None:
-        raise ValueError(
-            f"Got group_column={column!r}; expected a column of a datasets.Dataset to train on, which has "
-            f"{getattr(dataset, 'column_names', 'no columns')}. Name one of them, or pass label_groups."
-        )
-    feature = getattr(dataset, "features", {}).get(column)
-    names = getattr(feature, "names", None)
-    groups: dict[str, list[LabelLike]] = {}
-    owner: dict[int, str] = {}
-    for label, value in zip(labels, values, strict=True):
-        group = str(names[value]) if names and isinstance(value, int) else str(value)
-        if owner.setdefault(label, group) != group:
-            raise ValueError(
-                f"Got the label {id2label[label]!r} in the groups {owner[label]!r} and {group!r} of the column "
-                f"{column!r}; expected one group a label. Correct the data, or pass label_groups."
-            )
-    for label in sorted(owner):
-        groups.setdefault(owner[label], []).append(label)
-    return groups

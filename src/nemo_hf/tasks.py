@@ -1,0 +1,217 @@
+"""One class per task, registered with the Auto classes, and how a plain model becomes a parent."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+
+from .config import LabelLike, NeMoConfig, resolve_groups
+from .configuration import NeMoModelConfig
+from .modeling import NeMoOutput, NeMoPreTrainedModel
+
+
+class NeMoForImageClassification(NeMoPreTrainedModel):
+    """Parent or module that classifies images."""
+
+    main_input_name = "pixel_values"
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies images.
+
+        Args:
+            pixel_values: Shape (batch, channels, height, width).
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in
+                [0, 1], in place of the generated ones.
+            static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
+            output_neuron_masks: Parents: whether to return the soft masks; `None`: in training mode only.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"pixel_values": pixel_values}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForSequenceClassification(NeMoPreTrainedModel):
+    """Parent or module that classifies texts."""
+
+    main_input_name = "input_ids"
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies texts; arguments other than those here as in `NeMoForImageClassification.forward`.
+
+        Args:
+            input_ids: Token ids, shape (batch, tokens).
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForAudioClassification(NeMoPreTrainedModel):
+    """Parent or module that classifies recordings."""
+
+    main_input_name = "input_values"
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies recordings; arguments other than those here as in `NeMoForImageClassification.forward`.
+
+        Args:
+            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain model takes them.
+            input_features: Features of models that take these instead.
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"input_values": input_values, "input_features": input_features}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+def attach_masks(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig | None = None,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+) -> NeMoPreTrainedModel:
+    """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
+
+    Args:
+        model: An image, sequence or audio classification model of `transformers`, one label a sample.
+        nemo_config: The options; `None` takes the defaults.
+        label_groups: Groups in place of `nemo_config.label_groups`.
+
+    Returns:
+        The parent, of the class for the model's task. With hard masks it computes what the plain model
+        does until a mask closes.
+
+    Raises:
+        TypeError: If `model` is not such a model.
+        ValueError: If it is one already, or has PEFT adapters, quantized weights or another head.
+        UnsupportedArchitectureError: If it has no sites that can be cut exactly.
+    """
+    nemo_config = nemo_config or NeMoConfig()
+    _check_plain(model)
+    base_config = model.config
+    names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
+    groups = resolve_groups(label_groups or nemo_config.label_groups, names)
+    if getattr(base_config, "use_cache", False):
+        base_config.use_cache = False  # a classifier reads no cache
+    config = NeMoModelConfig(
+        base_config=base_config,
+        base_class=type(model).__name__,
+        nemo_config=nemo_config.to_dict(),
+        label_groups=groups,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+        problem_type="single_label_classification",
+        # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
+        attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
+    )
+    parent = task_class(type(model).__name__)(config, model)
+    assert parent.masks is not None
+    parent.masks.to(model.device)
+    parent.set_sites(parent.sites)
+    parent.train(model.training)
+    return parent
+
+
+def task_class(base_class: str) -> type[NeMoPreTrainedModel]:
+    """Finds our class for the task of a plain model's class, given by name."""
+    if base_class in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in base_class:
+        return NeMoForAudioClassification
+    if "ForImageClassification" in base_class:
+        return NeMoForImageClassification
+    if "ForSequenceClassification" in base_class:
+        return NeMoForSequenceClassification
+    raise TypeError(
+        f"Got a {base_class}; expected a class for image, sequence or audio classification. "
+        "Load the model with AutoModelForImageClassification or AutoModelForSequenceClassification."
+    )
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
+        raise ValueError(
+            "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
+            "Call merge_and_unload() on it first."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "Got a quantized model; expected plain weights, since packed ones can't be cut by row. "
+            "Load it without quantization_config, and quantize the modules instead."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
+    if isinstance(model, NeMoPreTrainedModel):
+        raise ValueError(
+            "Got a nemo_hf model; expected a plain one, since masks are attached once. "
+            "Pass a saved parent to NeMoTrainer itself to train it on, or call parent.detach_masks() first."
+        )
+    task_class(type(model).__name__)
+    problem = model.config.problem_type
+    if problem not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
+        raise ValueError(
+            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected single-label "
+            "classification with at least 2 labels, since each sample's label says which group it trains. "
+            "Load the model with num_labels=... and problem_type='single_label_classification'."
+        )
+
+
+AutoConfig.register(NeMoModelConfig.model_type, NeMoModelConfig)
+AutoModelForImageClassification.register(NeMoModelConfig, NeMoForImageClassification)
+AutoModelForSequenceClassification.register(NeMoModelConfig, NeMoForSequenceClassification)
+AutoModelForAudioClassification.register(NeMoModelConfig, NeMoForAudioClassification)
