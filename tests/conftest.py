@@ -1,0 +1,146 @@
+"""Tiny random models of the nine families, and small data; everything offline."""
+
+import copy
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+LABELS = ["cat", "dog", "car", "ship", "frog"]
+NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+TEXT = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    **NAMES,
+}
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+    **NAMES,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {
+    "vit": lambda: ViTForImageClassification(ViTConfig(**IMAGE)),
+    "deit": lambda: DeiTForImageClassification(DeiTConfig(**IMAGE)),
+    "deit-teacher": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**IMAGE)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=120, dim=32, n_layers=2, n_heads=4, hidden_dim=48, **NAMES)
+    ),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)),
+    "albert": lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=16)),
+    "gpt2": lambda: GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_inner=48, pad_token_id=0, **SPECIAL, **NAMES)
+    ),
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**TEXT, num_key_value_heads=2, **SPECIAL)),
+    "swin": lambda: SwinForImageClassification(
+        SwinConfig(
+            image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, **NAMES
+        )
+    ),
+}
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model with larger weights than at initialisation, so that masks move its logits."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.3)
+    return model.eval()
+
+
+_BUILT: dict[str, PreTrainedModel] = {}
+
+
+def fresh(family: str) -> PreTrainedModel:
+    """A copy of the family's model, built once a session."""
+    if family not in _BUILT:
+        _BUILT[family] = build(family)
+    return copy.deepcopy(_BUILT[family])
+
+
+@pytest.fixture(params=list(FAMILIES))
+def plain(request) -> PreTrainedModel:
+    return fresh(request.param)
+
+
+@pytest.fixture
+def vit() -> PreTrainedModel:
+    return fresh("vit")
+
+
+@pytest.fixture
+def bert() -> PreTrainedModel:
+    return fresh("bert")
+
+
+def randomize_relevance(parent, seed: int = 0) -> None:
+    """Gives a parent a random relevance, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for mask in parent.masks.site_masks():
+        mask.relevance.copy_(torch.randint(0, 256, mask.relevance.shape, generator=generator))
+        if mask.mean_mask is not None:
+            mask.mean_mask.copy_(torch.rand(mask.mean_mask.shape, generator=generator))
+    parent.config.relevance_source = "exact"
+
+
+def image_samples(count: int = 40, seed: int = 0) -> list[dict]:
+    """Images of 16x16 whose label is the brightest of five stripes."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(count):
+        image = torch.randn(3, 16, 16, generator=generator) * 0.3
+        image[:, 3 * (index % 5) : 3 * (index % 5) + 3] += 1.5
+        samples.append({"pixel_values": image, "labels": index % 5})
+    return samples
+
+
+def text_samples(count: int = 40, seed: int = 0) -> list[dict]:
+    """Token sequences of unequal lengths whose label is told by their tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(count):
+        length = int(torch.randint(4, 12, (1,), generator=generator))
+        ids = 10 + 20 * (index % 5) + torch.randint(0, 20, (length,), generator=generator)
+        padded = torch.cat([ids, torch.zeros(12 - length, dtype=torch.long)])
+        samples.append({"input_ids": padded, "attention_mask": (padded != 0).long(), "labels": index % 5})
+    return samples
