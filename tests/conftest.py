@@ -72,9 +72,7 @@ FAMILIES = {
     ),
     "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**TEXT, num_key_value_heads=2, **SPECIAL)),
     "swin": lambda: SwinForImageClassification(
-        SwinConfig(
-            image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, **NAMES
-        )
+        SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, **NAMES)
     ),
 }
 

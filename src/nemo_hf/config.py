@@ -26,6 +26,8 @@ class NeMoConfig:
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper], at least 0.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
             values in [0, 1).
+        detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks
+            also moves what they watch, as in the paper.
         mask_learning_rate: Learning rate of the mask generators; `None` takes
             `TrainingArguments.learning_rate`.
         warmup_ratio: Share of the training steps, in [0, 1], over which `contrastive_weight` and
@@ -54,6 +56,7 @@ class NeMoConfig:
     temperature: float = 0.2
     sparsity_weight: float = 1.2
     hard_masks: bool = True
+    detach_pooled: bool = True
     mask_learning_rate: float | None = None
     warmup_ratio: float = 0.1
     rehearsal_probability: float = 0.5
@@ -80,8 +83,9 @@ class NeMoConfig:
         self._check_range("relevance_threshold", 0, 1, open_below=True)
         if self.mask_learning_rate is not None:
             self._check_range("mask_learning_rate", 0, float("inf"))
-        if not isinstance(self.hard_masks, bool):
-            raise TypeError(f"Got hard_masks={self.hard_masks!r}; expected True or False.")
+        for name in ("hard_masks", "detach_pooled"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
         if self.label_groups is not None:
             if self.group_column is not None:
                 raise ValueError(

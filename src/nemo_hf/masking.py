@@ -61,6 +61,7 @@ class CallState:
     def __init__(self) -> None:
         self.is_enabled = True
         self.is_hard = True
+        self.detaches_pooled = True
         self.batch_size = 0
         self.attention_mask: Tensor | None = None
         self.static_masks: Mapping[str, Tensor] | None = None
@@ -88,6 +89,7 @@ class CallState:
         # A call's tensors belong to the graph of the model that made them, not to its copy.
         copied = CallState()
         copied.is_enabled, copied.is_hard = self.is_enabled, self.is_hard
+        copied.detaches_pooled = self.detaches_pooled
         return copied
 
 
@@ -142,7 +144,8 @@ class SiteMask(nn.Module):
     def _make_mask(self, hidden_states: Tensor) -> None:
         state = self.state
         state.check_is_open()
-        mask = self.generator(self._pooled(hidden_states))
+        pooled = self._pooled(hidden_states)
+        mask = self.generator(pooled.detach() if state.detaches_pooled else pooled)
         if state.collected is not None:
             state.collected.setdefault(self.site.key, []).append(mask)
         if state.is_hard:
@@ -221,12 +224,16 @@ class NeuronMasks(nn.ModuleList):
         rank: Hidden width of the generators.
         groups: Number of label groups.
         is_hard: Whether the forward pass sees 0/1 masks.
+        detaches_pooled: Whether no gradient goes through the generators' inputs.
     """
 
-    def __init__(self, sites: Sequence[NeuronSite], rank: int, groups: int, is_hard: bool) -> None:
+    def __init__(
+        self, sites: Sequence[NeuronSite], rank: int, groups: int, is_hard: bool, detaches_pooled: bool = True
+    ) -> None:
         super().__init__(SiteMask(site, rank, groups, keeps_mean=not is_hard) for site in sites)
         self.state = CallState()
         self.state.is_hard = is_hard
+        self.state.detaches_pooled = detaches_pooled
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for mask in self.site_masks():
             mask.state = self.state
@@ -327,4 +334,4 @@ def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters
         Masks that are not attached yet.
     """
     rank = config.generator_rank or default_rank(sites, base_parameters)
-    return NeuronMasks(sites, rank, groups, config.hard_masks)
+    return NeuronMasks(sites, rank, groups, config.hard_masks, config.detach_pooled)

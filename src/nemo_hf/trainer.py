@@ -98,6 +98,8 @@ class NeMoTrainer(Trainer):
     @property
     def parent(self) -> NeMoPreTrainedModel:
         """The parent in training, without the wrappers of distributed training."""
+        if isinstance(self.model, NeMoPreTrainedModel):  # unwrapping walks through all layers
+            return self.model
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, NeMoPreTrainedModel)
         return model

@@ -1,0 +1,298 @@
+"""The command line `nemo-hf`: thin commands over the library."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    HfArgumentParser,
+    TrainingArguments,
+)
+
+from .config import LabelLike, NeMoConfig
+from .data import LoadedData, load_data
+from .demo import accuracy, format_demo, run_demo
+from .evaluation import evaluate_module, format_table
+from .extraction import make_parent
+from .files import REPORT_NAME, write_json
+from .masking import default_rank
+from .model_card import render_model_card
+from .modeling import NeMoPreTrainedModel, base_parameters
+from .trainer import NeMoTrainer
+
+AUTO_CLASSES = {
+    "image-classification": AutoModelForImageClassification,
+    "text-classification": AutoModelForSequenceClassification,
+}
+
+
+@dataclass
+class DemoCommand:
+    """Trains, cuts, saves, reloads and measures on scikit-learn's digits: offline, on a CPU, two minutes."""
+
+    output_dir: str = field(metadata={"help": "Gets parent/, modules/, report.json and modules.png."})
+    seed: int = field(default=0, metadata={"help": "Seed of the split, the models and the training."})
+    epochs: int | None = field(default=None, metadata={"help": "Epochs of each of the two trainings."})
+
+
+@dataclass
+class DataOptions:
+    """Data to train on or to measure with."""
+
+    dataset: str = field(metadata={"help": "Hub data set or local folder."})
+    split: str = field(default="test", metadata={"help": "Split to measure with."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    input_column: str | None = field(
+        default=None, metadata={"help": "Column of the images or texts; found if left out."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Samples a batch when measuring."})
+
+
+@dataclass
+class TrainCommand(DataOptions):
+    """Trains a parent from a plain model and measures it; takes all TrainingArguments as options too."""
+
+    model: str = field(default="", metadata={"help": "Plain model: Hub repository or directory."})
+    nemo_config: str | None = field(default=None, metadata={"help": "NeMoConfig as a JSON file or inline JSON."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+
+
+@dataclass
+class ExtractCommand:
+    """Cuts a module out of a saved parent and saves it."""
+
+    parent: str = field(metadata={"help": "Parent: directory or Hub repository."})
+    labels: list[str] = field(metadata={"help": "Label names, group names or label ids, in the order of the outputs."})
+    output_dir: str = field(metadata={"help": "Directory of the module."})
+    threshold: float | None = field(default=None, metadata={"help": "Relevance threshold, above 0 up to 1."})
+    round_to: int | None = field(default=None, metadata={"help": "Fill widths up to multiples of this, such as 8."})
+
+
+@dataclass
+class EvaluateCommand(DataOptions):
+    """Measures modules of a saved parent beside their controls."""
+
+    parent: str = field(default="", metadata={"help": "Parent: directory or Hub repository."})
+    labels: list[str] = field(
+        default_factory=list, metadata={"help": "Modules to measure, each as labels joined by '+': cat+dog car+ship."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file for the reports."})
+
+
+@dataclass
+class PushCommand:
+    """Uploads a saved parent or module with its model card."""
+
+    path: str = field(metadata={"help": "Directory of a saved parent or module."})
+    repo_id: str = field(metadata={"help": "Hub repository, such as me/cat-dog."})
+    parent: str | None = field(default=None, metadata={"help": "Repository of a module's parent, for the card."})
+    private: bool = field(default=False, metadata={"help": "Whether to create a private repository."})
+    dry_run: bool = field(default=False, metadata={"help": "Write the card beside the model and upload nothing."})
+
+
+@dataclass
+class InspectCommand:
+    """Prints a model's neuron sites: where masks would attach and how modules would be cut."""
+
+    model: str = field(metadata={"help": "Plain model, parent or module: directory or Hub repository."})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Words after `nemo-hf`; `None` takes those of the process.
+
+    Returns:
+        Exit status: 0, or 2 if the input is wrong; the message is on standard error.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, tuple[Any, Callable[..., None]]] = {
+        "demo": ((DemoCommand,), _demo),
+        "train": ((TrainCommand, TrainingArguments), _train),
+        "extract": ((ExtractCommand,), _extract),
+        "evaluate": ((EvaluateCommand,), _evaluate),
+        "push": ((PushCommand,), _push),
+        "inspect": ((InspectCommand,), _inspect),
+    }
+    if not words or words[0] not in commands:
+        print("usage: nemo-hf COMMAND ...    (nemo-hf COMMAND --help says more)\n")
+        for name, (kinds, _) in commands.items():
+            print(f"  {name:10}{kinds[0].__doc__}")
+        return 0 if not words or words[0] in ("-h", "--help") else 2
+    kinds, run = commands[words[0]]
+    parser = HfArgumentParser(kinds, prog=f"nemo-hf {words[0]}", description=kinds[0].__doc__)
+    logging.basicConfig(level=logging.WARNING)
+    positional = _with_option_names(words[1:], kinds[0])
+    try:
+        run(*parser.parse_args_into_dataclasses(positional))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"nemo-hf {words[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _with_option_names(words: list[str], kind: type[Any]) -> list[str]:
+    """Lets the first option be given without its name: `nemo-hf inspect MODEL`."""
+    first = {InspectCommand: "--model", PushCommand: "--path"}.get(kind)
+    return [first, *words] if first and words and not words[0].startswith("-") else words
+
+
+def _demo(command: DemoCommand) -> None:
+    options = {} if command.epochs is None else {"epochs": command.epochs}
+    report = run_demo(command.output_dir, seed=command.seed, **options)
+    print(f"\n{format_demo(report)}\n\n{command.output_dir}: parent/, modules/, report.json, modules.png")
+
+
+def _read_nemo_config(text: str | None) -> NeMoConfig:
+    if text is None:
+        return NeMoConfig()
+    if text.lstrip().startswith("{"):
+        return NeMoConfig.from_dict(json.loads(text))
+    return NeMoConfig.from_json_file(text)
+
+
+def _train(command: TrainCommand, arguments: TrainingArguments) -> None:
+    if not command.model:
+        raise ValueError("Got no --model; expected a plain model, such as --model google/vit-base-patch16-224.")
+    nemo_config = _read_nemo_config(command.nemo_config)
+    data = load_data(
+        command.dataset,
+        command.model,
+        [command.train_split, command.split],
+        command.label_column,
+        command.input_column,
+        keep=[nemo_config.group_column] if nemo_config.group_column else [],
+    )
+    model = AUTO_CLASSES[data.task].from_pretrained(command.model, **data.label_options(), ignore_mismatched_sizes=True)
+    arguments.remove_unused_columns = False  # the columns are made when a sample is read
+    trainer = NeMoTrainer(
+        model,
+        arguments,
+        data.collator,
+        data.splits[command.train_split],
+        eval_dataset=data.splits[command.split],
+        processing_class=data.processor,
+        compute_metrics=accuracy,
+        nemo_config=nemo_config,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.parent.report = {"metrics": metrics, "nemo_config": nemo_config.to_dict()}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(json.dumps(metrics, indent=2))
+
+
+def _extract(command: ExtractCommand) -> None:
+    module = _load(command.parent, labels=_labels(command.labels))
+    module.save_pretrained(command.output_dir)
+    config = module.config
+    print(
+        f"{command.output_dir}: {list(config.names.values())}, {base_parameters(module):,} parameters, "
+        f"{config.retained_neurons:.1%} of the neurons"
+    )
+
+
+def _load(source: str, **options: Any) -> NeMoPreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != "nemo_hf":
+        raise ValueError(
+            f"Got {source!r} of model type {config.model_type!r}; expected a parent or module of nemo_hf. "
+            "Train one with nemo-hf train."
+        )
+    kind = AUTO_CLASSES["image-classification" if "ForImage" in config.base_class else "text-classification"]
+    model = kind.from_pretrained(source, **options)
+    assert isinstance(model, NeMoPreTrainedModel)
+    return model
+
+
+def _labels(words: Sequence[str]) -> list[LabelLike]:
+    return [int(word) if word.isdigit() else word for word in words]
+
+
+def _evaluate(command: EvaluateCommand) -> None:
+    parent = _load(command.parent)
+    data: LoadedData = load_data(
+        command.dataset, command.parent, [command.split], command.label_column, command.input_column
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parent.to(device)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(
+        data.splits[command.split], batch_size=command.batch_size, collate_fn=data.collator
+    )
+    if not command.labels:
+        raise ValueError("Got no --labels; expected modules to measure, such as --labels cat+dog car.")
+    reports = [evaluate_module(parent, _labels(word.split("+")), loader).to_dict() for word in command.labels]
+    print(format_table(reports))
+    if command.output:
+        write_json(command.output, reports)
+
+
+def _push(command: PushCommand) -> None:
+    path = Path(command.path)
+    model = _load(command.path)
+    task = "image-classification" if "ForImage" in model.config.base_class else "text-classification"
+    report: Mapping[str, Any] | None = model.report if model.report and "controls" in model.report else None
+    card = render_model_card(
+        command.repo_id,
+        task,
+        model.config.role,
+        list(model.config.names.values()),
+        model.config.base_class,
+        base_parameters(model),
+        report,
+        command.parent,
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
+    if command.dry_run:
+        print(f"{path / 'README.md'} written; nothing uploaded")
+        return
+    api = HfApi()
+    api.create_repo(command.repo_id, private=command.private, exist_ok=True)
+    patterns = ["*.safetensors", "*.json", "README.md", "*.txt", "*.model", "*.jinja", REPORT_NAME]
+    print(api.upload_folder(repo_id=command.repo_id, folder_path=path, allow_patterns=patterns))
+
+
+def _inspect(command: InspectCommand) -> None:
+    config = AutoConfig.from_pretrained(command.model)
+    if config.model_type == "nemo_hf":
+        parent = _load(command.model)
+    else:
+        is_image = type(config) in AutoModelForImageClassification._model_mapping
+        kind = AUTO_CLASSES["image-classification" if is_image else "text-classification"]
+        parent = make_parent(kind.from_pretrained(command.model))
+    rows = [("site", "kind", "neurons", "back end")]
+    rows += [
+        (site.name, site.kind, str(_neurons(parent, index)), site.back_end) for index, site in enumerate(parent.sites)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\n{parent.config.base_class}: {base_parameters(parent):,} parameters")
+    if parent.is_parent:
+        rank = default_rank(parent.sites, base_parameters(parent))
+        print(f"mask generators: rank {rank}; extraction law: {(parent.config.law or {}).get('status')}")
+
+
+def _neurons(model: NeMoPreTrainedModel, index: int) -> int:
+    """Neurons of a site: of a parent all, of a module those that it was cut to."""
+    if model.is_parent:
+        return model.sites[index].neurons
+    widths = (model.config.sites or [])[index]["widths"]
+    if "head_dim" in widths:
+        return int(2 * widths["key_value_heads"] * widths["head_dim"])
+    return int(widths["intermediate"] if "intermediate" in widths else widths["key"] + widths["value"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,284 @@
+"""The main job on embedded data: scikit-learn's digits, offline, on a CPU."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from .config import NeMoConfig
+from .evaluation import evaluate_module, format_table
+from .files import write_json
+from .metrics import jaccard_indices
+from .modeling import NeMoPreTrainedModel, base_parameters
+from .planning import RELEVANCE_SCALE
+from .trainer import NeMoTrainer
+
+MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
+TEST_SHARE = 0.2
+EPOCHS = 60
+BATCH_SIZE = 64
+LEARNING_RATE = 1e-3
+OPTIONS = NeMoConfig()
+
+
+class Digits(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images of scikit-learn's digits as a processor prepares them.
+
+    Args:
+        pixel_values: Shape (samples, channels, height, width).
+        labels: Digits, shape (samples,).
+    """
+
+    def __init__(self, pixel_values: Tensor, labels: Sequence[int]) -> None:
+        self.pixel_values, self.labels = pixel_values, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixel_values[index], "labels": int(self.labels[index])}
+
+
+def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
+    """Trains a small ViT on digits, plain and with masks, and cuts, saves, reloads and measures modules.
+
+    Args:
+        output_dir: Gets `parent/`, `modules/`, `report.json` and `modules.png`.
+        seed: Seed of the split, the models and the training.
+        epochs: Epochs of each of the two trainings.
+
+    Returns:
+        The report, as written to `report.json`.
+
+    Raises:
+        ImportError: If the extra `demo` is not installed.
+    """
+    start = time.perf_counter()
+    output = Path(output_dir)
+    processor = ViTImageProcessorPil(
+        do_resize=False, size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    train, test, test_indices = load_digits_split(processor, seed)
+    plain = _trainer(Trainer, train, test, output / "training" / "plain", seed, epochs)
+    plain.train()
+    plain_accuracy = plain.evaluate()["eval_accuracy"]
+    trainer = _trainer(
+        NeMoTrainer,
+        train,
+        test,
+        output / "training" / "parent",
+        seed,
+        epochs,
+        nemo_config=OPTIONS,
+        processing_class=processor,
+    )
+    assert isinstance(trainer, NeMoTrainer)
+    trainer.train()
+    measured = trainer.evaluate()
+    parent = trainer.parent
+    trainer.save_model(str(output / "parent"))
+    modules = [_module(trainer, labels, output) for labels in MODULES]
+    assert parent.masks is not None
+    report = {
+        "seed": seed,
+        "epochs": epochs,
+        "seconds": round(time.perf_counter() - start, 1),
+        "plain": {"accuracy": plain_accuracy, "parameters": _count(plain.model)},
+        "parent": {
+            "accuracy": measured["eval_accuracy"],
+            "parameters": base_parameters(parent),
+            "generator_parameters": _count(parent.masks),
+            "cohesion": measured["eval_cohesion"],
+            "coupling": measured["eval_coupling"],
+        },
+        "test_indices": test_indices,
+        "modules": modules,
+    }
+    draw_modules(parent, output / "modules.png")
+    write_json(output / "report.json", report)
+    return report
+
+
+def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[int]]:
+    """Splits scikit-learn's 1,797 digits into training and test data.
+
+    Args:
+        processor: Image processor.
+        seed: Seed of the split, which is stratified by digit.
+
+    Returns:
+        Training data, test data, and the test samples' indices in `load_digits()`.
+
+    Raises:
+        ImportError: If scikit-learn or Pillow is missing.
+    """
+    try:
+        from PIL import Image
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError(
+            f"Got no {error.name}; expected the packages of the demo. Install them with: pip install nemo-hf[demo]"
+        ) from error
+    digits = load_digits()
+    images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)).convert("RGB") for image in digits.images]
+    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+    chosen, held_out = train_test_split(
+        np.arange(len(images)), test_size=TEST_SHARE, stratify=digits.target, random_state=seed
+    )
+    parts = [Digits(pixel_values[indices], digits.target[indices].tolist()) for indices in (chosen, held_out)]
+    return parts[0], parts[1], [int(index) for index in held_out]
+
+
+def _trainer(
+    kind: type[Trainer], train: Digits, test: Digits, directory: Path, seed: int, epochs: int, **options: Any
+) -> Trainer:
+    set_seed(seed)
+    names = [str(digit) for digit in range(10)]
+    model = ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=2,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=256,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+        )
+    )
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=512,
+        learning_rate=LEARNING_RATE,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+    return kind(model, arguments, train_dataset=train, eval_dataset=test, compute_metrics=accuracy, **options)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of right answers, for `compute_metrics`."""
+    answers = np.asarray(prediction.predictions).argmax(-1)
+    return {"accuracy": float((answers == prediction.label_ids).mean())}
+
+
+def _count(layers: torch.nn.Module | None) -> int:
+    assert layers is not None
+    return sum(parameter.numel() for parameter in layers.parameters())
+
+
+def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[str, Any]:
+    """Cuts a module, saves it, loads it back and measures what was loaded."""
+    path = (output / "modules" / "-".join(map(str, labels))).resolve()
+    module = trainer.extract_module(list(labels))
+    module.save_pretrained(path)
+    loaded = AutoModelForImageClassification.from_pretrained(path)
+    report = evaluate_module(
+        trainer.parent, list(labels), trainer.get_eval_dataloader(), module=loaded, show_progress=False
+    ).to_dict()
+    loaded.report = report
+    loaded.save_pretrained(path)
+    by_batch, parent_by_batch = report.pop("latency_ms"), report.pop("parent_latency_ms")
+    return {
+        **report,
+        "labels": list(labels),
+        "path": str(path),
+        "latency_ms": by_batch["1"],
+        "parent_latency_ms": parent_by_batch["1"],
+        "latency_ms_by_batch": by_batch,
+        "parent_latency_ms_by_batch": parent_by_batch,
+        "law": loaded.config.law,
+    }
+
+
+def draw_modules(parent: NeMoPreTrainedModel, path: str | Path) -> None:
+    """Draws which share of each site's neurons the labels use, and how far labels share them.
+
+    Args:
+        parent: A parent with a measured relevance.
+        path: Picture file.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Got no matplotlib; expected it for the picture. Install nemo-hf[demo].") from error
+    assert parent.masks is not None
+    threshold = parent.nemo_config.relevance_threshold * RELEVANCE_SCALE
+    used = {key: relevance >= threshold for key, relevance in parent.masks.relevance().items()}
+    shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).numpy()  # (sites, groups)
+    overlap = jaccard_indices(torch.cat(list(used.values()), -1)).numpy()
+    groups = list(parent.config.groups)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    pictures = (
+        (
+            left,
+            shares,
+            [f"{key.split(':')[1]} {index // 2}" for index, key in enumerate(used)],
+            "Share of neurons used",
+        ),
+        (right, overlap, groups, "Overlap of neurons (Jaccard index)"),
+    )
+    for axes, values, rows, title in pictures:
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_title(title)
+        axes.set_xticks(range(len(groups)), groups, rotation=90 if len(groups) > 12 else 0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel("label group")
+        for row, column in np.ndindex(values.shape) if values.size <= 150 else ():
+            axes.text(
+                column,
+                row,
+                f"{values[row, column]:.2f}".lstrip("0"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if values[row, column] > 0.6 else "white",
+            )
+        figure.colorbar(image, ax=axes, shrink=0.9)
+    figure.savefig(path, dpi=120)
+
+
+def format_demo(report: Mapping[str, Any]) -> str:
+    """Renders the demo's report for a terminal."""
+    plain, parent = report["plain"], report["parent"]
+    table = format_table(
+        [
+            {
+                **module,
+                "latency_ms": module["latency_ms_by_batch"],
+                "parent_latency_ms": module["parent_latency_ms_by_batch"],
+            }
+            for module in report["modules"]
+        ]
+    )
+    return (
+        f"plain model   accuracy {plain['accuracy']:.3f}   {plain['parameters']:,} parameters\n"
+        f"parent        accuracy {parent['accuracy']:.3f}   {parent['parameters']:,} parameters "
+        f"+ {parent['generator_parameters']:,} of mask generators   coupling {parent['coupling']:.2f}\n\n{table}"
+    )
