@@ -12,7 +12,9 @@ class NeMoModelConfig(PreTrainedConfig):
         base_class: Name of the plain model's class in `transformers`.
         role: `"parent"` (masks attached) or `"module"` (layers sliced).
         nemo_config: The options of `NeMoConfig` that the parent was trained with.
-        label_groups: Parent: group name to label ids, a partition. Module: the groups it was cut for.
+        label_groups: One entry a group: `name` and `labels` (ids). Parent: a partition. Module: those that it
+            was cut for. A list, since JSON files of `transformers` sort the keys of a mapping and the order
+            is that of the relevance's rows.
         label_ids: Module: the parent's id of each label, in the order of the outputs.
         sites: One entry a site: `key`, `back_end`, and for a module the kept `widths`.
         relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
@@ -28,7 +30,7 @@ class NeMoModelConfig(PreTrainedConfig):
     base_class: str = "ViTForImageClassification"
     role: str = "parent"
     nemo_config: dict | None = None  # type: ignore[type-arg]
-    label_groups: dict | None = None  # type: ignore[type-arg]
+    label_groups: list | None = None  # type: ignore[type-arg]
     label_ids: list | None = None  # type: ignore[type-arg]
     sites: list | None = None  # type: ignore[type-arg]
     relevance_source: str = "initial"
@@ -44,7 +46,7 @@ class NeMoModelConfig(PreTrainedConfig):
     @property
     def groups(self) -> dict[str, list[int]]:
         """Label ids by group name, in the order of the relevance's rows."""
-        return dict(self.label_groups or {})
+        return {entry["name"]: list(entry["labels"]) for entry in self.label_groups or []}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""

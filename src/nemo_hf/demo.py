@@ -1,5 +1,6 @@
 """The main job on embedded data: scikit-learn's digits, offline, on a CPU."""
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,14 +74,13 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
         do_resize=False, size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     train, test, test_indices = load_digits_split(processor, seed)
-    plain = _trainer(Trainer, train, test, output / "training" / "plain", seed, epochs)
+    plain = digits_trainer(Trainer, train, test, seed, epochs)
     plain.train()
     plain_accuracy = plain.evaluate()["eval_accuracy"]
-    trainer = _trainer(
+    trainer = digits_trainer(
         NeMoTrainer,
         train,
         test,
-        output / "training" / "parent",
         seed,
         epochs,
         nemo_config=OPTIONS,
@@ -144,9 +144,20 @@ def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[i
     return parts[0], parts[1], [int(index) for index in held_out]
 
 
-def _trainer(
-    kind: type[Trainer], train: Digits, test: Digits, directory: Path, seed: int, epochs: int, **options: Any
-) -> Trainer:
+def digits_trainer(kind: type[Trainer], train: Digits, test: Digits, seed: int, epochs: int, **options: Any) -> Trainer:
+    """Builds the trainer of a small ViT on digits.
+
+    Args:
+        kind: `Trainer` or `NeMoTrainer`.
+        train: Training data.
+        test: Data to evaluate on.
+        seed: Seed of the model and the training.
+        epochs: Epochs of the training.
+        **options: Further arguments of `kind`.
+
+    Returns:
+        The trainer, not run yet.
+    """
     set_seed(seed)
     names = [str(digit) for digit in range(10)]
     model = ViTForImageClassification(
@@ -164,7 +175,7 @@ def _trainer(
         )
     )
     arguments = TrainingArguments(
-        output_dir=str(directory),
+        output_dir=tempfile.gettempdir(),  # nothing is saved there: save_strategy
         num_train_epochs=epochs,
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=512,

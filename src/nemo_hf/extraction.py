@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from .config import LabelLike, NeMoConfig, resolve_labels
 from .configuration import NeMoModelConfig
@@ -183,8 +185,21 @@ def _build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePla
     for name in [*parent.model.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]:
         state[f"model.{name}"] = read(name, by_name.get(name))
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    with _quiet():
+        module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the progress bar of weights that are in memory already."""
+    shows = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            transformers_logging.enable_progress_bar()
 
 
 def _module_config(
@@ -196,7 +211,7 @@ def _module_config(
     config.id2label = id2label
     config.label2id = {name: index for index, name in id2label.items()}
     config.label_ids = list(plan.label_ids)
-    config.label_groups = {name: list(parent.groups[name]) for name in plan.groups}
+    config.label_groups = [{"name": name, "labels": parent.groups[name]} for name in plan.groups]
     config.problem_type = "single_label_classification" if len(id2label) > 1 else None
     config.relevance_threshold = plan.threshold
     config.retained_neurons = plan.retained

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -164,3 +165,15 @@ def with_back_ends(sites: Sequence[NeuronSite], back_ends: Mapping[str, str]) ->
             )
         changed.append(site)
     return changed
+
+
+def layer_features(layer: nn.Module) -> tuple[int, int] | None:
+    """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
+
+    Subclasses don't count: quantized and adapter layers hold weights that can't be cut by row.
+    """
+    if type(layer) is nn.Linear:
+        return layer.in_features, layer.out_features
+    if type(layer) is Conv1D:
+        return layer.nx, layer.nf
+    return None

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .config import TARGETS
-from .neurons import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError
+from .neurons import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError, layer_features
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,6 @@ FEED_FORWARD_PATTERNS = (
 )
 HEAD_NAMES = re.compile(r"(^|\.)((?!pre_)(\w*classifier)(\.out_proj)?|score|(classification_)?head(\.out_proj)?)$")
 """Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
-
-
-def layer_features(layer: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
-
-    Subclasses don't count: quantized and adapter layers hold weights that can't be cut by row.
-    """
-    if type(layer) is nn.Linear:
-        return layer.in_features, layer.out_features
-    if type(layer) is Conv1D:
-        return layer.nx, layer.nf
-    return None
 
 
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list[NeuronSite]:

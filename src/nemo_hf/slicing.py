@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .neurons import AttentionSite, FeedForwardSite, NeuronSite
+from .neurons import AttentionSite, FeedForwardSite, NeuronSite, layer_features
 
 Keep = Mapping[str, Tensor]
 """Kept neurons of a site by part: sorted indices, int64."""
@@ -277,37 +277,42 @@ def resize_head(model: nn.Module, path: str, num_labels: int) -> None:
 
 def _replace(model: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> None:
     layer = model.get_submodule(path)
-    made = make(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    model.set_submodule(path, made.to_empty(device=weight.device).to(weight.dtype).train(layer.training))
+    with weight.device:
+        made = make(layer)
+    model.set_submodule(path, made.to(weight.device, weight.dtype).train(layer.training))
 
 
 def _resized(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
-    with torch.device("meta"):  # nothing to initialise: the weights come from a cut or a file
-        if isinstance(layer, Conv1D):
-            made: nn.Module = Conv1D(layer.nf if outputs is None else outputs, layer.nx if inputs is None else inputs)
-        else:
-            assert isinstance(layer, nn.Linear)
-            made = nn.Linear(
-                layer.in_features if inputs is None else inputs,
-                layer.out_features if outputs is None else outputs,
-                bias=layer.bias is not None,
-            )
+    old_inputs, old_outputs = _features(layer)
+    inputs, outputs = old_inputs if inputs is None else inputs, old_outputs if outputs is None else outputs
+    # Made at width 1 and given empty weights: torch warns when it initialises a layer of no neurons.
+    if isinstance(layer, Conv1D):
+        made: nn.Module = Conv1D(1, 1)
+        made.nx, made.nf = inputs, outputs
+        made.weight = nn.Parameter(torch.empty(inputs, outputs))
+    else:
+        made = nn.Linear(1, 1, bias=layer.bias is not None)
+        made.in_features, made.out_features = inputs, outputs
+        made.weight = nn.Parameter(torch.empty(outputs, inputs))
+    if layer.bias is not None:
+        made.bias = nn.Parameter(torch.empty(outputs))
     return made
 
 
+def _features(layer: nn.Module) -> tuple[int, int]:
+    features = layer_features(layer)
+    assert features is not None
+    return features
+
+
 def _scattered(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
-    if isinstance(layer, Conv1D):
-        full_inputs, full_outputs = layer.nx, layer.nf
-    else:
-        assert isinstance(layer, nn.Linear)
-        full_inputs, full_outputs = layer.in_features, layer.out_features
-    with torch.device("meta"):
-        return ScatterLinear(
-            full_inputs if inputs is None else inputs,
-            full_outputs if outputs is None else outputs,
-            full_outputs=None if outputs is None else full_outputs,
-            reads_some=inputs is not None,
-            has_bias=layer.bias is not None,
-        )
+    full_inputs, full_outputs = _features(layer)
+    return ScatterLinear(
+        full_inputs if inputs is None else inputs,
+        full_outputs if outputs is None else outputs,
+        full_outputs=None if outputs is None else full_outputs,
+        reads_some=inputs is not None,
+        has_bias=layer.bias is not None,
+    )

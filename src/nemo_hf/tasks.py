@@ -154,7 +154,7 @@ def attach_masks(
         base_config=base_config,
         base_class=type(model).__name__,
         nemo_config=nemo_config.to_dict(),
-        label_groups=groups,
+        label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
         problem_type="single_label_classification",
