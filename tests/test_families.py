@@ -88,8 +88,8 @@ def test_a_parent_survives_saving_and_a_module_cut_on_load_is_the_same(plain, tm
 def test_sites_with_no_neurons_left_are_dropped_exactly(plain):
     parent = trained_parent(plain)
     masks = list(parent.masks.site_masks())
-    masks[0].relevance.zero_()
-    masks[-1].relevance.zero_()
+    for mask in masks[:1] if len(masks) == 2 else (masks[0], masks[-1]):
+        mask.relevance.zero_()
     module = parent.extract_module(LABELS_CUT)
     inputs = random_inputs(parent)
     expected = logits(parent, inputs, static_masks=make_plan(parent, LABELS_CUT).static)[:, IDS_CUT]

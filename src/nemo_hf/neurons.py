@@ -69,9 +69,15 @@ class NeuronSite:
 
 @dataclass(frozen=True)
 class FeedForwardSite(NeuronSite):
-    """Intermediate units of a feed-forward part; with a GLU, of its gate and up projections together."""
+    """Intermediate units of a feed-forward part; with a GLU, of its gate and up projections together.
+
+    Args:
+        producers: Rows of the layers that make the units.
+        least_width: 1 where the layer that reads the units can't have no inputs, else 0.
+    """
 
     producers: tuple[Rows, ...] = ()
+    least_width: int = 0
 
     kind = "ffn"
 

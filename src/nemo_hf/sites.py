@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .config import TARGETS
 from .neurons import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError, layer_features
@@ -152,6 +153,8 @@ def _feed_forward_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> 
             pooled_output=pattern.pooled_output and pooled is not None,
             in_features=producers[0][1][0],
             output=output,
+            # Conv1D views its input as (-1, width), which torch can't do at width 0.
+            least_width=int(isinstance(model.get_submodule(output), Conv1D)),
             producers=tuple(Rows(path, 0, width) for path, _ in producers),
         )
         return

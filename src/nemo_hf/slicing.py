@@ -116,6 +116,8 @@ def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> Site
 def _unscaled_cut(site: NeuronSite, keep: Keep) -> SiteCut:
     if isinstance(site, FeedForwardSite):
         kept = keep["intermediate"]
+        if len(kept) < site.least_width:
+            kept = _padded(kept, site.least_width)
         layers = {rows.layer: LayerCut(outputs=kept) for rows in site.producers}
         return SiteCut({"intermediate": len(kept)}, {**layers, site.output: LayerCut(inputs=kept)})
     if not isinstance(site, AttentionSite):
@@ -202,7 +204,7 @@ def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
     most = _largest_widths(site)
     if set(widths) != set(most):
         raise ValueError(f"Got the widths {sorted(widths)} for {site.key!r}; expected {sorted(most)}.")
-    least = 1 if isinstance(site, AttentionSite) and site.back_end == "dense" else 0
+    least = site.least_width if isinstance(site, FeedForwardSite) else int(site.back_end == "dense")
     for name, width in widths.items():
         if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:
             raise ValueError(
@@ -289,16 +291,16 @@ def _resized(layer: nn.Module, outputs: int | None = None, inputs: int | None = 
     inputs, outputs = old_inputs if inputs is None else inputs, old_outputs if outputs is None else outputs
     # Made at width 1 and given empty weights: torch warns when it initialises a layer of no neurons.
     if isinstance(layer, Conv1D):
-        made: nn.Module = Conv1D(1, 1)
-        made.nx, made.nf = inputs, outputs
-        made.weight = nn.Parameter(torch.empty(inputs, outputs))
-    else:
-        made = nn.Linear(1, 1, bias=layer.bias is not None)
-        made.in_features, made.out_features = inputs, outputs
-        made.weight = nn.Parameter(torch.empty(outputs, inputs))
+        conv = Conv1D(1, 1)
+        conv.nx, conv.nf = inputs, outputs
+        conv.weight, conv.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
+        return conv
+    linear = nn.Linear(1, 1, bias=layer.bias is not None)
+    linear.in_features, linear.out_features = inputs, outputs
+    linear.weight = nn.Parameter(torch.empty(outputs, inputs))
     if layer.bias is not None:
-        made.bias = nn.Parameter(torch.empty(outputs))
-    return made
+        linear.bias = nn.Parameter(torch.empty(outputs))
+    return linear
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
