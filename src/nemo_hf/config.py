@@ -28,8 +28,8 @@ class NeMoConfig:
             values in [0, 1).
         detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks
             also moves what they watch, as in the paper.
-        mask_learning_rate: Learning rate of the mask generators; `None` takes
-            `TrainingArguments.learning_rate`.
+        mask_learning_rate: Learning rate of the mask generators; `None` takes 3 times
+            `TrainingArguments.learning_rate`, so that masks close early and the model adapts to them.
         warmup_ratio: Share of the training steps, in [0, 1], over which `contrastive_weight` and
             `sparsity_weight` grow linearly from 0, and before whose end no module is rehearsed.
         rehearsal_probability: Share of the optimizer steps, in [0, 1], in which a random set of groups
@@ -54,7 +54,7 @@ class NeMoConfig:
     generator_rank: int | None = None
     contrastive_weight: float = 0.5
     temperature: float = 0.2
-    sparsity_weight: float = 1.2
+    sparsity_weight: float = 0.2
     hard_masks: bool = True
     detach_pooled: bool = True
     mask_learning_rate: float | None = None

@@ -26,6 +26,8 @@ from .relevance import OpenCounts, compute_relevance, group_indices
 
 logger = logging.getLogger(__name__)
 
+MASK_LEARNING_RATE_FACTOR = 3
+
 MODULARITY_SAMPLES = 1000
 """Samples of the evaluation data over which cohesion and coupling are measured at most."""
 
@@ -170,7 +172,7 @@ class NeMoTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         rate = self.nemo_config.mask_learning_rate
         if rate is None:
-            return optimizer
+            rate = MASK_LEARNING_RATE_FACTOR * self.args.learning_rate
         assert self.parent.masks is not None
         trained = self.parent if model is None else model
         masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}

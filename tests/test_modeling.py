@@ -1,0 +1,191 @@
+"""Parents and modules as transformers models: pipelines, processors, Auto classes, fine-tuning."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import fresh, image_samples, randomize_relevance
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from nemo_hf import NeMoConfig, NeMoForImageClassification, make_parent, nemo_loss
+from nemo_hf.law import random_inputs
+
+
+def image_processor():
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+def tokenizer():
+    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(118))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def parent_of(plain, **options):
+    parent = make_parent(plain, NeMoConfig(**options)).eval()
+    randomize_relevance(parent)
+    return parent
+
+
+def test_a_pipeline_runs_on_a_saved_image_module_with_nothing_else_given(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.attach_processor(image_processor())
+    parent.extract_module(["frog", "cat"]).save_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 20, 3), dtype=np.uint8))
+    answers = pipeline("image-classification", model=str(tmp_path))(picture)
+    assert {answer["label"] for answer in answers} == {"frog", "cat"}
+    with torch.no_grad():
+        module = AutoModelForImageClassification.from_pretrained(tmp_path)
+        logits = module(image_processor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"]).logits[0]
+    scores = dict(zip(["frog", "cat"], logits.softmax(-1).tolist(), strict=True))
+    assert {a["label"]: pytest.approx(a["score"], abs=1e-5) for a in answers} == scores
+
+
+def test_a_pipeline_runs_on_a_saved_text_module_with_nothing_else_given(bert, tmp_path):
+    parent = parent_of(bert)
+    parent.attach_processor(tokenizer())
+    parent.save_pretrained(tmp_path / "parent")
+    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path / "parent", labels=["ship", "dog"])
+    cut.save_pretrained(tmp_path / "module")
+    answers = pipeline("text-classification", model=str(tmp_path / "module"), top_k=None)(["w3 w5", "w7"])
+    assert [{answer["label"] for answer in each} for each in answers] == [{"ship", "dog"}] * 2
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_processor_and_report_are_saved_restored_and_saved_alike(family, tmp_path):
+    parent = parent_of(fresh(family))
+    parent.attach_processor(image_processor() if family == "vit" else tokenizer())
+    parent.report = {"metrics": {"eval_accuracy": 0.5}}
+    parent.save_pretrained(tmp_path / "one")
+    kind = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    loaded = kind.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert "report.json" in files
+    assert set(parent.processor_files) < set(files)
+    assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in files)
+
+
+def test_saved_directories_hold_safetensors_and_json_only(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path / "parent")
+    parent.extract_module([0, 1]).save_pretrained(tmp_path / "module")
+    suffixes = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert suffixes == {".json", ".safetensors"}
+    config = json.loads((tmp_path / "module" / "config.json").read_text())
+    assert config["model_type"] == "nemo_hf"
+    assert config["dtype"] == "float32"
+
+
+def test_loading_as_another_dtype_keeps_the_relevance(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    pairs = zip(loaded.masks.site_masks(), parent.masks.site_masks(), strict=True)
+    assert all(torch.equal(ours.relevance, theirs.relevance) for ours, theirs in pairs)
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], dtype=torch.bfloat16)
+    assert cut.dtype == torch.bfloat16
+
+
+def test_eager_attention_can_be_asked_for(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path)
+    eager = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    inputs = random_inputs(parent)
+    with torch.no_grad():
+        outputs = eager(**inputs, output_attentions=True)
+        assert torch.allclose(outputs.logits, parent(**inputs).logits, atol=1e-5)
+    assert len(outputs.attentions) == 2
+
+
+def test_wrapping_does_not_change_the_attention_implementation(vit):
+    before = vit.config._attn_implementation
+    assert before is not None
+    assert parent_of(vit).model.config._attn_implementation == before
+
+
+def test_outputs_are_those_of_transformers(vit):
+    parent = parent_of(vit)
+    inputs = random_inputs(parent)
+    labels = torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        output = parent(**inputs, labels=labels)
+        as_tuple = parent(**inputs, labels=labels, return_dict=False)
+    assert torch.equal(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    assert list(output) == ["loss", "logits"]
+    assert [value.shape for value in as_tuple] == [torch.Size([]), torch.Size([4, 5])]
+    assert parent.train()(**inputs).neuron_masks.keys() == {site.key for site in parent.sites}
+
+
+def test_a_module_of_one_label_classifies_but_does_not_train(vit):
+    module = parent_of(vit).extract_module("cat")
+    inputs = random_inputs(module)
+    with torch.no_grad():
+        assert module(**inputs).logits.shape == (4, 1)
+    with pytest.raises(ValueError, match="expected at least 2"):
+        module(**inputs, labels=torch.zeros(4, dtype=torch.long))
+
+
+def test_static_masks_need_a_parent(vit):
+    module = parent_of(vit).extract_module([0, 1])
+    with pytest.raises(ValueError, match="expected a parent"):
+        module(**random_inputs(module), static_masks={})
+
+
+def test_a_module_fine_tunes_under_a_plain_trainer(vit, tmp_path):
+    module = parent_of(vit).extract_module([0, 1, 2])
+    data = [sample for sample in image_samples(40) if sample["labels"] < 3]
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, learning_rate=3e-3, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1
+    )
+    trainer = Trainer(module, arguments, train_dataset=data, eval_dataset=data)
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < start
+    assert sum(not torch.equal(before[name], p) for name, p in module.named_parameters()) > len(before) / 2
+    trainer.save_model(str(tmp_path / "tuned"))
+    tuned = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(tuned.model.classifier.weight, module.model.classifier.weight)
+
+
+def test_a_loop_of_ones_own_trains_a_parent(vit):
+    parent = parent_of(vit).train()
+    samples = image_samples(10)
+    pixels = torch.stack([sample["pixel_values"] for sample in samples])
+    labels = torch.tensor([sample["labels"] for sample in samples])
+    optimizer = torch.optim.AdamW(parent.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        outputs = parent(pixels)
+        loss = nemo_loss(outputs.logits, labels, outputs.neuron_masks, labels, sparsity_weight=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_the_configuration_survives_json(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.groups == parent.config.groups
+    assert config.names == parent.config.names
+    assert NeMoConfig.from_dict(config.nemo_config) == parent.nemo_config
+    assert type(AutoModelForImageClassification.from_config(config)) is NeMoForImageClassification
