@@ -6,8 +6,7 @@
     python examples/train_image_classification.py --dataset uoft-cs/cifar10 --output_dir cifar10 \
         --modules cat+dog airplane+ship bird+cat+deer+dog+frog+horse --num_train_epochs 6 --learning_rate 1e-3
 
-`accelerate launch` runs the same line on many devices. Writes the parent, the modules and results.json.
-The line above takes about 30 minutes on two CPU cores and prints a table of the modules.
+`accelerate launch` runs the same line on many devices. Writes the parent, the modules and results.json. About 30 minutes on two CPU cores; prints a table of the modules.
 """
 
 import json

@@ -146,8 +146,10 @@ class NeMoPreTrainedModel(PreTrainedModel):
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
             attention_mask = given.get("attention_mask")
-            batch_size = next(iter(given.values()), next(iter(kwargs.values()), torch.empty(0))).shape[0]
-            with self.masks.call(batch_size, attention_mask, static_masks, static_samples) as collected:
+            tensors = [value for value in (*given.values(), *kwargs.values()) if isinstance(value, Tensor)]
+            if not tensors:
+                raise ValueError(f"Got no model inputs; expected {self.main_input_name}.")
+            with self.masks.call(len(tensors[0]), attention_mask, static_masks, static_samples) as collected:
                 outputs = self.model(**given, **kwargs, return_dict=True)
         wanted = self.training if output_neuron_masks is None else output_neuron_masks
         result = NeMoOutput(

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -88,9 +89,7 @@ class NeMoTrainer(Trainer):
                 "Got compute_loss_func together with module rehearsal; expected one of them, since a rehearsed "
                 "sample may only choose among its module's labels. Set NeMoConfig(rehearsal_probability=0)."
             )
-        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if processor is not None:
-            self.parent.attach_processor(processor)
+        self._attach_processor(self.parent)
         self._open_counts: OpenCounts | None = None
         self._groups: Tensor | None = None
         self._logged: dict[str, Tensor] = {}
@@ -130,11 +129,19 @@ class NeMoTrainer(Trainer):
                 "Rename it with dataset.rename_column(..., 'label')."
             )
 
+    def _attach_processor(self, parent: NeMoPreTrainedModel) -> None:
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None:
+            parent.attach_processor(processor)
+
     def call_model_init(self, trial: Any = None) -> NeMoPreTrainedModel:
         """Builds the plain model and attaches masks to it."""
         model = super().call_model_init(trial)
         assert isinstance(model, PreTrainedModel)
-        return self._as_parent(model)
+        parent = self._as_parent(model)
+        if hasattr(self, "processing_class"):  # not yet within Trainer.__init__
+            self._attach_processor(parent)
+        return parent
 
     def _as_parent(self, model: PreTrainedModel) -> NeMoPreTrainedModel:
         config = self._given_config
@@ -355,7 +362,18 @@ class NeMoTrainer(Trainer):
         Returns:
             The report.
         """
-        dataloader = self.get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or isinstance(dataset, dict):
+            raise ValueError(
+                "Got no single evaluation data set; expected one. Pass evaluate_module(..., eval_dataset=...)."
+            )
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="evaluation")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
+        # Not shared out among processes: each measures all, so that no sample counts twice or never.
+        dataloader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=collator)
         return evaluate_module(self.parent, labels, dataloader, show_progress=not self.args.disable_tqdm, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

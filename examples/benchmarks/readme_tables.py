@@ -1,0 +1,99 @@
+"""Renders README's tables from the results beside the scripts.
+
+    python examples/benchmarks/readme_tables.py
+
+Reads examples/demo.json (one report a seed), examples/train_image_classification.json and
+examples/train_text_classification.json; rewrites what stands between the markers in README.md.
+"""
+
+import json
+import re
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1]
+README = EXAMPLES.parent / "README.md"
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def module_row(name: str, modules: list[dict], parent_ms: list[dict], module_ms: list[dict]) -> list[str]:
+    """One module, averaged over seeds."""
+    controls = [[m["controls"][key] for m in modules] for key in ("random", "other", "empty")]
+    return [
+        name,
+        f"{mean([m['neuron_retention_rate'] for m in modules]):.2f}",
+        f"{mean([m['weight_retention_rate'] for m in modules]):.2f}",
+        f"**{mean([m['accuracy'] for m in modules]):.3f}**",
+        f"{mean([m['parent_restricted_accuracy'] for m in modules]):.3f}",
+        *("-" if None in values else f"{mean(values):.3f}" for values in controls),
+        f"{mean([m['32'] for m in module_ms]):.1f} of {mean([m['32'] for m in parent_ms]):.1f}",
+    ]
+
+
+HEADER = ["module", "neurons", "weights", "raw accuracy", "parent", "random", "other", "empty", "ms at batch 32"]
+
+
+def demo_table() -> str:
+    """Means over the seeds of the demo."""
+    reports = json.loads((EXAMPLES / "demo.json").read_text())["reports"]
+    rows = []
+    for modules in zip(*(report["modules"] for report in reports), strict=True):
+        name = ", ".join(map(str, modules[0]["labels"]))
+        parent_ms, module_ms = [
+            [m[key] for m in modules] for key in ("parent_latency_ms_by_batch", "latency_ms_by_batch")
+        ]
+        rows.append(module_row(name, list(modules), parent_ms, module_ms))
+    plain, parent = [[report[key]["accuracy"] for report in reports] for key in ("plain", "parent")]
+    coupling = mean([report["parent"]["coupling"] for report in reports])
+    seeds = ", ".join(str(report["seed"]) for report in reports)
+    return (
+        f"Mean of seeds {seeds}: plain model {mean(plain):.3f}, parent {mean(parent):.3f}, coupling {coupling:.2f}.\n\n"
+        + table(HEADER, rows)
+    )
+
+
+def example_table(name: str) -> str:
+    """Results of one example script."""
+    results = json.loads((EXAMPLES / f"{name}.json").read_text())
+    rows = [
+        module_row(
+            ", ".join(m["labels"]) if len(m["labels"]) < 7 else " + ".join(m["groups"]),
+            [m],
+            [m["parent_latency_ms"]],
+            [m["latency_ms"]],
+        )
+        for m in results["modules"]
+    ]
+    metrics = results["metrics"]
+    plain = f"plain model {results['plain']['eval_accuracy']:.3f}, " if "plain" in results else ""
+    return (
+        f"{plain}parent {metrics['eval_accuracy']:.3f}, coupling {metrics['eval_coupling']:.2f}, "
+        f"trained in {metrics['training_seconds'] / 60:.0f} minutes.\n\n{table(HEADER, rows)}"
+    ).capitalize()
+
+
+def rendered(readme: str) -> str:
+    """README with its tables made anew."""
+    tables = {
+        "demo": demo_table,
+        "cifar10": lambda: example_table("train_image_classification"),
+        "clinc150": lambda: example_table("train_text_classification"),
+    }
+    for name, make in tables.items():
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        readme = pattern.sub(lambda _, block=block: block, readme)
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))

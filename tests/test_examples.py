@@ -1,0 +1,119 @@
+"""The example scripts run as a user runs them, on small data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import fresh
+from PIL import Image
+from test_modeling import tokenizer
+
+ROOT = Path(__file__).parents[1]
+COMMON = ["--max_steps", "4", "--save_strategy", "no", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+
+
+def run(script, *words, cwd, launcher=(sys.executable,)):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "home")}
+    command = [*launcher, str(ROOT / "examples" / script), *words, *COMMON]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name in ("cat", "dog", "ship"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "intent": datasets.ClassLabel(names=["a", "b", "c", "d", "e"]),
+            "domain": datasets.ClassLabel(names=["one", "two"]),
+        }
+    )
+    for split in ("train", "test"):
+        rows = {
+            "text": [f"w{index % 5} w{index % 7} w3" for index in range(40)],
+            "intent": [index % 5 for index in range(40)],
+            "domain": [int(index % 5 > 2) for index in range(40)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-0.parquet")
+    return folder
+
+
+def test_image_example(image_folder, tmp_path):
+    words = ["--dataset", str(image_folder), "--output_dir", "out", "--modules", "cat+ship", "dog+cat"]
+    table = run("train_image_classification.py", *words, "--hidden_size", "32", "--layers", "1", cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [module["labels"] for module in results["modules"]] == [["cat", "ship"], ["dog", "cat"]]
+    assert results["command"][:2] == ["python", "examples/train_image_classification.py"]
+    assert "cat,ship" in table
+    assert (tmp_path / "out" / "modules" / "dog+cat" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_text_example_under_accelerate_launch(text_folder, tmp_path):
+    model = fresh("bert")
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    words = ["--dataset", str(text_folder), "--model", "bert", "--label_column", "intent", "--group_column", "domain"]
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    run(
+        "train_text_classification.py",
+        *words, "--output_dir", "out", "--modules", "two", "--remove_unused_columns", "true",
+        cwd=tmp_path, launcher=launcher,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["modules"][0]["labels"] == ["d", "e"]
+    assert results["modules"][0]["groups"] == ["two"]
+
+
+def test_text_example(text_folder, tmp_path):
+    fresh("bert").save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    words = ["--dataset", str(text_folder), "--model", "bert", "--label_column", "intent", "--group_column", "domain"]
+    run("train_text_classification.py", *words, "--output_dir", "out", "--modules", "one", cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["modules"][0]["groups"] == ["one"]
+
+
+def test_train_command_and_evaluate_command(text_folder, tmp_path, capsys, monkeypatch):
+    from nemo_hf.cli import main
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    fresh("bert").save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    data = ["--dataset", str(text_folder), "--label_column", "intent", "--input_column", "text"]
+    words = ["train", *data, "--model", str(tmp_path / "bert"), "--output_dir", str(tmp_path / "parent"), *COMMON]
+    assert main([*words, "--nemo_config", '{"group_column": "domain"}']) == 0
+    assert json.loads((tmp_path / "parent" / "report.json").read_text())["nemo_config"]["group_column"] == "domain"
+    capsys.readouterr()
+    output = tmp_path / "reports.json"
+    words = ["evaluate", *data, "--parent", str(tmp_path / "parent"), "--labels", "one", "a+e", "--output", str(output)]
+    assert main(words) == 0
+    reports = json.loads(output.read_text())
+    assert [report["labels"] for report in reports] == [["a", "b", "c"], ["a", "e"]]
+    assert "a,b,c" in capsys.readouterr().out
+
+
+def test_examples_are_short():
+    for script in ("train_image_classification.py", "train_text_classification.py"):
+        assert len((ROOT / "examples" / script).read_text().splitlines()) <= 120
