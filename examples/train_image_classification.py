@@ -6,7 +6,7 @@
     python examples/train_image_classification.py --dataset uoft-cs/cifar10 --output_dir cifar10 \
         --modules cat+dog airplane+ship bird+cat+deer+dog+frog+horse --num_train_epochs 6 --learning_rate 1e-3
 
-`accelerate launch` runs the same line on many devices. Writes the parent, the modules and results.json. About 30 minutes on two CPU cores; prints a table of the modules.
+`accelerate launch` runs the same line on many devices. Writes parent, modules and results.json, prints a table.
 """
 
 import json
@@ -44,14 +44,14 @@ class Options:
     model: str | None = field(default=None, metadata={"help": "Pretrained model; a small ViT if left out."})
     nemo_config: str = field(default="{}", metadata={"help": "Options of NeMoConfig as JSON."})
     plain: bool = field(default=False, metadata={"help": "Train the plain model instead, as a baseline."})
-    hidden_size: int = field(default=96, metadata={"help": "Width of the small ViT."})
-    layers: int = field(default=6, metadata={"help": "Depth of the small ViT."})
+    hidden_size: int = field(default=96, metadata={"help": "Width of the small ViT, a multiple of 32."})
+    layers: int = field(default=4, metadata={"help": "Depth of the small ViT."})
     smoke: bool = field(default=False, metadata={"help": "Use 200 samples of each split, to try the script."})
 
 
 def model_and_processor(options: Options, names: list[str], size: int):
-    """The pretrained model, or a small ViT for the images' own size."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    """The pretrained model, or a small ViT for images of this size."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if options.model:
         model = AutoModelForImageClassification.from_pretrained(options.model, ignore_mismatched_sizes=True, **labels)
         return model, AutoImageProcessor.from_pretrained(options.model)
@@ -68,8 +68,7 @@ def augmented(pixels: torch.Tensor) -> torch.Tensor:
     size, room = pixels.shape[-1], pixels.shape[-1] // 8
     padded = torch.nn.functional.pad(pixels, (room,) * 4, mode="reflect")
     images = []
-    for image in padded:
-        top, left = torch.randint(0, 2 * room + 1, (2,)).tolist()
+    for image, (top, left) in zip(padded, torch.randint(0, 2 * room + 1, (len(padded), 2)).tolist(), strict=True):
         crop = image[:, top : top + size, left : left + size]
         images.append(crop.flip(-1) if torch.rand(()) < 0.5 else crop)
     return torch.stack(images)
