@@ -215,6 +215,8 @@ def test_sharded_parents_are_cut_on_load(bert, tmp_path):
     cut = AutoModelForSequenceClassification.from_pretrained(tmp_path, labels=LABELS_CUT)
     inputs = random_inputs(parent)
     assert torch.equal(logits(cut, inputs), logits(parent.extract_module(LABELS_CUT), inputs))
+    parent.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
 
 
 def test_groups_stand_for_their_labels():

@@ -38,11 +38,12 @@ PROCESSOR_FILES = (
 
 
 @contextmanager
-def replaced_directory(directory: str | Path) -> Iterator[Path]:
+def replaced_directory(directory: str | Path, stale: str | None = None) -> Iterator[Path]:
     """Lets files be written beside a directory and moves them in when all are there.
 
     Args:
         directory: The directory to write; files in it of other names stay.
+        stale: Pattern of files that go if they were not written anew, such as shards of an older save.
 
     Yields:
         An empty directory on the same file system. If the block raises, it is removed and `directory`
@@ -63,8 +64,13 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
             temporary.rename(directory)
             return
         # The configuration goes last: whoever sees the new one finds the new weights.
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+        written = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
+        for file in written:
             file.replace(directory / file.name)
+        names = {file.name for file in written}
+        for old in directory.glob(stale) if stale else ():
+            if old.name not in names:
+                old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

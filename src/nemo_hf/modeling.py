@@ -220,7 +220,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
         if kwargs.get("is_main_process", True):
-            with replaced_directory(save_directory) as temporary:
+            with replaced_directory(save_directory, stale="model*.safetensors*") as temporary:
                 super().save_pretrained(temporary, **kwargs)
                 for name, content in self.processor_files.items():
                     (temporary / name).write_bytes(content)
