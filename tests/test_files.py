@@ -1,0 +1,206 @@
+"""Directories are written whole or not at all, and read by slice."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemo_hf.files import WeightFiles, find_file, processor_files, read_companions, replaced_directory, write_json
+from nemo_hf.slicing import PAD
+from nemo_hf.tasks import attach_masks
+from nemo_hf.weights import TensorCut
+
+TENSOR = torch.arange(24, dtype=torch.float32).view(4, 6) + 1
+
+
+def contents(directory) -> dict[str, str]:
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def saved(directory, tensors=None) -> WeightFiles:
+    save_file(tensors or {"weight": TENSOR, "bias": TENSOR[:, 0].clone()}, directory / "model.safetensors")
+    return WeightFiles(directory, {})
+
+
+def test_files_arrive_together(tmp_path):
+    with replaced_directory(tmp_path / "deep" / "out") as temporary:
+        (temporary / "a").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert contents(tmp_path / "deep" / "out") == {"a": "1"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_files_of_other_names_stay(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("old")
+    (out / "b").write_text("old")
+    with replaced_directory(out) as temporary:
+        (temporary / "a").write_text("new")
+        (temporary / "config.json").write_text("new")
+    assert contents(out) == {"a": "new", "b": "old", "config.json": "new"}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_block_that_raises_leaves_nothing_behind(tmp_path, exists):
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+        (out / "a").write_text("old")
+
+    def fail():
+        with replaced_directory(out) as temporary:
+            (temporary / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if exists else [])
+    assert not exists or contents(out) == {"a": "old"}
+
+
+def test_a_new_directory_is_as_open_as_any_other(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with replaced_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "out").write_text("mine")
+
+    def write():
+        with replaced_directory(tmp_path / "out"):
+            pass
+
+    message = re.escape(f"Got {str(tmp_path / 'out')!r}, which is a file; expected a directory. Pass another path.")
+    with pytest.raises(NotADirectoryError, match=f"^{message}$"):
+        write()
+    assert contents(tmp_path) == {"out": "mine"}
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "deep" / "report.json"
+    write_json(path, {"name": "Käse", "values": [1, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Käse", "values": [1, None]}
+    with pytest.raises(TypeError):
+        write_json(path, {"not": {1, 2}})
+    assert json.loads(path.read_text(encoding="utf-8"))["name"] == "Käse"
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [([0, 2], None), (None, [5, 1]), ([3, 0], [0, 4, 5]), ([], None), (None, []), ([1], []), ([0, 1, 2, 3], None)],
+)
+def test_slices_are_those_of_the_tensor(tmp_path, rows, columns):
+    indices = {
+        dim: torch.tensor(index, dtype=torch.long) for dim, index in ((0, rows), (1, columns)) if index is not None
+    }
+    expected = TENSOR
+    for dim, index in indices.items():
+        expected = expected.index_select(dim, index)
+    got = saved(tmp_path).read("weight", TensorCut(indices))
+    assert torch.equal(got, expected)
+    assert got.is_contiguous()
+
+
+def test_padding_reads_zeros_and_scales_multiply(tmp_path):
+    cut = TensorCut({0: torch.tensor([2, PAD, 0])}, {0: torch.tensor([0.5, 7.0, 2.0])})
+    expected = torch.stack([TENSOR[2] * 0.5, torch.zeros(6), TENSOR[0] * 2])
+    assert torch.equal(saved(tmp_path).read("weight", cut), expected)
+
+
+def test_one_dimension_whole_tensors_and_constants_are_read(tmp_path):
+    weights = saved(tmp_path)
+    assert torch.equal(weights.read("bias", TensorCut({0: torch.tensor([3, 1])})), TENSOR[[3, 1], 0])
+    assert torch.equal(weights.read("weight"), TENSOR)
+    assert torch.equal(weights.read("indices", TensorCut(constant=torch.tensor([4]))), torch.tensor([4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_slices_keep_the_dtype(tmp_path, dtype):
+    weights = saved(tmp_path, {"weight": TENSOR.to(dtype)})
+    for index in ([0, 2], []):
+        cut = TensorCut({0: torch.tensor(index, dtype=torch.long)})
+        assert torch.equal(weights.read("weight", cut), TENSOR.to(dtype)[index])
+
+
+def test_sharded_weights_are_read_as_one(tmp_path):
+    save_file({"weight": TENSOR}, tmp_path / "one.safetensors")
+    save_file({"bias": TENSOR[0].clone()}, tmp_path / "two.safetensors")
+    index = {"weight_map": {"weight": "one.safetensors", "bias": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = WeightFiles(tmp_path, {})
+    assert torch.equal(weights.read("weight"), TENSOR)
+    assert torch.equal(weights.read("bias"), TENSOR[0])
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected .*\. Save the parent again"):
+        WeightFiles(tmp_path, {})
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    weights = saved(tmp_path)
+    for cut in (None, TensorCut({0: torch.tensor([0])})):
+        with pytest.raises(ValueError, match=r"^Got weights .* without the tensor 'other'; expected .*\. Save or "):
+            weights.read("other", cut)
+
+
+@pytest.mark.parametrize("indices", [{0: torch.tensor([4])}, {1: torch.tensor([0, 6])}, {2: torch.tensor([0])}])
+def test_a_tensor_that_is_too_small_is_named_with_its_shape(tmp_path, indices):
+    with pytest.raises(ValueError, match=r"^Got the tensor 'weight' of shape \(4, 6\); expected at least .*\. Save or"):
+        saved(tmp_path).read("weight", TensorCut(indices))
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, -1])
+def test_a_truncated_file_is_named(tmp_path, length):
+    saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(
+        OSError, match=r"^Got a damaged or truncated weight file .*model.safetensors.*; expected .*\. Save"
+    ):
+        WeightFiles(tmp_path, {})
+
+
+@pytest.mark.parametrize(("first", "second"), [("20KB", "1GB"), ("1GB", "20KB"), ("20KB", "40KB")])
+def test_weights_saved_before_are_not_read_again(tmp_path, vit, first, second):
+    parent = attach_masks(vit)
+    parent.save_pretrained(tmp_path, max_shard_size=first)
+    torch.nn.init.constant_(parent.model.classifier.bias, 7.0)
+    parent.save_pretrained(tmp_path, max_shard_size=second)
+    assert torch.equal(WeightFiles(tmp_path, {}).read("model.classifier.bias"), torch.full((5,), 7.0))
+    loaded = type(parent).from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.classifier.bias.detach(), torch.full((5,), 7.0))
+
+
+def test_a_directory_without_weights_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"^Got .* without model.safetensors; expected .*\. Save the parent again"):
+        WeightFiles(tmp_path, {})
+
+
+def test_files_are_found_in_directories_and_their_subfolders(tmp_path):
+    write_json(tmp_path / "sub" / "report.json", {})
+    assert find_file(tmp_path, "report.json", {}) is None
+    assert find_file(tmp_path, "report.json", {"subfolder": "sub"}) == tmp_path / "sub" / "report.json"
+
+
+class Processor:
+    """Saves two files and a folder, as a tokenizer does."""
+
+    def save_pretrained(self, directory):
+        write_json(f"{directory}/tokenizer_config.json", {"a": 1})
+        write_json(f"{directory}/vocab.json", {})
+        write_json(f"{directory}/folder/other.json", {})
+
+
+def test_a_processor_s_files_travel_by_name(tmp_path):
+    files = processor_files(Processor())
+    assert sorted(files) == ["tokenizer_config.json", "vocab.json"]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert read_companions(tmp_path, {}) == (files, None)
+    write_json(tmp_path / "report.json", {"accuracy": 1.0})
+    assert read_companions(tmp_path, {}) == (files, {"accuracy": 1.0})

@@ -1,0 +1,167 @@
+"""The losses are what their formulas say."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nemo_hf.losses import (
+    contrastive_loss,
+    cosine_similarities,
+    nemo_loss,
+    restricted_cross_entropy,
+    site_masks,
+    sparsity_loss,
+)
+
+GROUPS = torch.tensor([0, 1, 0, 2, 1, 0, 3])  # the groups 2 and 3 have one sample: anchors without a positive
+
+
+def soft_masks(seed: int = 0, batch: int = len(GROUPS), sites: tuple[int, ...] = (6, 9)) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.rand(batch, neurons, generator=generator) - 0.3).clamp(min=0) for neurons in sites]
+
+
+def naive_contrastive_loss(masks: list[torch.Tensor], groups: torch.Tensor, temperature: float) -> float:
+    def similarity(a: list[float], b: list[float]) -> float:
+        norms = [math.sqrt(sum(value * value for value in mask) + 1e-6) for mask in (a, b)]
+        return sum(x * y for x, y in zip(a, b, strict=True)) / norms[0] / norms[1]
+
+    losses = []
+    for site in masks:
+        rows, anchors = site.tolist(), []
+        for i in range(len(rows)):
+            others = {k: math.exp(similarity(rows[i], rows[k]) / temperature) for k in range(len(rows)) if k != i}
+            positives = [j for j in others if groups[j] == groups[i]]
+            if positives:
+                anchors.append(sum(math.log(others[j] / sum(others.values())) for j in positives) / len(positives))
+        losses.append(-sum(anchors) / len(anchors))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.2, 2.0])
+def test_contrastive_loss_is_the_double_loop(temperature):
+    masks = soft_masks()
+    masks[0][2] = 0.0
+    expected = naive_contrastive_loss(masks, GROUPS, temperature)
+    assert contrastive_loss(masks, GROUPS, temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_loss_does_not_depend_on_the_order_of_the_batch():
+    masks, order = soft_masks(), torch.tensor([4, 2, 6, 0, 1, 5, 3])
+    moved = contrastive_loss([mask[order] for mask in masks], GROUPS[order])
+    torch.testing.assert_close(moved, contrastive_loss(masks, GROUPS))
+
+
+def test_contrastive_loss_does_not_depend_on_the_names_of_the_groups():
+    names = torch.tensor([7, 40, 3, 0])
+    assert contrastive_loss(soft_masks(), names[GROUPS]) == contrastive_loss(soft_masks(), GROUPS)
+
+
+def test_an_anchor_without_a_positive_only_counts_as_a_negative():
+    masks = soft_masks()
+    masks = [mask.requires_grad_() for mask in masks]
+    loss = contrastive_loss(masks, GROUPS)
+    loss.backward()
+    assert masks[0].grad[3].abs().max() > 0
+    pair = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    # Two anchors, each with one positive at similarity 1 and one negative at 0.
+    expected = math.log(1 + math.exp(-1 / 0.2))
+    assert contrastive_loss([pair], torch.tensor([0, 0, 1])).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("groups", [torch.tensor([0]), torch.arange(4)], ids=["batch of 1", "no positives"])
+def test_without_a_pair_the_loss_is_zero_and_its_gradient_finite(groups):
+    masks = [mask.requires_grad_() for mask in soft_masks(batch=len(groups))]
+    loss = contrastive_loss(masks, groups)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(mask.grad.abs().max() == 0 for mask in masks)
+
+
+@pytest.mark.parametrize("closed", [slice(None), slice(0, 1)], ids=["all closed", "one closed"])
+def test_closed_masks_have_a_finite_gradient(closed):
+    masks = soft_masks()
+    for mask in masks:
+        mask[closed] = 0.0
+        mask.requires_grad_()
+    contrastive_loss(masks, GROUPS).backward()
+    assert all(mask.grad.abs().max() < 1e5 for mask in masks)
+
+
+def test_losses_over_masks_are_in_float32():
+    masks = [mask.bfloat16() for mask in soft_masks()]
+    assert contrastive_loss(masks, GROUPS).dtype == torch.float32
+    assert sparsity_loss(masks).dtype == torch.float32
+    assert cosine_similarities(masks[0]).dtype == torch.float32
+
+
+def test_equal_masks_have_similarity_one_and_disjoint_ones_zero():
+    mask = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.9, 0.0], [0.0, 0.0, 0.7]])
+    expected = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(cosine_similarities(mask), expected, atol=1e-5, rtol=0)
+
+
+def test_sparsity_loss_weighs_every_site_the_same():
+    masks = [torch.full((2, 1), 0.25), torch.full((2, 100), 0.75)]
+    assert sparsity_loss(masks).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_over_some_labels_is_that_of_the_gathered_logits(smoothing):
+    torch.manual_seed(0)
+    logits, chosen = torch.randn(4, 6) * 5, [1, 3, 4]
+    labels = torch.tensor([1, 4, 3, 4])
+    allowed = torch.zeros(4, 6, dtype=torch.bool)
+    allowed[:, chosen] = True
+    position = torch.tensor([chosen.index(label) for label in labels.tolist()])
+    expected = F.cross_entropy(logits[:, chosen], position, label_smoothing=smoothing)
+    torch.testing.assert_close(restricted_cross_entropy(logits, labels, allowed, smoothing), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_each_sample_may_have_labels_of_its_own(smoothing):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 3, 2])
+    allowed = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]).bool()
+    expected = [
+        F.cross_entropy(logits[i, row], labels.new_tensor(int(row[: labels[i]].sum())), label_smoothing=smoothing)
+        for i, row in enumerate(allowed)
+    ]
+    loss = restricted_cross_entropy(logits, labels, allowed, smoothing)
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_smoothing_gives_labels_that_are_not_allowed_no_gradient():
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    allowed = torch.tensor([[True, True, False, False]]).expand(2, 4)
+    restricted_cross_entropy(logits, torch.tensor([0, 1]), allowed, 0.2).backward()
+    assert logits.grad[:, 2:].abs().max() == 0
+    assert logits.grad[:, :2].abs().min() > 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_over_all_labels_is_that_of_torch(smoothing):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    expected = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    assert restricted_cross_entropy(logits, labels, None, smoothing) == expected
+    everything = torch.ones_like(logits, dtype=torch.bool)
+    torch.testing.assert_close(restricted_cross_entropy(logits, labels, everything, smoothing), expected)
+
+
+def test_masks_of_a_site_are_split_by_call_in_order():
+    first, second = torch.rand(2, 1, 3), torch.rand(2, 2, 4)
+    split = site_masks({"a": first, "b": second})
+    assert [mask.shape for mask in split] == [(2, 3), (2, 4), (2, 4)]
+    assert torch.equal(split[2], second[:, 1])
+
+
+def test_nemo_loss_is_the_weighted_sum():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(len(GROUPS), 4), GROUPS
+    masks = soft_masks()
+    outputs = {"a": masks[0][:, None], "b": masks[1][:, None]}
+    expected = F.cross_entropy(logits, labels) + 0.3 * contrastive_loss(masks, GROUPS, 0.7) + 2.0 * sparsity_loss(masks)
+    torch.testing.assert_close(nemo_loss(logits, labels, outputs, GROUPS, 0.3, 2.0, 0.7), expected)
