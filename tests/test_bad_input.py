@@ -50,7 +50,6 @@ def told(error: type[Exception] | tuple[type[Exception], ...], got: str, expecte
     [
         ("targets", []),
         ("targets", ["embeddings"]),
-        ("targets", "ffn"),
         ("generator_rank", 0),
         ("generator_rank", -4),
         ("contrastive_weight", -0.1),
@@ -81,6 +80,7 @@ def test_an_option_outside_its_range_is_refused(option, value):
     ("option", "value"),
     [
         ("targets", 5),
+        ("targets", "ffn"),
         ("generator_rank", 2.5),
         ("generator_rank", "8"),
         ("generator_rank", True),
@@ -159,7 +159,7 @@ def test_labels_are_asked_for_once(labels):
 
 
 def test_a_name_that_two_labels_share_is_ambiguous():
-    with told(ValueError, r"'crane', which labels \[0, 2\] share", do="Pass the id"):
+    with told(ValueError, r"'crane', which the labels \[0, 2\] share", do="Pass an id"):
         label_id("crane", {0: "crane", 1: "dog", 2: "crane"})
 
 

@@ -142,16 +142,17 @@ def test_sharded_weights_are_read_as_one(tmp_path):
 
 
 def test_a_missing_tensor_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^Got weights .* without the tensor 'other'; expected .*\. Save or "):
+        saved(tmp_path).check_shapes({"other": (4, 6)})
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (4, 5), (4,), (4, 6, 1)])
+def test_a_tensor_of_another_shape_is_named_with_both(tmp_path, shape):
     weights = saved(tmp_path)
-    for cut in (None, TensorCut({0: torch.tensor([0])})):
-        with pytest.raises(ValueError, match=r"^Got weights .* without the tensor 'other'; expected .*\. Save or "):
-            weights.read("other", cut)
-
-
-@pytest.mark.parametrize("indices", [{0: torch.tensor([4])}, {1: torch.tensor([0, 6])}, {2: torch.tensor([0])}])
-def test_a_tensor_that_is_too_small_is_named_with_its_shape(tmp_path, indices):
-    with pytest.raises(ValueError, match=r"^Got the tensor 'weight' of shape \(4, 6\); expected at least .*\. Save or"):
-        saved(tmp_path).read("weight", TensorCut(indices))
+    weights.check_shapes({"weight": (4, 6)})
+    expected = re.escape(str(shape))
+    with pytest.raises(ValueError, match=rf"^Got the tensor 'weight' of shape \(4, 6\) in .*; expected {expected}\. "):
+        weights.check_shapes({"weight": shape})
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, -1])

@@ -17,7 +17,7 @@ SIGNATURES = {
     "evaluate_module": [
         *["parent", "labels", "batches", "module", "threshold", "round_to", "seed", "show_progress"],
     ],
-    "make_parent": ["model", "nemo_config", "label_groups"],
+    "make_parent": ["model", "nemo_config", "label_groups", "inputs"],
     "nemo_loss": [
         *["logits", "labels", "neuron_masks", "groups", "contrastive_weight", "sparsity_weight", "temperature"],
     ],

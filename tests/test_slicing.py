@@ -309,7 +309,7 @@ def test_absurd_widths_are_refused(site, width):
 @SITES
 @pytest.mark.parametrize("widths", [{}, {"intermediate": 3, "head_dim": 2}, {"width": 1}])
 def test_widths_of_other_names_are_refused(site, widths):
-    with pytest.raises(ValueError, match=r"^Got the widths \[.*\] for '.*'; expected \[.*\]"):
+    with pytest.raises(ValueError, match=r"^Got the widths \{.*\} for '.*'; expected one for each of \[.*\]\. The con"):
         check_widths(site, widths)
 
 

@@ -65,16 +65,10 @@ class NeMoConfig:
     group_column: str | None = None
 
     def __post_init__(self) -> None:
-        self.targets = tuple(self.targets)
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(
-                f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}. "
-                "Pass for example NeMoConfig(targets=['ffn'])."
-            )
+        self._check_targets()
         rank = self.generator_rank
         if rank is not None and (not _is_number(rank, integer=True) or rank < 1):
-            raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more.")
+            raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more. Choose another.")
         for name in ("contrastive_weight", "sparsity_weight"):
             self._check_range(name, 0, float("inf"))
         for name in ("warmup_ratio", "rehearsal_probability"):
@@ -86,13 +80,30 @@ class NeMoConfig:
         for name in ("hard_masks", "detach_pooled"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
-        if self.label_groups is not None:
-            if self.group_column is not None:
-                raise ValueError(
-                    "Got both label_groups and group_column; expected at most one. "
-                    "Drop group_column, or leave label_groups to be read from that column."
-                )
-            self.label_groups = _checked_groups(self.label_groups)
+        self._check_groups()
+
+    def _check_targets(self) -> None:
+        if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
+            raise TypeError(f"Got targets={self.targets!r}; expected a list of {list(TARGETS)}.")
+        self.targets = tuple(self.targets)
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(
+                f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}. "
+                "Pass for example NeMoConfig(targets=['ffn'])."
+            )
+
+    def _check_groups(self) -> None:
+        if self.group_column is not None and not isinstance(self.group_column, str):
+            raise TypeError(f"Got group_column={self.group_column!r}; expected the name of a column, or None.")
+        if self.label_groups is None:
+            return
+        if self.group_column is not None:
+            raise ValueError(
+                "Got both label_groups and group_column; expected at most one. "
+                "Drop group_column, or leave label_groups to be read from that column."
+            )
+        self.label_groups = _checked_groups(self.label_groups)
 
     def _check_range(self, name: str, low: float, high: float, open_below: bool = False) -> None:
         value = getattr(self, name)
@@ -100,7 +111,7 @@ class NeMoConfig:
             raise TypeError(f"Got {name}={value!r}; expected a number.")
         if not (low < value if open_below else low <= value) or not value <= high or value == float("inf"):
             bracket = "(" if open_below else "["
-            raise ValueError(f"Got {name}={value!r}; expected a number in {bracket}{low}, {high}].")
+            raise ValueError(f"Got {name}={value!r}; expected a number in {bracket}{low}, {high}]. Choose another.")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain data that `from_dict` reads back."""
@@ -145,6 +156,8 @@ def _is_number(value: Any, integer: bool = False) -> bool:
 
 
 def _checked_groups(groups: Mapping[str, Sequence[LabelLike]]) -> dict[str, list[LabelLike]]:
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"Got label_groups={groups!r}; expected a mapping of group name to labels.")
     if not groups:
         raise ValueError("Got label_groups={}; expected at least one group, or None for one group a label.")
     checked: dict[str, list[LabelLike]] = {}
@@ -179,7 +192,9 @@ def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
         raise ValueError(f"Got the label id {label}; expected 0 to {len(id2label) - 1}. Pass an id of the parent.")
     matches = [index for index, name in id2label.items() if name == label]
     if len(matches) > 1:
-        raise ValueError(f"Got the label name {label!r}, which labels {matches} share. Pass the id instead.")
+        raise ValueError(
+            f"Got the label name {label!r}, which the labels {matches} share; expected a unique one. Pass an id."
+        )
     if matches:
         return matches[0]
     raise ValueError(f"Got the unknown label {label!r}; expected one of {_shortened(list(id2label.values()))}.")
@@ -245,8 +260,10 @@ def resolve_labels(
     """
     if isinstance(labels, (int, str)):
         labels = [labels]
+    if not isinstance(labels, Sequence):
+        raise TypeError(f"Got labels={labels!r}; expected a list of label ids, label names or group names.")
     if len(labels) == 0:
-        raise ValueError("Got an empty set of labels; expected at least one label or group.")
+        raise ValueError("Got an empty set of labels; expected at least one label or group. Name some.")
     ids: list[int] = []
     for label in labels:
         ids.extend(_label_or_group(label, groups, id2label))
@@ -269,8 +286,8 @@ def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2la
     same_name = [index for index, name in id2label.items() if name == label]
     if same_name and same_name != members:
         raise ValueError(
-            f"Got {label!r}, which names both the label {same_name[0]} and a group of {len(members)} labels. "
-            "Pass label ids instead."
+            f"Got {label!r}, which names both the label {same_name[0]} and a group of {len(members)} labels; "
+            "expected a name that means one thing. Pass label ids instead."
         )
     return members
 

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 
 class NeMoModelConfig(PreTrainedConfig):
@@ -52,3 +53,28 @@ class NeMoModelConfig(PreTrainedConfig):
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
         assert isinstance(self.base_config, PreTrainedConfig)
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def task_of(base_class: str) -> str:
+    """Tells the task of a plain model's class, given by name.
+
+    Args:
+        base_class: Name of a class of `transformers`.
+
+    Returns:
+        `"image-classification"`, `"text-classification"` or `"audio-classification"`.
+
+    Raises:
+        TypeError: If the class is for another task.
+    """
+    names = MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values()
+    if base_class in names or "ForAudioClassification" in base_class:
+        return "audio-classification"
+    if "ForImageClassification" in base_class:
+        return "image-classification"
+    if "ForSequenceClassification" in base_class:
+        return "text-classification"
+    raise TypeError(
+        f"Got a {base_class}; expected a class for image, sequence or audio classification. "
+        "Load the model with AutoModelForImageClassification or AutoModelForSequenceClassification."
+    )

@@ -25,7 +25,7 @@ from .evaluation import evaluate_module, format_table
 from .files import write_json
 from .metrics import jaccard_indices
 from .modeling import NeMoPreTrainedModel, base_parameters
-from .planning import RELEVANCE_SCALE
+from .planning import is_relevant
 from .trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
@@ -239,8 +239,8 @@ def draw_modules(parent: NeMoPreTrainedModel, path: str | Path) -> None:
     except ImportError as error:
         raise ImportError("Got no matplotlib; expected it for the picture. Install nemo-hf[demo].") from error
     assert parent.masks is not None
-    threshold = parent.nemo_config.relevance_threshold * RELEVANCE_SCALE
-    used = {key: relevance >= threshold for key, relevance in parent.masks.relevance().items()}
+    threshold = parent.nemo_config.relevance_threshold
+    used = {key: is_relevant(relevance, threshold) for key, relevance in parent.masks.relevance().items()}
     shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).numpy()  # (sites, groups)
     overlap = jaccard_indices(torch.cat(list(used.values()), -1)).numpy()
     groups = list(parent.config.groups)

@@ -89,6 +89,7 @@ def make_parent(
     model: PreTrainedModel,
     nemo_config: NeMoConfig | None = None,
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> NeMoPreTrainedModel:
     """Attaches masks to a plain model and finds, by cutting it at random, the back ends that are exact.
 
@@ -96,6 +97,7 @@ def make_parent(
         model: A classification model of `transformers`, one label a sample; it becomes part of the parent.
         nemo_config: The options; `None` takes the defaults.
         label_groups: Groups in place of `nemo_config.label_groups`.
+        inputs: A few samples to try cuts on; `None` draws random ones.
 
     Returns:
         The parent.
@@ -106,15 +108,18 @@ def make_parent(
         UnsupportedArchitectureError: If it has no sites, or one that no back end cuts exactly.
     """
     parent = attach_masks(model, nemo_config, label_groups)
-    failure = _probe(parent)
+    found = {site.kind for site in parent.sites}
+    if found != set(parent.nemo_config.targets):
+        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(found))
+    failure = _probe(parent, inputs)
     if failure is None:
         return parent
     dense = list(parent.sites)
     attention = {site.key: "scatter" for site in dense if isinstance(site, AttentionSite)}
     parent.set_sites(with_back_ends(dense, attention))
-    if _probe(parent) is None:
+    if _probe(parent, inputs) is None:
         return parent
-    culprit = next((site for site in parent.sites if _probe(parent, only=site)), parent.sites[0])
+    culprit = next((site for site in parent.sites if _probe(parent, inputs, only=site)), parent.sites[0])
     other = [kind for kind in parent.nemo_config.targets if kind != culprit.kind]
     parent.detach_masks()
     raise UnsupportedArchitectureError(
@@ -124,7 +129,9 @@ def make_parent(
     )
 
 
-def _probe(parent: NeMoPreTrainedModel, only: NeuronSite | None = None) -> str | None:
+def _probe(
+    parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor] | None, only: NeuronSite | None = None
+) -> str | None:
     """Cuts a random half of the neurons (of one site) and says how the law failed, if it did."""
     generator = torch.Generator().manual_seed(0)
     keep = {}
@@ -140,7 +147,7 @@ def _probe(parent: NeMoPreTrainedModel, only: NeuronSite | None = None) -> str |
     try:
         module = _build_module(type(parent), parent, plan, partial(_read_tensor, state))
         module.to(parent.device)  # type: ignore[arg-type]
-        parent.config.law = asdict(check_law(parent, module, plan.static))
+        parent.config.law = asdict(check_law(parent, module, plan.static, inputs))
     except (RuntimeError, ValueError) as error:
         return str(error).splitlines()[0]
     return None
@@ -254,7 +261,7 @@ def cut_on_load(
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     if not isinstance(config, NeMoModelConfig):
         config = NeMoModelConfig.from_pretrained(source, **hub_options)
-    if config.role != "parent":
+    if config.role == "module":
         raise ValueError(
             f"Got {str(source)!r}, which is a module; expected a parent to cut labels from. "
             "Load it without labels=, or name the parent's repository."
@@ -264,6 +271,7 @@ def cut_on_load(
     weights = WeightFiles(source, hub_options)
     with torch.device("meta"):
         parent = cls(config)
+    weights.check_shapes({name: tensor.shape for name, tensor in parent.state_dict().items()})
     assert parent.masks is not None
     for index, mask in enumerate(parent.masks.site_masks()):
         mask.relevance = weights.read(f"masks.{index}.relevance")

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,12 @@ PROCESSOR_FILES = (
 
 
 @contextmanager
-def replaced_directory(directory: str | Path, stale: str | None = None) -> Iterator[Path]:
+def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Lets files be written beside a directory and moves them in when all are there.
 
     Args:
         directory: The directory to write; files in it of other names stay.
-        stale: Pattern of files that go if they were not written anew, such as shards of an older save.
+        stale: Patterns of files that go if they were not written anew, such as shards of an older save.
 
     Yields:
         An empty directory on the same file system. If the block raises, it is removed and `directory`
@@ -68,7 +68,7 @@ def replaced_directory(directory: str | Path, stale: str | None = None) -> Itera
         for file in written:
             file.replace(directory / file.name)
         names = {file.name for file in written}
-        for old in directory.glob(stale) if stale else ():
+        for old in [old for pattern in stale for old in directory.glob(pattern)]:
             if old.name not in names:
                 old.unlink()
     finally:
@@ -158,6 +158,28 @@ class WeightFiles:
             opened = open_weights(path)
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
+    def check_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
+        """Checks from the files' headers that all tensors are there with the right shapes.
+
+        Args:
+            expected: Shape by name of the tensor.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape.
+        """
+        for name, shape in expected.items():
+            if name not in self._files:
+                raise ValueError(
+                    f"Got weights of {str(self._source)!r} without the tensor {name!r}; expected all of the parent's. "
+                    "Save or download the parent again."
+                )
+            got = tuple(self._files[name].get_slice(name).get_shape())
+            if got != tuple(shape):
+                raise ValueError(
+                    f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
+                    "The weights and config.json are not of the same model: save or download them again."
+                )
+
     def read(self, name: str, cut: TensorCut | None = None) -> Tensor:
         """Reads a tensor, or only the kept rows and columns of it.
 
@@ -169,27 +191,15 @@ class WeightFiles:
             The tensor on the CPU.
 
         Raises:
-            ValueError: If the file lacks the tensor, or it is too small for the cut.
+            KeyError: If the files lack the tensor; `check_shapes` says so kindly.
         """
         if cut is not None and cut.constant is not None:
             return cut.constant.clone()
-        if name not in self._files:
-            raise ValueError(
-                f"Got weights of {str(self._source)!r} without the tensor {name!r}; expected all of the parent's. "
-                "Save or download the parent again."
-            )
         file = self._files[name]
         if cut is None:
             tensor: Tensor = file.get_tensor(name)
             return tensor
         lazy = file.get_slice(name)
-        shape = lazy.get_shape()
-        for dim, index in cut.indices.items():
-            if dim >= len(shape) or (len(index) and int(index.max()) >= shape[dim]):
-                raise ValueError(
-                    f"Got the tensor {name!r} of shape {tuple(shape)}; expected at least {int(index.max()) + 1} "
-                    f"entries in dimension {dim}. Save or download the parent again."
-                )
         return cut_tensor(lambda dim, index: _read_slice(lazy, dim, index), cut)
 
 

@@ -145,5 +145,5 @@ def random_inputs(model: NeMoPreTrainedModel, samples: int = 4) -> dict[str, Ten
         return {name: torch.randn(samples, 4000, generator=generator)}
     raise ValueError(
         f"Got a model whose main input is {name!r}; expected pixel_values, input_ids or input_values. "
-        "Pass a few samples as inputs=."
+        "Pass a few samples: make_parent(model, inputs=...)."
     )

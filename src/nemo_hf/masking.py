@@ -1,6 +1,6 @@
 """Neuron masks: the generators, how they attach to a plain model, and the state of one forward call."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,10 @@ MASK_BIAS = 1.0
 """Initial bias of a mask: tanh(1) = .76, so that every neuron starts open and can still close."""
 
 LARGEST_RANK = 64
+
+
+FrameMask = Callable[[int, Tensor], Tensor]
+"""Turns the attention mask of a recording's samples into one of the given number of frames."""
 
 
 class MaskGenerator(nn.Module):
@@ -64,6 +68,7 @@ class CallState:
         self.detaches_pooled = True
         self.batch_size = 0
         self.attention_mask: Tensor | None = None
+        self.frame_mask: FrameMask | None = None
         self.static_masks: Mapping[str, Tensor] | None = None
         self.static_samples: Tensor | None = None
         self.collected: dict[str, list[Tensor]] | None = None
@@ -170,6 +175,8 @@ class SiteMask(nn.Module):
         tokens = hidden_states.reshape(batch, -1, hidden_states.shape[-1])
         if attention_mask is None:
             return tokens.mean(1, dtype=torch.float32)
+        if attention_mask.shape[1] != tokens.shape[1] and self.state.frame_mask is not None:
+            attention_mask = self.state.frame_mask(tokens.shape[1], attention_mask)
         if attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"Got an attention mask of shape {tuple(attention_mask.shape)} for {tuple(tokens.shape[:2])} tokens at "
@@ -257,11 +264,11 @@ class NeuronMasks(nn.ModuleList):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Lets the model run as if no masks were attached."""
-        self.state.is_enabled = False
+        before, self.state.is_enabled = self.state.is_enabled, False
         try:
             yield
         finally:
-            self.state.is_enabled = True
+            self.state.is_enabled = before
 
     @contextmanager
     def call(
@@ -270,6 +277,7 @@ class NeuronMasks(nn.ModuleList):
         attention_mask: Tensor | None,
         static_masks: Mapping[str, Tensor] | None,
         static_samples: Tensor | None,
+        frame_mask: FrameMask | None = None,
     ) -> Iterator[dict[str, list[Tensor]]]:
         """Sets the state of one forward call and collects its soft masks.
 
@@ -279,13 +287,16 @@ class NeuronMasks(nn.ModuleList):
             static_masks: Site key to masks of shape (neurons,) or (batch, neurons) in place of the
                 generated ones, or `None`.
             static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
+            frame_mask: How an attention mask of another length becomes one of the tokens, or `None`.
 
         Yields:
             Site key to soft masks of shape (batch, neurons), one a call of the site; filled as the
             model runs.
         """
         state = self.state
-        state.batch_size, state.attention_mask = batch_size, attention_mask
+        if static_masks is not None:
+            self._check_static(static_masks)
+        state.batch_size, state.attention_mask, state.frame_mask = batch_size, attention_mask, frame_mask
         state.static_masks, state.static_samples = static_masks, static_samples
         collected: dict[str, list[Tensor]] = {}
         state.collected = collected
@@ -294,6 +305,16 @@ class NeuronMasks(nn.ModuleList):
         finally:
             state.collected = None
             state.current = None
+
+    def _check_static(self, static_masks: Mapping[str, Tensor]) -> None:
+        for mask in self.site_masks():
+            static = static_masks.get(mask.site.key)
+            if static is None or static.shape[-1] != mask.site.neurons:
+                raise ValueError(
+                    f"Got static masks with {None if static is None else tuple(static.shape)} for {mask.site.key!r}; "
+                    f"expected a mask of {mask.site.neurons} neurons for each of the {len(self)} sites. "
+                    "Start from parent.masks.open_masks()."
+                )
 
     def relevance(self) -> dict[str, Tensor]:
         """Returns site key to relevance, uint8, shape (groups, neurons): round(255 f)."""

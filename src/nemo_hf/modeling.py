@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 
 from .config import LabelLike, NeMoConfig
-from .configuration import NeMoModelConfig
+from .configuration import NeMoModelConfig, task_of
 from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
 from .masking import MaskGenerator, NeuronMasks, build_masks
 from .neurons import NeuronSite, UnsupportedArchitectureError, with_back_ends
@@ -59,9 +59,11 @@ class NeMoPreTrainedModel(PreTrainedModel):
     # The loss is a mean over samples; without this flag the Trainer would not divide it by the number of
     # accumulation steps, since forward takes **kwargs (transformers 5.23, Trainer.compute_loss).
     accepts_loss_kwargs = False
+    task = ""
 
     def __init__(self, config: NeMoModelConfig, base_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        self._check_config(config)
         is_new = base_model is None
         self.model = _build_base(config) if base_model is None else base_model
         self.processor_files: dict[str, bytes] = {}
@@ -78,6 +80,45 @@ class NeMoPreTrainedModel(PreTrainedModel):
             self.masks.attach(self.model)
         with nullcontext() if is_new else no_init_weights():
             self.post_init()
+
+    def _check_config(self, config: NeMoModelConfig) -> None:
+        if config.role not in ("parent", "module"):
+            raise ValueError(
+                f"Got role={config.role!r} in config.json; expected 'parent' or 'module'. "
+                "The file is damaged or of a newer version: update nemo-hf, or save the model again."
+            )
+        base_class = getattr(transformers, str(config.base_class), None)
+        if not (inspect.isclass(base_class) and issubclass(base_class, PreTrainedModel)):
+            raise UnsupportedArchitectureError(
+                f"Got base_class={config.base_class!r} in config.json; expected the name of a model class of "
+                f"transformers {transformers.__version__}. Update transformers."
+            )
+        task = task_of(config.base_class)
+        if self.task and task != self.task:
+            raise ValueError(
+                f"Got a {config.base_class} to load as {type(self).__name__}; expected a model for {self.task}. "
+                f"Load it with the Auto class for {task}."
+            )
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Activates checkpointing as `transformers` does.
+
+        Args:
+            activation_checkpointing_kwargs: As in `transformers`; parents refuse `use_reentrant=True`.
+            every_n_layers: As in `transformers`.
+            offload: As in `transformers`.
+
+        Raises:
+            ValueError: If the reentrant kind is asked for, under which masks get no gradient.
+        """
+        if self.is_parent and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "Got use_reentrant=True; expected the other kind of activation checkpointing, since the reentrant one "
+                "runs the forward pass without gradients and would train no masks. Pass use_reentrant=False."
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def _resize(self) -> None:
         entries = {entry["key"]: entry for entry in self.config.sites or []}
@@ -145,11 +186,12 @@ class NeMoPreTrainedModel(PreTrainedModel):
                 self._parent_masks()
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
-            attention_mask = given.get("attention_mask")
+            attention_mask = given.get("attention_mask", kwargs.get("attention_mask"))
             tensors = [value for value in (*given.values(), *kwargs.values()) if isinstance(value, Tensor)]
             if not tensors:
                 raise ValueError(f"Got no model inputs; expected {self.main_input_name}.")
-            with self.masks.call(len(tensors[0]), attention_mask, static_masks, static_samples) as collected:
+            frames = getattr(self.model, "_get_feature_vector_attention_mask", None)
+            with self.masks.call(len(tensors[0]), attention_mask, static_masks, static_samples, frames) as collected:
                 outputs = self.model(**given, **kwargs, return_dict=True)
         wanted = self.training if output_neuron_masks is None else output_neuron_masks
         result = NeMoOutput(
@@ -220,7 +262,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
         if kwargs.get("is_main_process", True):
-            with replaced_directory(save_directory, stale="model*.safetensors*") as temporary:
+            with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME)) as temporary:
                 super().save_pretrained(temporary, **kwargs)
                 for name, content in self.processor_files.items():
                     (temporary / name).write_bytes(content)
@@ -260,6 +302,8 @@ class NeMoPreTrainedModel(PreTrainedModel):
             ValueError: If a tensor is missing or has another shape than the configuration says.
         """
         source = pretrained_model_name_or_path
+        if source is not None and not isinstance(kwargs.get("config"), NeMoModelConfig):
+            _check_model_type(source, {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None})
         if labels is not None and source is not None:
             from .extraction import cut_on_load  # one level up: the argument is the door to that room
 
@@ -283,15 +327,19 @@ class NeMoPreTrainedModel(PreTrainedModel):
 
 
 def _build_base(config: NeMoModelConfig) -> PreTrainedModel:
-    base_class = getattr(transformers, config.base_class, None)
-    if not (inspect.isclass(base_class) and issubclass(base_class, PreTrainedModel)):
-        raise UnsupportedArchitectureError(
-            f"Got base_class={config.base_class!r} in config.json; expected the name of a model class of "
-            f"transformers {transformers.__version__}. Update transformers."
-        )
     assert isinstance(config.base_config, PreTrainedConfig)
-    model: PreTrainedModel = base_class(config.base_config)
+    model: PreTrainedModel = getattr(transformers, config.base_class)(config.base_config)
     return model
+
+
+def _check_model_type(source: str | Path, hub_options: Mapping[str, Any]) -> None:
+    config, _ = NeMoModelConfig.get_config_dict(source, **hub_options)
+    model_type = config.get("model_type")
+    if model_type != NeMoModelConfig.model_type:
+        raise ValueError(
+            f"Got {str(source)!r} of model type {model_type!r}; expected a parent or module of nemo_hf. "
+            "Load a plain model with the Auto classes and train it with NeMoTrainer."
+        )
 
 
 def _check_loaded(source: str, info: Mapping[str, Any]) -> None:

@@ -11,6 +11,19 @@ RELEVANCE_SCALE = 255
 """Relevance is stored as round(255 f), f the share of a group's samples that open a neuron."""
 
 
+def is_relevant(relevance: Tensor, threshold: float) -> Tensor:
+    """Says which stored relevances reach a threshold; the threshold is rounded as they were.
+
+    Args:
+        relevance: uint8, any shape.
+        threshold: Share of a group's samples, in (0, 1].
+
+    Returns:
+        Boolean, of the same shape.
+    """
+    return relevance >= int((torch.tensor(threshold, dtype=torch.float32) * RELEVANCE_SCALE).round())
+
+
 def plan_module(
     sites: Sequence[NeuronSite],
     relevance: Mapping[str, Tensor],
@@ -43,7 +56,7 @@ def plan_module(
     for site in sites:
         scores = relevance[site.key][list(groups)].amax(0).to("cpu", torch.int64)
         parts = dict(zip(site.parts, scores.split(list(site.parts.values())), strict=True))
-        kept = {name: part >= threshold * RELEVANCE_SCALE for name, part in parts.items()}
+        kept = {name: is_relevant(part, threshold) for name, part in parts.items()}
         if isinstance(site, AttentionSite):
             # Without values a head adds nothing, whatever it attends to.
             alive = kept["value"].view(site.key_value_heads, -1).any(-1, keepdim=True)

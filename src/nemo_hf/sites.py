@@ -52,6 +52,7 @@ FEED_FORWARD_PATTERNS = (
     FeedForwardPattern(("fc1",), "fc2"),
     FeedForwardPattern(("lin1",), "lin2", pooled=""),
     FeedForwardPattern(("c_fc",), "c_proj"),
+    FeedForwardPattern(("intermediate_dense",), "output_dense"),
     FeedForwardPattern(("intermediate.dense",), "output.dense", pooled="attention", pooled_output=True),
     FeedForwardPattern(("ffn",), "ffn_output", pooled="attention", pooled_output=True),
 )

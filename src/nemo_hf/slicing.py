@@ -202,8 +202,11 @@ def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
         ValueError: If a width is missing, unknown or outside what the site has.
     """
     most = _largest_widths(site)
-    if set(widths) != set(most):
-        raise ValueError(f"Got the widths {sorted(widths)} for {site.key!r}; expected {sorted(most)}.")
+    if not isinstance(widths, Mapping) or set(widths) != set(most):
+        raise ValueError(
+            f"Got the widths {widths!r} for {site.key!r}; expected one for each of {sorted(most)}. "
+            "The config.json is damaged or belongs to another base model: save or download the module again."
+        )
     least = site.least_width if isinstance(site, FeedForwardSite) else int(site.back_end == "dense")
     for name, width in widths.items():
         if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:

@@ -11,10 +11,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 from .config import LabelLike, NeMoConfig, resolve_groups
-from .configuration import NeMoModelConfig
+from .configuration import NeMoModelConfig, task_of
+from .masking import SiteMask
 from .modeling import NeMoOutput, NeMoPreTrainedModel
 
 
@@ -22,6 +22,7 @@ class NeMoForImageClassification(NeMoPreTrainedModel):
     """Parent or module that classifies images."""
 
     main_input_name = "pixel_values"
+    task = "image-classification"
 
     def forward(
         self,
@@ -56,6 +57,7 @@ class NeMoForSequenceClassification(NeMoPreTrainedModel):
     """Parent or module that classifies texts."""
 
     main_input_name = "input_ids"
+    task = "text-classification"
 
     def forward(
         self,
@@ -91,6 +93,7 @@ class NeMoForAudioClassification(NeMoPreTrainedModel):
     """Parent or module that classifies recordings."""
 
     main_input_name = "input_values"
+    task = "audio-classification"
 
     def forward(
         self,
@@ -161,7 +164,7 @@ def attach_masks(
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )
-    parent = task_class(type(model).__name__)(config, model)
+    parent = TASK_CLASSES[task_of(type(model).__name__)](config, model)
     assert parent.masks is not None
     parent.masks.to(model.device)
     parent.set_sites(parent.sites)
@@ -169,18 +172,9 @@ def attach_masks(
     return parent
 
 
-def task_class(base_class: str) -> type[NeMoPreTrainedModel]:
-    """Finds our class for the task of a plain model's class, given by name."""
-    if base_class in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in base_class:
-        return NeMoForAudioClassification
-    if "ForImageClassification" in base_class:
-        return NeMoForImageClassification
-    if "ForSequenceClassification" in base_class:
-        return NeMoForSequenceClassification
-    raise TypeError(
-        f"Got a {base_class}; expected a class for image, sequence or audio classification. "
-        "Load the model with AutoModelForImageClassification or AutoModelForSequenceClassification."
-    )
+TASK_CLASSES = {
+    kind.task: kind for kind in (NeMoForImageClassification, NeMoForSequenceClassification, NeMoForAudioClassification)
+}
 
 
 def _check_plain(model: PreTrainedModel) -> None:
@@ -201,7 +195,17 @@ def _check_plain(model: PreTrainedModel) -> None:
             "Got a nemo_hf model; expected a plain one, since masks are attached once. "
             "Pass a saved parent to NeMoTrainer itself to train it on, or call parent.detach_masks() first."
         )
-    task_class(type(model).__name__)
+    hooks = [
+        hook
+        for layer in model.modules()
+        for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    ]
+    if any(isinstance(getattr(hook, "__self__", None), SiteMask) for hook in hooks):
+        raise ValueError(
+            "Got the model inside a parent, which has masks; expected a plain one, since masks are attached once. "
+            "Call parent.detach_masks() first."
+        )
+    task_of(type(model).__name__)
     problem = model.config.problem_type
     if problem not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
         raise ValueError(

@@ -22,7 +22,7 @@ from .extraction import make_parent
 from .losses import contrastive_loss, restricted_cross_entropy, site_masks, sparsity_loss
 from .metrics import cohesion_and_coupling
 from .modeling import NeMoPreTrainedModel
-from .planning import RELEVANCE_SCALE
+from .planning import is_relevant
 from .relevance import OpenCounts, compute_relevance, group_indices
 
 logger = logging.getLogger(__name__)
@@ -263,9 +263,9 @@ class NeMoTrainer(Trainer):
 
     def _module_masks(self, groups: Tensor) -> dict[str, Tensor]:
         assert self.parent.masks is not None
-        threshold = self.nemo_config.relevance_threshold * RELEVANCE_SCALE
+        threshold = self.nemo_config.relevance_threshold
         return {
-            key: (relevance[groups].amax(0) >= threshold).float()
+            key: is_relevant(relevance[groups].amax(0), threshold).float()
             for key, relevance in self.parent.masks.relevance().items()
         }
 
