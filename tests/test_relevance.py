@@ -162,18 +162,29 @@ class TestRunningAverage:
         masks = {name: values[:1].expand(16, -1, -1) for name, values in self.random_masks(parent, 1).items()}
         counts = self.counts(parent)
         counts.add(masks, torch.full((16,), 2))
-        counts.blend()
+        counts.blend(0)
         expected = start
         for _ in range(16):
             expected = expected + ((masks[key][0, 0] > 0).float() - expected) / RUNNING_WINDOW
         assert (parent.masks.relevance()[key][2] - expected * 255).abs().max() < 1
+
+    def test_the_same_step_gives_the_same(self):
+        results = []
+        for noise in (1, 2):
+            torch.manual_seed(noise)
+            parent = lively_parent("vit")
+            counts = self.counts(parent)
+            counts.add(self.random_masks(parent, 10), torch.arange(10) % 5)
+            counts.blend(3)
+            results.append(torch.cat([mask.relevance for mask in parent.masks.site_masks()], -1))
+        assert torch.equal(*results)
 
     def test_other_groups_stay(self):
         parent = lively_parent("vit")
         before = state(parent.masks)
         counts = self.counts(parent)
         counts.add(self.random_masks(parent, 4), torch.tensor([1, 1, 4, 1]))
-        counts.blend()
+        counts.blend(0)
         for index, mask in enumerate(parent.masks.site_masks()):
             changed = (mask.relevance != before[f"{index}.relevance"]).any(-1)
             assert changed.tolist() == [False, True, False, False, True]
@@ -194,10 +205,10 @@ class TestRunningAverage:
     def test_comes_to_rest_on_the_share(self):
         parent = lively_parent("vit")
         masks, counts = self.random_masks(parent, 20), self.counts(parent)
-        for _ in range(60):
+        for step in range(60):
             counts.reset()
             counts.add(masks, torch.full((20,), 0))
-            counts.blend()
+            counts.blend(step)
         for key, relevance in parent.masks.relevance().items():
             share = (masks[key][:, 0] > 0).float().mean(0)
             assert (relevance[0] / 255 - share).abs().max() < 0.02

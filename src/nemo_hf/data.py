@@ -13,9 +13,10 @@ from .config import LabelLike
 
 def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
     """A column of a `datasets.Dataset` without transforms, or `None` for other data."""
-    columns = getattr(dataset, "column_names", None)
-    name = next((name for name in names if columns is not None and name in columns), None)
-    if name is None or not hasattr(dataset, "with_format"):
+    if not isinstance(dataset, datasets.Dataset):
+        return None  # a stream must not be read before training
+    name = next((name for name in names if name in dataset.column_names), None)
+    if name is None:
         return None
     return list(dataset.with_format(None)[name])
 
@@ -70,6 +71,17 @@ def check_labels(labels: Sequence[int], names: Mapping[int, str]) -> None:
     Raises:
         ValueError: If an id is too large, or some label has no sample.
     """
+    strange = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
+    if strange is not None:
+        raise ValueError(
+            f"Got the label {strange!r} in the training data; expected label ids from 0 to {len(names) - 1}. "
+            "Turn names into ids with dataset.class_encode_column('label')."
+        )
+    if min(labels, default=0) < 0:
+        raise ValueError(
+            f"Got the label id {min(labels)} in the training data; expected 0 to {len(names) - 1}. "
+            "Remove samples without a label."
+        )
     counts = torch.bincount(torch.tensor(labels), minlength=len(names))
     if len(counts) > len(names):
         raise ValueError(

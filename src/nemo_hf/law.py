@@ -94,6 +94,8 @@ def check_law(
 def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
     """Yields models in eval mode and float32 (copies, if they have another dtype), with TF32 off."""
     training = [model.training for model in models]
+    # Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
+    wrapped = [model.__dict__.pop("forward", None) for model in models]
     exact = [model.eval() if model.dtype == torch.float32 else copy.deepcopy(model).float().eval() for model in models]
     precision = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
@@ -104,8 +106,10 @@ def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedM
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
-        for model, was_training in zip(models, training, strict=True):
+        for model, was_training, forward in zip(models, training, wrapped, strict=True):
             model.train(was_training)
+            if forward is not None:
+                model.__dict__["forward"] = forward
 
 
 def random_inputs(model: NeMoPreTrainedModel, samples: int = 4) -> dict[str, Tensor]:

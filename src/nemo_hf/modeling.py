@@ -157,6 +157,25 @@ class NeMoPreTrainedModel(PreTrainedModel):
             mask.site = site
         self.config.sites = [{"key": site.key, "back_end": site.back_end} for site in sites]
 
+    def set_nemo_config(self, nemo_config: NeMoConfig) -> None:
+        """Sets the options of a parent for further training.
+
+        Args:
+            nemo_config: The options.
+
+        Raises:
+            ValueError: If an option that shapes the masks is not as before.
+        """
+        for name in ("targets", "generator_rank", "hard_masks", "label_groups", "group_column"):
+            before, given = getattr(self.nemo_config, name), getattr(nemo_config, name)
+            if before != given:
+                raise ValueError(
+                    f"Got {name}={given!r} for a parent trained with {before!r}; expected the same, since the masks "
+                    "have that shape. Leave nemo_config out, or start from the plain model."
+                )
+        self.config.nemo_config = nemo_config.to_dict()
+        self._parent_masks().state.detaches_pooled = nemo_config.detach_pooled
+
     def detach_masks(self) -> PreTrainedModel:
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
         self._parent_masks().detach()

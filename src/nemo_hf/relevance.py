@@ -65,24 +65,31 @@ class OpenCounts:
     def write(self) -> None:
         """Replaces the masks' relevance by the counted shares."""
         total = self.samples.clamp(min=1)[:, None]
-        self._store((self.opened / total).float(), torch.ones_like(self.samples, dtype=torch.bool))
+        share = (self.opened / total).float()
+        self._store((share * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
         for mask, mean in zip(self._masks, (self.values / total).float().split(self._neurons, -1), strict=True):
             if mask.mean_mask is not None:
                 mask.mean_mask.copy_(mean)
 
-    def blend(self) -> None:
+    def blend(self, step: int) -> None:
         """Moves the masks' relevance towards the counted shares, of the groups that were counted.
 
-        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another.
+        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Most
+        steps are smaller than the 1/255 that is stored, so they are rounded up or down at random, right
+        on average and the same whenever and wherever this step is taken.
+
+        Args:
+            step: Number of the optimizer step, the seed of the rounding.
         """
         share = (self.opened / self.samples.clamp(min=1)[:, None]).float()
         weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples.float()[:, None]
         before = torch.cat([mask.relevance for mask in self._masks], -1).float() / RELEVANCE_SCALE
-        self._store(before + weight * (share - before), self.samples > 0)
+        after = before + weight * (share - before)
+        noise = torch.rand(after.shape, generator=torch.Generator(after.device).manual_seed(step), device=after.device)
+        self._store((after * RELEVANCE_SCALE + noise).floor().clamp(0, RELEVANCE_SCALE), self.samples > 0)
 
-    def _store(self, share: Tensor, groups: Tensor) -> None:
-        stored = (share * RELEVANCE_SCALE).round().to(torch.uint8)
-        for mask, part in zip(self._masks, stored.split(self._neurons, -1), strict=True):
+    def _store(self, relevance: Tensor, groups: Tensor) -> None:
+        for mask, part in zip(self._masks, relevance.to(torch.uint8).split(self._neurons, -1), strict=True):
             mask.relevance.copy_(torch.where(groups[:, None], part, mask.relevance))
 
 

@@ -1,5 +1,6 @@
 """One class per task, registered with the Auto classes, and how a plain model becomes a parent."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ class NeMoForSequenceClassification(NeMoPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        bbox: Tensor | None = None,
         labels: Tensor | None = None,
         static_masks: Mapping[str, Tensor] | None = None,
         static_samples: Tensor | None = None,
@@ -75,6 +78,9 @@ class NeMoForSequenceClassification(NeMoPreTrainedModel):
         Args:
             input_ids: Token ids, shape (batch, tokens).
             attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            token_type_ids: For plain models that take them, shape (batch, tokens); else left out. Named here
+                since `Trainer` drops columns that the signature does not name.
+            bbox: For plain models that take boxes of tokens, likewise.
             labels: Label ids, shape (batch,); adds the loss to the output.
             static_masks: Parents: masks in place of the generated ones.
             static_samples: Samples that take the static masks.
@@ -85,7 +91,10 @@ class NeMoForSequenceClassification(NeMoPreTrainedModel):
         Returns:
             A `NeMoOutput`.
         """
+        known = inspect.signature(self.model.forward).parameters
+        extras = {"token_type_ids": token_type_ids, "bbox": bbox}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs.update({name: value for name, value in extras.items() if name in known})
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import LabelLike, NeMoConfig
@@ -77,6 +76,7 @@ class NeMoTrainer(Trainer):
         self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
         self._check_data(train_dataset)
         self._training_data = train_dataset
+        set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
         if self.args.n_gpu > 1:
@@ -145,6 +145,10 @@ class NeMoTrainer(Trainer):
 
     def _as_parent(self, model: PreTrainedModel) -> NeMoPreTrainedModel:
         config = self._given_config
+        names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+        labels = column_values(self._training_data, ("label", "labels", "label_ids"))
+        if labels is not None:
+            check_labels(labels, names)
         if isinstance(model, NeMoPreTrainedModel):
             if not model.is_parent:
                 raise ValueError(
@@ -152,17 +156,12 @@ class NeMoTrainer(Trainer):
                     "Fine-tune the module with transformers.Trainer."
                 )
             if config is not None:
-                _check_same_structure(model.nemo_config, config)
-                model.config.nemo_config = config.to_dict()
+                model.set_nemo_config(config)
             return model
         config = config or NeMoConfig()
-        labels = column_values(self._training_data, ("label", "labels", "label_ids"))
-        names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
         groups = None
         if config.group_column is not None:
             groups = groups_from_column(self._training_data, config.group_column, labels, names)
-        if labels is not None:
-            check_labels(labels, names)
         return make_parent(model, config, groups)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -281,7 +280,7 @@ class NeMoTrainer(Trainer):
         if self.accelerator.sync_gradients and self._open_counts is not None:
             for tensor in self._open_counts.tensors():
                 tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
-            self._open_counts.blend()
+            self._open_counts.blend(self.state.global_step)
             self._open_counts.reset()
             self.parent.config.relevance_source = "running"
         return loss
@@ -303,22 +302,45 @@ class NeMoTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as `Trainer` does, then counts the exact relevance of the model that it ends with."""
         self._open_counts = None
+        self._logged, self._logged_steps = {}, 0
         result = super().train(*args, **kwargs)
         self.update_relevance()
         return result
 
     def update_relevance(self) -> None:
         """Replaces the parent's relevance by the exact one over `relevance_dataset`."""
-        batches = self.get_eval_dataloader(self._relevance_dataset)
+        batches = self._loader(self._relevance_dataset, is_shared=True)
         compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
+
+    def _loader(self, dataset: Any, is_shared: bool) -> DataLoader[Any]:
+        """Batches of a whole data set, or of this process's share of it: each sample once, in any case.
+
+        `get_eval_dataloader` would drop a last batch on request, keep workers of other data, and repeat
+        samples to give all processes as many.
+        """
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="evaluation")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
+        if is_shared and self.args.world_size > 1:
+            dataset = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        return DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluates as `Trainer` does; adds cohesion and coupling over at most 1,000 samples."""
         output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if output.label_ids is None or output.metrics is None or description != "Evaluation":
+        if output.metrics is None or description != "Evaluation":
             return output
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
         opened, groups = self._open_masks(dataloader)
+        if not len(groups):
+            return output
         cohesion, coupling = cohesion_and_coupling(opened, groups)
         logger.info("Cohesion and coupling are measured over %d samples.", len(groups))
         measured = {"cohesion": cohesion, "coupling": coupling, "modularity_samples": len(groups)}
@@ -327,12 +349,15 @@ class NeMoTrainer(Trainer):
 
     @torch.no_grad()
     def _open_masks(self, dataloader: Any) -> tuple[Tensor, Tensor]:
-        """Open neurons (samples, neurons) and groups (samples,) of the first samples."""
-        collected: defaultdict[str, list[Tensor]] = defaultdict(list)
+        """Open neurons (samples, neurons) and groups (samples,) of the first samples that have labels."""
+        empty = torch.zeros(0, dtype=torch.long, device=self.parent.device)
+        collected: dict[str, list[Tensor]] = {"opened": [], "labels": [empty]}
         count = 0
         for batch in dataloader:
             inputs = dict(self._prepare_inputs(batch))
-            labels = inputs.pop("labels")
+            labels = inputs.pop("labels", None)
+            if labels is None:
+                break
             masks = self.parent(**inputs, output_neuron_masks=True).neuron_masks
             opened = torch.cat([(mask > 0).any(1) for mask in masks.values()], -1)
             opened, labels = self.accelerator.gather_for_metrics((opened, labels))
@@ -341,7 +366,7 @@ class NeMoTrainer(Trainer):
             count += len(labels)
             if count >= MODULARITY_SAMPLES:
                 break
-        opened = torch.cat(collected["opened"])[:MODULARITY_SAMPLES]
+        opened = torch.cat(collected["opened"] or [empty])[:MODULARITY_SAMPLES]
         labels = torch.cat(collected["labels"])[:MODULARITY_SAMPLES]
         return opened, self._group_of_label[labels]
 
@@ -367,26 +392,11 @@ class NeMoTrainer(Trainer):
             raise ValueError(
                 "Got no single evaluation data set; expected one. Pass evaluate_module(..., eval_dataset=...)."
             )
-        collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="evaluation")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
-        # Not shared out among processes: each measures all, so that no sample counts twice or never.
-        dataloader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=collator)
-        return evaluate_module(self.parent, labels, dataloader, show_progress=not self.args.disable_tqdm, **kwargs)
+        batches = self._loader(dataset, is_shared=False)
+        return evaluate_module(self.parent, labels, batches, show_progress=not self.args.disable_tqdm, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Trainer would write training_args.bin, a pickle; the processor goes with the model.
         if self.args.should_save:
             assert self.args.output_dir is not None
             self.parent.save_pretrained(Path(output_dir or self.args.output_dir), state_dict=state_dict)
-
-
-def _check_same_structure(trained: NeMoConfig, given: NeMoConfig) -> None:
-    for name in ("targets", "generator_rank", "hard_masks", "label_groups", "group_column"):
-        if getattr(trained, name) != getattr(given, name):
-            raise ValueError(
-                f"Got {name}={getattr(given, name)!r} for a parent trained with {getattr(trained, name)!r}; expected "
-                "the same, since the masks have that shape. Leave nemo_config out, or start from the plain model."
-            )
