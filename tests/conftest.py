@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+torch.set_num_threads(1)  # the models are too small to share out
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 

@@ -86,6 +86,7 @@ def test_text_example_under_accelerate_launch(text_folder, tmp_path):
     assert results["modules"][0]["groups"] == ["two"]
 
 
+@pytest.mark.slow
 def test_text_example(text_folder, tmp_path):
     fresh("bert").save_pretrained(tmp_path / "bert")
     tokenizer().save_pretrained(tmp_path / "bert")

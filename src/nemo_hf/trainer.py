@@ -313,10 +313,9 @@ class NeMoTrainer(Trainer):
         compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
 
     def _loader(self, dataset: Any, is_shared: bool) -> DataLoader[Any]:
-        """Batches of a whole data set, or of this process's share of it: each sample once, in any case.
+        """Batches of a whole data set, or of this process's share of it: each sample once.
 
-        `get_eval_dataloader` would drop a last batch on request, keep workers of other data, and repeat
-        samples to give all processes as many.
+        `get_eval_dataloader` may drop a last batch, keep other data's workers, or repeat samples.
         """
         collator = self.data_collator
         if isinstance(dataset, datasets.Dataset):
@@ -389,9 +388,7 @@ class NeMoTrainer(Trainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or isinstance(dataset, dict):
-            raise ValueError(
-                "Got no single evaluation data set; expected one. Pass evaluate_module(..., eval_dataset=...)."
-            )
+            raise ValueError("Got no single evaluation data set; expected one. Pass eval_dataset=...")
         batches = self._loader(dataset, is_shared=False)
         return evaluate_module(self.parent, labels, batches, show_progress=not self.args.disable_tqdm, **kwargs)
 
