@@ -59,6 +59,7 @@ def text_folder(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_image_example(image_folder, tmp_path):
     words = ["--dataset", str(image_folder), "--output_dir", "out", "--modules", "cat+ship", "dog+cat"]
     table = run("train_image_classification.py", *words, "--hidden_size", "32", "--layers", "1", cwd=tmp_path)

@@ -42,7 +42,10 @@ SIGNATURES = {
     ],
     "NeMoForImageClassification.save_pretrained": ["self", "save_directory", "kwargs"],
     "NeMoForSequenceClassification": ["config", "base_model"],
-    "NeMoForSequenceClassification.forward": ["self", "input_ids", "attention_mask", "labels", *MASKED],
+    "NeMoForSequenceClassification.forward": [
+        *["self", "input_ids", "attention_mask", "token_type_ids", "bbox", "labels"],
+        *MASKED,
+    ],
     "NeMoTrainer": [
         *["model", "args", "data_collator", "train_dataset", "trainer_args", "nemo_config", "relevance_dataset"],
         "trainer_kwargs",
