@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from conftest import randomize_relevance
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
+from nemo_hf import make_parent
 from nemo_hf.cli import main
 from nemo_hf.demo import load_digits_split
 
@@ -93,6 +95,21 @@ def test_extract_and_inspect_and_push_work_on_the_demos_files(output, tmp_path, 
     card = (tmp_path / "m" / "README.md").read_text()
     assert "library_name: nemo-hf" in card
     assert f"{sum(p.numel() for p in model.model.parameters()):,}" in card
+
+
+def test_the_command_takes_the_threshold_and_prefers_names_to_ids(vit, tmp_path, capsys):
+    vit.config.id2label = {index: str(index + 1) for index in range(5)}
+    vit.config.label2id = {name: index for index, name in vit.config.id2label.items()}
+    parent = make_parent(vit)
+    randomize_relevance(parent)
+    parent.save_pretrained(tmp_path / "parent")
+    shares = []
+    for threshold in ("0.2", "0.9"):
+        words = ["extract", "--parent", str(tmp_path / "parent"), "--labels", "1", "2", "--threshold", threshold]
+        assert main([*words, "--output_dir", str(tmp_path / threshold)]) == 0
+        assert "['1', '2']" in capsys.readouterr().out
+        shares.append(AutoModelForImageClassification.from_pretrained(tmp_path / threshold).config.retained_neurons)
+    assert shares[1] < 0.5 < shares[0]
 
 
 def test_wrong_words_end_with_a_message_and_no_files(output, tmp_path, capsys):

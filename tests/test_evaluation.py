@@ -125,6 +125,41 @@ def test_the_table_has_a_row_a_module(parent, samples):
     assert f"{reports[0]['accuracy']:.3f}" in lines[2]
 
 
+def test_other_groups_without_a_neuron_leave_the_report_alone(parent, samples):
+    for mask in parent.masks.site_masks():
+        mask.relevance[2:] = 0
+    report = report_of(parent, samples, [0, 1])
+    assert report.controls["other"] == report.controls["empty"]
+
+
+def test_the_module_carries_its_report_until_it_trains(parent, samples, tmp_path):
+    module = parent.extract_module([3, 1])
+    report = report_of(parent, samples, [3, 1], module=module).to_dict()
+    module.save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path)
+    assert loaded.report == report
+    assert loaded.train().report is None
+
+
+def test_an_autocast_around_the_parent_does_not_count(parent, samples):
+    plain = report_of(parent, samples, [3, 1])
+    forward = parent.forward
+
+    def in_half_precision(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+
+    parent.forward = in_half_precision
+    assert report_of(parent, samples, [3, 1]).parent_restricted_accuracy == plain.parent_restricted_accuracy
+    assert parent.forward is in_half_precision
+
+
+def test_batches_without_labels_are_refused(parent):
+    with pytest.raises(ValueError, match="expected 'labels'"):
+        evaluate_module(parent, [0, 1], [{"pixel_values": torch.zeros(2, 3, 16, 16)}], show_progress=False)
+
+
 def test_data_without_the_labels_is_refused(parent, samples):
     with pytest.raises(ValueError, match="expected at least one"):
         report_of(parent, [sample for sample in samples if sample["labels"] != 2], [2])

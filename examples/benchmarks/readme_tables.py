@@ -75,10 +75,11 @@ def example_table(name: str) -> str:
     ]
     metrics = results["metrics"]
     plain = f"plain model {results['plain']['eval_accuracy']:.3f}, " if "plain" in results else ""
-    return (
+    text = (
         f"{plain}parent {metrics['eval_accuracy']:.3f}, coupling {metrics['eval_coupling']:.2f}, "
         f"trained in {metrics['training_seconds'] / 60:.0f} minutes.\n\n{table(HEADER, rows)}"
-    ).capitalize()
+    )
+    return text[0].upper() + text[1:]
 
 
 def rendered(readme: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
+    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     HfArgumentParser,
@@ -19,12 +20,13 @@ from transformers import (
 )
 
 from .config import LabelLike, NeMoConfig
+from .configuration import NeMoModelConfig, task_of
 from .data import LoadedData, load_data
 from .demo import accuracy, format_demo, run_demo
 from .evaluation import evaluate_module, format_table
 from .extraction import make_parent
 from .files import REPORT_NAME, write_json
-from .masking import default_rank
+from .law import ExtractionLawError
 from .model_card import render_model_card
 from .modeling import NeMoPreTrainedModel, base_parameters
 from .trainer import NeMoTrainer
@@ -32,6 +34,7 @@ from .trainer import NeMoTrainer
 AUTO_CLASSES = {
     "image-classification": AutoModelForImageClassification,
     "text-classification": AutoModelForSequenceClassification,
+    "audio-classification": AutoModelForAudioClassification,
 }
 
 
@@ -85,6 +88,8 @@ class EvaluateCommand(DataOptions):
     labels: list[str] = field(
         default_factory=list, metadata={"help": "Modules to measure, each as labels joined by '+': cat+dog car+ship."}
     )
+    threshold: float | None = field(default=None, metadata={"help": "Relevance threshold, above 0 up to 1."})
+    round_to: int | None = field(default=None, metadata={"help": "Fill widths up to multiples of this, such as 8."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the reports."})
 
 
@@ -135,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     positional = _with_option_names(words[1:], kinds[0])
     try:
         run(*parser.parse_args_into_dataclasses(positional))
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ExtractionLawError) as error:
         print(f"nemo-hf {words[0]}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -174,7 +179,8 @@ def _train(command: TrainCommand, arguments: TrainingArguments) -> None:
         keep=[nemo_config.group_column] if nemo_config.group_column else [],
     )
     model = AUTO_CLASSES[data.task].from_pretrained(command.model, **data.label_options(), ignore_mismatched_sizes=True)
-    arguments.remove_unused_columns = False  # the columns are made when a sample is read
+    if data.task == "image-classification":
+        arguments.remove_unused_columns = False  # the columns are made when a sample is read
     trainer = NeMoTrainer(
         model,
         arguments,
@@ -194,7 +200,8 @@ def _train(command: TrainCommand, arguments: TrainingArguments) -> None:
 
 
 def _extract(command: ExtractCommand) -> None:
-    module = _load(command.parent, labels=_labels(command.labels))
+    labels = _labels(command.labels, _config(command.parent))
+    module = _load(command.parent, labels=labels, threshold=command.threshold, round_to=command.round_to)
     module.save_pretrained(command.output_dir)
     config = module.config
     print(
@@ -203,27 +210,34 @@ def _extract(command: ExtractCommand) -> None:
     )
 
 
-def _load(source: str, **options: Any) -> NeMoPreTrainedModel:
+def _config(source: str) -> NeMoModelConfig:
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "nemo_hf":
         raise ValueError(
             f"Got {source!r} of model type {config.model_type!r}; expected a parent or module of nemo_hf. "
             "Train one with nemo-hf train."
         )
-    kind = AUTO_CLASSES["image-classification" if "ForImage" in config.base_class else "text-classification"]
-    model = kind.from_pretrained(source, **options)
+    assert isinstance(config, NeMoModelConfig)
+    return config
+
+
+def _load(source: str, **options: Any) -> NeMoPreTrainedModel:
+    model = AUTO_CLASSES[task_of(_config(source).base_class)].from_pretrained(source, **options)
     assert isinstance(model, NeMoPreTrainedModel)
     return model
 
 
-def _labels(words: Sequence[str]) -> list[LabelLike]:
-    return [int(word) if word.isdigit() else word for word in words]
+def _labels(words: Sequence[str], config: NeMoModelConfig) -> list[LabelLike]:
+    """Reads labels as names if there are such names, and as ids otherwise."""
+    known = {*config.names.values(), *config.groups}
+    return [int(word) if word.isdigit() and word not in known else word for word in words]
 
 
 def _evaluate(command: EvaluateCommand) -> None:
     parent = _load(command.parent)
+    names = list(parent.config.names.values())
     data: LoadedData = load_data(
-        command.dataset, command.parent, [command.split], command.label_column, command.input_column
+        command.dataset, command.parent, [command.split], command.label_column, command.input_column, names=names
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parent.to(device)  # type: ignore[arg-type]
@@ -232,7 +246,16 @@ def _evaluate(command: EvaluateCommand) -> None:
     )
     if not command.labels:
         raise ValueError("Got no --labels; expected modules to measure, such as --labels cat+dog car.")
-    reports = [evaluate_module(parent, _labels(word.split("+")), loader).to_dict() for word in command.labels]
+    reports = [
+        evaluate_module(
+            parent,
+            _labels(word.split("+"), parent.config),
+            loader,
+            threshold=command.threshold,
+            round_to=command.round_to,
+        ).to_dict()
+        for word in command.labels
+    ]
     print(format_table(reports))
     if command.output:
         write_json(command.output, reports)
@@ -241,7 +264,7 @@ def _evaluate(command: EvaluateCommand) -> None:
 def _push(command: PushCommand) -> None:
     path = Path(command.path)
     model = _load(command.path)
-    task = "image-classification" if "ForImage" in model.config.base_class else "text-classification"
+    task = task_of(model.config.base_class)
     report: Mapping[str, Any] | None = model.report if model.report and "controls" in model.report else None
     card = render_model_card(
         command.repo_id,
@@ -268,9 +291,12 @@ def _inspect(command: InspectCommand) -> None:
     if config.model_type == "nemo_hf":
         parent = _load(command.model)
     else:
-        is_image = type(config) in AutoModelForImageClassification._model_mapping
-        kind = AUTO_CLASSES["image-classification" if is_image else "text-classification"]
-        parent = make_parent(kind.from_pretrained(command.model))
+        kinds = [kind for kind in AUTO_CLASSES.values() if type(config) in (kind._model_mapping or ())]
+        if not kinds:
+            raise ValueError(
+                f"Got model type {config.model_type!r}; expected one with an image, sequence or audio classifier."
+            )
+        parent = make_parent(kinds[0].from_pretrained(command.model))
     rows = [("site", "kind", "neurons", "back end")]
     rows += [
         (site.name, site.kind, str(_neurons(parent, index)), site.back_end) for index, site in enumerate(parent.sites)
@@ -279,8 +305,8 @@ def _inspect(command: InspectCommand) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\n{parent.config.base_class}: {base_parameters(parent):,} parameters")
-    if parent.is_parent:
-        rank = default_rank(parent.sites, base_parameters(parent))
+    if parent.masks is not None:
+        rank = next(parent.masks.site_masks()).generator.down.out_features
         print(f"mask generators: rank {rank}; extraction law: {(parent.config.law or {}).get('status')}")
 
 

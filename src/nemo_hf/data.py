@@ -139,6 +139,7 @@ def load_data(
     label_column: str = "label",
     input_column: str | None = None,
     keep: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> LoadedData:
     """Loads a classification data set of images or texts and prepares it for a model.
 
@@ -149,6 +150,8 @@ def load_data(
         label_column: Column of the labels: class labels, strings or integers.
         input_column: Column of the images or texts; `None` finds the only one.
         keep: Further columns to keep, such as one of groups.
+        names: Label names by id that the labels are mapped to by name, such as those of a trained model;
+            `None` takes the names of the first split.
 
     Returns:
         The data.
@@ -164,15 +167,12 @@ def load_data(
     first = next(iter(parts.values()))
     if label_column not in first.column_names:
         raise ValueError(f"Got label_column={label_column!r} for {source!r}; expected one of {first.column_names}.")
-    if not isinstance(first.features[label_column], datasets.ClassLabel):
-        values = sorted(set(first.unique(label_column)))
-        feature = datasets.ClassLabel(names=[str(value) for value in values])
-        parts = {
-            split: part.map(lambda sample: {label_column: str(sample[label_column])}).cast_column(label_column, feature)
-            for split, part in parts.items()
-        }
-        first = next(iter(parts.values()))
-    names = list(first.features[label_column].names)
+    if names is None:
+        feature = first.features[label_column]
+        named = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(first.unique(label_column)))
+        names = [str(name) for name in named]
+    parts = {split: _with_label_ids(part, label_column, names) for split, part in parts.items()}
+    first = next(iter(parts.values()))
     column = input_column or _input_column(first, (label_column, *keep))
     is_image = isinstance(first.features[column], datasets.Image)
     prepare = _prepare_images if is_image else _prepare_texts
@@ -180,7 +180,29 @@ def load_data(
     prepared = {split: prepare(part, column, label_column, processor, keep) for split, part in parts.items()}
     collator = default_data_collator if is_image else DataCollatorWithPadding(processor)
     task = "image-classification" if is_image else "text-classification"
-    return LoadedData(task, processor, prepared, collator, names)
+    return LoadedData(task, processor, prepared, collator, list(names))
+
+
+def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
+    """Turns labels into ids of the given names: splits and models may number the same names differently."""
+    feature = dataset.features[column]
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if own == list(names):
+        return dataset
+    ids = {name: index for index, name in enumerate(names)}
+    labels = [own[value] if own else str(value) for value in dataset[column]]
+    unknown = sorted(set(labels) - set(ids))
+    if unknown:
+        raise ValueError(
+            f"Got the labels {unknown[:12]} in the column {column!r}; expected some of {list(names)[:12]}. "
+            "Remove these samples, or rename their labels."
+        )
+    values = [ids[label] for label in labels]
+    return (
+        dataset.remove_columns(column)
+        .add_column(column, values)
+        .cast_column(column, datasets.ClassLabel(names=list(names)))
+    )
 
 
 def _input_column(dataset: Any, others: Sequence[str]) -> str:

@@ -183,7 +183,8 @@ def digits_trainer(kind: type[Trainer], train: Digits, test: Digits, seed: int, 
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=True,
+        dataloader_pin_memory=False,
         seed=seed,
     )
     return kind(model, arguments, train_dataset=train, eval_dataset=test, compute_metrics=accuracy, **options)
@@ -209,7 +210,6 @@ def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[s
     report = evaluate_module(
         trainer.parent, list(labels), trainer.get_eval_dataloader(), module=loaded, show_progress=False
     ).to_dict()
-    loaded.report = report
     loaded.save_pretrained(path)
     by_batch, parent_by_batch = report.pop("latency_ms"), report.pop("parent_latency_ms")
     return {
@@ -241,8 +241,8 @@ def draw_modules(parent: NeMoPreTrainedModel, path: str | Path) -> None:
     assert parent.masks is not None
     threshold = parent.nemo_config.relevance_threshold
     used = {key: is_relevant(relevance, threshold) for key, relevance in parent.masks.relevance().items()}
-    shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).numpy()  # (sites, groups)
-    overlap = jaccard_indices(torch.cat(list(used.values()), -1)).numpy()
+    shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).cpu().numpy()  # (sites, groups)
+    overlap = jaccard_indices(torch.cat(list(used.values()), -1)).cpu().numpy()
     groups = list(parent.config.groups)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))

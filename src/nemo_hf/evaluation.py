@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .config import LabelLike
 from .extraction import extract_module, make_plan
-from .law import random_inputs
+from .law import as_saved, random_inputs
 from .modeling import NeMoPreTrainedModel, base_parameters
 
 RANDOM_DRAWS = 5
@@ -44,7 +44,8 @@ class ModuleReport:
             the parent's.
         latency_ms: Median milliseconds of a batch by its size; `parent_latency_ms`: of the plain model
             inside the parent, without masks.
-        device: Device of the latency. `threshold`: of the module's plan. `seed`: of the controls.
+        device: Device of the latency. `input_shape`: of the sample whose latency and operations these are.
+            `threshold`: of the module's plan. `seed`: of the controls.
     """
 
     labels: list[str]
@@ -64,6 +65,7 @@ class ModuleReport:
     latency_ms: dict[str, float]
     parent_latency_ms: dict[str, float]
     device: str
+    input_shape: list[int]
     threshold: float
     seed: int
 
@@ -88,7 +90,7 @@ def evaluate_module(
         parent: The parent.
         labels: Label ids, label names or group names.
         batches: Batches of model inputs with `labels`, of data that chose nothing.
-        module: The module, if it is cut already; `None` cuts it.
+        module: The module, if it is cut already; `None` cuts it. It carries the report from then on.
         threshold: As in `extract_module`.
         round_to: As in `extract_module`.
         seed: Seed of the random and other control.
@@ -106,8 +108,13 @@ def evaluate_module(
     masks = {"empty": [_empty_masks(parent)], "random": _random_masks(plan.static, parent, seed)}
     other = _other_groups(parent, plan.groups, seed)
     if other:
-        masks["other"] = [make_plan(parent, other, plan.threshold, round_to).static]
-    right, samples = _count_right(parent, module, plan.label_ids, masks, batches, show_progress)
+        try:
+            masks["other"] = [make_plan(parent, other, plan.threshold, round_to).static]
+        except ValueError:  # these groups open no neuron at all
+            masks["other"] = masks["empty"]
+    module.to(parent.device)  # type: ignore[arg-type]
+    with as_saved(parent, module):
+        right, samples = _count_right(parent, module, plan.label_ids, masks, batches, show_progress)
     if not samples:
         raise ValueError(
             f"Got evaluation data without a sample of the labels {plan.label_ids}; expected at least one. "
@@ -118,7 +125,7 @@ def evaluate_module(
     bytes_each = [sum(p.numel() * p.element_size() for p in m.model.parameters()) for m in (module, parent)]
     parameters = [base_parameters(m) for m in (module, parent)]
     names = parent.config.names
-    return ModuleReport(
+    report = ModuleReport(
         labels=[names[index] for index in plan.label_ids],
         groups=plan.groups,
         accuracy=right["module"] / samples,
@@ -136,9 +143,12 @@ def evaluate_module(
         latency_ms=latencies[0],
         parent_latency_ms=latencies[1],
         device=str(parent.device),
+        input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
         threshold=plan.threshold,
         seed=seed,
     )
+    module.report = report.to_dict()
+    return report
 
 
 @torch.no_grad()
@@ -154,10 +164,11 @@ def _count_right(
     wanted = torch.tensor(label_ids, device=parent.device)
     right = dict.fromkeys(["module", "parent", *masks], 0)
     samples = 0
-    was_training = parent.training
-    parent.eval()
-    module.eval()
     for batch in tqdm(batches, desc="Module", disable=not show_progress):
+        if "labels" not in batch:
+            raise ValueError(
+                f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
+            )
         labels = batch["labels"].to(parent.device)
         chosen = torch.isin(labels, wanted)
         if not chosen.any():
@@ -173,7 +184,6 @@ def _count_right(
                 answers.append((name, wanted[logits.argmax(-1)]))
         for name, answer in answers:
             right[name] += int((answer == labels).sum())
-    parent.train(was_training)
     return right, samples
 
 
@@ -281,7 +291,8 @@ def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         Lines of text: one row a module.
     """
-    header = ["module", "neurons", "weights", "MB", "raw acc", "parent", "random", "other", "empty", "ms b1/b8/b32"]
+    header = ["module", "neurons", "weights", "parameters", "MB", "MACs"]
+    header += ["raw acc", "parent", "random", "other", "empty", "ms b1/b8/b32"]
     rows = [header]
     for report in reports:
         names = [str(name) for name in report["labels"]]
@@ -294,7 +305,9 @@ def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
                 label,
                 f"{report['neuron_retention_rate']:.2f}",
                 f"{report['weight_retention_rate']:.2f}",
+                f"{report['parameters']:,}",
                 f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
+                f"{report['macs'] / report['parent_macs']:.2f}",
                 f"{report['accuracy']:.3f}",
                 f"{report['parent_restricted_accuracy']:.3f}",
                 *("-" if controls[name] is None else f"{controls[name]:.3f}" for name in ("random", "other", "empty")),

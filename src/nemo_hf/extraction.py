@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from .config import LabelLike, NeMoConfig, resolve_labels
 from .configuration import NeMoModelConfig
 from .files import WeightFiles, read_companions
-from .law import check_law
+from .law import check_law, random_inputs
 from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
 from .neurons import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
 from .planning import plan_module, retained_neurons, static_masks
@@ -29,6 +29,7 @@ from .weights import TensorCut, cut_tensor, tensor_cuts
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=NeMoPreTrainedModel)
+CUT_OPTIONS = {*HUB_OPTIONS, "dtype", "attn_implementation", "adapter_kwargs", "trust_remote_code", "_from_auto"}
 Reader = Callable[[str, TensorCut | None], Tensor]
 
 
@@ -144,6 +145,7 @@ def _probe(
     ids = list(parent.config.names)
     plan = ModulePlan(ids, [], keep, static_masks(parent.sites, keep), 1.0, 0.5)
     state = parent.model.state_dict()
+    inputs = random_inputs(parent) if inputs is None else inputs
     try:
         module = _build_module(type(parent), parent, plan, partial(_read_tensor, state))
         module.to(parent.device)  # type: ignore[arg-type]
@@ -258,6 +260,12 @@ def cut_on_load(
         ValueError: If `source` is a module, or a tensor is missing or too small.
         OSError: If a file is missing or damaged.
     """
+    strange = sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS)
+    if strange:
+        raise ValueError(
+            f"Got {strange} together with labels; expected some of {sorted(CUT_OPTIONS)}. Cut the module first, and "
+            "then move or change it."
+        )
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     if not isinstance(config, NeMoModelConfig):
         config = NeMoModelConfig.from_pretrained(source, **hub_options)
@@ -283,7 +291,8 @@ def cut_on_load(
         dtype = kwargs["dtype"]
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     module.processor_files, _ = read_companions(source, hub_options)
-    module.config.law = config.law
+    # Checked when the parent was made, on another cut of the same structure.
+    module.config.law = {**config.law, "source": "parent"} if config.law else None
     if verify:
         whole = cls.from_pretrained(source, **hub_options)
         module.config.law = asdict(check_law(whole, module, plan.static))

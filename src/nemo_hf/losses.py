@@ -17,9 +17,10 @@ def cosine_similarities(mask: Tensor) -> Tensor:
         Shape (batch, batch), float32. The norm is sqrt(sum m^2 + 1e-6): a plain one has a gradient of
         1e12 at a mask that is closed everywhere.
     """
-    mask = mask.float()
-    unit = mask * torch.rsqrt(mask.square().sum(-1, keepdim=True) + 1e-6)
-    return unit @ unit.T
+    with torch.autocast(mask.device.type, enabled=False):
+        mask = mask.float()
+        unit = mask * torch.rsqrt(mask.square().sum(-1, keepdim=True) + 1e-6)
+        return unit @ unit.T
 
 
 def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float = 0.2) -> Tensor:

@@ -320,6 +320,11 @@ class NeuronMasks(nn.ModuleList):
         """Returns site key to relevance, uint8, shape (groups, neurons): round(255 f)."""
         return {mask.site.key: mask.relevance for mask in self.site_masks()}
 
+    def dead_share(self) -> float:
+        """Returns the share of neurons that no group opens; without a gradient they stay closed."""
+        dead = [relevance.amax(0) == 0 for relevance in self.relevance().values()]
+        return torch.cat(dead).float().mean().item()
+
     def open_masks(self) -> dict[str, Tensor]:
         """Returns static masks that keep every neuron."""
         return {m.site.key: torch.ones(m.site.neurons, device=m.relevance.device) for m in self.site_masks()}

@@ -68,8 +68,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
         self.model = _build_base(config) if base_model is None else base_model
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
+        """What was measured of these weights; it is saved beside them."""
         self.main_input_name = self.model.main_input_name
-        nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
+        self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         back_ends = {entry["key"]: entry["back_end"] for entry in config.sites or []}
         self.sites = with_back_ends(find_sites(self.model, nemo_config.targets), back_ends)
         self.masks: NeuronMasks | None = None
@@ -145,10 +146,12 @@ class NeMoPreTrainedModel(PreTrainedModel):
         """Whether modules can be cut from this model."""
         return self.masks is not None
 
-    @property
-    def nemo_config(self) -> NeMoConfig:
-        """The options that the model was trained with."""
-        return NeMoConfig.from_dict(self.config.nemo_config or {})
+    def train(self, mode: bool = True) -> Self:
+        """Switches between training and eval mode; training drops the report, which is of the old weights."""
+        if mode:
+            self.report = None
+        super().train(mode)
+        return self
 
     def set_sites(self, sites: Sequence[NeuronSite]) -> None:
         """Sets the sites of a parent to the same ones with other back ends, here and in its configuration."""
@@ -173,6 +176,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
                     f"Got {name}={given!r} for a parent trained with {before!r}; expected the same, since the masks "
                     "have that shape. Leave nemo_config out, or start from the plain model."
                 )
+        self.nemo_config = nemo_config
         self.config.nemo_config = nemo_config.to_dict()
         self._parent_masks().state.detaches_pooled = nemo_config.detach_pooled
 

@@ -36,10 +36,10 @@ class OpenCounts:
         device = self._group_of_label.device
         # One row a group: its number of samples, then the counts, then the sums of the masks' values.
         width = sum(self._neurons)
-        self.samples = torch.zeros(self._groups, device=device, dtype=torch.float64)
-        self.labels = torch.zeros(len(self._group_of_label), device=device, dtype=torch.float64)
-        self.opened = torch.zeros(self._groups, width, device=device, dtype=torch.float64)
-        self.values = torch.zeros(self._groups, width, device=device, dtype=torch.float64)
+        self.samples = torch.zeros(self._groups, device=device)
+        self.labels = torch.zeros(len(self._group_of_label), device=device)
+        self.opened = torch.zeros(self._groups, width, device=device)
+        self.values = torch.zeros(self._groups, width, device=device)
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:

@@ -56,7 +56,9 @@ FEED_FORWARD_PATTERNS = (
     FeedForwardPattern(("intermediate.dense",), "output.dense", pooled="attention", pooled_output=True),
     FeedForwardPattern(("ffn",), "ffn_output", pooled="attention", pooled_output=True),
 )
-HEAD_NAMES = re.compile(r"(^|\.)((?!pre_)(\w*classifier)(\.out_proj)?|score|(classification_)?head(\.out_proj)?)$")
+HEAD_NAMES = re.compile(
+    r"(^|\.)((?!pre_)(\w*classifier)(\.(out_proj|dense))?|score|(classification_)?head(\.out_proj)?)$"
+)
 """Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
 
 

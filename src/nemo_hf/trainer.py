@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MASK_LEARNING_RATE_FACTOR = 3
 
+WATCHED_STEPS = 10
+"""First steps in which batches without any pair of a group are looked for: it needs the host to wait."""
+
 MODULARITY_SAMPLES = 1000
 """Samples of the evaluation data over which cohesion and coupling are measured at most."""
 
@@ -229,7 +232,8 @@ class NeMoTrainer(Trainer):
     def _mask_terms(self, neuron_masks: Mapping[str, Tensor], groups: Tensor, task_loss: Tensor) -> Tensor:
         config = self.nemo_config
         masks = site_masks(neuron_masks)
-        if not self._warned_no_positive and len(groups.unique()) == len(groups):
+        watches = self.state.global_step < WATCHED_STEPS and not self._warned_no_positive
+        if watches and len(groups.unique()) == len(groups):
             self._warned_no_positive = True
             logger.warning(
                 "Got a batch of %d samples of %d groups; expected two of one group, without which the contrastive "
@@ -296,6 +300,8 @@ class NeMoTrainer(Trainer):
             for name, total in self._logged.items():
                 mean = self.accelerator.reduce(total / self._logged_steps, reduction="mean")
                 logs[name] = round(mean.item(), 6)
+            assert self.parent.masks is not None
+            logs["dead_neuron_rate"] = round(self.parent.masks.dead_share(), 6)
             self._logged, self._logged_steps = {}, 0
         super().log(logs, start_time)
 
@@ -337,7 +343,7 @@ class NeMoTrainer(Trainer):
         if output.metrics is None or description != "Evaluation":
             return output
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        opened, groups = self._open_masks(dataloader)
+        opened, groups = self._open_masks(dataloader.dataset)
         if not len(groups):
             return output
         cohesion, coupling = cohesion_and_coupling(opened, groups)
@@ -347,27 +353,21 @@ class NeMoTrainer(Trainer):
         return output
 
     @torch.no_grad()
-    def _open_masks(self, dataloader: Any) -> tuple[Tensor, Tensor]:
-        """Open neurons (samples, neurons) and groups (samples,) of the first samples that have labels."""
-        empty = torch.zeros(0, dtype=torch.long, device=self.parent.device)
-        collected: dict[str, list[Tensor]] = {"opened": [], "labels": [empty]}
-        count = 0
-        for batch in dataloader:
+    def _open_masks(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """Open neurons (samples, neurons) and groups (samples,) of samples spread over a data set with labels."""
+        if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
+            indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
+            dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+        labels = torch.zeros(0, dtype=torch.long, device=self.parent.device)
+        opened = []
+        for batch in self._loader(dataset, is_shared=False):
             inputs = dict(self._prepare_inputs(batch))
-            labels = inputs.pop("labels", None)
-            if labels is None:
+            if "labels" not in inputs or len(labels) >= MODULARITY_SAMPLES:
                 break
+            labels = torch.cat([labels, inputs.pop("labels")])
             masks = self.parent(**inputs, output_neuron_masks=True).neuron_masks
-            opened = torch.cat([(mask > 0).any(1) for mask in masks.values()], -1)
-            opened, labels = self.accelerator.gather_for_metrics((opened, labels))
-            collected["opened"].append(opened)
-            collected["labels"].append(labels)
-            count += len(labels)
-            if count >= MODULARITY_SAMPLES:
-                break
-        opened = torch.cat(collected["opened"] or [empty])[:MODULARITY_SAMPLES]
-        labels = torch.cat(collected["labels"])[:MODULARITY_SAMPLES]
-        return opened, self._group_of_label[labels]
+            opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
+        return torch.cat(opened) if opened else labels[:, None], self._group_of_label[labels]
 
     def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoPreTrainedModel:
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""
