@@ -58,7 +58,7 @@ FIELDS = {
     "ModuleReport": [
         *["labels", "groups", "accuracy", "parent_restricted_accuracy", "controls", "samples", "parameters"],
         *["parent_parameters", "megabytes", "parent_megabytes", "macs", "parent_macs", "neuron_retention_rate"],
-        *["weight_retention_rate", "latency_ms", "parent_latency_ms", "device", "threshold", "seed"],
+        *["weight_retention_rate", "latency_ms", "parent_latency_ms", "device", "input_shape", "threshold", "seed"],
     ],
     "NeMoModelConfig": [
         *["base_config", "base_class", "role", "nemo_config", "label_groups", "label_ids", "sites"],

@@ -407,14 +407,14 @@ class TestEvaluation:
         assert history(trainer, "eval_accuracy") == [0.5]
 
     def test_are_of_samples_spread_over_the_data(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(nemo_hf.trainer, "MODULARITY_SAMPLES", 6)
+        monkeypatch.setattr(nemo_hf.trainer, "MODULARITY_SAMPLES", 7)
         samples = image_samples(20)
         parent = lively_parent("vit")
         metrics = {"compute_metrics": lambda prediction: {}}
         args = arguments(tmp_path, per_device_eval_batch_size=4)
         got = NeMoTrainer(parent, args, eval_dataset=samples, **metrics).evaluate()
-        first = NeMoTrainer(parent, args, eval_dataset=samples[::4], **metrics).evaluate()
-        assert got["eval_modularity_samples"] == 5
+        first = NeMoTrainer(parent, args, eval_dataset=samples[::3], **metrics).evaluate()
+        assert got["eval_modularity_samples"] == 7
         assert [got[f"eval_{n}"] for n in ("cohesion", "coupling")] == [
             first[f"eval_{n}"] for n in ("cohesion", "coupling")
         ]

@@ -21,7 +21,6 @@ from .law import check_law, random_inputs
 from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
 from .neurons import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
 from .planning import plan_module, retained_neurons, static_masks
-from .sites import find_heads
 from .slicing import site_cut
 from .tasks import attach_masks
 from .weights import TensorCut, cut_tensor, tensor_cuts
@@ -186,9 +185,7 @@ def _build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePla
     is_hard = parent.masks.state.is_hard
     cuts = [site_cut(site, plan.keep[site.key], None if is_hard else plan.static[site.key]) for site in parent.sites]
     config = _module_config(parent.config, plan, parent, [cut.widths for cut in cuts])
-    heads = dict.fromkeys(
-        find_heads(parent.model, parent.config.num_labels or 0), torch.tensor(plan.label_ids, dtype=torch.long)
-    )
+    heads = dict.fromkeys(parent.heads, torch.tensor(plan.label_ids, dtype=torch.long))
     by_name = tensor_cuts(parent.model, cuts, heads)
     state = {}
     for name in [*parent.model.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]:

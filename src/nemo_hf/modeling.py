@@ -73,6 +73,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         back_ends = {entry["key"]: entry["back_end"] for entry in config.sites or []}
         self.sites = with_back_ends(find_sites(self.model, nemo_config.targets), back_ends)
+        self.heads = find_heads(self.model, self.model.config.num_labels or 0)
         self.masks: NeuronMasks | None = None
         if config.role == "module":
             self._resize()
@@ -128,10 +129,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
                 f"Got a config.json with the sites {sorted(entries)}; expected {sorted(s.key for s in self.sites)}. "
                 "It belongs to another base model or version: save the module again."
             )
-        heads = find_heads(self.model, self.model.config.num_labels)
         for site in self.sites:
             resize(self.model, site, entries[site.key].get("widths", {}))
-        for head in heads:
+        for head in self.heads:
             resize_head(self.model, head, self.config.num_labels or 0)
 
     @torch.no_grad()

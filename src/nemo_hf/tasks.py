@@ -17,7 +17,6 @@ from .config import LabelLike, NeMoConfig, resolve_groups
 from .configuration import NeMoModelConfig, task_of
 from .masking import SiteMask
 from .modeling import NeMoOutput, NeMoPreTrainedModel
-from .sites import find_heads
 
 
 class NeMoForImageClassification(NeMoPreTrainedModel):
@@ -159,7 +158,6 @@ def attach_masks(
     nemo_config = nemo_config or NeMoConfig()
     _check_plain(model)
     base_config = model.config
-    find_heads(model, base_config.num_labels or 0)  # refused here if there is none
     names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     if getattr(base_config, "use_cache", False):
