@@ -4,20 +4,19 @@
 """Trains a ViT from scratch (or any pretrained image classifier) with neuron masks and measures modules.
 
     python examples/train_image_classification.py --dataset uoft-cs/cifar10 --output_dir cifar10 \
-        --modules cat+dog airplane+ship bird+cat+deer+dog+frog+horse --num_train_epochs 6 --learning_rate 1e-3
+        --modules cat+dog airplane+ship --num_train_epochs 4 --learning_rate 1e-3 --per_device_train_batch_size 64
 
 `accelerate launch` runs the same line on many devices. Writes parent, modules and results.json, prints a table.
 """
 
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_dataset
+from datasets import ClassLabel, Image, load_dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -79,7 +78,8 @@ def main() -> None:
     options, arguments = HfArgumentParser((Options, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(arguments.seed)
     data = load_dataset(options.dataset)
-    image, label = list(data["train"].features)[:2]
+    kinds = {type(feature): name for name, feature in data["train"].features.items()}
+    image, label = kinds[Image], kinds[ClassLabel]
     names, size = data["train"].features[label].names, data["train"][0][image].size[0]
     model, processor = model_and_processor(options, names, size)
 
@@ -90,7 +90,7 @@ def main() -> None:
             return {"pixel_values": augmented(pixels) if is_augmented else pixels, "labels": batch["labels"]}
 
         part = data[split].rename_column(label, "labels").shuffle(seed=0)
-        return part.select(range(200) if options.smoke else range(len(part))).with_transform(transform)
+        return part.select(range(min(200, len(part)) if options.smoke else len(part))).with_transform(transform)
 
     arguments.remove_unused_columns = False  # the inputs are made when a sample is read
     shared = dict(
@@ -98,18 +98,18 @@ def main() -> None:
         processing_class=processor,
         compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
     )  # fmt: skip
-    start = time.time()
     config = NeMoConfig(**json.loads(options.nemo_config))
     nemo = {"nemo_config": config, "relevance_dataset": prepared("train")}
     trainer = Trainer(model, **shared) if options.plain else NeMoTrainer(model, **nemo, **shared)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    metrics = trainer.evaluate() | {"training_seconds": round(time.time() - start), "seed": arguments.seed}
-    modules = [] if options.plain else options.modules
-    reports = [trainer.evaluate_module(word.split("+")).to_dict() for word in modules]
+    trained = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    seconds = round(trained.metrics["train_runtime"])
+    metrics = trainer.evaluate() | {"training_seconds": seconds, "seed": arguments.seed}
     trainer.save_model()
+    modules = {} if options.plain else {word: trainer.extract_module(word.split("+")) for word in options.modules}
+    reports = [trainer.evaluate_module(word.split("+"), module=m).to_dict() for word, m in modules.items()]
     if trainer.is_world_process_zero():
-        for word in modules:
-            trainer.extract_module(word.split("+")).save_pretrained(Path(arguments.output_dir, "modules", word))
+        for word, module in modules.items():
+            module.save_pretrained(Path(arguments.output_dir, "modules", word))
         command = ["python", "examples/train_image_classification.py", *sys.argv[1:]]
         results = {"command": command, "metrics": metrics, "modules": reports}
         write_json(Path(arguments.output_dir, "results.json"), results)

@@ -143,6 +143,23 @@ def test_half_precision_parents_are_cut_too(bert, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_masks_stay_in_float32_when_a_parent_is_loaded_in_half_precision(bert, tmp_path):
+    parent = trained_parent(bert.to(torch.bfloat16))
+    parent.save_pretrained(tmp_path / "one")
+    loaded = auto_class(parent).from_pretrained(tmp_path / "one")
+    assert loaded.dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.masks.parameters()} == {torch.float32}
+    assert all(mask.relevance.dtype == torch.uint8 for mask in loaded.masks.site_masks())
+    loaded.save_pretrained(tmp_path / "two")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+
+
+def test_soft_masks_in_half_precision_are_refused(bert):
+    with pytest.raises(ValueError, match="expected float32"):
+        make_parent(bert.to(torch.bfloat16), NeMoConfig(hard_masks=False))
+
+
 def test_a_scale_that_forward_recomputes_is_found_out_and_scattered():
     """Where the softmax scale follows the head width, dense cuts are silently wrong (MPNet, transformers 5.23)."""
     from transformers import MPNetConfig, MPNetForSequenceClassification

@@ -165,3 +165,10 @@ def test_nemo_loss_is_the_weighted_sum():
     outputs = {"a": masks[0][:, None], "b": masks[1][:, None]}
     expected = F.cross_entropy(logits, labels) + 0.3 * contrastive_loss(masks, GROUPS, 0.7) + 2.0 * sparsity_loss(masks)
     torch.testing.assert_close(nemo_loss(logits, labels, outputs, GROUPS, 0.3, 2.0, 0.7), expected)
+
+
+def test_similarities_are_float32_under_autocast():
+    mask = torch.rand(6, 11)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cosine_similarities(mask)
+    assert torch.equal(got, cosine_similarities(mask))

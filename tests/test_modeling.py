@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, make_parent, nemo_loss
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent, nemo_loss
 from nemo_hf.law import random_inputs
 
 
@@ -189,3 +189,40 @@ def test_the_configuration_survives_json(vit, tmp_path):
     assert config.names == parent.config.names
     assert NeMoConfig.from_dict(config.nemo_config) == parent.nemo_config
     assert type(AutoModelForImageClassification.from_config(config)) is NeMoForImageClassification
+
+
+def test_the_parent_carries_its_metrics_until_it_trains_on(vit, tmp_path):
+    samples = image_samples(20)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no"
+    )
+    trainer = NeMoTrainer(vit, arguments, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(tmp_path / "parent"))
+    assert json.loads((tmp_path / "parent" / "report.json").read_text())["metrics"]["eval_loss"] == metrics["eval_loss"]
+    assert 0 <= trainer.state.log_history[0]["dead_neuron_rate"] < 1
+    trainer.parent.train()
+    trainer.save_model(str(tmp_path / "parent"))
+    assert not (tmp_path / "parent" / "report.json").exists()
+
+
+def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens(vit):
+    parent = parent_of(vit)
+    masks = list(parent.masks.site_masks())
+    for mask in masks:
+        mask.relevance.fill_(1)
+    masks[0].relevance[:, :7] = 0
+    masks[1].relevance[0] = 0
+    assert parent.masks.dead_share() == pytest.approx(7 / sum(mask.site.neurons for mask in masks))
+
+
+def test_a_module_cut_on_load_says_where_its_check_comes_from(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path)
+    trusted = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1])
+    assert trusted.config.law["source"] == "parent"
+    verified = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
+    assert "source" not in verified.config.law
+    with pytest.raises(ValueError, match="device_map"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="cpu")

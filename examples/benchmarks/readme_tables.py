@@ -74,10 +74,12 @@ def example_table(name: str) -> str:
         for m in results["modules"]
     ]
     metrics = results["metrics"]
+    command = " ".join(f"'{word}'" if " " in word else word for word in results["command"])
     plain = f"plain model {results['plain']['eval_accuracy']:.3f}, " if "plain" in results else ""
     text = (
         f"{plain}parent {metrics['eval_accuracy']:.3f}, coupling {metrics['eval_coupling']:.2f}, "
-        f"trained in {metrics['training_seconds'] / 60:.0f} minutes.\n\n{table(HEADER, rows)}"
+        f"trained in {metrics['training_seconds'] / 60:.0f} minutes, seed {metrics['seed']}.\n\n"
+        f"{table(HEADER, rows)}\n\n```bash\n{command}\n```"
     )
     return text[0].upper() + text[1:]
 

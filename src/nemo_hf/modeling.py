@@ -59,6 +59,8 @@ class NeMoPreTrainedModel(PreTrainedModel):
     # The loss is a mean over samples; without this flag the Trainer would not divide it by the number of
     # accumulation steps, since forward takes **kwargs (transformers 5.23, Trainer.compute_loss).
     accepts_loss_kwargs = False
+    # A mask near 0 must not flip when the model is loaded in half precision.
+    _keep_in_fp32_modules_strict = {"generator"}
     task = ""
 
     def __init__(self, config: NeMoModelConfig, base_model: PreTrainedModel | None = None) -> None:
@@ -272,7 +274,10 @@ class NeMoPreTrainedModel(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
     ) -> None:
-        """Saves weights, configuration, processor and report; the directory is complete or untouched.
+        """Saves weights, configuration, processor and report.
+
+        A new directory appears whole or not at all. In one that is there already the files are replaced one
+        by one when all are written, the configuration last.
 
         Args:
             save_directory: Where to.

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -156,7 +157,7 @@ def attach_masks(
         UnsupportedArchitectureError: If it has no sites that can be cut exactly.
     """
     nemo_config = nemo_config or NeMoConfig()
-    _check_plain(model)
+    _check_plain(model, nemo_config.hard_masks)
     base_config = model.config
     names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
@@ -186,7 +187,7 @@ TASK_CLASSES = {
 }
 
 
-def _check_plain(model: PreTrainedModel) -> None:
+def _check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
     if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
         raise ValueError(
             "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
@@ -215,6 +216,11 @@ def _check_plain(model: PreTrainedModel) -> None:
             "Call parent.detach_masks() first."
         )
     task_of(type(model).__name__)
+    if not hard_masks and model.dtype != torch.float32:
+        raise ValueError(
+            f"Got soft masks with weights in {model.dtype}; expected float32, since modules multiply weights by masks. "
+            "Load the model with dtype=torch.float32, or keep hard_masks=True."
+        )
     problem = model.config.problem_type
     if problem not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
         raise ValueError(

@@ -342,6 +342,7 @@ class NeMoTrainer(Trainer):
         output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if output.metrics is None or description != "Evaluation":
             return output
+        self.parent.report = {"metrics": output.metrics}  # saved with the model until it trains on
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
         opened, groups = self._open_masks(dataloader.dataset)
         if not len(groups):
