@@ -244,15 +244,12 @@ def draw_modules(parent: NeMoPreTrainedModel, path: str | Path) -> None:
     shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).cpu().numpy()  # (sites, groups)
     overlap = jaccard_indices(torch.cat(list(used.values()), -1)).cpu().numpy()
     groups = list(parent.config.groups)
+    kinds = [site.kind for site in parent.sites]
+    names = [f"{kind} {kinds[:index].count(kind)}" for index, kind in enumerate(kinds)]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     pictures = (
-        (
-            left,
-            shares,
-            [f"{key.split(':')[1]} {index // 2}" for index, key in enumerate(used)],
-            "Share of neurons used",
-        ),
+        (left, shares, names, "Share of neurons used"),
         (right, overlap, groups, "Overlap of neurons (Jaccard index)"),
     )
     for axes, values, rows, title in pictures:
