@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,22 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
         return {"pixel_values": self.pixel_values[index], "labels": int(self.labels[index])}
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch to one thread, lest results and times depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Trains a small ViT on digits, plain and with masks, and cuts, saves, reloads and measures modules.
+
+    Runs on one CPU thread.
 
     Args:
         output_dir: Gets `parent/`, `modules/`, `report.json` and `modules.png`.
