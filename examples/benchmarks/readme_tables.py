@@ -56,8 +56,8 @@ def demo_table() -> str:
     coupling = mean([report["parent"]["coupling"] for report in reports])
     seeds = ", ".join(str(report["seed"]) for report in reports)
     return (
-        f"Mean over the seeds {seeds}: plain model {mean(plain):.3f}, parent {mean(parent):.3f}, coupling {coupling:.2f}.\n\n"
-        + table(HEADER, rows)
+        f"Mean over the seeds {seeds}: plain model {mean(plain):.3f}, parent {mean(parent):.3f}, "
+        f"coupling {coupling:.2f}.\n\n{table(HEADER, rows)}"
     )
 
 
