@@ -40,7 +40,7 @@ AUTO_CLASSES = {
 
 @dataclass
 class DemoCommand:
-    """Trains, cuts, saves, reloads and measures on scikit-learn's digits: offline, on one CPU thread, about three minutes."""
+    """Trains, cuts, saves, reloads and measures on scikit-learn's digits, offline, on a CPU, in three minutes."""
 
     output_dir: str = field(metadata={"help": "Gets parent/, modules/, report.json and modules.png."})
     seed: int = field(default=0, metadata={"help": "Seed of the split, the models and the training."})
