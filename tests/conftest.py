@@ -9,8 +9,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AlbertConfig,
     AlbertForSequenceClassification,
+    AutoConfig,
     BertConfig,
     BertForSequenceClassification,
     DeiTConfig,
@@ -113,6 +115,22 @@ def vit() -> PreTrainedModel:
 @pytest.fixture
 def bert() -> PreTrainedModel:
     return fresh("bert")
+
+
+@pytest.fixture
+def registered():
+    """Registers a configuration and a model class of one's own with the Auto classes, for one test."""
+    ours = []
+
+    def register(config_class, auto_class, model_class) -> None:
+        AutoConfig.register(config_class.model_type, config_class)
+        auto_class.register(config_class, model_class)
+        ours.append((config_class, auto_class))
+
+    yield register
+    for config_class, auto_class in ours:
+        del CONFIG_MAPPING._extra_content[config_class.model_type]
+        del auto_class._model_mapping._extra_content[config_class]
 
 
 def randomize_relevance(parent, seed: int = 0) -> None:

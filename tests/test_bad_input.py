@@ -217,7 +217,9 @@ def test_a_model_without_sites_is_refused():
     model = ResNetForImageClassification(
         ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
     )
-    with told(UnsupportedArchitectureError, "'resnet', in which no neuron sites", "attention", "Choose a Transformer"):
+    with told(
+        UnsupportedArchitectureError, "'resnet', in which no neuron sites", "attention", "NeMoConfig.sites=.*choose a"
+    ):
         make_parent(model)
 
 
@@ -477,19 +479,35 @@ def test_widths_of_another_module_are_refused(saved, tmp_path):
         NeMoForImageClassification.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("sites", [None, [], "drop the last", "rename the first"])
-def test_sites_that_are_not_the_model_s_are_refused(saved, tmp_path, sites):
+@pytest.mark.parametrize(
+    ("kind", "sites"),
+    [("module", None), ("module", []), ("parent", []), ("module", "rename the first"), ("parent", "rename the first")],
+)
+def test_sites_that_are_not_the_model_s_are_refused(saved, tmp_path, kind, sites):
     def change(config):
-        if sites == "drop the last":
-            config["sites"].pop()
-        elif sites == "rename the first":
+        if sites == "rename the first":
             config["sites"][0]["key"] = "os.system:attention"
         else:
             config["sites"] = sites
 
-    directory = damaged_config(saved / "module", tmp_path / "out", change)
-    with told(ValueError, r"with the sites \[", "vit.layers.0", "save the module again"):
+    directory = damaged_config(saved / kind, tmp_path / "out", change)
+    got = r"with the sites \['os\.system:attention', 'vit" if sites else r"with the sites \[\]"
+    with told(ValueError, got, "some of .'vit.layers.0", "save the model again"):
         NeMoForImageClassification.from_pretrained(directory)
+
+
+def test_a_module_s_missing_site_is_told_by_its_weights(saved, tmp_path):
+    directory = damaged_config(saved / "module", tmp_path / "out", lambda config: config["sites"].pop())
+    with told(ValueError, r"'model.vit.layers.1.mlp.fc1\.\w+' of shape", r"\(48,", "save or download"):
+        NeMoForImageClassification.from_pretrained(directory)
+
+
+@loads
+@pytest.mark.parametrize("position", [0, -1], ids=["the first", "the last"])
+def test_a_parent_s_missing_site_is_told_by_its_masks(saved, tmp_path, position, options):
+    directory = damaged_config(saved / "parent", tmp_path / "out", lambda config: config["sites"].pop(position))
+    with told(ValueError, r"masks\.\d", do="[Ss]ave or download"):
+        NeMoForImageClassification.from_pretrained(directory, **options)
 
 
 @pytest.mark.parametrize("kind", ["parent", "module"])
@@ -503,7 +521,12 @@ def test_a_back_end_that_doesn_t_exist_is_refused(saved, tmp_path, kind):
 @pytest.mark.parametrize("base_class", ["Trainer", "os", "ViTForEverything", "__doc__", "ViTConfig", ""])
 def test_a_base_class_that_is_no_model_is_refused(saved, tmp_path, base_class, options):
     directory = damaged_config(saved / "parent", tmp_path / "out", lambda c: c.update(base_class=base_class))
-    with told(UnsupportedArchitectureError, f"base_class='{base_class}'", "a model class", "Update transformers"):
+    with told(
+        UnsupportedArchitectureError,
+        f"the model class '{base_class}'",
+        "one of transformers .* or one that is registered",
+        "Update transformers, or run before: AutoConfig.register",
+    ):
         NeMoForImageClassification.from_pretrained(directory, **options)
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from nemo_hf import NeMoConfig, evaluate_module, make_parent
 from nemo_hf.evaluation import count_macs, format_table
 from nemo_hf.extraction import make_plan
-from nemo_hf.law import random_inputs
+from nemo_hf.inputs import random_inputs
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ from conftest import LABELS, fresh, randomize_relevance
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
+from nemo_hf import ExtractionLawError, NeMoConfig, make_parent
 from nemo_hf.extraction import make_plan
-from nemo_hf.law import check_law, random_inputs
+from nemo_hf.inputs import random_inputs
+from nemo_hf.law import check_law
 from nemo_hf.modeling import base_parameters
+from nemo_hf.neurons import with_back_ends
+from nemo_hf.tasks import attach_masks
 
 LABELS_CUT = ["ship", "dog"]
 IDS_CUT = [3, 1]
@@ -110,9 +113,72 @@ def test_whole_heads_are_dropped(plain):
     assert all(widths["key_value_heads"] < count for widths, count in zip(dense, heads, strict=False))
 
 
-def test_llama_is_scattered_and_the_others_are_dense(plain):
-    back_ends = {site.back_end for site in make_parent(plain).sites if site.kind == "attention"}
-    assert back_ends == ({"scatter"} if plain.config.model_type == "llama" else {"dense"})
+def test_every_family_here_is_dense(plain):
+    parent = make_parent(plain)
+    assert {(site.kind, site.back_end) for site in parent.sites} == {("attention", "dense"), ("ffn", "dense")}
+    assert parent.config.law["status"] == "verified"
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
+@pytest.mark.parametrize("back_end", ["scatter", "scatter-gated", "dense-heads-kept", "dense-heads-kept-gated"])
+def test_other_back_ends_compute_the_same(family, back_end, tmp_path):
+    parent = attach_masks(fresh(family))
+    randomize_relevance(parent)
+    inputs = random_inputs(parent)
+    static = make_plan(parent, LABELS_CUT).static
+    expected = logits(parent, inputs, static_masks=static)[:, IDS_CUT]
+    assert (logits(parent, inputs)[:, IDS_CUT] - expected).abs().max() > 1e-3
+    chosen = {s.key: back_end for s in parent.sites if back_end in {b.name for b in s.back_ends}}
+    parent.set_sites(with_back_ends(parent.sites, chosen))
+    assert {site.back_end for site in parent.sites if site.kind == "attention"} == {back_end}
+    module = parent.extract_module(LABELS_CUT)
+    assert torch.allclose(logits(module, inputs), expected, atol=1e-5)
+    module.save_pretrained(tmp_path)
+    assert torch.equal(logits(auto_class(module).from_pretrained(tmp_path), inputs), logits(module, inputs))
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
+@pytest.mark.parametrize("back_end", ["scatter-gated", "dense-heads-kept-gated"])
+def test_soft_masks_that_close_where_neurons_are_produced_are_cut_exactly(family, back_end):
+    parent = attach_masks(fresh(family), NeMoConfig(hard_masks=False))
+    randomize_relevance(parent)
+    attention = [site.key for site in parent.sites if site.kind == "attention"]
+    units = [site.key for site in parent.sites if site.kind == "ffn"]
+    before = logits(parent, random_inputs(parent), static_masks=make_plan(parent, LABELS_CUT).static)
+    parent.set_sites(
+        with_back_ends(parent.sites, dict.fromkeys(attention, back_end) | dict.fromkeys(units, "scatter-gated"))
+    )
+    after = logits(parent, random_inputs(parent), static_masks=make_plan(parent, LABELS_CUT).static)
+    assert not torch.allclose(before, after, atol=1e-3)  # a soft value now counts where it is made and where it is read
+    assert parent.extract_module(LABELS_CUT).config.law["status"] == "verified"
+
+
+def test_a_dense_rotary_module_reads_the_angles_of_its_frequencies_alone():
+    parent = trained_parent(fresh("llama"))
+    plan = make_plan(parent, LABELS_CUT)
+    module = parent.extract_module(LABELS_CUT)
+    for site, entry in zip(parent.sites, module.config.sites, strict=True):
+        if site.kind != "attention":
+            continue
+        frequencies = plan.keep[site.key]["query_key"].tolist()
+        half = entry["widths"]["head_dim"] // 2
+        angles = module.model.get_submodule(site.name).nemo_rotary.angle_indices.tolist()
+        assert angles[: len(frequencies)] == frequencies
+        assert angles[half : half + len(frequencies)] == [frequency + 4 for frequency in frequencies]
+        assert len(angles) == 2 * half
+        assert module.model.get_submodule(site.query.layer).out_features == 4 * 2 * half
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_dense_rotary_module_can_be_cast_and_keeps_its_indices(dtype):
+    module = trained_parent(fresh("llama")).extract_module(LABELS_CUT)
+    angles = [value for name, value in module.state_dict().items() if name.endswith("angle_indices")]
+    assert len(angles) == 2
+    exact, inputs = logits(module, random_inputs(module)), random_inputs(module)
+    module.to(dtype)
+    assert all(value.dtype == torch.int64 for name, value in module.state_dict().items() if "indices" in name)
+    close = {"atol": 1e-5, "rtol": 0} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(logits(module, inputs).float(), exact, **close)
 
 
 def test_a_module_shares_no_memory_with_its_parent(plain):
@@ -160,8 +226,8 @@ def test_soft_masks_in_half_precision_are_refused(bert):
         make_parent(bert.to(torch.bfloat16), NeMoConfig(hard_masks=False))
 
 
-def test_a_scale_that_forward_recomputes_is_found_out_and_scattered():
-    """Where the softmax scale follows the head width, dense cuts are silently wrong (MPNet, transformers 5.23)."""
+def test_a_scale_that_forward_recomputes_is_found_out_and_made_up_for():
+    """Where the softmax scale follows the head width, dense cuts alone are silently wrong (MPNet, transformers 5.23)."""
     from transformers import MPNetConfig, MPNetForSequenceClassification
 
     torch.manual_seed(0)
@@ -177,15 +243,17 @@ def test_a_scale_that_forward_recomputes_is_found_out_and_scattered():
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    try:
-        parent = make_parent(model)
-    except UnsupportedArchitectureError as error:
-        assert "mpnet" in str(error)  # noqa: PT017 - refusing is right as well, computing wrongly is not
-        return
-    attention = [site.back_end for site in parent.sites if site.kind == "attention"]
-    assert set(attention) <= {"scatter"}
+    parent = make_parent(model)
+    attention = [site for site in parent.sites if site.kind == "attention"]
+    assert all(site.cut_by.rescales for site in attention)
     randomize_relevance(parent)
-    assert parent.extract_module([0, 2]).config.law["status"] == "verified"
+    module = parent.extract_module([0, 2])
+    assert module.config.law["status"] == "verified"
+    widths = {entry["key"]: entry["widths"] for entry in module.config.sites}[attention[0].key]
+    assert widths["head_dim"] < attention[0].head_dim
+    parent.set_sites(with_back_ends(parent.sites, {attention[0].key: attention[0].back_end.replace("-rescaled", "")}))
+    with pytest.raises(ExtractionLawError, match="expected at most"):
+        parent.extract_module([0, 2])
 
 
 def test_a_broken_cut_is_refused(vit):

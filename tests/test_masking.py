@@ -10,6 +10,8 @@ from conftest import FAMILIES, NAMES, fresh
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     ViTConfig,
@@ -20,9 +22,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from nemo_hf import NeMoConfig, nemo_loss
-from nemo_hf.law import random_inputs
+from nemo_hf.inputs import random_inputs
 from nemo_hf.masking import MaskGenerator, build_masks, default_rank
-from nemo_hf.neurons import AttentionSite
+from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows, with_back_ends
 from nemo_hf.sites import find_sites
 from nemo_hf.tasks import attach_masks
 
@@ -153,6 +155,27 @@ def test_a_model_in_training_stays_in_training(vit):
     assert attach_masks(vit.train()).training
 
 
+@pytest.mark.parametrize("name", ["wav2vec2", "bart"])
+def test_no_layer_is_skipped_at_random(name):
+    """A layer that LayerDrop skips would have no masks in that step."""
+    if name == "wav2vec2":
+        model, dropped = wav2vec2(num_hidden_layers=2, layerdrop=0.9), ["layerdrop"]
+    else:
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        drops = {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9}
+        tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+        model = BartForSequenceClassification(BartConfig(vocab_size=120, **sizes, **heads, **drops, **tokens, **NAMES))
+        dropped = list(drops)
+    parent = attach_masks(model).train()
+    assert [getattr(parent.model.config, option) for option in dropped] == [0.0] * len(dropped)
+    assert [getattr(parent.config.base_config, option) for option in dropped] == [0.0] * len(dropped)
+    assert {layer.layerdrop for layer in model.modules() if hasattr(layer, "layerdrop")} <= {0.0}
+    inputs, keys = random_inputs(parent), {site.key for site in parent.sites}
+    for _ in range(3):
+        assert set(parent(**inputs).neuron_masks) == keys
+
+
 @pytest.mark.parametrize("targets", [["ffn"], ["attention"]])
 def test_only_what_is_targeted_gets_masks(vit, targets):
     parent = awake(vit, targets=targets)
@@ -232,11 +255,10 @@ def test_padding_changes_no_mask(family):
         torch.testing.assert_close(mask, masks[key], atol=1e-5, rtol=0)
 
 
-def test_padding_changes_no_mask_of_a_recording():
+def wav2vec2(**options) -> Wav2Vec2ForSequenceClassification:
     torch.manual_seed(0)
     config = Wav2Vec2Config(
         hidden_size=32,
-        num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=48,
         conv_dim=[16, 16],
@@ -247,8 +269,13 @@ def test_padding_changes_no_mask_of_a_recording():
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
         **NAMES,
+        **options,
     )
-    parent = awake(Wav2Vec2ForSequenceClassification(config).eval())
+    return Wav2Vec2ForSequenceClassification(config).eval()
+
+
+def test_padding_changes_no_mask_of_a_recording():
+    parent = awake(wav2vec2(num_hidden_layers=1))
     waves = torch.randn(2, 400)
     masks = masks_of(parent, input_values=waves, attention_mask=torch.ones(2, 400, dtype=torch.long))
     padded = {"input_values": F.pad(waves, (0, 400)), "attention_mask": (torch.arange(800) < 400).long().expand(2, -1)}
@@ -256,11 +283,95 @@ def test_padding_changes_no_mask_of_a_recording():
         torch.testing.assert_close(mask, masks[key], atol=1e-4, rtol=0)
 
 
-def test_an_attention_mask_that_is_not_one_entry_a_token_is_refused(bert):
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (2, 5, 5), (5,)])
+def test_an_attention_mask_that_is_not_one_entry_a_token_is_refused(bert, shape):
     parent = awake(bert)
     ids = torch.ones(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"^Got an attention mask of shape .*; expected one entry a token"):
-        parent(input_ids=ids, attention_mask=torch.ones(2, 1, 5, 5))
+    with pytest.raises(ValueError, match=r"^Got an attention mask of shape .*; expected \(batch, tokens\), since"):
+        parent(input_ids=ids, attention_mask=torch.ones(shape))
+
+
+def fitted(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What a site takes for the attention mask of its tokens."""
+    masks = build_masks(find_sites(fresh("vit"), ["ffn"]), NeMoConfig(), 10**5, 2)
+    return next(masks.site_masks())._fitted(attention_mask, tokens)
+
+
+@pytest.mark.parametrize("given", [1, 4, 7, 12])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 12, 20])
+def test_an_attention_mask_is_fitted_to_the_tokens_of_a_layer(given, tokens):
+    attention_mask = (torch.rand(3, given, generator=torch.Generator().manual_seed(given)) < 0.5).long()
+    expected = torch.zeros(3, tokens, dtype=torch.long)
+    for token in range(tokens):
+        if given >= tokens:  # a shortened sequence: the token that each one starts with
+            expected[:, token] = attention_mask[:, token * given // tokens]
+        elif token < given:  # a sequence that got more tokens at its end, which are none of the sample's
+            expected[:, token] = attention_mask[:, token]
+    assert torch.equal(fitted(attention_mask, tokens), expected)
+
+
+def test_only_admitted_tokens_are_pooled():
+    (site, *_), parent = find_sites(fresh("bert"), ["ffn"]), awake(fresh("bert"))
+    mask = next(m for m in parent.masks.site_masks() if m.site.key == site.key)
+    hidden = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    with parent.masks.call(2, given, None, None):
+        pooled = mask._pooled(hidden)
+    expected = torch.stack([(hidden[0, 0] + hidden[0, 1]) / 2, (hidden[1, 1] + hidden[1, 2] + hidden[1, 3]) / 3])
+    torch.testing.assert_close(pooled, expected)
+    with parent.masks.call(2, torch.zeros(2, 6), None, None):
+        assert torch.equal(mask._pooled(hidden), torch.zeros(2, 32))  # no token is admitted: no 0 / 0
+    with parent.masks.call(2, None, None, None):  # windows of a sample lie one after another
+        torch.testing.assert_close(mask._pooled(hidden.view(6, 2, 32)), hidden.mean(1))
+
+
+class WithPositions(nn.Module):
+    """Feed-forward parts after another on samples, which are also called on what all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.down(self.up(each).relu()) for each in (positions, hidden, positions))
+
+
+@pytest.mark.parametrize("back_end", ["dense", "scatter-gated"])
+def test_what_belongs_to_no_sample_is_not_masked(back_end):
+    # Layers that project hidden states and relative positions alike: rows of the latter are no samples.
+    torch.manual_seed(0)
+    model = WithPositions()
+    site = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),), back_end=back_end)
+    masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
+    hidden, positions = torch.randn(4, 3, 4), torch.randn(7, 4)
+    expected = model(hidden, positions)
+    static = (torch.rand(4, 6) < 0.5).float()
+    opened = torch.stack([model.up(sample) * mask for sample, mask in zip(hidden, static, strict=True)]).relu()
+    masks.attach(model)
+    with torch.no_grad(), masks.call(4, None, {site.key: static}, None) as collected:
+        before, masked, after = model(hidden, positions)
+    assert torch.equal(before, expected[0])
+    assert torch.equal(after, expected[2])
+    assert len(collected[site.key]) == 1
+    torch.testing.assert_close(masked, opened @ model.down.weight.T + model.down.bias)
+
+
+def test_a_layer_that_runs_before_its_input_is_pooled_is_refused():
+    model = WithPositions()
+    site = FeedForwardSite("block", "down", 6, "up", producers=(Rows("down", 0, 4),))  # the wrong way round
+    masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
+    masks.attach(model)
+    with (
+        masks.call(4, None, None, None),
+        pytest.raises(RuntimeError, match=r"^Got a call of a layer of the site 'block:ffn' before its input 'down'"),
+    ):
+        model(torch.randn(4, 3, 4), torch.randn(7, 4))
+
+
+def test_the_masks_of_a_call_are_gone_when_it_returns(plain):
+    parent = awake(plain)
+    logits_of(parent, **random_inputs(parent))
+    assert parent.masks.state.current == {}
 
 
 def test_a_feed_forward_part_in_chunks_has_the_same_masks():
@@ -340,8 +451,8 @@ def test_a_closed_neuron_is_one_that_the_model_doesn_t_have(plain):
     with torch.no_grad():
         for site in parent.sites:
             if isinstance(site, AttentionSite):
-                closed = (site.query_mask(static[site.key]) == 0).nonzero().squeeze(-1) + site.query.start
-                zero(reference.get_submodule(site.query.layer), "outputs", closed)
+                closed = (site.part_mask("query", static[site.key]) == 0).nonzero().squeeze(-1)
+                zero(reference.get_submodule(site.query.layer), "outputs", site.query.indices(closed))
             closed = (site.read_mask(static[site.key]) == 0).nonzero().squeeze(-1)
             zero(reference.get_submodule(site.output), "inputs", closed)
     got = logits_of(parent, **inputs, static_masks=static)
@@ -349,16 +460,44 @@ def test_a_closed_neuron_is_one_that_the_model_doesn_t_have(plain):
     assert not torch.allclose(got, logits_of(parent, **inputs), atol=1e-3)
 
 
-def test_heads_that_share_keys_share_their_mask_and_pairs_are_tied():
-    site = AttentionSite(
-        "a", "q", 32, "o", heads=4, key_value_heads=2, head_dim=8, is_rotary=True
-    )  # 2 x 4 pairs of q.k, then 2 x 8 of v
-    mask = torch.arange(24.0)
-    expected_query = [mask[(head // 2) * 4 + dim % 4] for head in range(4) for dim in range(8)]
-    expected_read = [mask[8 + (head // 2) * 8 + dim] for head in range(4) for dim in range(8)]
-    assert site.query_mask(mask).tolist() == expected_query
-    assert site.read_mask(mask).tolist() == expected_read
-    assert torch.equal(site.query_mask(mask.expand(3, 24))[2], site.query_mask(mask))
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llama", "swin"])
+def test_a_gated_parent_masks_all_that_is_produced(family):
+    """Values and keys of a closed neuron are 0 where they are made, and logits those of the other back ends."""
+    model = fresh(family)
+    parent = attach_masks(model)
+    inputs, static = random_inputs(parent), random_static(parent)
+    expected = logits_of(parent, **inputs, static_masks=static)
+    parent.set_sites(with_back_ends(parent.sites, {site.key: "scatter-gated" for site in parent.sites}))
+    seen = {}
+
+    def see(name):
+        model.get_submodule(name).register_forward_hook(lambda layer, inputs, output: seen.update({name: output}))
+
+    for name in {rows.layer for site in parent.sites for rows, _ in site.produced()}:
+        see(name)
+    torch.testing.assert_close(logits_of(parent, **inputs, static_masks=static), expected, atol=1e-5, rtol=0)
+    for site in parent.sites:
+        for rows, part in site.produced():
+            own = seen[rows.layer].index_select(-1, rows.indices(torch.arange(rows.size))).flatten(0, -2)
+            is_open = site.part_mask(part, static[site.key]) > 0
+            assert not own[:, ~is_open].any()
+            assert own[:, is_open].any(0).all()
+
+
+def test_another_back_end_leaves_no_hook_of_the_old_one(plain):
+    parent = attach_masks(plain)
+
+    def hooks():
+        return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in plain.modules())
+
+    before, sites = hooks(), parent.sites
+    parent.set_sites(with_back_ends(sites, {site.key: "scatter-gated" for site in sites}))
+    assert hooks() > before
+    parent.set_sites(sites)
+    assert hooks() == before
+    assert [entry["back_end"] for entry in parent.config.sites] == ["dense"] * len(sites)
+    parent.detach_masks()
+    assert hooks() == 0
 
 
 def test_a_fused_projection_is_masked_in_its_queries_alone():

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent, nemo_loss
-from nemo_hf.law import random_inputs
+from nemo_hf.inputs import random_inputs
 
 
 def image_processor():

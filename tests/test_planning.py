@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows
+from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows, with_back_ends
 from nemo_hf.planning import plan_module, retained_neurons, static_masks
 
 
@@ -11,9 +11,14 @@ def feed_forward(width: int = 6) -> FeedForwardSite:
     return FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, width),))
 
 
-def attention(heads: int = 2, head_dim: int = 4, **options) -> AttentionSite:
-    sizes = {"heads": heads, "key_value_heads": heads, "head_dim": head_dim, "head_dim_attribute": "head_dim"}
-    return AttentionSite("block.attention", "q", 4, "o", **{**sizes, **options})
+def attention(heads: int = 2, head_dim: int = 4, back_end: str = "dense", **options) -> AttentionSite:
+    sizes = {"heads": heads, "key_value_heads": heads, "head_dim": head_dim}
+    rows = [Rows(layer, 0, heads * head_dim) for layer in ("q", "k", "v")]
+    site = AttentionSite(
+        "block.attention", "q", 4, "o", query=rows[0], key_rows=rows[1], value=rows[2], **sizes, **options
+    )
+    (chosen,) = with_back_ends([site], {site.key: back_end})
+    return chosen
 
 
 def keep_lists(site, relevance, groups=(0,), threshold=0.5, round_to=None) -> dict[str, list[int]]:
@@ -93,10 +98,13 @@ def test_heads_without_queries_keep_their_values():
     assert keep_lists(attention(), [[0] * 8 + [255] * 8]) == {"query_key": [], "value": list(range(8))}
 
 
-def test_tied_pairs_are_one_neuron_of_queries_and_keys():
+def test_frequencies_of_all_heads_are_one_neuron_of_queries_and_keys():
     site = attention(is_rotary=True)
-    assert site.parts == {"query_key": 4, "value": 8}
-    assert keep_lists(site, [[255] * 4 + [255] * 4 + [0] * 4]) == {"query_key": [0, 1], "value": [0, 1, 2, 3]}
+    assert site.parts == {"query_key": 2, "value": 8}
+    # They stay as long as some head has values; without any, they turn nothing that is read.
+    assert keep_lists(site, [[0, 255] + [0] * 4 + [255] * 4]) == {"query_key": [1], "value": [4, 5, 6, 7]}
+    with pytest.raises(ValueError, match="opens no neuron"):
+        keep_lists(site, [[255, 255] + [0] * 8])
 
 
 def test_dense_heads_are_filled_to_one_rounded_width():
@@ -109,11 +117,35 @@ def test_dense_heads_are_filled_to_one_rounded_width():
     assert kept == {"query_key": [0, 2, 5, 6], "value": [0, 3, 4, 7]}
 
 
+def test_dense_rotary_heads_are_filled_by_pairs_to_one_even_width():
+    # One frequency of four and values of both heads, three and one: width 4 is two frequencies and four values.
+    site = attention(head_dim=8, is_rotary=True)
+    values = [255, 255, 255, 9, 8, 0, 0, 0, 255, 9, 0, 8, 7, 0, 0, 0]
+    kept = keep_lists(site, [[0, 7, 255, 8, *values]], round_to=2)
+    assert kept == {"query_key": [2, 3], "value": [0, 1, 2, 3, 8, 9, 11, 12]}
+    # Odd multiples are made even, since a frequency is two dimensions; the whole head is the most there is.
+    kept = keep_lists(site, [[0, 7, 255, 8, *values]], round_to=3)
+    assert kept == {"query_key": [1, 2, 3], "value": [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]}
+    assert keep_lists(site, [[0, 7, 255, 8, *values]], round_to=16) == {
+        "query_key": [0, 1, 2, 3],
+        "value": list(range(16)),
+    }
+    # Three frequencies are six dimensions, wider than any head's values.
+    kept = keep_lists(site, [[255, 0, 255, 255, *values]], round_to=2)
+    assert kept == {"query_key": [0, 2, 3], "value": [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]}
+
+
+def test_dense_rotary_heads_without_values_are_not_filled():
+    site = attention(head_dim=8, is_rotary=True)
+    kept = keep_lists(site, [[255, 0, 9, 8] + [9] * 8 + [255] * 3 + [0] * 5], round_to=4)
+    assert kept == {"query_key": [0, 2], "value": [8, 9, 10, 11]}
+
+
 def test_scattered_heads_are_rounded_in_all_and_not_one_by_one():
-    kept = keep_lists(
-        attention(is_scattered=True), [[255, 0, 9, 0, 0, 8, 255, 0, 255, 0, 0, 5, 6, 0, 0, 255]], (0,), 0.5, 3
-    )
-    assert kept == {"query_key": [0, 2, 6], "value": [0, 4, 7]}
+    relevance = [[255, 0, 9, 0, 0, 8, 255, 0, 255, 0, 0, 5, 6, 0, 0, 255]]
+    for back_end in ("scatter", "scatter-gated"):
+        kept = keep_lists(attention(back_end=back_end), relevance, (0,), 0.5, 3)
+        assert kept == {"query_key": [0, 2, 6], "value": [0, 4, 7]}
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ SIGNATURES = {
     "NeMoConfig": [
         *["targets", "generator_rank", "contrastive_weight", "temperature", "sparsity_weight", "hard_masks"],
         *["detach_pooled", "mask_learning_rate", "warmup_ratio", "rehearsal_probability", "relevance_threshold"],
-        *["label_groups", "group_column"],
+        *["label_groups", "group_column", "sites"],
     ],
+    "propose_sites": ["model", "inputs"],
     "NeMoConfig.from_dict": ["data"],
     "NeMoConfig.from_json_file": ["path"],
     "NeMoConfig.to_dict": ["self"],
@@ -106,6 +107,7 @@ def test_the_public_names_are_these():
         "evaluate_module",
         "make_parent",
         "nemo_loss",
+        "propose_sites",
     ]
     assert [name for name in nemo_hf.__all__ if not hasattr(nemo_hf, name)] == []
 

@@ -9,14 +9,14 @@ import nemo_hf
 
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
-    ("config", "neurons", "losses", "metrics", "model_card"),
-    ("sites", "masking", "slicing", "planning", "data", "configuration"),
-    ("weights",),
-    ("files",),
-    ("modeling",),
+    ("config", "neurons", "inputs", "losses", "model_card"),
+    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics"),
+    ("sites", "weights", "loading"),
+    ("described", "files"),
+    ("modeling", "proposing"),
     ("tasks", "law", "relevance"),
     ("extraction",),
-    ("evaluation",),
+    ("evaluation", "probing"),
     ("trainer",),
     ("demo",),
     ("cli",),

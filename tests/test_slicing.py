@@ -1,5 +1,8 @@
 """Cut layers hold the rows and columns of what is kept, and nothing else."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import fresh
@@ -8,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nemo_hf.neurons import AttentionSite, FeedForwardSite, NeuronSite, Rows, with_back_ends
 from nemo_hf.sites import find_sites
-from nemo_hf.slicing import PAD, ScatterLinear, check_widths, resize, resize_head, site_cut
+from nemo_hf.slicing import PAD, RotaryAngles, ScatterLinear, check_widths, resize, resize_head, site_cut
 from nemo_hf.weights import cut_tensor, tensor_cuts
 
 KEPT = torch.tensor([0, 3, 4, 17, 47])
@@ -119,13 +122,18 @@ def test_a_fused_projection_keeps_its_three_shares_apart():
     assert torch.equal(cut[f"{site.query.layer}.bias"], naive_rows(bias, rows))
 
 
+def with_back_end(site: NeuronSite, back_end: str) -> NeuronSite:
+    (chosen,) = with_back_ends([site], {site.key: back_end})
+    return chosen
+
+
 def test_scattered_rotary_heads_keep_pairs_and_shared_heads():
     model = fresh("llama")  # 4 query heads of 8 share 2 key/value heads; dimension j is tied to j + 4
-    site = first_site(model, "attention")
-    keep = {"query_key": torch.tensor([1, 4, 7]), "value": torch.tensor([0, 9])}
+    site = with_back_end(first_site(model, "attention"), "scatter")
+    keep = {"query_key": torch.tensor([0, 3]), "value": torch.tensor([0, 9])}
     cut = cut_tensors(model, site, keep)
-    key = [1, 5, 8, 11, 12, 15]
-    query = sorted([1, 5, 9, 13] + [row + shared for shared in (16, 24) for row in (0, 3, 4, 7)])
+    key = [0, 3, 4, 7, 8, 11, 12, 15]
+    query = [head * 8 + row for head in range(4) for row in (0, 3, 4, 7)]
     output = [0, 8, 17, 25]
     attention = model.model.layers[0].self_attn
     for layer, rows in ((site.query.layer, query), (site.key_rows.layer, key), (site.value.layer, [0, 9])):
@@ -133,6 +141,80 @@ def test_scattered_rotary_heads_keep_pairs_and_shared_heads():
         assert torch.equal(cut[f"{layer}.weight"], model.get_submodule(layer).weight[rows])
     assert cut[f"{site.output}.input_indices"].tolist() == output
     assert torch.equal(cut[f"{site.output}.weight"], attention.o_proj.weight[:, output])
+
+
+@pytest.mark.parametrize("frequencies", [[0, 3], [2], [], [0, 1, 2, 3]])
+def test_dense_rotary_heads_keep_pairs_in_two_halves(frequencies):
+    model = fresh("llama")
+    site = first_site(model, "attention")
+    keep = {"query_key": torch.tensor(frequencies, dtype=torch.long), "value": torch.tensor([0, 1, 6, 9])}
+    half = max(2, len(frequencies))  # three values are the most of a head, and a frequency is two dimensions
+    cut = site_cut(site, keep)
+    assert cut.widths == {"key_value_heads": 2, "head_dim": 2 * half}
+    padded = frequencies + [-1] * (half - len(frequencies))
+    within = padded + [row if row < 0 else row + 4 for row in padded]
+    query = [row if row < 0 else row + 8 * head for head in range(4) for row in within]
+    key = [row if row < 0 else row + 8 * head for head in range(2) for row in within]
+    value = naive_heads(keep["value"], [0, 1], 8, 2 * half)
+    shared = [value[: 2 * half], value[2 * half :]]  # two query heads read each
+    output = [row if row < 0 else row % 8 + 8 * head for head in range(4) for row in shared[head // 2]]
+    tensors = cut_tensors(model, site, keep)
+    for layer, rows in ((site.query.layer, query), (site.key_rows.layer, key), (site.value.layer, value)):
+        assert torch.equal(tensors[f"{layer}.weight"], naive_rows(model.get_submodule(layer).weight, rows))
+    weight = model.get_submodule(site.output).weight
+    assert torch.equal(tensors[f"{site.output}.weight"], naive_rows(weight.T, output).T)
+    angles = tensors[f"{site.name}.nemo_rotary.angle_indices"]
+    assert angles.tolist() == [max(row, 0) for row in within]
+
+
+def test_a_dense_rotary_head_has_an_even_width():
+    site = first_site(fresh("llama"), "attention")
+    for values, width in (([0], 2), ([0, 1, 2], 4), (list(range(8)), 8)):
+        keep = {"query_key": torch.tensor([1]), "value": torch.tensor(values)}
+        assert site_cut(site, keep).widths == {"key_value_heads": 1, "head_dim": width}
+
+
+class Rotated(nn.Module):
+    """Attention layers get the angles of their positions, in any place of the call."""
+
+    def forward(self, hidden, attention_mask=None, position_embeddings=None, scale=1):
+        return hidden, attention_mask, position_embeddings, scale
+
+
+def test_a_rotary_layer_reads_some_angles_by_keyword_and_by_position():
+    layer, angles = Rotated(), RotaryAngles(4)
+    angles.angle_indices.copy_(torch.tensor([1, 0, 5, 4]))
+    layer.register_forward_pre_hook(angles.narrow, with_kwargs=True)
+    hidden, attention_mask = torch.randn(2, 3, 32), torch.ones(2, 3)
+    cosines, sines = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    given = (cosines, sines)
+    calls = [
+        layer(hidden, attention_mask, given, 7),
+        layer(hidden, attention_mask, position_embeddings=given, scale=7),
+        layer(scale=7, position_embeddings=given, attention_mask=attention_mask, hidden=hidden),
+    ]
+    for got_hidden, got_mask, picked, scale in calls:
+        assert got_hidden is hidden
+        assert got_mask is attention_mask
+        assert scale == 7
+        assert len(picked) == 2
+        for full, narrow in zip(given, picked, strict=True):
+            assert torch.equal(narrow, torch.stack([full[..., column] for column in (1, 0, 5, 4)], -1))
+
+
+def test_the_hook_of_a_copied_rotary_layer_is_its_own():
+    model = fresh("llama")
+    site = first_site(model, "attention")
+    resize(model, site, {"key_value_heads": 2, "head_dim": 4})
+    copied = copy.deepcopy(model)
+    for each, indices in ((model, [0, 1, 4, 5]), (copied, [2, 3, 6, 7])):
+        each.get_submodule(site.name).nemo_rotary.angle_indices.copy_(torch.tensor(indices))
+    full = (torch.arange(8.0), torch.arange(8.0))
+    for each, indices in ((model, [0, 1, 4, 5]), (copied, [2, 3, 6, 7])):
+        attention = each.get_submodule(site.name)
+        (hook,) = attention._forward_pre_hooks.values()
+        _, kwargs = hook(attention, (), {"position_embeddings": full})
+        assert kwargs["position_embeddings"][0].tolist() == indices
 
 
 def test_a_table_with_a_column_a_head_loses_the_dropped_heads():
@@ -176,10 +258,241 @@ def test_soft_values_leave_the_keys_and_values_of_a_fused_projection():
         torch.testing.assert_close(scaled[name], exact[name] * factor)
 
 
+@pytest.mark.parametrize("back_end", ["dense-rescaled", "dense-heads-kept-rescaled"])
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
+def test_queries_take_up_the_softmax_scale_that_a_layer_computes_anew(family, back_end):
+    model = fresh(family)
+    site = first_site(model, "attention")
+    keep = {"query_key": torch.tensor([0, 1, 3]), "value": torch.tensor([0, 1, 9])}
+    if family == "llama":
+        keep["query_key"] = torch.tensor([0, 3])
+    width = site_cut(site, keep).widths["head_dim"]
+    assert width < site.head_dim
+    plain, rescaled = (with_back_end(site, name) for name in (back_end.replace("-rescaled", ""), back_end))
+    expected, got = (cut_tensors(model, each, keep) for each in (plain, rescaled))
+    assert site_cut(plain, keep).widths == site_cut(rescaled, keep).widths
+    assert list(expected) == list(got)
+    heads = site_cut(rescaled, keep).widths["key_value_heads"] * (site.heads // site.key_value_heads)
+    for name, tensor in expected.items():
+        if name.startswith(f"{site.query.layer}."):
+            factor = torch.ones(tensor.shape[-1] if family == "gpt2" else len(tensor))
+            factor[: heads * width] = (width / site.head_dim) ** 0.5
+            shape = (-1, 1) if tensor.ndim > 1 and family != "gpt2" else (-1,)
+            torch.testing.assert_close(got[name], tensor * factor.view(shape))
+        else:
+            assert torch.equal(got[name], tensor)
+
+
+def test_heads_that_are_kept_have_zeros_in_place_of_what_is_cut():
+    model = fresh("vit")
+    site = with_back_end(first_site(model, "attention"), "dense-heads-kept")
+    keep = {"query_key": torch.tensor([0, 2, 7, 24, 25]), "value": torch.tensor([5, 16, 23, 24])}  # head 1 has nothing
+    assert site_cut(site, keep).widths == {"key_value_heads": 4, "head_dim": 3}
+    cut = cut_tensors(model, site, keep)
+    query_rows = naive_heads(keep["query_key"], [0, 1, 2, 3], 8, 3)
+    value_rows = naive_heads(keep["value"], [0, 1, 2, 3], 8, 3)
+    assert value_rows[3:6] == [-1, -1, -1]
+    for rows, part in ((query_rows, site.query), (query_rows, site.key_rows), (value_rows, site.value)):
+        weight, bias = weight_and_bias(model, part.layer)
+        assert torch.equal(cut[f"{part.layer}.weight"], naive_rows(weight, rows))
+        assert torch.equal(cut[f"{part.layer}.bias"], naive_rows(bias, rows))
+    output, _ = weight_and_bias(model, site.output)
+    assert torch.equal(cut[f"{site.output}.weight"], naive_rows(output.T, value_rows).T)
+
+
+def test_heads_that_are_kept_keep_their_columns_of_a_table():
+    model = fresh("swin")
+    site = with_back_end(find_sites(model, ["attention"])[-1], "dense-heads-kept")
+    cut = cut_tensors(model, site, {"query_key": torch.arange(32), "value": torch.tensor([0])})
+    (table,) = site.head_tensors
+    assert torch.equal(cut[table], model.get_parameter(table))
+
+
+class FusedAttention(nn.Module):
+    """Layers of an attention block by name: fused q, k and v, or q with a gate beside it."""
+
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, width in widths.items():
+            setattr(self, name, nn.Linear(width, 5) if name == "o" else nn.Linear(5, width))
+
+
+def kept_outputs(site: AttentionSite, static: dict[str, torch.Tensor], layer: str, share: dict[str, int]) -> list[int]:
+    """Outputs of a layer that stay, gone through one by one: `share` names the widths in each head's share."""
+    kept, output, numbers = [], 0, dict.fromkeys(share, 0)
+    total = {rows.layer: rows.layer_outputs for rows, _ in site.produced()}[layer]
+    while output < total:
+        for part, width in share.items():
+            for _ in range(width):
+                if part not in static or static[part][numbers[part]]:
+                    kept.append(output)
+                numbers[part] += 1
+                output += 1
+    return kept
+
+
+def open_by_loops(site: AttentionSite, keep) -> dict[str, list[bool]]:
+    """Whether each row of q, k and v is kept, where no head is rotated."""
+    query_key = [index in keep["query_key"].tolist() for index in range(site.parts["query_key"])]
+    value = [index in keep["value"].tolist() for index in range(site.parts["value"])]
+    return {"query": shared_by_queries(site, query_key, site.head_dim), "key": query_key, "value": value}
+
+
+def shared_by_queries(site: AttentionSite, values: list, width: int) -> list:
+    """Gives each query head what its key/value head has."""
+    sharing = site.heads // site.key_value_heads
+    return [values[head // sharing * width + dim] for head in range(site.heads) for dim in range(width)]
+
+
+SIDE_BY_SIDE = AttentionSite(  # two key/value heads; in the share of each lie q of its three heads, k, and v
+    "",
+    "qkv",
+    5,
+    "o",
+    query=Rows("qkv", 0, 24, 40, shares=2),
+    key_rows=Rows("qkv", 12, 8, 40, shares=2),
+    value=Rows("qkv", 16, 8, 40, shares=2),
+    heads=6,
+    key_value_heads=2,
+    head_dim=4,
+)
+GATED_QUERY = AttentionSite(  # the gate of each head's output lies beside its q, and is no neuron
+    "",
+    "q",
+    5,
+    "o",
+    query=Rows("q", 0, 16, 32, shares=4),
+    key_rows=Rows("k", 0, 8),
+    value=Rows("v", 0, 8),
+    heads=4,
+    key_value_heads=2,
+    head_dim=4,
+)
+LATENT = AttentionSite(  # k and v of each head lie side by side; behind its q is a share that is rotated
+    "",
+    "q",
+    5,
+    "o",
+    query=Rows("q", 0, 12, 20, shares=4),
+    key_rows=Rows("kv", 0, 12, 20, shares=4),
+    value=Rows("kv", 3, 8, 20, shares=4),
+    heads=4,
+    key_value_heads=4,
+    head_dim=3,
+)
+FUSED = {
+    "side by side": (SIDE_BY_SIDE, {"qkv": 40, "o": 24}, {"qkv": {"query": 12, "key": 4, "value": 4}}),
+    "gate beside q": (
+        GATED_QUERY,
+        {"q": 32, "k": 8, "v": 8, "o": 16},
+        {"q": {"query": 4, "gate": 4}, "k": {"key": 4}, "v": {"value": 4}},
+    ),
+    "latent": (
+        LATENT,
+        {"q": 20, "kv": 20, "o": 8},
+        {"q": {"query": 3, "rotated": 2}, "kv": {"key": 3, "value": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+@pytest.mark.parametrize("share", [0.5, 0.0, 1.0])
+def test_rows_of_a_shared_layer_that_are_no_neurons_stay(name, share):
+    site, widths, layouts = FUSED[name]
+    assert site.back_end == "scatter"
+    model, keep = FusedAttention(**widths), random_keep(site, share=share)
+    state, static = dict(model.state_dict()), open_by_loops(site, keep)
+    cut = cut_tensors(model, site, keep)
+    for layer, layout in layouts.items():
+        rows = kept_outputs(site, static, layer, layout)
+        assert cut[f"{layer}.output_indices"].tolist() == rows
+        assert torch.equal(cut[f"{layer}.weight"], state[f"{layer}.weight"][rows])
+        assert torch.equal(cut[f"{layer}.bias"], state[f"{layer}.bias"][rows])
+    is_read = shared_by_queries(site, static["value"], site.value_dim)
+    read = [column for column, is_open in enumerate(is_read) if is_open]
+    assert cut[f"{site.output}.input_indices"].tolist() == read
+    assert torch.equal(cut["o.weight"], state["o.weight"][:, read])
+    resize(model, site, site_cut(site, keep).widths)
+    model.load_state_dict({**state, **cut}, strict=True)
+    hidden = torch.randn(3, 5)
+    for layer, layout in layouts.items():
+        kept = torch.zeros(widths[layer])
+        kept[kept_outputs(site, static, layer, layout)] = 1.0
+        expected = (hidden @ state[f"{layer}.weight"].T + state[f"{layer}.bias"]) * kept
+        torch.testing.assert_close(model.get_submodule(layer)(hidden), expected)
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+@pytest.mark.parametrize("back_end", ["scatter", "scatter-gated"])
+def test_soft_values_scale_the_rows_of_their_parts_alone(name, back_end):
+    site, widths, layouts = FUSED[name]
+    site = with_back_end(site, back_end)
+    model = FusedAttention(**widths)
+    keep = {part: torch.arange(size) for part, size in site.parts.items()}
+    soft = torch.rand(site.neurons, generator=torch.Generator().manual_seed(0)) + 0.1
+    exact, scaled = cut_tensors(model, site, keep), cut_tensors(model, site, keep, soft)
+    query_key, value = (part.tolist() for part in soft.split(list(site.parts.values())))
+    factors = {
+        "query": shared_by_queries(site, query_key, site.head_dim),
+        "key": query_key if back_end == "scatter-gated" else [],
+        "value": value if back_end == "scatter-gated" else [],
+    }
+    for layer, layout in layouts.items():
+        numbers, expected = dict.fromkeys(layout, 0), []
+        while len(expected) < widths[layer]:
+            for part, width in layout.items():
+                for _ in range(width):
+                    expected.append(factors[part][numbers[part]] if factors.get(part) else 1.0)
+                    numbers[part] += 1
+        factor = torch.tensor(expected)
+        torch.testing.assert_close(scaled[f"{layer}.weight"], exact[f"{layer}.weight"] * factor[:, None])
+        torch.testing.assert_close(scaled[f"{layer}.bias"], exact[f"{layer}.bias"] * factor)
+    torch.testing.assert_close(scaled["o.weight"], exact["o.weight"] * site.read_mask(soft))
+
+
+@pytest.mark.parametrize("back_end", ["dense", "scatter", "scatter-gated"])
+@pytest.mark.parametrize("kept", [[0, 2, 3], [], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_both_projections_of_a_gated_unit_in_one_layer_are_cut_alike(back_end, kept):
+    producers = (Rows("qkv", 0, 6, 12), Rows("qkv", 6, 6, 12))
+    site = FeedForwardSite("", "qkv", 5, "o", producers=producers, back_end=back_end)
+    model, index = FusedAttention(qkv=12, o=6), torch.tensor(kept, dtype=torch.long)
+    state, cut = dict(model.state_dict()), site_cut(site, {"intermediate": index})
+    rows = [*kept, *(unit + 6 for unit in kept)]
+    assert cut.widths == {"intermediate": len(kept)}
+    tensors = cut_tensors(model, site, {"intermediate": index})
+    assert torch.equal(tensors["qkv.weight"], state["qkv.weight"][rows])
+    assert torch.equal(tensors["qkv.bias"], state["qkv.bias"][rows])
+    assert torch.equal(tensors["o.weight"], state["o.weight"][:, kept])
+    resize(model, site, cut.widths)
+    model.load_state_dict({**state, **tensors}, strict=True)
+    hidden = torch.randn(3, 5)
+    gate, up = model.qkv(hidden).chunk(2, -1)
+    full_gate, full_up = (hidden @ state["qkv.weight"].T + state["qkv.bias"]).chunk(2, -1)
+    opened = torch.zeros(6).index_fill(0, index, 1.0)
+    expected = (full_gate.sigmoid() * full_up * opened) @ state["o.weight"].T + state["o.bias"]
+    torch.testing.assert_close(model.o(gate.sigmoid() * up), expected)
+
+
+def test_soft_values_of_gated_units_go_into_both_projections_where_they_close_there():
+    producers = (Rows("qkv", 0, 6, 12), Rows("qkv", 6, 6, 12))
+    site = FeedForwardSite("", "qkv", 5, "o", producers=producers, is_gated_only=True)
+    assert site.back_end == "scatter-gated"
+    model, keep = FusedAttention(qkv=12, o=6), {"intermediate": torch.arange(6)}
+    soft = torch.rand(6, generator=torch.Generator().manual_seed(0))
+    exact, scaled = cut_tensors(model, site, keep), cut_tensors(model, site, keep, soft)
+    torch.testing.assert_close(scaled["qkv.weight"], exact["qkv.weight"] * torch.cat([soft, soft])[:, None])
+    torch.testing.assert_close(scaled["qkv.bias"], exact["qkv.bias"] * torch.cat([soft, soft]))
+    torch.testing.assert_close(scaled["o.weight"], exact["o.weight"] * soft)
+
+
 @pytest.mark.parametrize("share", [0.6, 0.0, 1.0])
-def test_resized_layers_take_exactly_the_cut_tensors(plain, share):
+@pytest.mark.parametrize("back_end", ["dense", "dense-heads-kept-rescaled", "scatter"])
+def test_resized_layers_take_exactly_the_cut_tensors(plain, share, back_end):
     state = plain.state_dict()
     for site in find_sites(plain):
+        if back_end in {each.name for each in site.back_ends}:
+            site = with_back_end(site, back_end)
         keep = random_keep(site, share=share)
         cut = site_cut(site, keep)
         state.update(cut_tensors(plain, site, keep))
@@ -268,6 +581,8 @@ def test_an_empty_scattered_layer_gives_zeros_or_its_bias():
 
 
 FEED_FORWARD = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),))
+SCATTERED_UNITS = with_back_end(FEED_FORWARD, "scatter")
+CONV = replace(FEED_FORWARD, least_width=1)
 DENSE = AttentionSite(
     "attention",
     "q",
@@ -281,13 +596,15 @@ DENSE = AttentionSite(
     head_dim=4,
     head_dim_attribute="head_dim",
 )
-(SCATTERED,) = with_back_ends([DENSE], {DENSE.key: "scatter"})
+SCATTERED = with_back_end(DENSE, "scatter")
 FULL = {
     FEED_FORWARD: {"intermediate": 6},
     DENSE: {"key_value_heads": 2, "head_dim": 4},
     SCATTERED: {"query": 8, "key": 8, "value": 8, "output": 8},
+    SCATTERED_UNITS: {"intermediate": 6},
+    SIDE_BY_SIDE: {"query": 24, "key": 8, "value": 8, "output": 24},
 }
-SITES = pytest.mark.parametrize("site", list(FULL), ids=["ffn", "dense", "scatter"])
+SITES = pytest.mark.parametrize("site", list(FULL), ids=["ffn", "dense", "scatter", "scattered ffn", "side by side"])
 
 
 @SITES
@@ -297,7 +614,7 @@ def test_widths_up_to_the_full_ones_are_accepted(site):
 
 
 @SITES
-@pytest.mark.parametrize("width", [-1, 9, 10**12, 2.0, "2", True, None])
+@pytest.mark.parametrize("width", [-1, 25, 10**12, 2.0, "2", True, None])
 def test_absurd_widths_are_refused(site, width):
     for name in FULL[site]:
         with pytest.raises(
@@ -319,12 +636,16 @@ def test_dense_heads_can_t_be_none_but_scattered_rows_can():
     check_widths(SCATTERED, dict.fromkeys(FULL[SCATTERED], 0))
 
 
-def test_a_site_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match=r"^Got NeuronSite; expected a FeedForwardSite or an AttentionSite"):
-        site_cut(NeuronSite("block", "up", 4, "down"), {})
+def test_units_can_be_none_except_where_torch_can_t_read_none():
+    for site in (FEED_FORWARD, SCATTERED_UNITS, with_back_end(CONV, "scatter")):
+        check_widths(site, {"intermediate": 0})
+    with pytest.raises(ValueError, match=r"expected an integer from 1 to 6"):
+        check_widths(CONV, {"intermediate": 0})
+    assert site_cut(CONV, {"intermediate": torch.tensor([], dtype=torch.long)}).widths == {"intermediate": 1}
 
 
-def test_a_site_can_only_have_the_back_ends_that_it_has():
-    with pytest.raises(ValueError, match=r"^Got the back end 'scatter' for 'block:ffn'; expected 'dense'\. The config"):
-        with_back_ends([FEED_FORWARD], {FEED_FORWARD.key: "scatter"})
-    assert with_back_ends([SCATTERED], {}) == [SCATTERED]
+@SITES
+def test_one_more_than_the_full_width_is_refused(site):
+    for name, most in FULL[site].items():
+        with pytest.raises(ValueError, match=rf"^Got the width {name}={most + 1} .*an integer from . to {most}\."):
+            check_widths(site, {**FULL[site], name: most + 1})

@@ -2,8 +2,9 @@
 
     python examples/benchmarks/readme_tables.py
 
-Reads examples/demo.json (one report a seed), examples/train_image_classification.json and
-examples/train_text_classification.json; rewrites what stands between the markers in README.md.
+Reads examples/demo.json (one report a seed), examples/train_image_classification.json,
+examples/train_text_classification.json and docs/supported_models.json; rewrites what stands between the markers in
+README.md.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1]
 README = EXAMPLES.parent / "README.md"
+SUPPORT = EXAMPLES.parent / "docs" / "supported_models.json"
 
 
 def mean(values: list[float]) -> float:
@@ -84,11 +86,23 @@ def example_table(name: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def support_line() -> str:
+    """In how many families of transformers neurons are cut."""
+    families = {row["model_type"]: row for row in json.loads(SUPPORT.read_text())["families"]}
+    found = {kind: [row for row in families.values() if kind in row] for kind in ("ffn", "attention")}
+    dense = [row for row in found["attention"] if "scatter" not in str(row["attention"]["back_ends"])]
+    return (
+        f"Of {len(families)} families, feed-forward neurons are cut exactly in {len(found['ffn'])} and attention in "
+        f"{len(found['attention'])}, of these {len(dense)} dense throughout."
+    )
+
+
 def rendered(readme: str) -> str:
     """README with its tables made anew."""
     tables = {
         "demo": demo_table,
         "cifar10": lambda: example_table("train_image_classification"),
+        "support": support_line,
         "clinc150": lambda: example_table("train_text_classification"),
     }
     for name, make in tables.items():

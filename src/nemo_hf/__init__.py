@@ -6,10 +6,11 @@ Importing it registers parents and modules with the Auto classes of `transformer
 from .config import NeMoConfig
 from .configuration import NeMoModelConfig
 from .evaluation import ModuleReport, evaluate_module
-from .extraction import make_parent
 from .law import ExtractionLawError
 from .losses import nemo_loss
 from .neurons import UnsupportedArchitectureError
+from .probing import make_parent
+from .proposing import propose_sites
 from .relevance import compute_relevance
 from .tasks import NeMoForAudioClassification, NeMoForImageClassification, NeMoForSequenceClassification
 from .trainer import NeMoTrainer
@@ -28,4 +29,5 @@ __all__ = [
     "evaluate_module",
     "make_parent",
     "nemo_loss",
+    "propose_sites",
 ]

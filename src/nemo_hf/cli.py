@@ -24,11 +24,12 @@ from .configuration import NeMoModelConfig, task_of
 from .data import LoadedData, load_data
 from .demo import accuracy, format_demo, run_demo
 from .evaluation import evaluate_module, format_table
-from .extraction import make_parent
 from .files import REPORT_NAME, write_json
 from .law import ExtractionLawError
 from .model_card import render_model_card
 from .modeling import NeMoPreTrainedModel, base_parameters
+from .probing import make_parent
+from .proposing import propose_sites
 from .trainer import NeMoTrainer
 
 AUTO_CLASSES = {
@@ -109,6 +110,10 @@ class InspectCommand:
     """Prints a model's neuron sites: where masks would attach and how modules would be cut."""
 
     model: str = field(metadata={"help": "Plain model, parent or module: directory or Hub repository."})
+    propose: bool = field(
+        default=False, metadata={"help": "Look for sites by trying instead of by name, and print them as options."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,7 +227,7 @@ def _config(source: str) -> NeMoModelConfig:
 
 
 def _load(source: str, **options: Any) -> NeMoPreTrainedModel:
-    model = AUTO_CLASSES[task_of(_config(source).base_class)].from_pretrained(source, **options)
+    model = AUTO_CLASSES[task_of(_config(source).plain_class)].from_pretrained(source, **options)
     assert isinstance(model, NeMoPreTrainedModel)
     return model
 
@@ -264,7 +269,7 @@ def _evaluate(command: EvaluateCommand) -> None:
 def _push(command: PushCommand) -> None:
     path = Path(command.path)
     model = _load(command.path)
-    task = task_of(model.config.base_class)
+    task = model.task
     report: Mapping[str, Any] | None = model.report if model.report and "controls" in model.report else None
     card = render_model_card(
         command.repo_id,
@@ -287,16 +292,26 @@ def _push(command: PushCommand) -> None:
 
 
 def _inspect(command: InspectCommand) -> None:
-    config = AutoConfig.from_pretrained(command.model)
+    options = {"trust_remote_code": True} if command.trust_remote_code else {}
+    config = AutoConfig.from_pretrained(command.model, **options)
     if config.model_type == "nemo_hf":
         parent = _load(command.model)
     else:
-        kinds = [kind for kind in AUTO_CLASSES.values() if type(config) in (kind._model_mapping or ())]
+        own = getattr(config, "auto_map", None) or {}
+        kinds = [
+            kind
+            for kind in AUTO_CLASSES.values()
+            if type(config) in (kind._model_mapping or ()) or kind.__name__ in own
+        ]
         if not kinds:
             raise ValueError(
                 f"Got model type {config.model_type!r}; expected one with an image, sequence or audio classifier."
             )
-        parent = make_parent(kinds[0].from_pretrained(command.model))
+        model = kinds[0].from_pretrained(command.model, **options)
+        sites = propose_sites(model) if command.propose else None
+        if sites is not None:
+            print(json.dumps({"sites": sites}, indent=1))
+        parent = make_parent(model, NeMoConfig(sites=sites or None))
     rows = [("site", "kind", "neurons", "back end")]
     rows += [
         (site.name, site.kind, str(_neurons(parent, index)), site.back_end) for index, site in enumerate(parent.sites)

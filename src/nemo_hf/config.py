@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = ("attention", "ffn")
+SITE_KEYS = {
+    "ffn": ({"producers", "output"}, {"pooled"}),
+    "attention": ({"query", "key", "value", "output"}, {"heads", "layer", "pooled", "is_rotary"}),
+    "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
+}
+"""What describes a site of one's own: needed keys, and others that may be given."""
+LAYOUTS = ("one after another", "by key/value head")
 LabelLike = int | str
 
 
@@ -40,6 +47,14 @@ class NeMoConfig:
             makes each label its own group, unless `group_column` is given.
         group_column: Name of a training data set column that holds each sample's group. It must be a
             function of the label.
+        sites: Where neurons are, for architectures that are not known by the names of their layers: one
+            description a site, in place of those that would be found. `"*"` stands for one part of a path, so
+            that one description serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
+            "output": ...}`. Attention: `{"kind": "attention", "query": ..., "key": ..., "value": ...,
+            "output": ..., "heads": 12}`, or `"fused": ...` with `"layout"` (`"one after another"`, the
+            default, or `"by key/value head"`) in place of the three. Optional: `layer`, the attention layer
+            whose attribute holds the width of a head, and `pooled`, the layer whose input is pooled.
+            `nemo-hf inspect --propose` and `propose_sites` write such descriptions.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -63,6 +78,7 @@ class NeMoConfig:
     relevance_threshold: float = 0.5
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None
     group_column: str | None = None
+    sites: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self._check_targets()
@@ -81,6 +97,10 @@ class NeMoConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
         self._check_groups()
+        if self.sites is not None:
+            if isinstance(self.sites, (str, Mapping)) or not isinstance(self.sites, Sequence) or not self.sites:
+                raise TypeError(f"Got sites={self.sites!r}; expected a list of descriptions, or None to find them.")
+            self.sites = [_checked_site(site) for site in self.sites]
 
     def _check_targets(self) -> None:
         if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
@@ -168,6 +188,29 @@ def _checked_groups(groups: Mapping[str, Sequence[LabelLike]]) -> dict[str, list
             raise ValueError(f"Got {members!r} for the group {name!r}; expected a list of labels.")
         checked[name] = list(members)
     return checked
+
+
+def _checked_site(site: Any) -> dict[str, Any]:
+    if not isinstance(site, Mapping) or site.get("kind") not in TARGETS:
+        raise ValueError(f"Got the site {site!r}; expected a mapping with 'kind', one of {list(TARGETS)}.")
+    needed, optional = SITE_KEYS["fused attention" if "fused" in site else str(site["kind"])]
+    keys = set(site) - {"kind"}
+    if (site["kind"] == "ffn" and "fused" in site) or not needed <= keys <= needed | optional:
+        raise ValueError(
+            f"Got the site {dict(site)!r}; expected the keys {sorted(needed)} and perhaps {sorted(optional)}. "
+            "Correct the description; `nemo-hf inspect --propose` writes ones that are right."
+        )
+    heads, producers = site.get("heads"), site.get("producers", ["-"])
+    if heads is not None and (not _is_number(heads, integer=True) or heads < 1):
+        raise ValueError(f"Got heads={heads!r} in the site {dict(site)!r}; expected a positive integer.")
+    if site.get("layout", LAYOUTS[0]) not in LAYOUTS:
+        raise ValueError(f"Got layout={site['layout']!r} in the site {dict(site)!r}; expected one of {list(LAYOUTS)}.")
+    if isinstance(producers, str) or not isinstance(producers, Sequence) or not producers:
+        raise ValueError(f"Got producers={producers!r} in the site {dict(site)!r}; expected a list of layers.")
+    paths = [site[key] for key in keys - {"heads", "producers", "is_rotary", "layout"}]
+    if not all(isinstance(path, str) and path for path in (*paths, *producers)):
+        raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
+    return {**site, "producers": list(producers)} if "producers" in site else dict(site)
 
 
 def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:

@@ -1,8 +1,31 @@
 """Configuration of parents and modules: all that is needed to build their shapes, as data."""
 
-from transformers import AutoConfig, PreTrainedConfig
+import inspect
+from typing import Any
+
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+
+from .neurons import UnsupportedArchitectureError
+
+MAPPINGS = {
+    "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    "text-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "audio-classification": MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+}
+
+SEVERAL_LABELS = "multi_label_classification"
+"""Value of `problem_type` under which each label is a yes or no of its own."""
 
 
 class NeMoModelConfig(PreTrainedConfig):
@@ -49,17 +72,81 @@ class NeMoModelConfig(PreTrainedConfig):
         """Label ids by group name, in the order of the relevance's rows."""
         return {entry["name"]: list(entry["labels"]) for entry in self.label_groups or []}
 
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether a sample may have several labels, or none, each a yes or no of its own."""
+        return self.problem_type == SEVERAL_LABELS
+
+    @property
+    def plain_class(self) -> type[PreTrainedModel]:
+        """Class of the plain model inside."""
+        assert isinstance(self.base_config, PreTrainedConfig)
+        return find_base_class(self.base_class, self.base_config)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration from what a file says; as in `transformers`.
+
+        Raises:
+            UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
+        """
+        base = config_dict.get("base_config") or {}
+        known = not isinstance(base, dict) or "model_type" not in base or base["model_type"] in CONFIG_MAPPING
+        if not known:
+            raise UnsupportedArchitectureError(
+                f"Got a {config_dict.get('role')} of a {config_dict.get('base_class')!r} of model type "
+                f"{base['model_type']!r}, which transformers {transformers.__version__} does not know; expected one "
+                "that it knows or that is registered. Import the package that defines it and run before: "
+                f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
+                "AutoModelForImageClassification.register(...)."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
         assert isinstance(self.base_config, PreTrainedConfig)
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def task_of(base_class: str) -> str:
-    """Tells the task of a plain model's class, given by name.
+def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Finds the class of a plain model.
 
     Args:
-        base_class: Name of a class of `transformers`.
+        name: Name of the class.
+        base_config: Configuration of the plain model.
+
+    Returns:
+        The class, of `transformers` or registered with its Auto classes for this configuration.
+
+    Raises:
+        UnsupportedArchitectureError: If there is none.
+    """
+    found = getattr(transformers, name, None)
+    if inspect.isclass(found) and issubclass(found, PreTrainedModel):
+        return found
+    for mapping in MAPPINGS.values():
+        for candidate in _registered(mapping, type(base_config)):
+            if candidate.__name__ == name:
+                return candidate
+    kind = type(base_config).__name__
+    raise UnsupportedArchitectureError(
+        f"Got the model class {name!r}; expected one of transformers {transformers.__version__} or one that is "
+        f"registered. Update transformers, or run before: AutoConfig.register({base_config.model_type!r}, {kind}) and "
+        f"AutoModelForImageClassification.register({kind}, {name}), with the Auto class of its task."
+    )
+
+
+def _registered(mapping: Any, config_class: type[PreTrainedConfig] | None) -> tuple[type[PreTrainedModel], ...]:
+    """Model classes that an Auto class knows for a configuration."""
+    found = mapping.get(config_class, ()) if config_class is not None else ()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def task_of(base_class: type[PreTrainedModel]) -> str:
+    """Tells the task of a plain model's class.
+
+    Args:
+        base_class: A class of `transformers`, or one that is registered with its Auto classes.
 
     Returns:
         `"image-classification"`, `"text-classification"` or `"audio-classification"`.
@@ -67,14 +154,18 @@ def task_of(base_class: str) -> str:
     Raises:
         TypeError: If the class is for another task.
     """
-    names = MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values()
-    if base_class in names or "ForAudioClassification" in base_class:
+    name = base_class.__name__
+    if name in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in name:
         return "audio-classification"
-    if "ForImageClassification" in base_class:
+    if "ForImageClassification" in name:
         return "image-classification"
-    if "ForSequenceClassification" in base_class:
+    if "ForSequenceClassification" in name:
         return "text-classification"
+    for task, mapping in MAPPINGS.items():
+        if base_class in _registered(mapping, base_class.config_class):
+            return task
     raise TypeError(
-        f"Got a {base_class}; expected a class for image, sequence or audio classification. "
-        "Load the model with AutoModelForImageClassification or AutoModelForSequenceClassification."
+        f"Got a {name}; expected a class for image, sequence or audio classification: a mask is of a whole sample, and "
+        "so must be its labels. Load the model with AutoModelForImageClassification or "
+        "AutoModelForSequenceClassification."
     )

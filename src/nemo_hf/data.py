@@ -6,9 +6,33 @@ from typing import Any
 
 import datasets
 import torch
+from torch.utils.data import IterableDataset
 from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorWithPadding, default_data_collator
 
 from .config import LabelLike
+
+
+def check_columns(dataset: Any, is_counted: bool) -> None:
+    """Refuses training data on which relevance can't be counted, or without labels.
+
+    Args:
+        dataset: Training data.
+        is_counted: Whether the exact relevance is counted on these data too.
+
+    Raises:
+        ValueError: If they are a stream that would have to end, or have no column of labels.
+    """
+    if isinstance(dataset, IterableDataset) and is_counted:
+        raise ValueError(
+            "Got an iterable data set to train on; expected a finite one for the exact relevance after training. "
+            "Pass NeMoTrainer(..., relevance_dataset=...), for example a part of the stream as a Dataset."
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and not {"label", "labels", "label_ids"} & set(columns):
+        raise ValueError(
+            f"Got training data with the columns {list(columns)}; expected a 'label' or 'labels' column. "
+            "Rename it with dataset.rename_column(..., 'label')."
+        )
 
 
 def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
@@ -61,16 +85,20 @@ def groups_from_column(
     return groups
 
 
-def check_labels(labels: Sequence[int], names: Mapping[int, str]) -> None:
-    """Refuses training data whose label ids are not the model's, each at least once.
+def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: bool = False) -> None:
+    """Refuses training data whose labels are not the model's, each at least once.
 
     Args:
-        labels: The label ids of the data set.
+        labels: The label ids of the data set; with several labels a sample, lists of 0 and 1.
         names: The labels.
+        has_several: Whether a sample may have several labels.
 
     Raises:
-        ValueError: If an id is too large, or some label has no sample.
+        ValueError: If an id is too large, a list has another length, or some label has no sample.
     """
+    if has_several:
+        _check_label_lists(labels, names)
+        return
     strange = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
     if strange is not None:
         raise ValueError(
@@ -89,6 +117,17 @@ def check_labels(labels: Sequence[int], names: Mapping[int, str]) -> None:
             f"Load the model with num_labels={len(counts)}."
         )
     check_label_counts(counts.tolist(), names)
+
+
+def _check_label_lists(labels: Sequence[Any], names: Mapping[int, str]) -> None:
+    for value in labels:
+        if not isinstance(value, Sequence) or len(value) != len(names) or not set(value) <= {0, 1}:
+            raise ValueError(
+                f"Got the labels {value!r} in the training data; expected a list of {len(names)} zeros and ones, one "
+                "for each label, as floats. Turn label names into such a list, or load the model without "
+                "problem_type='multi_label_classification'."
+            )
+    check_label_counts([sum(column) for column in zip(*labels, strict=True)], names)
 
 
 def check_label_counts(counts: Sequence[float], id2label: Mapping[int, str]) -> None:

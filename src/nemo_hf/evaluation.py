@@ -1,6 +1,7 @@
 """A module's report: accuracy beside controls, size, operations and latency."""
 
 import copy
+import logging
 import random
 import statistics
 import time
@@ -16,8 +17,13 @@ from tqdm.auto import tqdm
 
 from .config import LabelLike
 from .extraction import extract_module, make_plan
-from .law import as_saved, random_inputs
+from .inputs import random_inputs
+from .law import as_saved
+from .metrics import cohesion_and_coupling
 from .modeling import NeMoPreTrainedModel, base_parameters
+from .relevance import group_indices, sample_groups
+
+logger = logging.getLogger(__name__)
 
 RANDOM_DRAWS = 5
 LATENCY_BATCHES = (1, 8, 32)
@@ -31,12 +37,13 @@ class ModuleReport:
     Args:
         labels: Names of the module's labels, in the order of its outputs.
         groups: Names of the label groups that it was cut for.
-        accuracy: Share of right answers of the stand-alone module, without fine-tuning.
+        accuracy: Share of right answers of the stand-alone module, without fine-tuning. Where a sample may
+            have several labels, an answer is the yes or no to one label of the module, over all samples.
         parent_restricted_accuracy: The same of the parent, its answers restricted to `labels`.
         controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many
             neurons in each part of each site), `other` (the mask of up to as many other groups; `None` if
             there is no other group), `empty` (no neuron).
-        samples: Number of samples with these labels.
+        samples: Number of samples with these labels; all of them where a sample may have several labels.
         parameters: Of the module; `parent_parameters` of the parent without generators.
         megabytes: 10^6 bytes of the module's parameters; `parent_megabytes` likewise.
         macs: Multiply-accumulates for one sample; `parent_macs` likewise.
@@ -152,6 +159,39 @@ def evaluate_module(
 
 
 @torch.no_grad()
+def measure_modularity(
+    parent: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]], most: int
+) -> dict[str, float | int | None]:
+    """Measures how alike the masks of samples are, within groups and between them.
+
+    Args:
+        parent: The parent.
+        batches: Batches of model inputs with `labels`, on the parent's device.
+        most: Number of samples after which no further batch is read.
+
+    Returns:
+        `cohesion`, `coupling` (`None` without such pairs) and the number of `modularity_samples`; nothing if
+        the batches have no labels.
+    """
+    opened: list[Tensor] = []
+    groups: list[Tensor] = []
+    group_of_label = group_indices(parent)
+    for batch in batches:
+        inputs = dict(batch)
+        if "labels" not in inputs or sum(len(part) for part in groups) >= most:
+            break
+        groups.append(sample_groups(parent, inputs.pop("labels"), group_of_label))
+        masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+        opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
+    if not opened:
+        return {}
+    samples = sum(len(part) for part in groups)
+    logger.info("Cohesion and coupling are measured over %d samples.", samples)
+    cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))
+    return {"cohesion": cohesion, "coupling": coupling, "modularity_samples": samples}
+
+
+@torch.no_grad()
 def _count_right(
     parent: NeMoPreTrainedModel,
     module: NeMoPreTrainedModel,
@@ -159,10 +199,10 @@ def _count_right(
     masks: Mapping[str, Sequence[Mapping[str, Tensor]]],
     batches: Iterable[Mapping[str, Any]],
     show_progress: bool,
-) -> tuple[dict[str, int], int]:
+) -> tuple[dict[str, float], int]:
     """Counts right answers of the module, the parent restricted, and the parent under control masks."""
     wanted = torch.tensor(label_ids, device=parent.device)
-    right = dict.fromkeys(["module", "parent", *masks], 0)
+    right = dict.fromkeys(["module", "parent", *masks], 0.0)
     samples = 0
     for batch in tqdm(batches, desc="Module", disable=not show_progress):
         if "labels" not in batch:
@@ -170,20 +210,21 @@ def _count_right(
                 f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
             )
         labels = batch["labels"].to(parent.device)
-        chosen = torch.isin(labels, wanted)
+        has_several = parent.config.has_several_labels
+        chosen = torch.ones(len(labels), dtype=torch.bool) if has_several else torch.isin(labels, wanted)
         if not chosen.any():
             continue
         inputs = {k: v.to(parent.device)[chosen] for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
         labels = labels[chosen]
         samples += len(labels)
-        answers = [("module", wanted[module(**inputs).logits.argmax(-1)])]
-        answers.append(("parent", wanted[parent(**inputs).logits[:, wanted].argmax(-1)]))
+        answers = [("module", module(**inputs).logits), ("parent", parent(**inputs).logits[:, wanted])]
         for name, draws in masks.items():
-            for mask in draws:
-                logits = parent(**inputs, static_masks=mask).logits[:, wanted]
-                answers.append((name, wanted[logits.argmax(-1)]))
-        for name, answer in answers:
-            right[name] += int((answer == labels).sum())
+            answers += [(name, parent(**inputs, static_masks=mask).logits[:, wanted]) for mask in draws]
+        for name, logits in answers:
+            if has_several:
+                right[name] += ((logits > 0) == (labels[:, wanted] > 0)).float().mean(-1).sum().item()
+            else:
+                right[name] += int((wanted[logits.argmax(-1)] == labels).sum())
     return right, samples
 
 

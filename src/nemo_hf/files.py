@@ -148,6 +148,7 @@ class WeightFiles:
         else:
             names = [WEIGHTS_NAME]
         self._files: dict[str, Any] = {}
+        self._stored_names: dict[str, str] = {}
         for name in names:
             path = find_file(source, name, hub_options)
             if path is None:
@@ -157,6 +158,18 @@ class WeightFiles:
                 )
             opened = open_weights(path)
             self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    def find_tied(self, tied: Mapping[str, str]) -> None:
+        """Lets tensors be read that the files hold under another name only, because a model shares them.
+
+        Args:
+            tied: Name of a tensor to the name of the one that it is the same as, as `all_tied_weights_keys`.
+        """
+        for pair in tied.items():
+            for name, other in (pair, pair[::-1]):
+                if name not in self._files and other in self._files:
+                    self._files[name] = self._files[other]
+                    self._stored_names[name] = other
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
         """Checks from the files' headers that all tensors are there with the right shapes.
@@ -173,7 +186,7 @@ class WeightFiles:
                     f"Got weights of {str(self._source)!r} without the tensor {name!r}; expected all of the parent's. "
                     "Save or download the parent again."
                 )
-            got = tuple(self._files[name].get_slice(name).get_shape())
+            got = tuple(self._files[name].get_slice(self._stored_names.get(name, name)).get_shape())
             if got != tuple(shape):
                 raise ValueError(
                     f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
@@ -195,7 +208,7 @@ class WeightFiles:
         """
         if cut is not None and cut.constant is not None:
             return cut.constant.clone()
-        file = self._files[name]
+        file, name = self._files[name], self._stored_names.get(name, name)
         if cut is None:
             tensor: Tensor = file.get_tensor(name)
             return tensor

@@ -23,6 +23,39 @@ def cosine_similarities(mask: Tensor) -> Tensor:
         return unit @ unit.T
 
 
+def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Tensor:
+    """Tells which label groups each sample belongs to.
+
+    Args:
+        labels: Label ids, shape (batch,), or 0/1 for each label, shape (batch, labels), where a sample may
+            have several or none.
+        group_of_label: Group of each label id, shape (labels,).
+        groups: Number of groups.
+
+    Returns:
+        Boolean, shape (batch, groups).
+    """
+    of_label = F.one_hot(group_of_label, groups)
+    if labels.ndim == 1:
+        return of_label[labels].bool()
+    return (labels.to(torch.float32) @ of_label.to(torch.float32)) > 0
+
+
+def shares_group(groups: Tensor) -> Tensor:
+    """Tells which two samples have a group in common.
+
+    Args:
+        groups: Group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
+
+    Returns:
+        Boolean, shape (batch, batch).
+    """
+    if groups.ndim == 1:
+        return groups[:, None] == groups[None, :]
+    member = groups.float()
+    return (member @ member.T) > 0
+
+
 def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float = 0.2) -> Tensor:
     """Contrastive loss over neuron masks: samples of one group should open the same neurons.
 
@@ -31,7 +64,8 @@ def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float
 
     Args:
         masks: Soft masks, one tensor a site, each of shape (batch, neurons) with values in [0, 1).
-        groups: Group of each sample, shape (batch,), integers.
+        groups: Group of each sample, shape (batch,), integers; or where a sample belongs to several,
+            membership, boolean, shape (batch, groups): positives share any group.
         temperature: Above 0.
 
     Returns:
@@ -46,7 +80,7 @@ def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float
     if groups.shape[0] < 2:  # the sum over "every other sample" is empty: its logarithm is -inf
         return similarities.sum() * 0.0
     itself = torch.eye(groups.shape[0], dtype=torch.bool, device=groups.device)
-    positive = (groups[:, None] == groups[None, :]) & ~itself
+    positive = shares_group(groups) & ~itself
     log_share = similarities - similarities.masked_fill(itself, float("-inf")).logsumexp(-1, keepdim=True)
     counts = positive.sum(-1)
     per_anchor = (log_share * positive).sum(-1) / counts.clamp(min=1)  # (sites, batch)
@@ -92,6 +126,22 @@ def restricted_cross_entropy(
     return ((1 - label_smoothing) * right + label_smoothing * spread).mean()
 
 
+def restricted_binary_cross_entropy(logits: Tensor, labels: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy over the labels that count, where each label is a yes or no of its own.
+
+    Args:
+        logits: Shape (batch, labels).
+        labels: 0 or 1, shape (batch, labels).
+        allowed: Labels that count, boolean, shape (labels,). `None`: all.
+
+    Returns:
+        A float32 scalar, the mean over samples and labels that count.
+    """
+    if allowed is not None:
+        logits, labels = logits[:, allowed], labels[:, allowed]
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+
 def site_masks(neuron_masks: Mapping[str, Tensor]) -> list[Tensor]:
     """Splits the masks of a model's output into one tensor a site and call.
 
@@ -117,9 +167,9 @@ def nemo_loss(
 
     Args:
         logits: Shape (batch, labels).
-        labels: Right label of each sample, shape (batch,).
+        labels: Right label of each sample, shape (batch,); or 0 and 1 for each label, shape (batch, labels).
         neuron_masks: The `neuron_masks` of the parent's output: site name to (batch, calls, neurons).
-        groups: Group of each sample, shape (batch,).
+        groups: Group of each sample, shape (batch,), or membership as `contrastive_loss` takes it.
         contrastive_weight: Weight of `contrastive_loss` [alpha].
         sparsity_weight: Weight of `sparsity_loss` [lambda].
         temperature: Temperature of `contrastive_loss` [tau].
@@ -132,8 +182,5 @@ def nemo_loss(
     """
     masks = site_masks(neuron_masks)
     contrast = contrastive_loss(masks, groups, temperature)
-    return (
-        restricted_cross_entropy(logits, labels)
-        + contrastive_weight * contrast
-        + sparsity_weight * sparsity_loss(masks)
-    )
+    task = restricted_cross_entropy if labels.ndim == 1 else restricted_binary_cross_entropy
+    return task(logits, labels) + contrastive_weight * contrast + sparsity_weight * sparsity_loss(masks)

@@ -1,14 +1,16 @@
 """Neuron masks: the generators, how they attach to a plain model, and the state of one forward call."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import NeMoConfig
-from .neurons import AttentionSite, NeuronSite
+from .neurons import NeuronSite
 
 MASK_BIAS = 1.0
 """Initial bias of a mask: tanh(1) = .76, so that every neuron starts open and can still close."""
@@ -72,7 +74,7 @@ class CallState:
         self.static_masks: Mapping[str, Tensor] | None = None
         self.static_samples: Tensor | None = None
         self.collected: dict[str, list[Tensor]] | None = None
-        self.current: tuple[str, Tensor] | None = None
+        self.current: dict[str, Tensor] = {}
 
     def check_is_open(self) -> None:
         """Refuses layers that run outside a call, where the state is that of an older one."""
@@ -88,7 +90,7 @@ class CallState:
         torch.autograd.Variable._execution_engine.queue_callback(self._drop_current)
 
     def _drop_current(self) -> None:
-        self.current = None
+        self.current = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallState":
         # A call's tensors belong to the graph of the model that made them, not to its copy.
@@ -130,16 +132,19 @@ class SiteMask(nn.Module):
             if self.site.pooled_output
             else pooled.register_forward_pre_hook(self.pool_input, with_kwargs=True)
         ]
-        if isinstance(self.site, AttentionSite):
-            query = model.get_submodule(self.site.query.layer)
-            handles.append(query.register_forward_hook(self.mask_query))
+        hooks = {"query": self.mask_query, "key": self.mask_key, "value": self.mask_value, "units": self.mask_units}
+        gated = [
+            (rows.layer, part) for rows, part in self.site.produced() if part == "query" or self.site.cut_by.is_gated
+        ]
+        for layer, part in dict.fromkeys(gated):
+            handles.append(model.get_submodule(layer).register_forward_hook(hooks[part]))
         handles.append(output.register_forward_pre_hook(self.mask_output_inputs))
         return handles
 
     def pool_input(self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the call's mask from a layer's first input."""
         if self.state.is_enabled:
-            self._make_mask(inputs[0] if inputs else next(iter(kwargs.values())))
+            self._make_mask(inputs[0] if inputs else kwargs[next(iter(inspect.signature(layer.forward).parameters))])
 
     def pool_output(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Makes the call's mask from a layer's (first) output."""
@@ -149,6 +154,8 @@ class SiteMask(nn.Module):
     def _make_mask(self, hidden_states: Tensor) -> None:
         state = self.state
         state.check_is_open()
+        if self._is_shared(hidden_states):
+            return
         pooled = self._pooled(hidden_states)
         mask = self.generator(pooled.detach() if state.detaches_pooled else pooled)
         if state.collected is not None:
@@ -162,46 +169,70 @@ class SiteMask(nn.Module):
             samples = state.static_samples
             everywhere = torch.ones_like(mask[:, :1], dtype=torch.bool)
             mask = torch.where(everywhere if samples is None else samples[:, None], static, mask)
-        state.current = (self.site.key, mask)
+        state.current[self.site.key] = mask
 
     def _pooled(self, hidden_states: Tensor) -> Tensor:
         """Mean over a sample's tokens: (batch, tokens, features), or windows of them, to (batch, features)."""
         batch, attention_mask = self.state.batch_size, self.state.attention_mask
-        if hidden_states.shape[0] % batch:
-            raise ValueError(
-                f"Got an input of shape {tuple(hidden_states.shape)} at {self.site.pooled!r} for {batch} samples; "
-                "expected samples, or windows of samples, in the first dimension. Leave this layer out by `targets`."
-            )
         tokens = hidden_states.reshape(batch, -1, hidden_states.shape[-1])
         if attention_mask is None:
             return tokens.mean(1, dtype=torch.float32)
-        if attention_mask.shape[1] != tokens.shape[1] and self.state.frame_mask is not None:
-            attention_mask = self.state.frame_mask(tokens.shape[1], attention_mask)
-        if attention_mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"Got an attention mask of shape {tuple(attention_mask.shape)} for {tuple(tokens.shape[:2])} tokens at "
-                f"{self.site.pooled!r}; expected one entry a token, since padding must not change the masks."
-            )
-        admitted = attention_mask.to(tokens.dtype)[:, :, None]
+        admitted = self._fitted(attention_mask, tokens.shape[1]).to(tokens.dtype)[:, :, None]
         total = (tokens * admitted).sum(1, dtype=torch.float32)
         return total / admitted.sum(1, dtype=torch.float32).clamp(min=1)
 
+    def _fitted(self, attention_mask: Tensor, tokens: int) -> Tensor:
+        """Turns an attention mask into one of another number of tokens: (batch, tokens)."""
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"Got an attention mask of shape {tuple(attention_mask.shape)}; expected (batch, tokens), since "
+                "padding must not change the masks. Pass the tokenizer's own attention mask."
+            )
+        if attention_mask.shape[1] != tokens and self.state.frame_mask is not None:
+            attention_mask = self.state.frame_mask(tokens, attention_mask)
+        given = attention_mask.shape[1]
+        if given < tokens:  # the model itself padded the sequence at its end, or put tokens there that are no text
+            return F.pad(attention_mask, (0, tokens - given))
+        # A sequence that the model shortened: each token stands for given / tokens of those before.
+        places = torch.arange(tokens, device=attention_mask.device) * given // tokens
+        return attention_mask if given == tokens else attention_mask.index_select(1, places)
+
+    def _is_shared(self, hidden_states: Tensor) -> bool:
+        """Whether a tensor belongs to no sample, as relative positions do, which a layer projects as well."""
+        return hidden_states.shape[0] % self.state.batch_size != 0
+
     def _current(self) -> Tensor:
-        assert self.state.current is not None, self.site.key
-        assert self.state.current[0] == self.site.key, self.site.key
-        return self.state.current[1]
+        if self.site.key not in self.state.current:
+            raise RuntimeError(
+                f"Got a call of a layer of the site {self.site.key!r} before its input {self.site.pooled!r} was seen; "
+                "expected it after. Name another `pooled` layer in NeMoConfig(sites=[...]), or leave the site out."
+            )
+        return self.state.current[self.site.key]
 
     def mask_query(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Multiplies the rows of q: q.k over the open dimensions is the same as masking both."""
-        if not self.state.is_enabled:
+        return self._mask_produced("query", output)
+
+    def mask_key(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Multiplies the rows of k, where something else than q reads them too."""
+        return self._mask_produced("key", output)
+
+    def mask_value(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Multiplies the rows of v, where attention is not all that lies between them and the output."""
+        return self._mask_produced("value", output)
+
+    def mask_units(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Multiplies units before the activation, where something between there and the output mixes them."""
+        return self._mask_produced("units", output)
+
+    def _mask_produced(self, part: str, output: Tensor) -> Tensor | None:
+        if not self.state.is_enabled or self._is_shared(output):
             return None
-        site = self.site
-        assert isinstance(site, AttentionSite)
-        mask = site.query_mask(self._current())
-        if site.query.size != output.shape[-1]:  # a fused projection
-            after = output.shape[-1] - site.query.start - site.query.size
-            mask = nn.functional.pad(mask, (site.query.start, after), value=1.0)
-        return _times(output, mask)
+        rows = [rows for rows, name in self.site.produced() if name == part]
+        for own in rows:
+            if own.layer == rows[0].layer:  # a fused layer, or one of several alike
+                output = _times(output, own.spread(self.site.part_mask(part, self._current())))
+        return output
 
     def mask_output_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Multiplies what the output projection reads: values after attention, or activated units.
@@ -209,7 +240,7 @@ class SiteMask(nn.Module):
         Masks of v commute with attention; units are masked after the activation, so that a closed one
         is 0 for activations with act(0) != 0 as well.
         """
-        if not self.state.is_enabled:
+        if not self.state.is_enabled or self._is_shared(inputs[0]):
             return None
         return (_times(inputs[0], self.site.read_mask(self._current())), *inputs[1:])
 
@@ -304,7 +335,7 @@ class NeuronMasks(nn.ModuleList):
             yield collected
         finally:
             state.collected = None
-            state.current = None
+            state.current = {}
 
     def _check_static(self, static_masks: Mapping[str, Tensor]) -> None:
         for mask in self.site_masks():

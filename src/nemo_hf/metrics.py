@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .losses import shares_group
+
 
 def jaccard_indices(masks: Tensor) -> Tensor:
     """Jaccard index of every two samples' masks.
@@ -25,19 +27,19 @@ def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, 
 
     Args:
         masks: Open neurons of each sample before any module mask, boolean, shape (samples, neurons).
-        groups: Group of each sample, shape (samples,).
+        groups: Group of each sample, shape (samples,), or membership, boolean, shape (samples, groups).
 
     Returns:
-        Cohesion over all pairs of different samples of one group, and coupling over all pairs of samples
-        of two groups; `None` where there is no such pair.
+        Cohesion over all pairs of different samples that share a group, and coupling over all pairs that
+        share none; `None` where there is no such pair.
 
     References:
         MwT (arXiv 2306.09376), section on cohesion and coupling; NeMo (arXiv 2508.11348).
     """
     indices = jaccard_indices(masks)
-    same = groups[:, None] == groups[None, :]
+    same = shares_group(groups)
     itself = torch.eye(groups.shape[0], dtype=torch.bool, device=groups.device)
-    within, between = indices[same & ~itself], indices[~same]
+    within, between = indices[same & ~itself], indices[~same & ~itself]
     return (
         within.mean().item() if within.numel() else None,
         between.mean().item() if between.numel() else None,

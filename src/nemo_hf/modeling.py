@@ -1,6 +1,5 @@
 """Parents and modules as `transformers` models: one class per task, registered with the Auto classes."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,10 +15,12 @@ from transformers.utils.generic import ModelOutput
 
 from .config import LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
+from .described import model_sites
 from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
+from .loading import check_loaded, check_model_type
 from .masking import MaskGenerator, NeuronMasks, build_masks
-from .neurons import NeuronSite, UnsupportedArchitectureError, with_back_ends
-from .sites import find_heads, find_sites
+from .neurons import NeuronSite, with_back_ends
+from .sites import find_heads
 from .slicing import ScatterLinear, resize, resize_head
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -67,14 +67,13 @@ class NeMoPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self._check_config(config)
         is_new = base_model is None
-        self.model = _build_base(config) if base_model is None else base_model
+        self.model: PreTrainedModel = _build_base(config) if base_model is None else base_model
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
         """What was measured of these weights; it is saved beside them."""
         self.main_input_name = self.model.main_input_name
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
-        back_ends = {entry["key"]: entry["back_end"] for entry in config.sites or []}
-        self.sites = with_back_ends(find_sites(self.model, nemo_config.targets), back_ends)
+        self.sites = self._chosen_sites(model_sites(self.model, nemo_config))
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)
         self.masks: NeuronMasks | None = None
         if config.role == "module":
@@ -91,13 +90,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
                 f"Got role={config.role!r} in config.json; expected 'parent' or 'module'. "
                 "The file is damaged or of a newer version: update nemo-hf, or save the model again."
             )
-        base_class = getattr(transformers, str(config.base_class), None)
-        if not (inspect.isclass(base_class) and issubclass(base_class, PreTrainedModel)):
-            raise UnsupportedArchitectureError(
-                f"Got base_class={config.base_class!r} in config.json; expected the name of a model class of "
-                f"transformers {transformers.__version__}. Update transformers."
-            )
-        task = task_of(config.base_class)
+        task = task_of(config.plain_class)
         if self.task and task != self.task:
             raise ValueError(
                 f"Got a {config.base_class} to load as {type(self).__name__}; expected a model for {self.task}. "
@@ -124,13 +117,20 @@ class NeMoPreTrainedModel(PreTrainedModel):
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
+    def _chosen_sites(self, found: Sequence[NeuronSite]) -> list[NeuronSite]:
+        """Those of a model's sites that the configuration names, with the back ends that it says."""
+        if self.config.sites is None and self.config.role == "parent":
+            return list(found)
+        back_ends = {entry["key"]: entry["back_end"] for entry in self.config.sites or []}
+        if not back_ends or not set(back_ends) <= {site.key for site in found}:
+            raise ValueError(
+                f"Got a config.json with the sites {sorted(back_ends)}; expected some of {[s.key for s in found]}. "
+                "It belongs to another base model or version: save the model again."
+            )
+        return with_back_ends([site for site in found if site.key in back_ends], back_ends)
+
     def _resize(self) -> None:
         entries = {entry["key"]: entry for entry in self.config.sites or []}
-        if set(entries) != {site.key for site in self.sites}:
-            raise ValueError(
-                f"Got a config.json with the sites {sorted(entries)}; expected {sorted(s.key for s in self.sites)}. "
-                "It belongs to another base model or version: save the module again."
-            )
         for site in self.sites:
             resize(self.model, site, entries[site.key].get("widths", {}))
         for head in self.heads:
@@ -158,8 +158,11 @@ class NeMoPreTrainedModel(PreTrainedModel):
     def set_sites(self, sites: Sequence[NeuronSite]) -> None:
         """Sets the sites of a parent to the same ones with other back ends, here and in its configuration."""
         self.sites = list(sites)
-        for mask, site in zip(self._parent_masks().site_masks(), sites, strict=True):
+        masks = self._parent_masks()
+        for mask, site in zip(masks.site_masks(), sites, strict=True):
             mask.site = site
+        masks.detach()
+        masks.attach(self.model)  # a back end says which layers the masks reach
         self.config.sites = [{"key": site.key, "back_end": site.back_end} for site in sites]
 
     def set_nemo_config(self, nemo_config: NeMoConfig) -> None:
@@ -171,7 +174,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If an option that shapes the masks is not as before.
         """
-        for name in ("targets", "generator_rank", "hard_masks", "label_groups", "group_column"):
+        for name in ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column"):
             before, given = getattr(self.nemo_config, name), getattr(nemo_config, name)
             if before != given:
                 raise ValueError(
@@ -231,7 +234,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         return result.to_tuple() if return_dict is False else result
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.config.num_labels == 1:
+        if self.config.num_labels == 1 and not self.config.has_several_labels:
             raise ValueError(
                 "Got labels for a model of one label; expected at least 2, since a single output can't be trained "
                 "to choose. Cut a module for more labels."
@@ -331,7 +334,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         if source is not None and not isinstance(kwargs.get("config"), NeMoModelConfig):
-            _check_model_type(source, {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None})
+            check_model_type(source, {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None})
         if labels is not None and source is not None:
             from .extraction import cut_on_load  # one level up: the argument is the door to that room
 
@@ -346,7 +349,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
                 "Save or download it again."
             ) from error
         model, info = loaded
-        _check_loaded(str(source), info)
+        check_loaded(str(source), info)
         if source is not None:
             hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
             model.processor_files, model.report = read_companions(source, hub_options)
@@ -356,36 +359,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
 
 def _build_base(config: NeMoModelConfig) -> PreTrainedModel:
     assert isinstance(config.base_config, PreTrainedConfig)
-    model: PreTrainedModel = getattr(transformers, config.base_class)(config.base_config)
-    return model
-
-
-def _check_model_type(source: str | Path, hub_options: Mapping[str, Any]) -> None:
-    config, _ = NeMoModelConfig.get_config_dict(source, **hub_options)
-    model_type = config.get("model_type")
-    if model_type != NeMoModelConfig.model_type:
-        raise ValueError(
-            f"Got {str(source)!r} of model type {model_type!r}; expected a parent or module of nemo_hf. "
-            "Load a plain model with the Auto classes and train it with NeMoTrainer."
-        )
-
-
-def _check_loaded(source: str, info: Mapping[str, Any]) -> None:
-    if info["mismatched_keys"]:
-        name, got, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"Got the tensor {name!r} of shape {tuple(got)} in {source!r}; expected {tuple(expected)}. "
-            "The weights and config.json are not of the same model: save or download them again."
-        )
-    for kind in ("missing", "unexpected"):
-        if info[f"{kind}_keys"]:
-            raise ValueError(
-                f"Got weights in {source!r} with {len(info[f'{kind}_keys'])} {kind} tensors, such as "
-                f"{sorted(info[f'{kind}_keys'])[0]!r}; expected exactly those of the configuration. "
-                "Save or download them again."
-            )
-    if info["error_msgs"]:
-        raise ValueError(f"Got weights in {source!r} that don't load: {info['error_msgs'][0]}")
+    return config.plain_class(config.base_config)
 
 
 def base_parameters(model: PreTrainedModel) -> int:

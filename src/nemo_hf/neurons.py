@@ -5,7 +5,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+PAD = -1
+"""Index of a row or column of zeros."""
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -13,17 +17,84 @@ class UnsupportedArchitectureError(ValueError):
 
 
 @dataclass(frozen=True)
+class BackEnd:
+    """How modules are cut at a site.
+
+    Args:
+        name: Name in configurations.
+        is_scattered: Whether layers keep their outer shape, with zeros where nothing is computed; if not,
+            they get smaller.
+        drops_heads: Dense attention: whether heads without values go, or stay as zeros.
+        rescales: Dense attention: whether q takes up sqrt(new width / old width) of a head, where the layer
+            computes its softmax scale from the width that it finds.
+        is_gated: Whether the parent's masks close q, k, v or units already where they are produced, because
+            something between there and the output projection reads them all (norms, partial rotations).
+    """
+
+    name: str
+    is_scattered: bool = False
+    drops_heads: bool = False
+    rescales: bool = False
+    is_gated: bool = False
+
+
+DENSE = BackEnd("dense", drops_heads=True)
+SCATTER = BackEnd("scatter", is_scattered=True)
+SCATTER_GATED = BackEnd("scatter-gated", is_scattered=True, is_gated=True)
+DENSE_ATTENTION = (
+    DENSE,
+    BackEnd("dense-rescaled", drops_heads=True, rescales=True),
+    BackEnd("dense-heads-kept"),
+    BackEnd("dense-heads-kept-rescaled", rescales=True),
+    BackEnd("dense-heads-kept-gated", is_gated=True),
+    BackEnd("dense-heads-kept-rescaled-gated", rescales=True, is_gated=True),
+)
+"""Dense back ends of attention, in the order in which they are tried."""
+BACK_ENDS = {back_end.name: back_end for back_end in (*DENSE_ATTENTION, SCATTER, SCATTER_GATED)}
+
+
+@dataclass(frozen=True)
 class Rows:
-    """Consecutive outputs of a layer: all of a Linear's, or one share of a fused projection."""
+    """Outputs of a layer that are neurons: consecutive ones, or as many out of each share of the layer.
+
+    Args:
+        layer: Path of the layer.
+        start: First output, in the layer or in each share.
+        size: Number of outputs.
+        outputs: Number of all outputs of the layer; 0: no others than these.
+        shares: Number of equal shares of the layer, such as heads whose q, k and v lie side by side; 1 if
+            the outputs are consecutive.
+    """
 
     layer: str
     start: int
     size: int
+    outputs: int = 0
+    shares: int = 1
+
+    @property
+    def layer_outputs(self) -> int:
+        """Number of all outputs of the layer."""
+        return self.outputs or self.size
+
+    def indices(self, kept: Tensor) -> Tensor:
+        """Turns numbers of these outputs, or `PAD`, into the layer's own: same shape."""
+        each = self.size // self.shares
+        share = self.layer_outputs // self.shares
+        return torch.where(kept == PAD, PAD, self.start + kept // each * share + kept % each)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Spreads factors (..., size) over all outputs of the layer, 1 where there are none of these."""
+        each, share = self.size // self.shares, self.layer_outputs // self.shares
+        if each == share:
+            return values
+        by_share = values.unflatten(-1, (self.shares, each))
+        return F.pad(by_share, (self.start, share - self.start - each), value=1.0).flatten(-2)
 
 
 @dataclass(frozen=True)
 class NeuronSite:
-    """Neurons that share one mask generator because their projections read the same input.
+    """Neurons that share one mask generator.
 
     Args:
         name: Path of the block that holds the site; unique with `kind`.
@@ -32,6 +103,8 @@ class NeuronSite:
             part is called in chunks, its own input is only a share of the sequence).
         in_features: Width of the pooled input.
         output: Path of the layer that reads the neurons.
+        back_end: How modules are cut here, one of `back_ends`.
+        is_gated_only: Whether a structure between producers and `output` rules out all but gated back ends.
     """
 
     name: str
@@ -39,8 +112,14 @@ class NeuronSite:
     in_features: int
     output: str
     pooled_output: bool = field(default=False, kw_only=True)
+    back_end: str = field(default="", kw_only=True)
+    is_gated_only: bool = field(default=False, kw_only=True)
 
     kind = ""
+
+    def __post_init__(self) -> None:
+        if not self.back_end:
+            object.__setattr__(self, "back_end", self.back_ends[0].name)
 
     @property
     def key(self) -> str:
@@ -58,12 +137,30 @@ class NeuronSite:
         return sum(self.parts.values())
 
     @property
-    def back_end(self) -> str:
-        """How modules are cut here: `"dense"` or `"scatter"`."""
-        return "dense"
+    def back_ends(self) -> tuple[BackEnd, ...]:
+        """Back ends that may be exact here, the one with the smallest modules first."""
+        raise NotImplementedError
+
+    @property
+    def cut_by(self) -> BackEnd:
+        """The back end."""
+        return BACK_ENDS[self.back_end]
 
     def read_mask(self, mask: Tensor) -> Tensor:
         """Spreads a mask (..., neurons) over what `output` reads: (..., its in_features)."""
+        return mask
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:
+        """The outputs that hold neurons, each with its part: `"query"`, `"key"`, `"value"` or `"units"`."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> set[str]:
+        """Paths of all layers that the site names."""
+        return {self.pooled, self.output, *(rows.layer for rows, _ in self.produced())}
+
+    def part_mask(self, part: str, mask: Tensor) -> Tensor:
+        """Spreads a mask (..., neurons) over the rows of a part of `produced`."""
         return mask
 
 
@@ -85,6 +182,13 @@ class FeedForwardSite(NeuronSite):
     def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
         return {"intermediate": self.producers[0].size}
 
+    @property
+    def back_ends(self) -> tuple[BackEnd, ...]:  # noqa: D102 - inherited
+        return (SCATTER_GATED,) if self.is_gated_only else (DENSE, SCATTER, SCATTER_GATED)
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
+        return tuple((rows, "units") for rows in self.producers)
+
 
 @dataclass(frozen=True)
 class AttentionSite(NeuronSite):
@@ -93,57 +197,76 @@ class AttentionSite(NeuronSite):
     Args:
         query: Rows of q. `key_rows` and `value` likewise.
         heads: Number of query heads; `key_value_heads` of them are shared under grouped-query attention.
-        head_dim: Width of a head.
-        is_rotary: Whether q and k are rotated, which ties dimension j to j + head_dim / 2.
+        head_dim: Width of a head's q and k.
+        is_rotary: Whether q and k are rotated, which ties dimension j to j + head_dim / 2. A q.k neuron is
+            then a frequency, the same pair in all heads: they read one table of angles.
         head_dim_attribute: Attribute of the attention layer that says the width of a head, or `None`.
         width_attributes: Attributes of the layer that hold heads times head width.
         head_tensors: Paths of other parameters whose last dimension counts the heads.
-        is_scattered: Whether the scatter back end is used although the head width has an attribute.
     """
 
     query: Rows = Rows("", 0, 0)
     key_rows: Rows = Rows("", 0, 0)
     value: Rows = Rows("", 0, 0)
-    heads: int = 0
-    key_value_heads: int = 0
-    head_dim: int = 0
+    heads: int = 1
+    key_value_heads: int = 1
+    head_dim: int = 1
     is_rotary: bool = False
     head_dim_attribute: str | None = None
     width_attributes: tuple[str, ...] = ()
     head_tensors: tuple[str, ...] = ()
-    is_scattered: bool = False
 
     kind = "attention"
 
     @property
+    def value_dim(self) -> int:
+        """Width of a head's v."""
+        return self.value.size // self.key_value_heads
+
+    @property
+    def query_key_heads(self) -> int:
+        """Number of heads that have q.k neurons of their own."""
+        return 1 if self.is_rotary else self.key_value_heads
+
+    @property
     def query_key_dims(self) -> int:
-        """Number of q.k neurons in a key/value head: dimensions, or tied pairs of them."""
+        """Number of q.k neurons of each of these: dimensions, or frequencies."""
         return self.head_dim // 2 if self.is_rotary else self.head_dim
 
     @property
     def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
-        return {
-            "query_key": self.key_value_heads * self.query_key_dims,
-            "value": self.key_value_heads * self.head_dim,
-        }
+        return {"query_key": self.query_key_heads * self.query_key_dims, "value": self.value.size}
 
     @property
-    def back_end(self) -> str:  # noqa: D102 - inherited
-        # The rotation reads its cosines and sines at full head width, so rotary heads keep their shape.
-        scatters = self.is_scattered or self.is_rotary or self.head_dim_attribute is None
-        return "scatter" if scatters else "dense"
+    def back_ends(self) -> tuple[BackEnd, ...]:  # noqa: D102 - inherited
+        if self.is_gated_only:
+            return (SCATTER_GATED,)
+        rows: dict[str, int] = {}
+        for part, _ in self.produced():
+            rows[part.layer] = rows.get(part.layer, 0) + part.size
+        lies_apart = all(part.shares == 1 and rows[part.layer] == part.layer_outputs for part, _ in self.produced())
+        can_be_dense = lies_apart and self.value_dim == self.head_dim
+        return (*(DENSE_ATTENTION if can_be_dense else ()), SCATTER, SCATTER_GATED)
 
-    def query_mask(self, mask: Tensor) -> Tensor:
-        """Spreads a mask (..., neurons) over the rows of q: (..., heads * head_dim)."""
-        mask = mask[..., : self.parts["query_key"]].unflatten(-1, (self.key_value_heads, -1))
-        return self._shared(torch.cat([mask, mask], -1) if self.is_rotary else mask)
+    def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
+        return ((self.query, "query"), (self.key_rows, "key"), (self.value, "value"))
+
+    def part_mask(self, part: str, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        if part == "value":
+            return mask[..., self.parts["query_key"] :]
+        mask = mask[..., : self.parts["query_key"]]
+        if self.is_rotary:
+            halves = 2 * (self.heads if part == "query" else self.key_value_heads)
+            return torch.cat([mask for _ in range(halves)], -1)
+        return self._shared(mask) if part == "query" else mask
 
     def read_mask(self, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
-        return self._shared(mask[..., self.parts["query_key"] :].unflatten(-1, (self.key_value_heads, -1)))
+        return self._shared(self.part_mask("value", mask))
 
     def _shared(self, mask: Tensor) -> Tensor:
-        """Gives each query head the mask of its key/value head: (..., key_value_heads, dims), flattened."""
-        return mask.repeat_interleave(self.heads // self.key_value_heads, -2).flatten(-2)
+        """Gives each query head the mask of its key/value head: (..., key_value_heads x dims)."""
+        by_head: Tensor = mask.unflatten(-1, (self.key_value_heads, -1))
+        return by_head.repeat_interleave(self.heads // self.key_value_heads, -2).flatten(-2)
 
 
 def with_back_ends(sites: Sequence[NeuronSite], back_ends: Mapping[str, str]) -> list[NeuronSite]:
@@ -151,7 +274,7 @@ def with_back_ends(sites: Sequence[NeuronSite], back_ends: Mapping[str, str]) ->
 
     Args:
         sites: The model's sites.
-        back_ends: Site key to `"dense"` or `"scatter"`; sites that are not named stay as they are.
+        back_ends: Site key to the name of a back end; sites that are not named stay as they are.
 
     Returns:
         The sites, in order.
@@ -162,24 +285,25 @@ def with_back_ends(sites: Sequence[NeuronSite], back_ends: Mapping[str, str]) ->
     changed = []
     for site in sites:
         wanted = back_ends.get(site.key, site.back_end)
-        if wanted == "scatter" and isinstance(site, AttentionSite):
-            site = replace(site, is_scattered=True)
-        if site.back_end != wanted:
+        possible = [back_end.name for back_end in site.back_ends]
+        if wanted not in possible:
             raise ValueError(
-                f"Got the back end {wanted!r} for {site.key!r}; expected {site.back_end!r}. "
+                f"Got the back end {wanted!r} for {site.key!r}; expected one of {possible}. "
                 "The config.json is damaged or of another version: save the model again."
             )
-        changed.append(site)
+        changed.append(replace(site, back_end=wanted))
     return changed
 
 
 def layer_features(layer: nn.Module) -> tuple[int, int] | None:
     """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
 
-    Subclasses don't count: quantized and adapter layers hold weights that can't be cut by row.
+    Subclasses count only if they belong to a model of `transformers`: quantized and adapter layers hold
+    weights that can't be cut by row.
     """
-    if type(layer) is nn.Linear:
-        return layer.in_features, layer.out_features
     if type(layer) is Conv1D:
         return layer.nx, layer.nf
+    is_plain = type(layer) is nn.Linear or type(layer).__module__.startswith("transformers.models.")
+    if is_plain and isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
     return None

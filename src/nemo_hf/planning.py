@@ -1,5 +1,6 @@
 """From relevance to what a module keeps, as pure functions of tensors."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -60,7 +61,8 @@ def plan_module(
         if isinstance(site, AttentionSite):
             # Without values a head adds nothing, whatever it attends to.
             alive = kept["value"].view(site.key_value_heads, -1).any(-1, keepdim=True)
-            kept["query_key"] = (kept["query_key"].view(site.key_value_heads, -1) & alive).flatten()
+            alive = alive.any(0, keepdim=True) if site.is_rotary else alive
+            kept["query_key"] = (kept["query_key"].view(site.query_key_heads, -1) & alive).flatten()
         if round_to:
             _fill(site, kept, parts, round_to)
         plan[site.key] = {name: part.nonzero().squeeze(-1) for name, part in kept.items()}
@@ -73,22 +75,26 @@ def plan_module(
 
 
 def _fill(site: NeuronSite, kept: dict[str, Tensor], scores: Mapping[str, Tensor], round_to: int) -> None:
-    if not (isinstance(site, AttentionSite) and site.back_end == "dense"):
+    if not isinstance(site, AttentionSite) or site.cut_by.is_scattered:
         for name, part in kept.items():
             kept[name] = _most_relevant(part, scores[name], _rounded(int(part.sum()), round_to, len(part)))
         return
     # Dense heads are padded to the widest one: fill them with neurons instead, all to one rounded width.
-    dims = {name: len(part) // site.key_value_heads for name, part in kept.items()}
-    by_head = {name: part.view(site.key_value_heads, -1).clone() for name, part in kept.items()}
-    alive = by_head["value"].any(-1).nonzero().squeeze(-1).tolist()
-    if not alive:
+    heads = {"query_key": site.query_key_heads, "value": site.key_value_heads}
+    by_head = {name: part.view(heads[name], -1).clone() for name, part in kept.items()}
+    alive = by_head["value"].any(-1)
+    if not bool(alive.any()):
         return
-    widest = max(int(heads[alive].sum(-1).max()) for heads in by_head.values())
-    for name, heads in by_head.items():
-        width = _rounded(widest, round_to, dims[name])
-        for head in alive:
-            heads[head] = _most_relevant(heads[head], scores[name].view_as(heads)[head], width)
-        kept[name] = heads.flatten()
+    # A frequency of a rotary head is two of its dimensions.
+    dims = {"query_key": 2 if site.is_rotary else 1, "value": 1}
+    living = alive.nonzero().flatten().tolist()
+    open_heads = {name: living if len(part) == len(alive) else [0] for name, part in by_head.items()}
+    widest = max(dims[name] * int(part[open_heads[name]].sum(-1).max()) for name, part in by_head.items())
+    width = _rounded(widest, math.lcm(round_to, dims["query_key"]), site.head_dim)
+    for name, part in by_head.items():
+        for head in open_heads[name]:
+            part[head] = _most_relevant(part[head], scores[name].view_as(part)[head], width // dims[name])
+        kept[name] = part.flatten()
 
 
 def _rounded(count: int, multiple: int, most: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import check_label_counts
+from .losses import group_membership
 from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
 from .planning import RELEVANCE_SCALE
@@ -48,12 +49,12 @@ class OpenCounts:
         Args:
             neuron_masks: Site key to soft masks of shape (batch, calls, neurons), of all sites; a neuron
                 counts as open if it is in any call.
-            labels: Label ids, shape (batch,).
+            labels: Label ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels).
         """
         soft = torch.cat([neuron_masks[mask.site.key].amax(1) for mask in self._masks], -1)
-        member = torch.nn.functional.one_hot(self._group_of_label[labels], self._groups).T.to(soft.dtype)
+        member = group_membership(labels, self._group_of_label, self._groups).T.to(soft.dtype)
         self.samples += member.sum(-1)
-        self.labels += torch.bincount(labels, minlength=len(self.labels))
+        self.labels += torch.bincount(labels, minlength=len(self.labels)) if labels.ndim == 1 else labels.sum(0)
         self.opened += member @ (soft > 0).to(soft.dtype)
         if self._masks[0].mean_mask is not None:
             self.values += member @ soft
@@ -99,6 +100,22 @@ def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
     for index, members in enumerate(parent.config.groups.values()):
         indices[list(members)] = index
     return indices.to(parent.device)
+
+
+def sample_groups(parent: NeMoPreTrainedModel, labels: Tensor, group_of_label: Tensor) -> Tensor:
+    """Returns the group of each sample, or its membership in groups where it may have several labels.
+
+    Args:
+        parent: The parent.
+        labels: Label ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels).
+        group_of_label: What `group_indices` returned.
+
+    Returns:
+        Shape (batch,), or boolean of shape (batch, groups).
+    """
+    if labels.ndim == 1:
+        return group_of_label[labels]
+    return group_membership(labels, group_of_label, len(parent.config.groups))
 
 
 def compute_relevance(

@@ -3,30 +3,16 @@
 This is the only place that knows the names of layers and the quirks of families.
 """
 
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .config import TARGETS
-from .neurons import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError, layer_features
-
-
-@dataclass(frozen=True)
-class AttentionPattern:
-    """Names inside an attention layer, relative to it; a leading `../` is relative to its parent."""
-
-    query: str
-    key: str
-    value: str
-    output: str
-    head_dim_attribute: str
-    width_attributes: tuple[str, ...] = ()
-    fused: str | None = None
+from .layouts import attention_site, feed_forward_site, fused_rows, head_count, inputs_of, latent_rows, separate_rows
+from .neurons import NeuronSite, UnsupportedArchitectureError, layer_features
 
 
 @dataclass(frozen=True)
@@ -39,25 +25,73 @@ class FeedForwardPattern:
     pooled_output: bool = False
 
 
-ATTENTION_PATTERNS = (
-    AttentionPattern("q_proj", "k_proj", "v_proj", "o_proj", "head_dim"),
-    AttentionPattern("q_proj", "k_proj", "v_proj", "out_proj", "head_dim"),
-    AttentionPattern("q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size"),
-    AttentionPattern("query", "key", "value", "dense", "attention_head_size", ("all_head_size",)),
-    AttentionPattern("query", "key", "value", "../output.dense", "attention_head_size", ("all_head_size",)),
-    AttentionPattern("", "", "", "c_proj", "head_dim", ("split_size",), fused="c_attn"),
+# Names are relative to the attention layer; a leading `../` is relative to its parent.
+SEPARATE_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("projection_query", "projection_key", "projection_value"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_head", "k_head", "v_head"),
+    ("Wq", "Wk", "Wv"),
 )
+FUSED_PROJECTIONS = {
+    "c_attn": "one after another",
+    "Wqkv": "one after another",
+    "qkv_proj": "one after another",
+    "qkv": "one after another",
+    "query_key_value": "by key/value head",
+    "in_proj": "by key/value head",
+}
+"""Layers that make q, k and v at once, and how the three lie in their outputs."""
+LATENT_PROJECTIONS = (("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"))
+"""Layers of latent attention: q, and k beside v of each head; part of q and k is rotated and not theirs to cut."""
+OUTPUTS = (
+    "o_proj",
+    "out_proj",
+    "out_lin",
+    "o",
+    "dense",
+    "c_proj",
+    "Wo",
+    "proj",
+    "post_proj",
+    "linear_out",
+    "../output.dense",
+    "../output",
+)
+POOLED_AT_LAYER = ("query_proj",)
+"""Projections that also see relative positions, so that only the attention layer's own input is a sample's."""
 FEED_FORWARD_PATTERNS = (
     FeedForwardPattern(("gate_proj", "up_proj"), "down_proj"),
+    FeedForwardPattern(("gate_up_proj",), "down_proj"),
+    FeedForwardPattern(("up_proj",), "down_proj"),
     FeedForwardPattern(("fc1",), "fc2"),
+    FeedForwardPattern(("linear_fc1",), "linear_fc2"),
     FeedForwardPattern(("lin1",), "lin2", pooled=""),
     FeedForwardPattern(("c_fc",), "c_proj"),
+    FeedForwardPattern(("fc_in",), "fc_out"),
+    FeedForwardPattern(("wi_0", "wi_1"), "wo"),
+    FeedForwardPattern(("wi",), "wo"),
+    FeedForwardPattern(("Wi",), "Wo"),
+    FeedForwardPattern(("dense_h_to_4h",), "dense_4h_to_h"),
     FeedForwardPattern(("intermediate_dense",), "output_dense"),
     FeedForwardPattern(("intermediate.dense",), "output.dense", pooled="attention", pooled_output=True),
+    FeedForwardPattern(("layout_intermediate.dense",), "layout_output.dense"),
     FeedForwardPattern(("ffn",), "ffn_output", pooled="attention", pooled_output=True),
+    FeedForwardPattern(("dense.dense",), "output.dense"),
+    FeedForwardPattern(("dense1",), "dense2"),
+    FeedForwardPattern(("linear_1",), "linear_2"),
+    FeedForwardPattern(("layer_1",), "layer_2"),
+    FeedForwardPattern(("pwconv1",), "pwconv2"),
+    FeedForwardPattern(("linear_up.linear",), "linear_down.linear"),
+    FeedForwardPattern(("0",), "2"),
 )
 HEAD_NAMES = re.compile(
-    r"(^|\.)((?!pre_)(\w*classifier)(\.(out_proj|dense))?|score|(classification_)?head(\.out_proj)?)$"
+    r"(^|\.)((?!pre_)\w*classifier\w*|score|\w*head|fc|logits_proj|sequence_summary|final_layer)"
+    r"(\.(out_proj|linear_out|dense|summary|linear|\d+))?$"
 )
 """Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
 
@@ -73,7 +107,7 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list
         The sites in the order of the model's layers.
 
     Raises:
-        UnsupportedArchitectureError: If there is no site of these kinds, or one that can't be exact.
+        UnsupportedArchitectureError: If there is no site of these kinds.
     """
     sites: list[NeuronSite] = []
     for name, layer in model.named_modules():
@@ -87,7 +121,8 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list
             f"Got model type {model.config.model_type!r}, in which no neuron sites of kind {list(targets)} are known; "
             "expected attention with separate q, k, v and output projections or a feed-forward part of two linear "
             f"layers. Linear layers found: {linear[:8]}{' ...' if len(linear) > 8 else ''}. "
-            "Choose a Transformer classifier of that structure, such as ViT or BERT."
+            "Name its layers in NeMoConfig(sites=[...]), which `nemo-hf inspect --propose` and propose_sites write, or "
+            "choose a Transformer classifier such as ViT or BERT."
         )
     return sites
 
@@ -110,6 +145,11 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
         for name, layer in model.named_modules()
         if HEAD_NAMES.search(name) and (features := layer_features(layer)) and features[1] == num_labels
     ]
+    # A projection before the head, which has as many outputs by chance.
+    heads = [h for h in heads if not (h.endswith(".dense") and h.removesuffix("dense") + "out_proj" in heads)]
+    if not heads:  # a head of another name, if only one layer can be it
+        by_width = [n for n, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
+        heads = by_width if len(by_width) == 1 else []
     if not heads:
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r} without a linear head of {num_labels} outputs named like "
@@ -119,26 +159,25 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
     return heads
 
 
-def _child(model: nn.Module, name: str, relative: str) -> tuple[str, nn.Module] | None:
-    """Path and layer at `relative` from the layer `name`, or `None` where there is no such layer."""
-    if relative.startswith("../"):
-        name, relative = name.rpartition(".")[0], relative[3:]
-    path = ".".join(part for part in (name, relative) if part)
-    try:
-        return path, model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _linear_children(model: nn.Module, name: str, relatives: Sequence[str]) -> list[tuple[str, tuple[int, int]]] | None:
+def _linear_children(model: nn.Module, name: str, relatives: Sequence[str]) -> list[str] | None:
+    """Paths of the linear layers at relative paths from the layer `name`, or `None` if one of them is none."""
     found = []
     for relative in relatives:
-        child = _child(model, name, relative)
-        features = layer_features(child[1]) if child else None
-        if child is None or features is None:
+        path = _path(name, relative)
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
             return None
-        found.append((child[0], features))
+        if layer_features(layer) is None:
+            return None
+        found.append(path)
     return found
+
+
+def _path(name: str, relative: str) -> str:
+    if relative.startswith("../"):
+        name, relative = name.rpartition(".")[0], relative[3:]
+    return ".".join(part for part in (name, relative) if part)
 
 
 def _feed_forward_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> Iterator[NeuronSite]:
@@ -146,96 +185,34 @@ def _feed_forward_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> 
         layers = _linear_children(model, name, (*pattern.producers, pattern.output))
         if layers is None:
             continue
-        *producers, (output, (width, _)) = layers
-        if any(features[1] != width for _, features in producers):
-            continue  # a fused or gated layout that these names don't describe
-        pooled = _child(model, name, pattern.pooled) if pattern.pooled is not None else None
-        yield FeedForwardSite(
-            name=name,
-            pooled=pooled[0] if pooled else producers[0][0],
-            pooled_output=pattern.pooled_output and pooled is not None,
-            in_features=producers[0][1][0],
-            output=output,
-            # Conv1D views its input as (-1, width), which torch can't do at width 0.
-            least_width=int(isinstance(model.get_submodule(output), Conv1D)),
-            producers=tuple(Rows(path, 0, width) for path, _ in producers),
-        )
-        return
+        pooled = None if pattern.pooled is None else _path(name, pattern.pooled)
+        if pooled and pattern.pooled and not hasattr(layer, pattern.pooled):
+            pooled = None
+        takes_output = pattern.pooled_output and pooled is not None
+        site = feed_forward_site(model, name, layers[:-1], layers[-1], pooled, takes_output)
+        if site is not None:
+            yield site
+            return
 
 
 def _attention_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> Iterator[NeuronSite]:
-    for pattern in ATTENTION_PATTERNS:
-        names = (pattern.fused,) if pattern.fused else (pattern.query, pattern.key, pattern.value)
-        layers = _linear_children(model, name, (*names, pattern.output))
-        if layers is None:
-            continue
-        *projections, (output, (output_width, _)) = layers
-        rows = _fused_rows(projections[0]) if pattern.fused else [Rows(path, 0, f[1]) for path, f in projections]
-        query, key, value = rows
-        in_features = projections[0][1][0]
-        if any(features[0] != in_features for _, features in projections):
-            continue  # cross-attention: k and v read another input
-        if query.size != output_width or key.size != value.size:
-            raise _refusal(
-                model,
-                name,
-                f"q, k, v and output widths {query.size}, {key.size}, {value.size}, "
-                f"{output_width} are not those of heads of one width",
-            )
-        head_dim = getattr(layer, pattern.head_dim_attribute, None)
-        if not isinstance(head_dim, int) or query.size % head_dim or key.size % head_dim:
-            raise _refusal(model, name, f"its {pattern.head_dim_attribute}={head_dim!r} is no width of a head")
-        _refuse_inexact(model, name, layer)
-        heads = query.size // head_dim
-        yield AttentionSite(
-            name=name,
-            pooled=query.layer,
-            in_features=in_features,
-            output=output,
-            query=query,
-            key_rows=key,
-            value=value,
-            heads=heads,
-            key_value_heads=key.size // head_dim,
-            head_dim=head_dim,
-            is_rotary="position_embeddings" in inspect.signature(layer.forward).parameters,
-            head_dim_attribute=pattern.head_dim_attribute,
-            width_attributes=tuple(a for a in pattern.width_attributes if hasattr(layer, a)),
-            head_tensors=_head_tensors(name, layer, {r.layer for r in rows} | {output}, heads),
-        )
+    output = next((found[0] for name_ in OUTPUTS if (found := _linear_children(model, name, (name_,)))), None)
+    if output is None:
         return
-
-
-def _fused_rows(projection: tuple[str, tuple[int, int]]) -> list[Rows]:
-    path, (_, width) = projection
-    return [Rows(path, index * (width // 3), width // 3) for index in range(3)]
-
-
-def _head_tensors(name: str, layer: nn.Module, projections: set[str], heads: int) -> tuple[str, ...]:
-    """Parameters of an attention layer, such as a table of position biases, with one column a head."""
-    return tuple(
-        f"{name}.{path}"
-        for path, parameter in layer.named_parameters()
-        if f"{name}.{path}".rpartition(".")[0] not in projections
-        and parameter.ndim > 1
-        and parameter.shape[-1] == heads
-    )
-
-
-def _refuse_inexact(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
-    """Screens for structures in which a missing q or k dimension changes more than itself."""
-    children = dict(layer.named_children())
-    norms = [child for child in children if re.fullmatch(r"[qk]_(layer)?norm", child)]
-    if norms:
-        raise _refusal(model, name, f"its {norms} normalise over the whole head, so its width can't change")
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    factor = rope.get("partial_rotary_factor", getattr(model.config, "partial_rotary_factor", 1.0))
-    if factor not in (None, 1.0):
-        raise _refusal(model, name, f"only a share of {factor} of its head dimensions is rotated")
-
-
-def _refusal(model: PreTrainedModel, name: str, reason: str) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(
-        f"Got model type {model.config.model_type!r}, whose attention layer {name!r} can't be cut exactly: {reason}. "
-        "Mask its feed-forward neurons alone with NeMoConfig(targets=['ffn'])."
-    )
+    heads = head_count(model, layer, inputs_of(model, output))
+    for names in SEPARATE_PROJECTIONS:
+        layers = _linear_children(model, name, names)
+        if layers and (rows := separate_rows(model, layers, output, heads)):
+            pooled = name if names[0] in POOLED_AT_LAYER else None
+            yield attention_site(model, name, output, rows, pooled)
+            return
+    for latent in LATENT_PROJECTIONS:
+        layers = _linear_children(model, name, latent)
+        if layers and (rows := latent_rows(model, layers, layer, output)):
+            yield attention_site(model, name, output, rows)
+            return
+    for fused, layout in FUSED_PROJECTIONS.items():
+        layers = _linear_children(model, name, (fused,))
+        if layers and (rows := fused_rows(model, layers[0], layout, output, heads)):
+            yield attention_site(model, name, output, rows)
+            return

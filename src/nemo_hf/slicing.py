@@ -5,21 +5,23 @@ or dropped when nothing of their values is left. *Scatter* computes the kept out
 old places, so that whatever happens between the layers keeps its shape (rotary attention).
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .neurons import AttentionSite, FeedForwardSite, NeuronSite, layer_features
+from .neurons import PAD, AttentionSite, FeedForwardSite, NeuronSite, Rows, layer_features
 
 Keep = Mapping[str, Tensor]
 """Kept neurons of a site by part: sorted indices, int64."""
 
-PAD = -1
-"""Index of a row or column of zeros."""
+ROTARY_NAME = "nemo_rotary"
+"""Name under which a dense rotary attention layer holds its `RotaryAngles`."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class SiteCut:
         widths: The new widths by name, which with the site determine every shape.
         layers: Path of each linear layer that is cut.
         head_tensors: Kept heads of other parameters' last dimension.
+        constants: Tensors that a module has and its parent has not, by name.
     """
 
     widths: dict[str, int]
     layers: dict[str, LayerCut]
     head_tensors: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ScatterLinear(nn.Module):
@@ -90,6 +94,32 @@ class ScatterLinear(nn.Module):
         return full.index_copy(-1, self.output_indices, outputs)
 
 
+class RotaryAngles(nn.Module):
+    """Picks the cosines and sines of the frequencies that an attention layer keeps.
+
+    Args:
+        head_dim: New width of a head.
+    """
+
+    angle_indices: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("angle_indices", torch.zeros(head_dim, dtype=torch.long))
+
+    def narrow(
+        self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Replaces the `position_embeddings` of a call, cosines and sines of shape (..., full head width)."""
+        if "position_embeddings" in kwargs:
+            return inputs, {**kwargs, "position_embeddings": self._picked(kwargs["position_embeddings"])}
+        place = list(inspect.signature(layer.forward).parameters).index("position_embeddings")
+        return (*inputs[:place], self._picked(inputs[place]), *inputs[place + 1 :]), kwargs
+
+    def _picked(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(angle.index_select(-1, self.angle_indices) for angle in angles)
+
+
 def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> SiteCut:
     """Works out what stays of a site's layers when only some neurons are kept.
 
@@ -102,77 +132,103 @@ def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> Site
     Returns:
         The cut; applying it gives the function of the site under a static mask of the kept neurons.
     """
-    cut = _unscaled_cut(site, keep)
+    if site.cut_by.is_scattered:
+        cut = _scattered_cut(site, keep)
+    elif isinstance(site, AttentionSite):
+        cut = _dense_attention(site, keep)
+    else:
+        cut = _dense_feed_forward(site, keep)
+    for rows, part in site.produced():
+        scale = torch.ones(rows.size)
+        if static is not None and (part == "query" or site.cut_by.is_gated):
+            scale = scale * site.part_mask(part, static)
+        if part == "query" and site.cut_by.rescales:
+            assert isinstance(site, AttentionSite)
+            scale = scale * (cut.widths["head_dim"] / site.head_dim) ** 0.5
+        if not bool((scale == 1).all()):
+            _scale_outputs(cut, rows.layer, rows.spread(scale))
     if static is not None:
         cut.layers[site.output] = replace(cut.layers[site.output], input_scale=site.read_mask(static))
-        if isinstance(site, AttentionSite):
-            query = site.query_mask(static)
-            others = sum(r.size for r in (site.key_rows, site.value) if r.layer == site.query.layer)
-            scale = torch.cat([query, query.new_ones(others)])  # q comes first in a fused projection
-            cut.layers[site.query.layer] = replace(cut.layers[site.query.layer], output_scale=scale)
     return cut
 
 
-def _unscaled_cut(site: NeuronSite, keep: Keep) -> SiteCut:
-    if isinstance(site, FeedForwardSite):
-        kept = keep["intermediate"]
-        if len(kept) < site.least_width:
-            kept = _padded(kept, site.least_width)
-        layers = {rows.layer: LayerCut(outputs=kept) for rows in site.producers}
-        return SiteCut({"intermediate": len(kept)}, {**layers, site.output: LayerCut(inputs=kept)})
-    if not isinstance(site, AttentionSite):
-        raise TypeError(f"Got {type(site).__name__}; expected a FeedForwardSite or an AttentionSite.")
-    return _dense_attention(site, keep) if site.back_end == "dense" else _scatter_attention(site, keep)
+def _scale_outputs(cut: SiteCut, layer: str, scale: Tensor) -> None:
+    before = cut.layers[layer].output_scale
+    cut.layers[layer] = replace(cut.layers[layer], output_scale=scale if before is None else before * scale)
+
+
+def _dense_feed_forward(site: NeuronSite, keep: Keep) -> SiteCut:
+    assert isinstance(site, FeedForwardSite)
+    kept = keep["intermediate"]
+    if len(kept) < site.least_width:
+        kept = _padded(kept, site.least_width)
+    layers = _by_layer([(rows, kept) for rows in site.producers])
+    return SiteCut({"intermediate": len(kept)}, {**layers, site.output: LayerCut(inputs=kept)})
 
 
 def _dense_attention(site: AttentionSite, keep: Keep) -> SiteCut:
-    query_key = _by_head(keep["query_key"], site.key_value_heads, site.query_key_dims)
-    value = _by_head(keep["value"], site.key_value_heads, site.head_dim)
+    query_key = _by_head(keep["query_key"], site.query_key_heads, site.query_key_dims)
+    value = _by_head(keep["value"], site.key_value_heads, site.value_dim)
     # A head without value dimensions adds nothing. One head stays where none has any: its zeros cost
     # next to nothing, and the attention layer can't view a tensor of no heads.
-    kept_heads = [head for head in range(site.key_value_heads) if len(value[head])] or [0]
-    head_dim = max(1, *(max(len(query_key[head]), len(value[head])) for head in kept_heads))
+    heads = range(site.key_value_heads)
+    kept_heads = [h for h in heads if len(value[h]) or not site.cut_by.drops_heads] or [0]
+    query_key = query_key * (site.key_value_heads // len(query_key))
+    paired = 2 if site.is_rotary else 1
+    head_dim = max(1, *(max(paired * len(query_key[head]), len(value[head])) for head in kept_heads))
+    head_dim = -(-head_dim // paired) * paired
+    dims = [_head_rows(site, kept, head_dim) for kept in query_key]
     sharing = site.heads // site.key_value_heads
     rows = {"query": [], "key": [], "value": [], "output": []}  # type: dict[str, list[Tensor]]
     for head in kept_heads:
         shared = range(head * sharing, (head + 1) * sharing)
-        rows["key"].append(_padded(query_key[head] + head * site.head_dim, head_dim))
-        rows["value"].append(_padded(value[head] + head * site.head_dim, head_dim))
-        rows["query"].extend(_padded(query_key[head] + q * site.head_dim, head_dim) for q in shared)
-        rows["output"].extend(_padded(value[head] + q * site.head_dim, head_dim) for q in shared)
+        rows["key"].append(_moved(dims[head], head * site.head_dim))
+        rows["value"].append(_moved(_padded(value[head], head_dim), head * site.head_dim))
+        rows["query"].extend(_moved(dims[head], q * site.head_dim) for q in shared)
+        rows["output"].extend(_moved(_padded(value[head], head_dim), q * site.head_dim) for q in shared)
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
-    layers = {
-        layer: LayerCut(outputs=index)
-        for layer, index in _by_layer(site, joined["query"], joined["key"], joined["value"]).items()
-    }
+    layers = _by_layer([(part, joined[name]) for part, name in site.produced()])
     layers[site.output] = LayerCut(inputs=joined["output"])
-    heads = torch.tensor([head * sharing + q for head in kept_heads for q in range(sharing)])
-    return SiteCut(
-        {"key_value_heads": len(kept_heads), "head_dim": head_dim},
-        layers,
-        dict.fromkeys(site.head_tensors, heads),
-    )
+    query_heads = torch.tensor([head * sharing + q for head in kept_heads for q in range(sharing)])
+    constants = {}
+    if site.is_rotary:
+        constants[f"{site.name}.{ROTARY_NAME}.angle_indices"] = dims[0].clamp(min=0)  # any angle does for zeros
+    widths = {"key_value_heads": len(kept_heads), "head_dim": head_dim}
+    return SiteCut(widths, layers, dict.fromkeys(site.head_tensors, query_heads), constants)
 
 
-def _scatter_attention(site: AttentionSite, keep: Keep) -> SiteCut:
-    sharing = site.heads // site.key_value_heads
-    head, dim = keep["query_key"] // site.query_key_dims, keep["query_key"] % site.query_key_dims
-    dims = torch.cat([dim, dim + site.head_dim // 2]) if site.is_rotary else dim
-    heads = torch.cat([head, head]) if site.is_rotary else head
-    key = (heads * site.head_dim + dims).sort().values
-    query = _shared_rows(heads, dims, sharing, site.head_dim)
-    value = keep["value"]
-    output = _shared_rows(value // site.head_dim, value % site.head_dim, sharing, site.head_dim)
-    by_layer = _by_layer(site, query, key, value)
-    layers = {layer: LayerCut(outputs=index, is_scattered=True) for layer, index in by_layer.items()}
-    layers[site.output] = LayerCut(inputs=output, is_scattered=True)
-    return SiteCut({"query": len(query), "key": len(key), "value": len(value), "output": len(output)}, layers)
+def _head_rows(site: AttentionSite, kept: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k within a head; of a rotary one first the kept frequencies' one half, then the other."""
+    if not site.is_rotary:
+        return _padded(kept, head_dim)
+    half = _padded(kept, head_dim // 2)
+    return torch.cat([half, _moved(half, site.head_dim // 2)])
 
 
-def _shared_rows(heads: Tensor, dims: Tensor, sharing: int, head_dim: int) -> Tensor:
-    """Rows of the query heads that share the given key/value heads, at the given dimensions."""
-    query_heads = heads[:, None] * sharing + torch.arange(sharing)
-    return (query_heads * head_dim + dims[:, None]).flatten().sort().values
+def _scattered_cut(site: NeuronSite, keep: Keep) -> SiteCut:
+    if isinstance(site, AttentionSite):
+        static = torch.cat([_indicator(size, keep[name]) for name, size in site.parts.items()])
+        kept = {part: site.part_mask(part, static).nonzero().squeeze(-1) for _, part in site.produced()}
+        read = site.read_mask(static).nonzero().squeeze(-1)
+        widths = {name: len(index) for name, index in kept.items()} | {"output": len(read)}
+    else:
+        read = keep["intermediate"]
+        kept, widths = {"units": read}, {"intermediate": len(read)}
+    produced = [(rows, kept[part]) for rows, part in site.produced()]
+    layers = {}
+    for path, cut in _by_layer(produced).items():
+        outputs = cut.outputs
+        assert outputs is not None
+        own = [rows for rows, _ in produced if rows.layer == path]
+        ours = torch.cat([rows.indices(torch.arange(rows.size)) for rows in own])
+        others = 1 - _indicator(own[0].layer_outputs, ours)  # outputs that are no neurons stay
+        layers[path] = LayerCut(torch.cat([outputs, others.nonzero().squeeze(-1)]).sort().values, is_scattered=True)
+    layers[site.output] = LayerCut(inputs=read, is_scattered=True)
+    return SiteCut(widths, layers)
+
+
+def _indicator(size: int, kept: Tensor) -> Tensor:
+    return torch.zeros(size).index_fill(0, kept, 1.0)
 
 
 def _by_head(kept: Tensor, heads: int, dims: int) -> list[Tensor]:
@@ -183,12 +239,16 @@ def _padded(index: Tensor, width: int) -> Tensor:
     return torch.cat([index, index.new_full((width - len(index),), PAD)])
 
 
-def _by_layer(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """Kept outputs of each projection layer; a fused one gets the three shares one after another."""
+def _moved(index: Tensor, by: int) -> Tensor:
+    return torch.where(index == PAD, PAD, index + by)
+
+
+def _by_layer(kept: Sequence[tuple[Rows, Tensor]]) -> dict[str, LayerCut]:
+    """Kept outputs of each layer; a fused one gets its shares one after another."""
     by_layer: dict[str, list[Tensor]] = {}
-    for rows, index in ((site.query, query), (site.key_rows, key), (site.value, value)):
-        by_layer.setdefault(rows.layer, []).append(torch.where(index == PAD, PAD, index + rows.start))
-    return {layer: torch.cat(shares) for layer, shares in by_layer.items()}
+    for rows, index in kept:
+        by_layer.setdefault(rows.layer, []).append(rows.indices(index))
+    return {layer: LayerCut(torch.cat(shares)) for layer, shares in by_layer.items()}
 
 
 def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
@@ -207,7 +267,9 @@ def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
             f"Got the widths {widths!r} for {site.key!r}; expected one for each of {sorted(most)}. "
             "The config.json is damaged or belongs to another base model: save or download the module again."
         )
-    least = site.least_width if isinstance(site, FeedForwardSite) else int(site.back_end == "dense")
+    is_dense = not site.cut_by.is_scattered
+    least = site.least_width if isinstance(site, FeedForwardSite) and is_dense else 0
+    least = 1 if isinstance(site, AttentionSite) and is_dense else least
     for name, width in widths.items():
         if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:
             raise ValueError(
@@ -218,10 +280,10 @@ def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
 
 def _largest_widths(site: NeuronSite) -> dict[str, int]:
     if isinstance(site, AttentionSite):
-        if site.back_end == "dense":
+        if not site.cut_by.is_scattered:
             return {"key_value_heads": site.key_value_heads, "head_dim": site.head_dim}
-        sizes = {"query": site.query.size, "key": site.key_rows.size, "value": site.value.size}
-        return {**sizes, "output": site.heads * site.head_dim}
+        sizes = {part: rows.size for rows, part in site.produced()}
+        return {**sizes, "output": site.heads * site.value_dim}
     return dict(site.parts)
 
 
@@ -237,35 +299,34 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
         ValueError: If the widths are not those of this site.
     """
     check_widths(site, widths)
-    if isinstance(site, FeedForwardSite):
-        for rows in site.producers:
-            _replace(model, rows.layer, partial(_resized, outputs=widths["intermediate"]))
-        _replace(model, site.output, partial(_resized, inputs=widths["intermediate"]))
-        return
-    assert isinstance(site, AttentionSite)
-    if site.back_end == "dense":
+    is_scattered = site.cut_by.is_scattered
+    if isinstance(site, AttentionSite) and not is_scattered:
         _resize_dense(model, site, widths["key_value_heads"], widths["head_dim"])
         return
+    read = widths["output" if isinstance(site, AttentionSite) else "intermediate"]
     counts: dict[str, int] = {}
-    for rows, name in ((site.query, "query"), (site.key_rows, "key"), (site.value, "value")):
-        counts[rows.layer] = counts.get(rows.layer, 0) + widths[name]
+    for rows, part in site.produced():
+        others = 0 if rows.layer in counts or not is_scattered else rows.layer_outputs
+        kept = widths["intermediate"] if part == "units" else widths[part]
+        counts[rows.layer] = counts.get(rows.layer, others) + kept - (rows.size if is_scattered else 0)
+    change = _scattered if is_scattered else _resized
     for path, count in counts.items():
-        _replace(model, path, partial(_scattered, outputs=count))
-    _replace(model, site.output, partial(_scattered, inputs=widths["output"]))
+        _replace(model, path, partial(change, outputs=count))
+    _replace(model, site.output, partial(change, inputs=read))
 
 
 def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, head_dim: int) -> None:
     heads = key_value_heads * (site.heads // site.key_value_heads)
     counts: dict[str, int] = {}
-    for rows, count in ((site.query, heads), (site.key_rows, key_value_heads), (site.value, key_value_heads)):
+    for rows, part in site.produced():
+        count = heads if part == "query" else key_value_heads
         counts[rows.layer] = counts.get(rows.layer, 0) + count * head_dim
     for path, count in counts.items():
         _replace(model, path, partial(_resized, outputs=count))
     _replace(model, site.output, partial(_resized, inputs=heads * head_dim))
     attention = model.get_submodule(site.name)
-    assert site.head_dim_attribute is not None
-    # The softmax scale was fixed from the old width when the layer was built, as exactness requires.
-    setattr(attention, site.head_dim_attribute, head_dim)
+    if site.head_dim_attribute is not None:
+        setattr(attention, site.head_dim_attribute, head_dim)
     for attribute in site.width_attributes:
         setattr(attention, attribute, heads * head_dim)
     for path in site.head_tensors:
@@ -273,6 +334,10 @@ def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, h
         parameter = model.get_parameter(path)
         smaller = torch.empty(*parameter.shape[:-1], heads, dtype=parameter.dtype, device=parameter.device)
         setattr(model.get_submodule(owner), name, nn.Parameter(smaller))
+    if site.is_rotary:
+        angles = RotaryAngles(head_dim).to(next(attention.parameters()).device)
+        attention.add_module(ROTARY_NAME, angles)
+        attention.register_forward_pre_hook(angles.narrow, with_kwargs=True)
 
 
 def resize_head(model: nn.Module, path: str, num_labels: int) -> None:

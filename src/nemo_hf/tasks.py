@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from .config import LabelLike, NeMoConfig, resolve_groups
-from .configuration import NeMoModelConfig, task_of
+from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, task_of
 from .masking import SiteMask
 from .modeling import NeMoOutput, NeMoPreTrainedModel
+from .neurons import NeuronSite
 
 
 class NeMoForImageClassification(NeMoPreTrainedModel):
@@ -139,6 +140,7 @@ def attach_masks(
     model: PreTrainedModel,
     nemo_config: NeMoConfig | None = None,
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    sites: Sequence[NeuronSite] | None = None,
 ) -> NeMoPreTrainedModel:
     """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
 
@@ -146,6 +148,7 @@ def attach_masks(
         model: An image, sequence or audio classification model of `transformers`, one label a sample.
         nemo_config: The options; `None` takes the defaults.
         label_groups: Groups in place of `nemo_config.label_groups`.
+        sites: Those of the model's sites that get masks; `None`: all that `find_sites` finds.
 
     Returns:
         The parent, of the class for the model's task. With hard masks it computes what the plain model
@@ -157,12 +160,14 @@ def attach_masks(
         UnsupportedArchitectureError: If it has no sites that can be cut exactly.
     """
     nemo_config = nemo_config or NeMoConfig()
-    _check_plain(model, nemo_config.hard_masks)
+    check_plain(model, nemo_config.hard_masks)
     base_config = model.config
     names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
+    names = names or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     if getattr(base_config, "use_cache", False):
         base_config.use_cache = False  # a classifier reads no cache
+    _stop_layer_drop(model)
     config = NeMoModelConfig(
         base_config=base_config,
         base_class=type(model).__name__,
@@ -170,11 +175,12 @@ def attach_masks(
         label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
-        problem_type="single_label_classification",
+        sites=None if sites is None else [{"key": site.key, "back_end": site.back_end} for site in sites],
+        problem_type=base_config.problem_type or "single_label_classification",
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )
-    parent = TASK_CLASSES[task_of(type(model).__name__)](config, model)
+    parent = TASK_CLASSES[task_of(type(model))](config, model)
     assert parent.masks is not None
     parent.masks.to(model.device)
     parent.set_sites(parent.sites)
@@ -182,12 +188,30 @@ def attach_masks(
     return parent
 
 
+def _stop_layer_drop(model: PreTrainedModel) -> None:
+    """Switches LayerDrop off: a layer that is skipped at random has no masks to learn from in that step."""
+    for owner in (model.config, *model.modules()):
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+            if isinstance(getattr(owner, name, None), float):
+                setattr(owner, name, 0.0)
+
+
 TASK_CLASSES = {
     kind.task: kind for kind in (NeMoForImageClassification, NeMoForSequenceClassification, NeMoForAudioClassification)
 }
 
 
-def _check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
+def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
+    """Checks that masks can be attached to a model at all.
+
+    Args:
+        model: What was given as a plain model.
+        hard_masks: Whether the masks will be 0 or 1.
+
+    Raises:
+        TypeError: If it is no classification model of `transformers`.
+        ValueError: If it has masks, adapters, quantized weights or another head.
+    """
     if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
         raise ValueError(
             "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
@@ -215,18 +239,20 @@ def _check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
             "Got the model inside a parent, which has masks; expected a plain one, since masks are attached once. "
             "Call parent.detach_masks() first."
         )
-    task_of(type(model).__name__)
+    task_of(type(model))
+    find_base_class(type(model).__name__, model.config)
     if not hard_masks and model.dtype != torch.float32:
         raise ValueError(
             f"Got soft masks with weights in {model.dtype}; expected float32, since modules multiply weights by masks. "
             "Load the model with dtype=torch.float32, or keep hard_masks=True."
         )
     problem = model.config.problem_type
-    if problem not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
+    known = (None, "single_label_classification", SEVERAL_LABELS)
+    if problem not in known or (model.config.num_labels or 0) < 2:
         raise ValueError(
-            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected single-label "
-            "classification with at least 2 labels, since each sample's label says which group it trains. "
-            "Load the model with num_labels=... and problem_type='single_label_classification'."
+            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected "
+            "single-label or multi-label classification with at least 2 labels, since labels say which groups a sample "
+            "trains. Load the model with num_labels=... and problem_type='single_label_classification'."
         )
 
 

@@ -10,19 +10,26 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import LabelLike, NeMoConfig
-from .data import check_labels, column_values, groups_from_column
-from .evaluation import ModuleReport, evaluate_module
-from .extraction import make_parent
-from .losses import contrastive_loss, restricted_cross_entropy, site_masks, sparsity_loss
-from .metrics import cohesion_and_coupling
+from .configuration import SEVERAL_LABELS
+from .data import check_columns, check_labels, column_values, groups_from_column
+from .evaluation import ModuleReport, evaluate_module, measure_modularity
+from .losses import (
+    contrastive_loss,
+    restricted_binary_cross_entropy,
+    restricted_cross_entropy,
+    shares_group,
+    site_masks,
+    sparsity_loss,
+)
 from .modeling import NeMoPreTrainedModel
 from .planning import is_relevant
-from .relevance import OpenCounts, compute_relevance, group_indices
+from .probing import make_parent
+from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +84,7 @@ class NeMoTrainer(Trainer):
     ) -> None:
         self._given_config = nemo_config
         self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
-        self._check_data(train_dataset)
+        check_columns(train_dataset, is_counted=self._relevance_dataset is train_dataset)
         self._training_data = train_dataset
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
@@ -119,19 +126,6 @@ class NeMoTrainer(Trainer):
             self._groups = group_indices(self.parent)
         return self._groups
 
-    def _check_data(self, dataset: Any) -> None:
-        if isinstance(dataset, IterableDataset) and self._relevance_dataset is dataset:
-            raise ValueError(
-                "Got an iterable data set to train on; expected a finite one for the exact relevance after training. "
-                "Pass NeMoTrainer(..., relevance_dataset=...), for example a part of the stream as a Dataset."
-            )
-        columns = getattr(dataset, "column_names", None)
-        if columns is not None and not {"label", "labels", "label_ids"} & set(columns):
-            raise ValueError(
-                f"Got training data with the columns {list(columns)}; expected a 'label' or 'labels' column. "
-                "Rename it with dataset.rename_column(..., 'label')."
-            )
-
     def _attach_processor(self, parent: NeMoPreTrainedModel) -> None:
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
@@ -151,7 +145,7 @@ class NeMoTrainer(Trainer):
         names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
         labels = column_values(self._training_data, ("label", "labels", "label_ids"))
         if labels is not None:
-            check_labels(labels, names)
+            check_labels(labels, names, model.config.problem_type == SEVERAL_LABELS)
         if isinstance(model, NeMoPreTrainedModel):
             if not model.is_parent:
                 raise ValueError(
@@ -164,6 +158,11 @@ class NeMoTrainer(Trainer):
         config = config or NeMoConfig()
         groups = None
         if config.group_column is not None:
+            if config.group_column and model.config.problem_type == SEVERAL_LABELS:
+                raise ValueError(
+                    "Got group_column for a model whose samples have several labels; expected label_groups, since such "
+                    "a column names one group a sample. Pass NeMoConfig(label_groups={...})."
+                )
             groups = groups_from_column(self._training_data, config.group_column, labels, names)
         return make_parent(model, config, groups)
 
@@ -211,29 +210,34 @@ class NeMoTrainer(Trainer):
             loss = self._task_loss(outputs, labels, None)
             return (loss, outputs) if return_outputs else loss
         groups = self._group_of_label
+        has_several = self.parent.config.has_several_labels
         rehearsed = self._rehearsed_groups()
         allowed = None
         if rehearsed is not None:
-            samples = torch.isin(groups[labels], rehearsed)
-            inputs.update(static_masks=self._module_masks(rehearsed), static_samples=samples)
-            allowed = torch.isin(groups, rehearsed)[None, :] | ~samples[:, None]
+            allowed = torch.isin(groups, rehearsed)
+            inputs.update(static_masks=self._module_masks(rehearsed))
+            if not has_several:  # else a module must say no to the samples of others, so it sees all of them
+                inputs["static_samples"] = samples = allowed[labels]
+                allowed = allowed[None, :] | ~samples[:, None]
         outputs = model(**inputs)
         loss = self._task_loss(outputs, labels, allowed)
         self._count_open(outputs.neuron_masks, labels)
-        total = loss + self._mask_terms(outputs.neuron_masks, groups[labels], loss)
+        total = loss + self._mask_terms(outputs.neuron_masks, sample_groups(self.parent, labels, groups), loss)
         return (total, outputs) if return_outputs else total
 
     def _task_loss(self, outputs: Any, labels: Tensor, allowed: Tensor | None) -> Tensor:
         if self.compute_loss_func is not None:
             loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
             return loss
+        if self.parent.config.has_several_labels:
+            return restricted_binary_cross_entropy(outputs.logits, labels, allowed)
         return restricted_cross_entropy(outputs.logits, labels, allowed, self.args.label_smoothing_factor)
 
     def _mask_terms(self, neuron_masks: Mapping[str, Tensor], groups: Tensor, task_loss: Tensor) -> Tensor:
         config = self.nemo_config
         masks = site_masks(neuron_masks)
         watches = self.state.global_step < WATCHED_STEPS and not self._warned_no_positive
-        if watches and len(groups.unique()) == len(groups):
+        if watches and not bool(shares_group(groups).triu(1).any()):
             self._warned_no_positive = True
             logger.warning(
                 "Got a batch of %d samples of %d groups; expected two of one group, without which the contrastive "
@@ -344,31 +348,14 @@ class NeMoTrainer(Trainer):
             return output
         self.parent.report = {"metrics": output.metrics}  # saved with the model until it trains on
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        opened, groups = self._open_masks(dataloader.dataset)
-        if not len(groups):
-            return output
-        cohesion, coupling = cohesion_and_coupling(opened, groups)
-        logger.info("Cohesion and coupling are measured over %d samples.", len(groups))
-        measured = {"cohesion": cohesion, "coupling": coupling, "modularity_samples": len(groups)}
-        output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items() if value is not None})
-        return output
-
-    @torch.no_grad()
-    def _open_masks(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """Open neurons (samples, neurons) and groups (samples,) of samples spread over a data set with labels."""
+        dataset = dataloader.dataset
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
             indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
             dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        labels = torch.zeros(0, dtype=torch.long, device=self.parent.device)
-        opened = []
-        for batch in self._loader(dataset, is_shared=False):
-            inputs = dict(self._prepare_inputs(batch))
-            if "labels" not in inputs or len(labels) >= MODULARITY_SAMPLES:
-                break
-            labels = torch.cat([labels, inputs.pop("labels")])
-            masks = self.parent(**inputs, output_neuron_masks=True).neuron_masks
-            opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
-        return torch.cat(opened) if opened else labels[:, None], self._group_of_label[labels]
+        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset, is_shared=False))
+        measured = measure_modularity(self.parent, batches, MODULARITY_SAMPLES)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items() if value is not None})
+        return output
 
     def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoPreTrainedModel:
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .slicing import PAD, LayerCut, SiteCut
+from .neurons import PAD
+from .slicing import LayerCut, SiteCut
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def tensor_cuts(model: nn.Module, cuts: Sequence[SiteCut], heads: Mapping[str, T
             tensors.update(_layer_tensors(model, path, layer_cut))
         for path, index in cut.head_tensors.items():
             tensors[path] = TensorCut({model.get_parameter(path).ndim - 1: index})
+        tensors.update({name: TensorCut(constant=tensor) for name, tensor in cut.constants.items()})
     for path, index in heads.items():
         tensors.update(_layer_tensors(model, path, LayerCut(outputs=index)))
     return tensors

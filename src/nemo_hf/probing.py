@@ -1,0 +1,251 @@
+"""From a plain model to a parent: which layers hold neurons, and how they are cut exactly, found by trying.
+
+Names propose sites; trying decides. A site that the model never runs is left out, and so is none that it runs:
+each kind of layer takes the first back end under which a random cut keeps the extraction law.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import LabelLike, NeMoConfig
+from .described import model_sites
+from .extraction import ModulePlan, build_module, read_tensor
+from .inputs import random_inputs
+from .law import LAW_TOLERANCE, check_law, exact_float32
+from .modeling import NeMoPreTrainedModel
+from .neurons import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
+from .planning import static_masks
+from .sites import find_heads
+from .tasks import attach_masks, check_plain
+
+logger = logging.getLogger(__name__)
+
+CLEAR_SHARE = 3e-5
+"""A difference below this share of what the mask does is rounding: the back end is taken at once."""
+LARGEST_SHARE = 1e-2
+"""A difference above this share is none; between the two the back end with the smallest one is taken."""
+
+
+def make_parent(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig | None = None,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> NeMoPreTrainedModel:
+    """Attaches masks to a plain model and finds, by cutting it at random, the back ends that are exact.
+
+    Args:
+        model: A classification model of `transformers`, one label a sample; it becomes part of the parent.
+        nemo_config: The options; `None` takes the defaults.
+        label_groups: Groups in place of `nemo_config.label_groups`.
+        inputs: A few samples to try cuts on; `None` draws random ones.
+
+    Returns:
+        The parent.
+
+    Raises:
+        TypeError: If `model` is not such a model.
+        ValueError: If it has masks already, PEFT adapters, quantized weights or another head, or does not
+            run on the inputs.
+        UnsupportedArchitectureError: If it has no sites, or one that no back end cuts exactly.
+    """
+    nemo_config = nemo_config or NeMoConfig()
+    check_plain(model, nemo_config.hard_masks)
+    find_heads(model, model.config.num_labels or 0)
+    found = model_sites(model, nemo_config)
+    inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    reached = _reached_sites(model, found, inputs)
+    if not reached:
+        raise UnsupportedArchitectureError(
+            f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
+            "without calling these layers; expected layers that are called. Choose another architecture."
+        )
+    parent = attach_masks(model, nemo_config, label_groups, reached)
+    try:
+        _find_back_ends(parent, inputs)
+        _check_samples(parent, inputs)
+    except UnsupportedArchitectureError:
+        parent.detach_masks()
+        raise
+    kinds = {site.kind for site in parent.sites}
+    if kinds != set(nemo_config.targets):
+        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
+    return parent
+
+
+def _reached_sites(
+    model: PreTrainedModel, sites: Sequence[NeuronSite], inputs: Mapping[str, Tensor]
+) -> list[NeuronSite]:
+    """Sites all of whose layers run; a text model with an image encoder runs without it, for example."""
+    called: set[str] = set()
+    samples = len(next(iter(inputs.values())))
+    paths = {path for site in sites for path in site.layers}
+
+    def note(path: str, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        first = output if isinstance(output, Tensor) else next(iter(output))
+        if first.shape[0] % samples == 0:  # not what all samples share, such as relative positions
+            called.add(path)
+
+    handles = [model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            given = {name: value.to(model.device) for name, value in inputs.items()}
+            outputs, again = model.eval()(**given), model(**given)
+    except Exception as error:
+        raise ValueError(
+            f"Got {type(model).__name__}, which does not run on {_shapes(inputs)}: {_first_line(error)}. Expected a "
+            "few samples as it takes them: pass NeMoTrainer the parent make_parent(model, inputs=...)."
+        ) from error
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not hasattr(outputs, "logits"):
+        raise UnsupportedArchitectureError(
+            f"Got {type(model).__name__}, whose output has {list(outputs)} and no logits; expected logits, which "
+            "modules are compared by. Wrap the model so that it returns an output with logits."
+        )
+    if not torch.equal(outputs.logits, again.logits):
+        raise UnsupportedArchitectureError(
+            f"Got {type(model).__name__}, whose logits differ from call to call in eval mode; expected the same, or no "
+            "cut can be checked. Choose an architecture without random hashing or sampling."
+        )
+    return [site for site in sites if site.layers <= called]
+
+
+def _find_back_ends(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    if all(_trial(parent, inputs, part)[0] < CLEAR_SHARE for part in (*_kinds(parent), parent.sites)):
+        return
+    for part in _alike(parent):
+        trials = []
+        for back_end in part[0].back_ends:
+            parent.set_sites(with_back_ends(parent.sites, {site.key: back_end.name for site in part}))
+            trials.append((*_trial(parent, inputs, part), back_end.name))
+            if trials[-1][0] < CLEAR_SHARE:
+                break
+        share, failure, name = min(trials)
+        if share > LARGEST_SHARE:
+            raise _refusal(parent, part[0], f"no back end cuts them exactly ({failure})")
+        parent.set_sites(with_back_ends(parent.sites, {site.key: name for site in part}))
+    share, failure = _trial(parent, inputs, parent.sites)
+    if share > LARGEST_SHARE:
+        raise _refusal(parent, parent.sites[0], f"the back ends are exact one by one but not together ({failure})")
+
+
+def _kinds(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
+    """Sites by kind, if there are several: the effect of one kind could hide an error of the other."""
+    kinds = dict.fromkeys(site.kind for site in parent.sites)
+    return [[s for s in parent.sites if s.kind == kind] for kind in kinds] if len(kinds) > 1 else []
+
+
+def _alike(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
+    """Sites in layers of the same class, which share a back end."""
+    groups: dict[Any, list[NeuronSite]] = {}
+    for site in parent.sites:
+        layer = type(parent.model.get_submodule(site.name))
+        groups.setdefault((site.kind, layer, site.back_ends), []).append(site)
+    return list(groups.values())
+
+
+def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
+    """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed."""
+    keep = random_keep(parent.sites, {site.key for site in sites})
+    plan = ModulePlan(list(parent.config.names), [], keep, static_masks(parent.sites, keep), 1.0, 0.5)
+    try:
+        module = build_module(type(parent), parent, plan, partial(read_tensor, parent.model.state_dict()))
+        module.to(parent.device)  # type: ignore[arg-type]
+        check = check_law(parent, module, plan.static, inputs)
+    except Exception as error:
+        return math.inf, _first_line(error)
+    if len(sites) == len(parent.sites):
+        parent.config.law = asdict(check)
+    # A mask without effect shows nothing; the law's status then says so.
+    return check.difference / check.effect if check.effect else 0.0, f"{check.difference:.1e} of {check.effect:.1e}"
+
+
+def random_keep(sites: Sequence[NeuronSite], chosen: set[str]) -> dict[str, dict[str, Tensor]]:
+    """Draws kept neurons to try a cut with: about half of each chosen site, and no values of its first head.
+
+    Args:
+        sites: The sites.
+        chosen: Keys of those that are cut; the others keep all.
+
+    Returns:
+        Site key to part to kept neurons.
+    """
+    generator = torch.Generator().manual_seed(0)
+    keep: dict[str, dict[str, Tensor]] = {}
+    for site in sites:
+        kept = {name: torch.rand(size, generator=generator) < 0.5 for name, size in site.parts.items()}
+        if isinstance(site, AttentionSite) and site.key_value_heads > 1:
+            kept["value"][: site.value_dim] = False
+            if not site.is_rotary:
+                kept["query_key"][: site.query_key_dims] = False
+        all_of_it = site.key not in chosen
+        keep[site.key] = {name: (part | all_of_it).nonzero().squeeze(-1) for name, part in kept.items()}
+    return keep
+
+
+@torch.no_grad()
+def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Refuses models whose masks do nothing, or in which the mask of one sample reaches the logits of another."""
+    samples = len(next(iter(inputs.values())))
+    if samples == 1:
+        return
+    assert parent.masks is not None
+    first = torch.arange(samples, device=parent.device) == 0
+    effects: dict[str, float] = {}
+    for kind, part in dict.fromkeys((site.kind, part) for site in parent.sites for part in site.parts):
+        chosen = [site for site in parent.sites if site.kind == kind]
+        keep = random_keep(parent.sites, {site.key for site in chosen})
+        for site in chosen:
+            keep[site.key].update({name: torch.arange(size) for name, size in site.parts.items() if name != part})
+        static = {key: mask.to(parent.device) for key, mask in static_masks(parent.sites, keep).items()}
+        mixed = {key: torch.where(first[:, None], mask, 1.0) for key, mask in static.items()}
+        masked, opened, got = _logits(parent, inputs, static, parent.masks.open_masks(), mixed)
+        expected = torch.where(first.view(-1, *(1,) * (masked.ndim - 1)), masked, opened)
+        effect = (masked - opened).abs().max().item()
+        effects[kind] = max(effects.get(kind, 0.0), effect)
+        rounding = LAW_TOLERANCE * max(1.0, opened.abs().max().item())
+        if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
+            raise _refusal(parent, chosen[0], "the mask of one sample reaches the logits of another")
+    for kind, effect in effects.items():
+        if effect == 0 and bool((opened != opened[:1]).any()):
+            site = next(site for site in parent.sites if site.kind == kind)
+            raise _refusal(parent, site, "closing half of them leaves all logits as they are, so no cut can be checked")
+
+
+def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
+    with exact_float32(parent) as (exact,):
+        batch = {
+            name: value.to(exact.device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        return [exact(**batch, static_masks=static).logits for static in masks]
+
+
+def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:
+    other = [kind for kind in parent.nemo_config.targets if kind != site.kind]
+    model_type = getattr(parent.config.base_config, "model_type", "?")
+    return UnsupportedArchitectureError(
+        f"Got model type {model_type!r}, whose {site.kind} neurons in {site.name!r} can't be cut: {reason}. "
+        + (f"Leave them whole with NeMoConfig(targets={other})." if other else "Choose another architecture.")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())

@@ -1,0 +1,307 @@
+"""Architectures that no table knows: described sites, proposed sites, and where their classes come from."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LABELS, NAMES, fresh, image_samples, randomize_relevance
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from nemo_hf import NeMoConfig, NeMoTrainer, make_parent, propose_sites
+from nemo_hf.cli import main
+from nemo_hf.described import described_sites, model_sites
+from nemo_hf.extraction import make_plan
+from nemo_hf.inputs import random_inputs
+from nemo_hf.sites import find_sites
+
+VIT_SITES = [
+    {
+        "kind": "attention",
+        "query": "vit.layers.*.attention.q_proj",
+        "key": "vit.layers.*.attention.k_proj",
+        "value": "vit.layers.*.attention.v_proj",
+        "output": "vit.layers.*.attention.o_proj",
+        "heads": 4,
+    },
+    {"kind": "ffn", "producers": ["vit.layers.*.mlp.fc1"], "output": "vit.layers.*.mlp.fc2"},
+]
+
+
+class StrangeConfig(PreTrainedConfig):
+    model_type = "strange"
+    width: int = 24
+    image_size: int = 16
+    num_channels: int = 3
+
+
+class StrangeBlock(nn.Module):
+    """Fused attention of three heads, the shares of each head side by side, and units behind a sigmoid."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.all_three, self.join = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.rise, self.fall = nn.Linear(width, 40), nn.Linear(40, width)
+
+    def forward(self, x):
+        q, k, v = self.all_three(self.norm(x)).unflatten(-1, (3, 3, -1)).permute(3, 0, 2, 1, 4)
+        mixed = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1) @ v
+        x = x + self.join(mixed.transpose(1, 2).flatten(2))
+        return x + self.fall(torch.sigmoid(self.rise(self.other_norm(x))))
+
+
+class StrangeNet(PreTrainedModel):
+    """Named without a task; only its registration says what it is for."""
+
+    config_class = StrangeConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.cut_up = nn.Linear(48, config.width)
+        self.blocks = nn.ModuleList(StrangeBlock(config.width) for _ in range(2))
+        self.verdict = nn.Linear(config.width, config.num_labels)
+        self.post_init()
+
+    def forward(self, pixel_values, return_dict=True):
+        x = self.cut_up(pixel_values.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2))
+        for block in self.blocks:
+            x = block(x)
+        return ImageClassifierOutput(logits=self.verdict(x.mean(1)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    AutoConfig.register("strange", StrangeConfig, exist_ok=True)
+    AutoModelForImageClassification.register(StrangeConfig, StrangeNet, exist_ok=True)
+
+
+def strange() -> StrangeNet:
+    torch.manual_seed(0)
+    model = StrangeNet(StrangeConfig(**NAMES))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+STRANGE_SITES = [
+    {
+        "kind": "attention",
+        "fused": "blocks.*.all_three",
+        "layout": "by key/value head",
+        "output": "blocks.*.join",
+        "heads": 3,
+    },
+    {"kind": "ffn", "producers": ["blocks.*.rise"], "output": "blocks.*.fall"},
+]
+
+
+def test_described_sites_are_those_that_are_found_by_name(vit):
+    found = find_sites(vit)
+    described = model_sites(vit, NeMoConfig(sites=VIT_SITES))
+    assert {site.output for site in described} == {site.output for site in found}
+    for site in described:
+        twin = next(other for other in found if other.output == site.output)
+        assert site.produced() == twin.produced()
+        assert (site.parts, site.in_features, site.back_ends) == (twin.parts, twin.in_features, twin.back_ends)
+
+
+def test_a_described_model_gives_the_modules_of_a_known_one(vit):
+    known, described = make_parent(copy.deepcopy(vit)), make_parent(vit, NeMoConfig(sites=VIT_SITES))
+    relevance = {mask.site.output: mask.relevance for mask in known.masks.site_masks()}
+    randomize_relevance(known)
+    for mask in described.masks.site_masks():
+        mask.relevance.copy_(relevance[mask.site.output])
+    described.config.relevance_source = "exact"
+    inputs = random_inputs(known)
+    with torch.no_grad():
+        expected = known.extract_module(["dog", "frog"])(**inputs).logits
+        assert torch.equal(described.extract_module(["dog", "frog"])(**inputs).logits, expected)
+
+
+def test_sites_are_proposed_for_layers_of_any_name():
+    assert propose_sites(strange()) == STRANGE_SITES
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "bert", "distilbert", "roberta", "gpt2", "llama", "swin"])
+def test_proposals_agree_with_what_is_known_by_name(family):
+    model = fresh(family)
+    proposed = [site for described in propose_sites(model) for site in described_sites(model, described)]
+    known = {site.output: site for site in find_sites(model)}
+    assert {site.output for site in proposed} == set(known)
+    for site in proposed:
+        assert {rows for rows, _ in site.produced()} == {rows for rows, _ in known[site.output].produced()}
+        assert getattr(site, "heads", 0) == getattr(known[site.output], "heads", 0)
+
+
+def test_proposing_leaves_no_hook_and_no_mode_behind(vit):
+    vit.train()
+    before = {name: parameter.clone() for name, parameter in vit.named_parameters()}
+    state = torch.get_rng_state()
+    propose_sites(vit)
+    assert vit.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in vit.modules())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in vit.named_parameters())
+
+
+def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
+    config = NeMoConfig(sites=STRANGE_SITES, relevance_threshold=0.6)
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=10, report_to="none", use_cpu=True
+    )
+    samples = image_samples()
+    trainer = NeMoTrainer(strange(), args, train_dataset=samples, eval_dataset=samples, nemo_config=config)
+    assert {site.kind: site.back_end for site in trainer.parent.sites} == {"attention": "scatter", "ffn": "dense"}
+    assert trainer.parent.config.law["status"] == "verified"
+    trainer.train()
+    parent = trainer.parent.eval()
+    randomize_relevance(parent)
+    module = parent.extract_module(["ship", "cat"])
+    inputs = random_inputs(parent)
+    with torch.no_grad():
+        static = make_plan(parent, ["ship", "cat"]).static
+        expected = parent(**inputs, static_masks=static).logits[:, [3, 0]]
+        opened = parent(**inputs, static_masks=parent.masks.open_masks()).logits[:, [3, 0]]
+        got = module(**inputs).logits
+        assert torch.allclose(got, expected, atol=1e-5)
+        assert (opened - expected).abs().max() > 1e-2
+        trainer.save_model(str(tmp_path / "parent"))
+        module.save_pretrained(tmp_path / "module")
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
+        cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=["ship", "cat"], verify=True)
+        assert torch.equal(loaded(**inputs).logits, got)
+        assert torch.equal(cut(**inputs).logits, got)
+    stored = json.loads((tmp_path / "parent" / "config.json").read_text())
+    assert stored["nemo_config"]["sites"] == STRANGE_SITES
+
+
+def test_without_the_class_a_file_says_what_to_register(tmp_path):
+    parent = make_parent(strange(), NeMoConfig(sites=STRANGE_SITES))
+    parent.save_pretrained(tmp_path)
+    script = (
+        "import sys, nemo_hf\nfrom transformers import AutoModelForImageClassification as A\n"
+        "try: A.from_pretrained(sys.argv[1])\nexcept ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "'strange'" in done.stdout
+    assert "AutoConfig.register" in done.stdout
+
+
+def test_a_class_that_is_not_registered_is_refused():
+    class LonelyConfig(StrangeConfig):
+        model_type = "lonely"
+
+    class LonelyForImageClassification(StrangeNet):
+        config_class = LonelyConfig
+
+    model = LonelyForImageClassification(LonelyConfig(**NAMES))
+    with pytest.raises(ValueError, match=r"AutoModelForImageClassification\.register\(LonelyConfig, LonelyFor"):
+        make_parent(model, NeMoConfig(sites=STRANGE_SITES))
+
+
+def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
+    source = (Path(__file__).parents[1] / "examples" / "custom_model.py").read_text()
+    start, end = source.index("class PatchConfig"), source.index("AutoConfig.register")
+    code = "import torch\nfrom torch import Tensor, nn\nfrom transformers import PreTrainedConfig, PreTrainedModel\n"
+    code += "from transformers.modeling_outputs import ImageClassifierOutput\n\n\n" + source[start:end]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "rows.py").write_text(code)
+    auto_map = {"AutoConfig": "rows.PatchConfig", "AutoModelForImageClassification": "rows.RowsForImageClassification"}
+    config = {"model_type": "row_classifier_remote", "auto_map": auto_map, "id2label": dict(enumerate(LABELS))}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    loaded = AutoConfig.from_pretrained(tmp_path / "plain", trust_remote_code=True)
+    model = AutoModelForImageClassification.from_config(loaded, trust_remote_code=True)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    parent = make_parent(model, NeMoConfig(sites=propose_sites(model), relevance_threshold=0.6))
+    randomize_relevance(parent)
+    module = parent.extract_module(["cat", "car"])
+    assert module.config.law["status"] == "verified"
+
+
+BAD = [
+    ({"kind": "conv", "output": "a"}, "expected a mapping with 'kind'"),
+    ("vit.layers.0", "expected a mapping with 'kind'"),
+    ({"kind": "ffn", "output": "a"}, "expected the keys"),
+    ({"kind": "ffn", "producers": "a", "output": "b"}, "expected a list of layers"),
+    ({"kind": "ffn", "producers": [], "output": "b"}, "expected a list of layers"),
+    ({"kind": "ffn", "producers": ["a"], "output": 3}, "expected paths of layers"),
+    ({"kind": "ffn", "fused": "a", "output": "b"}, "expected the keys"),
+    ({"kind": "attention", "query": "a", "key": "b", "output": "c"}, "expected the keys"),
+    ({"kind": "attention", "fused": "a", "output": "c", "heads": 0}, "expected a positive integer"),
+    ({"kind": "attention", "fused": "a", "output": "c", "layout": "mixed"}, "expected one of"),
+    ({"kind": "attention", "fused": "a", "output": "c", "colour": "red"}, "expected the keys"),
+]
+
+
+@pytest.mark.parametrize(("site", "message"), BAD)
+def test_a_description_that_can_t_be_one_is_refused(site, message):
+    with pytest.raises(ValueError, match=message):
+        NeMoConfig(sites=[site])
+
+
+@pytest.mark.parametrize("sites", [[], "vit", {"kind": "ffn"}, 3])
+def test_sites_must_be_a_list(sites):
+    with pytest.raises(TypeError, match="expected a list of descriptions"):
+        NeMoConfig(sites=sites)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "vit.layers.*.mlp.fc3"}, "'vit.layers.*.mlp.fc3'.*which no layer has"),
+        ({"producers": ["vit.layers.*.mlp.fc3"]}, "'vit.layers.0.mlp.fc3'.*which the model has not"),
+        ({"producers": ["vit.layers.*.mlp"]}, "a ViTMLP; expected a linear layer"),
+        ({"producers": ["vit.layers.*.attention.q_proj"]}, "expected outputs that are the inputs of 'output'"),
+        ({"pooled": "vit.layers.*.nothing"}, "which the model has not; expected a layer"),
+    ],
+)
+def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
+    with pytest.raises(ValueError, match=message.replace("*.", r"\*\.") if "no layer" in message else message):
+        make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[1], **changes}]))
+
+
+def test_heads_that_don_t_divide_the_width_are_refused(vit):
+    with pytest.raises(ValueError, match="or give 'heads'"):
+        make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[0], "heads": 5}]))
+
+
+def test_the_same_site_twice_and_no_site_at_all_are_refused(vit):
+    with pytest.raises(ValueError, match="twice; expected each site once"):
+        make_parent(vit, NeMoConfig(sites=[VIT_SITES[1], VIT_SITES[1]]))
+    with pytest.raises(ValueError, match="no site of these targets"):
+        make_parent(vit, NeMoConfig(sites=[VIT_SITES[1]], targets=["attention"]))
+
+
+def test_sites_stay_those_that_the_masks_were_made_for(vit):
+    parent = make_parent(vit, NeMoConfig(sites=VIT_SITES))
+    with pytest.raises(ValueError, match="Got sites="):
+        parent.set_nemo_config(NeMoConfig())
+
+
+def test_options_with_sites_survive_a_file(tmp_path):
+    config = NeMoConfig(sites=VIT_SITES)
+    config.to_json_file(tmp_path / "options.json")
+    assert NeMoConfig.from_json_file(tmp_path / "options.json") == config
+
+
+def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
+    vit.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--propose"]) == 0
+    printed = capsys.readouterr().out
+    options = json.loads(printed[: printed.index("\n}") + 2])
+    assert options == {"sites": VIT_SITES}
+    assert "extraction law: verified" in printed

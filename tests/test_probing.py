@@ -1,0 +1,379 @@
+"""From a plain model to a parent by trying: what is left out, what is refused, and which back end is taken."""
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import IMAGE, NAMES, TEXT, fresh, randomize_relevance
+from torch import nn
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    ReformerConfig,
+    ReformerForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    WavLMConfig,
+    WavLMForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+import nemo_hf.extraction
+from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
+from nemo_hf.extraction import make_plan
+from nemo_hf.inputs import random_inputs
+from nemo_hf.neurons import AttentionSite, FeedForwardSite
+from nemo_hf.probing import random_keep
+from nemo_hf.sites import find_sites
+from nemo_hf.tasks import attach_masks
+
+
+def spread(model):
+    """Larger weights than at initialisation, so that masks move the logits."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.3)
+    return model.eval()
+
+
+def xlnet():
+    return spread(
+        XLNetForSequenceClassification(
+            XLNetConfig(vocab_size=120, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0, **NAMES)
+        )
+    )
+
+
+def reformer():
+    sizes = {**TEXT, "num_hidden_layers": 2, "attention_head_size": 8, "feed_forward_size": 48}
+    del sizes["intermediate_size"]
+    positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4], "max_position_embeddings": 16}
+    chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
+    config = ReformerConfig(**{**sizes, **positions}, **chunks, attn_layers=["local", "lsh"], is_decoder=False)
+    return spread(ReformerForSequenceClassification(config))
+
+
+def wavlm():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    layers = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "classifier_proj_size": 16}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return spread(WavLMForSequenceClassification(WavLMConfig(**sizes, **layers, **positions, **NAMES)))
+
+
+def hooks_of(model) -> int:
+    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules())
+
+
+def logits_of(model, inputs, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, **options).logits
+
+
+# What the model never runs
+
+
+def test_a_site_that_is_read_past_its_layers_is_left_out_with_a_warning(caplog, tmp_path):
+    # WavLM hands the weights of its attention to a function and never calls the layers.
+    model = wavlm()
+    kinds = [site.kind for site in find_sites(model)]
+    assert sorted(kinds) == ["attention", "attention", "ffn", "ffn"]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".attention." in name}
+    with caplog.at_level(logging.WARNING, "nemo_hf"):
+        parent = make_parent(model)
+    assert "Got a model in which only ffn neurons were found; the rest stays whole." in caplog.messages
+    assert [site.kind for site in parent.sites] == ["ffn", "ffn"]
+    assert [entry["key"] for entry in parent.config.sites] == [site.key for site in parent.sites]
+    assert parent.config.law["status"] == "verified"
+    randomize_relevance(parent)
+    parent.save_pretrained(tmp_path)
+    module = parent.extract_module(["cat", "frog"])
+    cut = AutoModelForAudioClassification.from_pretrained(tmp_path, labels=["cat", "frog"], verify=True)
+    inputs = random_inputs(parent)
+    static = make_plan(parent, ["cat", "frog"]).static
+    expected = logits_of(parent, inputs, static_masks=static)[:, [0, 4]]
+    torch.testing.assert_close(logits_of(module, inputs), expected, atol=1e-5, rtol=0)
+    assert torch.equal(logits_of(cut, inputs), logits_of(module, inputs))
+    assert all(torch.equal(module.model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_model_none_of_whose_sites_run_is_refused():
+    model = wavlm()
+    logits_of(model, random_inputs(model))
+    before = hooks_of(model)  # of transformers' own
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"^Got model type 'wavlm', which reads the weights of 'wavlm.encoder.layers.0.attention' .* without calling",
+    ):
+        make_parent(model, NeMoConfig(targets=["attention"]))
+    assert hooks_of(model) == before
+
+
+class BranchedViTConfig(ViTConfig):
+    model_type = "branched-vit"
+
+
+class BranchedViT(ViTForImageClassification):
+    """Has a block that no input reaches, as text models with an image encoder have without images."""
+
+    config_class = BranchedViTConfig
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.side_branch = copy.deepcopy(self.vit.layers[0])
+
+
+def test_a_branch_that_the_inputs_don_t_reach_is_left_out_of_masks_and_files(registered, tmp_path):
+    registered(BranchedViTConfig, AutoModelForImageClassification, BranchedViT)
+    model = spread(BranchedViT(BranchedViTConfig(**IMAGE)))
+    keys = [site.key for site in find_sites(model)]
+    parent = make_parent(model)
+    assert len(keys) == 6
+    assert [site.key for site in parent.sites] == keys[:4]
+    assert parent.masks.relevance().keys() == set(keys[:4])
+    assert parent.config.law["status"] == "verified"
+    randomize_relevance(parent)
+    parent.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.sites == parent.sites
+    inputs = random_inputs(parent)
+    assert torch.equal(logits_of(loaded, inputs), logits_of(parent, inputs))
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
+    assert torch.equal(logits_of(cut, inputs), logits_of(parent.extract_module([0, 1]), inputs))
+    whole = {name: value for name, value in parent.model.state_dict().items() if "side_branch" in name}
+    assert all(torch.equal(cut.model.state_dict()[name], value) for name, value in whole.items())
+
+
+def test_a_parent_has_the_sites_that_its_file_names(vit, tmp_path):
+    # Masks of the second layer alone, as if the first were never called.
+    sites = find_sites(vit)[2:]
+    parent = attach_masks(vit, sites=sites).eval()
+    assert parent.sites == sites
+    randomize_relevance(parent)
+    parent.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.sites == sites
+    module = parent.extract_module([0, 1])
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
+    inputs = random_inputs(parent)
+    assert torch.equal(logits_of(cut, inputs), logits_of(module, inputs))
+    assert module.model.vit.layers[0].mlp.fc1.weight.shape == (48, 32)
+    assert module.model.vit.layers[1].mlp.fc1.weight.shape[0] < 48
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("targets", [["ffn"], ["attention", "ffn"]])
+def test_samples_that_are_not_in_the_first_dimension_are_refused(targets):
+    model = xlnet()
+    inputs = random_inputs(model)
+    expected = logits_of(model, inputs)
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"^Got model type 'xlnet', whose ffn neurons in 'transformer.layer.0.ff' can't be cut: "
+        r"the mask of one sample reaches the logits of another\. ",
+    ):
+        make_parent(model, NeMoConfig(targets=targets))
+    assert hooks_of(model) == 0
+    assert torch.equal(logits_of(model, inputs), expected)
+
+
+def test_a_model_whose_logits_differ_from_call_to_call_is_refused():
+    model = reformer()
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"^Got ReformerForSequenceClassification, whose logits differ from call to call in eval mode; expected",
+    ):
+        make_parent(model, NeMoConfig(targets=["ffn"]))
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_model_that_does_not_run_on_the_inputs_is_refused(vit, is_training):
+    vit.train(is_training)
+    with pytest.raises(
+        ValueError,
+        match=r"^Got ViTForImageClassification, which does not run on pixel_values of shape \(2, 3, 20, 20\): .*make_p",
+    ) as told:
+        make_parent(vit, inputs={"pixel_values": torch.zeros(2, 3, 20, 20)})
+    assert not isinstance(told.value, UnsupportedArchitectureError)  # other inputs may do
+    assert isinstance(told.value.__cause__, ValueError)
+    assert hooks_of(vit) == 0
+    assert vit.training == is_training
+
+
+def test_a_model_without_logits_is_refused(vit):
+    inner = vit.vit.forward
+    vit.forward = lambda **inputs: BaseModelOutput(last_hidden_state=inner(**inputs).last_hidden_state)
+    with pytest.raises(UnsupportedArchitectureError, match=r"\['last_hidden_state'\] and no logits; expected logits"):
+        make_parent(vit)
+    assert hooks_of(vit) == 0
+
+
+def spoiled(monkeypatch, is_spoiled, spoil) -> list[tuple[str, str]]:
+    """Lets cuts of some sites go wrong where they cut anything; returns the sites and back ends that were tried."""
+    tried, right = [], nemo_hf.extraction.site_cut
+
+    def wrong(site, keep, static=None):
+        cut = right(site, keep, static)
+        if {name: len(kept) for name, kept in keep.items()} == site.parts:
+            return cut
+        tried.append((site.key, site.back_end))
+        return spoil(site, cut) if is_spoiled(site) else cut
+
+    monkeypatch.setattr(nemo_hf.extraction, "site_cut", wrong)
+    return tried
+
+
+def off_by_a_little(site, cut):
+    """The same layers with an output projection that is not the parent's."""
+    layer = cut.layers[site.output]
+    factor = torch.full((64,), 1.01)
+    return replace(cut, layers={**cut.layers, site.output: replace(layer, input_scale=factor)})
+
+
+def not_at_all(site, cut):
+    raise RuntimeError("no such cut\nand more of it")
+
+
+@pytest.mark.parametrize("spoil", [off_by_a_little, not_at_all])
+def test_the_first_back_end_that_is_exact_is_taken(vit, monkeypatch, spoil):
+    def is_spoiled(site):
+        return site.kind == "attention" and "heads-kept" not in site.back_end
+
+    tried = spoiled(monkeypatch, is_spoiled, spoil)
+    parent = make_parent(vit)
+    assert {(site.kind, site.back_end) for site in parent.sites} == {
+        ("attention", "dense-heads-kept"),
+        ("ffn", "dense"),
+    }
+    assert [entry["back_end"] for entry in parent.config.sites] == [site.back_end for site in parent.sites]
+    assert parent.config.law["status"] == "verified"
+    attention = list(dict.fromkeys(name for key, name in tried if key.endswith("attention")))
+    assert attention == ["dense", "dense-rescaled", "dense-heads-kept"]  # and no other is tried
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(off_by_a_little, "expected at most .*"), (not_at_all, "no such cut")],
+    ids=["wrong", "failing"],
+)
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+def test_a_site_that_no_back_end_cuts_exactly_is_refused(vit, monkeypatch, spoil, reason, kind):
+    plain = copy.deepcopy(vit)
+    tried = spoiled(monkeypatch, lambda site: site.kind == kind, spoil)
+    other = "ffn" if kind == "attention" else "attention"
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=rf"^Got model type 'vit', whose {kind} neurons in 'vit.layers.0.*' can't be cut: no back end cuts them "
+        rf"exactly \(.*{reason}.*\)\. Leave them whole with NeMoConfig\(targets=\['{other}'\]\)\.$",
+    ):
+        make_parent(vit)
+    site = next(site for site in find_sites(plain) if site.kind == kind)
+    assert {name for key, name in tried if key == site.key} == {back_end.name for back_end in site.back_ends}
+    assert hooks_of(vit) == 0
+    inputs = random_inputs(vit)
+    assert torch.equal(logits_of(vit, inputs), logits_of(plain, inputs))
+    parent = make_parent(vit, NeMoConfig(targets=[other]))
+    assert parent.config.law["status"] == "verified"
+
+
+def test_the_only_kind_that_can_t_be_cut_has_no_other_to_leave(vit, monkeypatch):
+    spoiled(monkeypatch, lambda site: True, not_at_all)
+    with pytest.raises(UnsupportedArchitectureError, match=r"\. Choose another architecture\.$"):
+        make_parent(vit, NeMoConfig(targets=["ffn"]))
+
+
+# What is tried
+
+
+def test_layers_of_one_class_share_a_back_end(vit, monkeypatch):
+    # The second layer alone goes wrong: both take the back end that is right for both.
+    def is_spoiled(site):
+        return site.key == "vit.layers.1.attention:attention" and not site.cut_by.is_scattered
+
+    spoiled(monkeypatch, is_spoiled, off_by_a_little)
+    parent = make_parent(vit)
+    assert [site.back_end for site in parent.sites if site.kind == "attention"] == ["scatter", "scatter"]
+
+
+def test_samples_of_ones_own_are_tried_and_their_labels_are_left_out(vit):
+    seen = []
+    vit.register_forward_pre_hook(lambda layer, inputs, kwargs: seen.append(kwargs), with_kwargs=True)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    parent = make_parent(vit, inputs={"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])})
+    assert parent.config.law["samples"] == 3
+    assert all(torch.equal(call["pixel_values"], pixels) for call in seen)
+    assert all(call.get("labels") is None for call in seen)
+
+
+def test_one_sample_is_enough_to_try_a_model():
+    model = fresh("gpt2")
+    model.config.pad_token_id = None  # then it takes one text at a time
+    parent = make_parent(model)
+    assert parent.config.law["samples"] == 1
+    assert parent.config.law["status"] == "verified"
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_model_keeps_its_mode_and_its_weights(vit, is_training):
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    parent = make_parent(vit.train(is_training))
+    assert parent.training == parent.model.training == is_training
+    assert parent.model is vit
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parent.model.state_dict().items())
+
+
+def test_half_precision_is_tried_in_float32():
+    parent = make_parent(fresh("bert").to(torch.bfloat16))
+    assert parent.dtype == torch.bfloat16
+    assert parent.config.law["status"] == "verified"
+    assert {site.back_end for site in parent.sites} == {"dense"}
+
+
+def test_about_half_of_the_chosen_neurons_are_kept_and_all_others():
+    sites = find_sites(fresh("vit"))
+    chosen = {site.key for site in sites[1:]}
+    keep = random_keep(sites, chosen)
+    state = torch.get_rng_state()
+    again = random_keep(sites, chosen)
+    assert torch.equal(torch.get_rng_state(), state)
+    for site in sites:
+        assert all(torch.equal(again[site.key][name], kept) for name, kept in keep[site.key].items())
+        assert list(keep[site.key]) == list(site.parts)
+    assert {name: len(kept) for name, kept in keep[sites[0].key].items()} == sites[0].parts
+    for site in sites[1:]:
+        for name, size in site.parts.items():
+            kept = keep[site.key][name]
+            assert 0.2 * size < len(kept) < 0.8 * size
+            assert kept.tolist() == sorted(set(kept.tolist()))
+
+
+@pytest.mark.parametrize("family", ["vit", "llama"])
+def test_the_first_head_loses_its_values(family):
+    sites = find_sites(fresh(family), ["attention"])
+    keep = random_keep(sites, {site.key for site in sites})
+    for site in sites:
+        assert isinstance(site, AttentionSite)
+        assert keep[site.key]["value"].min() >= site.value_dim
+        # Frequencies belong to all heads; other q.k dimensions go with their head.
+        assert (keep[site.key]["query_key"].min() >= site.query_key_dims) == (family == "vit")
+
+
+def test_a_single_head_keeps_some_of_its_values():
+    site = find_sites(fresh("vit"), ["attention"])[0]
+    alone = replace(site, heads=1, key_value_heads=1, head_dim=32)
+    keep = random_keep([alone], {alone.key})
+    assert 8 < len(keep[alone.key]["value"]) < 24
+    assert 8 < len(keep[alone.key]["query_key"]) < 24
+
+
+def test_units_of_feed_forward_parts_have_no_heads():
+    sites = [site for site in find_sites(fresh("vit"), ["ffn"]) if isinstance(site, FeedForwardSite)]
+    keep = random_keep(sites, {sites[0].key})
+    assert keep[sites[1].key]["intermediate"].tolist() == list(range(48))
+    assert keep[sites[0].key]["intermediate"].min() < 8

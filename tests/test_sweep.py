@@ -1,0 +1,123 @@
+"""Every classification family of transformers: what the support table says is so, and none is silently wrong."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+DATA = json.loads((ROOT / "docs" / "supported_models.json").read_text())
+ROWS = {row["class"]: row for row in DATA["families"]}
+KINDS = ("attention", "ffn")
+
+ONE_OF_EACH_STRUCTURE = [
+    "AlbertForSequenceClassification",  # one layer at all depths
+    "BloomForSequenceClassification",  # q, k and v of a head side by side
+    "ConvNextV2ForImageClassification",  # response norm between the projections
+    "DebertaV2ForSequenceClassification",  # relative positions through the same projections
+    "DeepseekV3ForSequenceClassification",  # latent attention, routed experts
+    "GPTNeoForSequenceClassification",  # no softmax scale
+    "MraForSequenceClassification",  # attention without effect
+    "ModernBertForSequenceClassification",  # fused q, k, v and fused GLU
+    "Qwen3ForSequenceClassification",  # norms of q and k
+    "Qwen3NextForSequenceClassification",  # a gate beside q, layers without attention
+    "ReformerForSequenceClassification",  # random hashing
+    "ResNetForImageClassification",  # convolutions alone
+    "SegformerForImageClassification",  # stages, depthwise convolution between the projections
+    "Swinv2ForImageClassification",  # cosine attention
+    "T5ForSequenceClassification",  # encoder and decoder, position biases by head
+    "WavLMForSequenceClassification",  # weights read without a call
+    "WhisperForAudioClassification",  # features instead of waveforms
+    "XLNetForSequenceClassification",  # samples in the second dimension
+]
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """The script that makes the table, as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("families", BENCHMARKS / "families.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        yield script
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def assert_sound(row: dict) -> None:
+    """A class that is supported is so in every respect that was tried; another has its reason."""
+    if row["status"] != "supported":
+        assert row["whole"] if row["status"] == "refused" else row["remark"]
+        assert not any(kind in row for kind in KINDS)
+        return
+    for kind in KINDS:
+        assert kind in row or row["whole"][kind], kind
+        assert kind not in row or row[kind]["effect"] > 100 * row[kind]["tolerance"], kind
+    assert row["module"]["difference"] <= row["module"]["tolerance"]
+    assert row["module"]["difference_after_loading"] == 0
+    assert row["module"]["difference_when_cut_on_load"] == 0
+    assert row["module"]["parameters"] < 1
+    assert len(row["training"]["losses"]) == 2
+    assert all(math.isfinite(loss) for loss in row["training"]["losses"])
+    assert row["training"]["generators_moved"] > 0.5
+
+
+def assert_same(found: dict, written: dict) -> None:
+    assert_sound(found)
+    assert found["status"] == written["status"]
+    assert found.get("whole") == written.get("whole")
+    for kind in KINDS:
+        parts = [row.get(kind, {}) for row in (found, written)]
+        assert [part.get("back_ends") for part in parts] == [parts[1].get("back_ends")] * 2, kind
+        assert [part.get("neurons") for part in parts] == [parts[1].get("neurons")] * 2, kind
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ONE_OF_EACH_STRUCTURE)
+def test_one_family_of_each_structure_is_as_written(sweep, name):
+    written = ROWS[name]
+    assert_same(sweep.check(written["task"], written["model_type"], name), written)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_all_families_are_as_written(sweep):
+    assert DATA["made_with"]["transformers"] == transformers.__version__
+    torch.set_num_threads(1)
+    classes = list(sweep.families())
+    assert {name for _, _, name in classes} == set(ROWS)
+    wrong = []
+    for task, model_type, name in classes:
+        if ROWS[name]["status"] == "not built" or name in ONE_OF_EACH_STRUCTURE:
+            continue
+        try:
+            assert_same(sweep.check(task, model_type, name), ROWS[name])
+        except AssertionError as error:
+            wrong.append(f"{name}: {str(error).splitlines()[0]}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_what_is_written_is_sound(name):
+    assert_sound(ROWS[name])
+
+
+def test_the_table_is_that_of_the_data(sweep):
+    assert (ROOT / "docs" / "supported_models.md").read_text() == sweep.rendered(DATA)
+
+
+def test_most_families_are_supported(sweep):
+    by_family = {row["model_type"]: row for row in DATA["families"]}
+    assert len(by_family) == 180
+    supported = [row for row in by_family.values() if row["status"] == "supported"]
+    dense = [row for row in supported if "attention" in row and "scatter" not in str(row["attention"]["back_ends"])]
+    assert sum("ffn" in row for row in supported) >= 114
+    assert sum("attention" in row for row in supported) >= 109
+    assert len(dense) >= 57
