@@ -214,12 +214,12 @@ def test_a_class_that_is_not_registered_is_refused():
 
 def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     source = (Path(__file__).parents[1] / "examples" / "custom_model.py").read_text()
-    start, end = source.index("class PatchConfig"), source.index("AutoConfig.register")
+    start, end = source.index("class RowsConfig"), source.index("AutoConfig.register")
     code = "import torch\nfrom torch import Tensor, nn\nfrom transformers import PreTrainedConfig, PreTrainedModel\n"
     code += "from transformers.modeling_outputs import ImageClassifierOutput\n\n\n" + source[start:end]
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "rows.py").write_text(code)
-    auto_map = {"AutoConfig": "rows.PatchConfig", "AutoModelForImageClassification": "rows.RowsForImageClassification"}
+    auto_map = {"AutoConfig": "rows.RowsConfig", "AutoModelForImageClassification": "rows.RowsForImageClassification"}
     config = {"model_type": "row_classifier_remote", "auto_map": auto_map, "id2label": dict(enumerate(LABELS))}
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     loaded = AutoConfig.from_pretrained(tmp_path / "plain", trust_remote_code=True)

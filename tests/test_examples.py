@@ -119,3 +119,11 @@ def test_train_command_and_evaluate_command(text_folder, tmp_path, capsys, monke
 def test_examples_are_short():
     for script in ("train_image_classification.py", "train_text_classification.py"):
         assert len((ROOT / "examples" / script).read_text().splitlines()) <= 120
+
+
+def test_the_custom_model_comes_apart(tmp_path):
+    printed = run("custom_model.py", "--output_dir", str(tmp_path / "out"), cwd=tmp_path)
+    assert '"query": "body.*.asks"' in printed
+    assert "'body.0.back:ffn': 'dense'" in printed
+    assert "['0', '1'] cut on load" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -227,7 +227,7 @@ def test_soft_masks_in_half_precision_are_refused(bert):
 
 
 def test_a_scale_that_forward_recomputes_is_found_out_and_made_up_for():
-    """Where the softmax scale follows the head width, dense cuts alone are silently wrong (MPNet, transformers 5.23)."""
+    """Where the softmax scale follows the head width, dense cuts are silently wrong unless q takes it up (MPNet)."""
     from transformers import MPNetConfig, MPNetForSequenceClassification
 
     torch.manual_seed(0)

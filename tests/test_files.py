@@ -149,7 +149,9 @@ def test_a_missing_tensor_is_named(tmp_path):
 @pytest.mark.parametrize("shape", [(5, 6), (4, 5), (4,), (4, 6, 1)])
 def test_a_tensor_of_another_shape_is_named_with_both(tmp_path, shape):
     weights = saved(tmp_path)
-    weights.check_shapes({"weight": (4, 6)})
+    weights.check_shapes({"weight": (4, 6), "bias": (4,)})
+    with pytest.raises(ValueError, match=r"^Got weights .* 1 unexpected tensors, such as 'bias'; expected exactly"):
+        weights.check_shapes({"weight": (4, 6)})
     expected = re.escape(str(shape))
     with pytest.raises(ValueError, match=rf"^Got the tensor 'weight' of shape \(4, 6\) in .*; expected {expected}\. "):
         weights.check_shapes({"weight": shape})

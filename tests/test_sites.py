@@ -126,6 +126,13 @@ def test_the_rotated_share_of_latent_attention_is_no_neuron():
     assert site.value_dim == 8
 
 
+def test_what_latent_attention_does_not_rotate_is_tied_to_nothing():
+    # The angles turn the other share; these dimensions belong to their heads, and 6 may as well be odd.
+    site = found("deepseek_v3", "attention")
+    assert not site.is_rotary
+    assert site.parts == {"query_key": 24, "value": 32}
+
+
 @pytest.mark.parametrize(("factor", "told"), [(1.0, (True, False)), (0.5, (False, True))], ids=["whole", "partial"])
 def test_heads_that_are_rotated_in_part_are_only_gated(factor, told):
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}

@@ -172,13 +172,13 @@ class WeightFiles:
                     self._stored_names[name] = other
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
-        """Checks from the files' headers that all tensors are there with the right shapes.
+        """Checks from the files' headers that just these tensors are there with the right shapes.
 
         Args:
             expected: Shape by name of the tensor.
 
         Raises:
-            ValueError: If a tensor is missing or has another shape.
+            ValueError: If a tensor is missing, unexpected or has another shape.
         """
         for name, shape in expected.items():
             if name not in self._files:
@@ -192,6 +192,12 @@ class WeightFiles:
                     f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
                     "The weights and config.json are not of the same model: save or download them again."
                 )
+        strange = sorted(set(self._files) - set(expected))
+        if strange:
+            raise ValueError(
+                f"Got weights of {str(self._source)!r} with {len(strange)} unexpected tensors, such as {strange[0]!r}; "
+                "expected exactly those of the configuration. Save or download the parent again."
+            )
 
     def read(self, name: str, cut: TensorCut | None = None) -> Tensor:
         """Reads a tensor, or only the kept rows and columns of it.

@@ -69,11 +69,14 @@ class NeMoPreTrainedModel(PreTrainedModel):
         is_new = base_model is None
         self.model: PreTrainedModel = _build_base(config) if base_model is None else base_model
         self.processor_files: dict[str, bytes] = {}
+        self.changed_attributes: list[tuple[Any, str, Any]] = []
+        """Attributes of the plain model that are changed while it has masks: owner, name and value before."""
         self.report: dict[str, Any] | None = None
         """What was measured of these weights; it is saved beside them."""
         self.main_input_name = self.model.main_input_name
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
-        self.sites = self._chosen_sites(model_sites(self.model, nemo_config))
+        found = model_sites(self.model, nemo_config)
+        self.sites = found if config.sites is None and not is_new else self._chosen_sites(found)
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)
         self.masks: NeuronMasks | None = None
         if config.role == "module":
@@ -119,13 +122,14 @@ class NeMoPreTrainedModel(PreTrainedModel):
 
     def _chosen_sites(self, found: Sequence[NeuronSite]) -> list[NeuronSite]:
         """Those of a model's sites that the configuration names, with the back ends that it says."""
-        if self.config.sites is None and self.config.role == "parent":
-            return list(found)
-        back_ends = {entry["key"]: entry["back_end"] for entry in self.config.sites or []}
-        if not back_ends or not set(back_ends) <= {site.key for site in found}:
+        entries = self.config.sites or []
+        is_list = all(isinstance(entry, dict) and {"key", "back_end"} <= set(entry) for entry in entries)
+        back_ends = {entry["key"]: entry["back_end"] for entry in entries} if is_list else {}
+        if not entries or len(back_ends) < len(entries) or not set(back_ends) <= {site.key for site in found}:
+            got = sorted(back_ends) if len(back_ends) == len(entries) else entries
             raise ValueError(
-                f"Got a config.json with the sites {sorted(back_ends)}; expected some of {[s.key for s in found]}. "
-                "It belongs to another base model or version: save the model again."
+                f"Got a config.json with the sites {got!r}; expected some of {[s.key for s in found]}, each once with "
+                "its back end. It belongs to another base model or version: save the model again."
             )
         return with_back_ends([site for site in found if site.key in back_ends], back_ends)
 
@@ -189,6 +193,8 @@ class NeMoPreTrainedModel(PreTrainedModel):
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
         self._parent_masks().detach()
         self.masks = None
+        for owner, name, value in self.changed_attributes:
+            setattr(owner, name, value)
         plain: PreTrainedModel = self.model
         return plain
 

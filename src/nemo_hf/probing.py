@@ -72,7 +72,7 @@ def make_parent(
     try:
         _find_back_ends(parent, inputs)
         _check_samples(parent, inputs)
-    except UnsupportedArchitectureError:
+    except Exception:
         parent.detach_masks()
         raise
     kinds = {site.kind for site in parent.sites}
@@ -234,7 +234,7 @@ def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: M
 
 
 def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:
-    other = [kind for kind in parent.nemo_config.targets if kind != site.kind]
+    other = sorted({other.kind for other in parent.sites} - {site.kind})
     model_type = getattr(parent.config.base_config, "model_type", "?")
     return UnsupportedArchitectureError(
         f"Got model type {model_type!r}, whose {site.kind} neurons in {site.name!r} can't be cut: {reason}. "

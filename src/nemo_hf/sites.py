@@ -209,7 +209,7 @@ def _attention_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> Ite
     for latent in LATENT_PROJECTIONS:
         layers = _linear_children(model, name, latent)
         if layers and (rows := latent_rows(model, layers, layer, output)):
-            yield attention_site(model, name, output, rows)
+            yield attention_site(model, name, output, rows, is_rotary=False)
             return
     for fused, layout in FUSED_PROJECTIONS.items():
         layers = _linear_children(model, name, (fused,))

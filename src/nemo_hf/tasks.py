@@ -165,9 +165,7 @@ def attach_masks(
     names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
     names = names or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
-    if getattr(base_config, "use_cache", False):
-        base_config.use_cache = False  # a classifier reads no cache
-    _stop_layer_drop(model)
+    changed = _stop_cache_and_layer_drop(model)
     config = NeMoModelConfig(
         base_config=base_config,
         base_class=type(model).__name__,
@@ -181,6 +179,7 @@ def attach_masks(
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )
     parent = TASK_CLASSES[task_of(type(model))](config, model)
+    parent.changed_attributes = changed
     assert parent.masks is not None
     parent.masks.to(model.device)
     parent.set_sites(parent.sites)
@@ -188,12 +187,22 @@ def attach_masks(
     return parent
 
 
-def _stop_layer_drop(model: PreTrainedModel) -> None:
-    """Switches LayerDrop off: a layer that is skipped at random has no masks to learn from in that step."""
+def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
+    """Switches off what masks can't live with; returns owner, name and value before of each attribute.
+
+    A classifier reads no cache; a layer that LayerDrop skips at random has no masks to learn from in that step.
+    """
+    changed: list[tuple[Any, str, Any]] = []
+    if getattr(model.config, "use_cache", False):
+        changed.append((model.config, "use_cache", True))
+        model.config.use_cache = False
     for owner in (model.config, *model.modules()):
         for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-            if isinstance(getattr(owner, name, None), float):
+            value = getattr(owner, name, None)
+            if isinstance(value, float) and value > 0:
+                changed.append((owner, name, value))
                 setattr(owner, name, 0.0)
+    return changed
 
 
 TASK_CLASSES = {
