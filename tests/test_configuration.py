@@ -165,3 +165,14 @@ def test_labels_without_names_are_numbered(tmp_path):
 
 def test_labels_with_names_keep_them(vit):
     assert list(attach_masks(vit).config.names.values()) == LABELS
+
+
+def test_a_class_of_the_same_name_as_another_is_refused(vit):
+    """A file names the class: another one of that name would be loaded in its place."""
+
+    class Impostor(type(vit)):
+        pass
+
+    Impostor.__name__ = type(vit).__name__
+    with pytest.raises(UnsupportedArchitectureError, match="which this name stands for in files"):
+        make_parent(Impostor(vit.config))

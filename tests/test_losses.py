@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nemo_hf.config import OBJECTIVES
 from nemo_hf.losses import (
+    authors_contrastive_loss,
+    cohesion_coupling_loss,
     contrastive_loss,
     cosine_similarities,
+    mask_objective,
     nemo_loss,
     restricted_cross_entropy,
     site_masks,
     sparsity_loss,
+    specific_cross_entropy,
 )
 
 GROUPS = torch.tensor([0, 1, 0, 2, 1, 0, 3])  # the groups 2 and 3 have one sample: anchors without a positive
@@ -172,3 +177,74 @@ def test_similarities_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = cosine_similarities(mask)
     assert torch.equal(got, cosine_similarities(mask))
+
+
+def similarities_of(mask):
+    unit = mask / (mask.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    return [[float(a @ b) for b in unit] for a in unit]
+
+
+def test_the_loss_of_mwt_is_that_of_a_double_loop():
+    groups = [0, 1, 0, 2, 1]
+    masks = [torch.rand(5, width, generator=torch.Generator().manual_seed(width)) for width in (4, 9)]
+    terms = []
+    for similar in map(similarities_of, masks):
+        pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+        within = [similar[i][j] for i, j in pairs if groups[i] == groups[j]]
+        between = [similar[i][j] for i, j in pairs if groups[i] != groups[j]]
+        terms.append(1 - sum(within) / len(within) + 0.7 * sum(between) / len(between))
+    loss = cohesion_coupling_loss(masks, torch.tensor(groups), 0.7)
+    assert loss.item() == pytest.approx(sum(terms) / 2, rel=1e-5)
+
+
+def test_the_authors_loss_counts_left_out_pairs_as_one_and_a_sample_as_its_own_positive():
+    groups = [0, 1, 0, 2]
+    mask = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    similar = similarities_of(mask)
+    expected = []
+    for i in range(4):
+        inside = sum(math.exp(similar[i][j] / 0.2) if groups[i] == groups[j] else 1.0 for j in range(4))
+        outside = sum(math.exp(similar[i][j] / 0.2) if groups[i] != groups[j] else 1.0 for j in range(4))
+        expected.append(-math.log(inside / (inside + outside)))
+    loss = authors_contrastive_loss([mask], torch.tensor(groups), 0.2)
+    assert loss.item() == pytest.approx(sum(expected) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_objective_is_the_loss_of_its_name(objective):
+    groups, mask = torch.tensor([0, 1, 0]), torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
+    losses = {
+        "contrastive": contrastive_loss([mask], groups, 0.3),
+        "contrastive-authors": authors_contrastive_loss([mask], groups, 0.3),
+        "cohesion-coupling": cohesion_coupling_loss([mask], groups, 2.0),
+    }
+    assert torch.equal(mask_objective(objective, [mask], groups, 0.3, 2.0), losses[objective])
+
+
+def test_a_batch_that_runs_as_a_module_is_right_on_its_labels_and_even_on_others():
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    labels = torch.tensor([0, 3, 1, 4, 2, 0])
+    in_module = torch.tensor([True, False, False, True, False])
+    total = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        own = [0, 3] if label in (0, 3) else [1, 2, 4]
+        log_sum = math.log(sum(math.exp(row[j]) for j in own))
+        if label in (0, 3):
+            total += log_sum - row[label]
+        else:
+            total += 0.4 * (sum(log_sum - row[j] for j in own) / 3 - math.log(3))
+    loss = specific_cross_entropy(logits, labels, in_module, 0.4)
+    assert loss.item() == pytest.approx(total / 6, rel=1e-5)
+    even = torch.zeros(2, 5)
+    assert specific_cross_entropy(even, torch.tensor([1, 2]), in_module, 1.0).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [1, 2]], ids=["own alone", "others alone"])
+def test_a_batch_of_one_kind_has_a_finite_loss(labels):
+    logits = torch.randn(2, 5, requires_grad=True)
+    in_module = torch.tensor([True, False, False, True, False])
+    loss = specific_cross_entropy(logits, torch.tensor(labels), in_module, 1.0, label_smoothing=0.1)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().sum() > 0

@@ -22,8 +22,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from nemo_hf import NeMoConfig, nemo_loss
+from nemo_hf.generators import MaskGenerator
 from nemo_hf.inputs import random_inputs
-from nemo_hf.masking import MaskGenerator, build_masks, default_rank
+from nemo_hf.masking import build_masks, default_rank
 from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows, with_back_ends
 from nemo_hf.sites import find_sites
 from nemo_hf.tasks import attach_masks

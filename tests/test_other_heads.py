@@ -205,7 +205,7 @@ def test_a_rehearsed_step_runs_every_sample_as_the_module(tmp_path, monkeypatch)
         assert torch.equal(seen["static_masks"][mask.site.key] > 0, opened)
     allowed = torch.zeros(5, dtype=torch.bool).index_fill(0, rehearsed, True)
     task = restricted_binary_cross_entropy(output.logits, batch["labels"], allowed)
-    terms = trainer._mask_terms(output.neuron_masks, batch["labels"] > 0, task)
+    terms = trainer._mask_terms(output.neuron_masks, batch["labels"], task)
     assert loss.item() == pytest.approx((task + terms).item(), rel=1e-5)
 
 
@@ -282,3 +282,27 @@ def test_regression_is_refused_with_the_reason():
         model = BertForSequenceClassification(BertConfig(**text, **options))
         with pytest.raises(ValueError, match="expected single-label or multi-label classification with at least 2"):
             make_parent(model)
+
+
+@pytest.mark.parametrize("has_several", [True, False])
+def test_labels_of_the_other_kind_are_refused(tmp_path, has_several):
+    model = several_labels_vit() if has_several else fresh("vit")
+    samples = image_samples(12) if has_several else several_label_samples(12)
+    expected = f"expected {'a list' if has_several else 'an id'}, as the model's problem_type says"
+    trainer = trainer_of(model, samples, tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        trainer.train()
+    batch = batches(samples)
+    with pytest.raises(ValueError, match=expected):
+        compute_relevance(trainer.parent, batch, show_progress=False)
+    with pytest.raises(ValueError, match=expected):
+        evaluate_module(trainer.parent, ["cat", "dog"], batch, show_progress=False)
+    with pytest.raises(ValueError, match=expected):
+        trainer.parent(**batch[0])
+
+
+def test_whole_numbers_serve_as_yes_and_no():
+    parent = make_parent(several_labels_vit()).eval()
+    batch = batches(several_label_samples(8))[0]
+    expected = parent(**batch).loss
+    assert torch.equal(parent(**{**batch, "labels": batch["labels"].long()}).loss, expected)

@@ -11,6 +11,10 @@ from torch import nn
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     ReformerConfig,
     ReformerForSequenceClassification,
     ViTConfig,
@@ -28,7 +32,7 @@ from nemo_hf.extraction import make_plan
 from nemo_hf.inputs import random_inputs
 from nemo_hf.neurons import AttentionSite, FeedForwardSite
 from nemo_hf.probing import random_keep
-from nemo_hf.sites import find_sites
+from nemo_hf.sites import find_heads, find_sites
 from nemo_hf.tasks import attach_masks
 
 
@@ -307,7 +311,8 @@ def test_samples_of_ones_own_are_tried_and_their_labels_are_left_out(vit):
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     parent = make_parent(vit, inputs={"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])})
     assert parent.config.law["samples"] == 3
-    assert all(torch.equal(call["pixel_values"], pixels) for call in seen)
+    orders = [torch.stack([(call["pixel_values"] == image).flatten(1).all(1) for image in pixels]) for call in seen]
+    assert all(torch.equal(order.sum(0), torch.ones(3, dtype=torch.long)) for order in orders)  # just these samples
     assert all(call.get("labels") is None for call in seen)
 
 
@@ -377,3 +382,31 @@ def test_units_of_feed_forward_parts_have_no_heads():
     keep = random_keep(sites, {sites[0].key})
     assert keep[sites[1].key]["intermediate"].tolist() == list(range(48))
     assert keep[sites[0].key]["intermediate"].min() < 8
+
+
+def test_fresh_weights_do_not_hide_what_reads_all_units():
+    """A new response norm multiplies by 0; trained, it mixes all units."""
+    config = ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32, **NAMES)
+    parent = make_parent(ConvNextV2ForImageClassification(config).eval())
+    assert {site.back_end for site in parent.sites} == {"scatter-gated"}
+
+
+def test_soft_masks_that_shared_positions_would_take_twice_are_refused():
+    config = DebertaV2Config(
+        **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, max_relative_positions=8
+    )
+    make_parent(DebertaV2ForSequenceClassification(config), NeMoConfig(hard_masks=True))
+    with pytest.raises(UnsupportedArchitectureError, match="deberta-v2"):
+        make_parent(DebertaV2ForSequenceClassification(config), NeMoConfig(hard_masks=False))
+
+
+def test_a_layer_before_the_head_with_as_many_outputs_is_not_the_head(vit):
+    vit.classifier = nn.Sequential(nn.Linear(32, 5), nn.GELU(), nn.Linear(5, 5))
+    assert find_heads(vit, 5) == ["classifier.2"]
+
+
+def test_described_sites_that_only_gates_make_exact_are_told(vit, caplog):
+    layer = "vit.layers.*.attention"
+    odd = {"kind": "ffn", "producers": [f"{layer}.q_proj"], "output": f"{layer}.o_proj"}
+    make_parent(vit, NeMoConfig(sites=[odd]))
+    assert "look for a layer in the wrong place" in caplog.text

@@ -9,7 +9,7 @@ import nemo_hf
 
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
-    ("config", "neurons", "inputs", "losses", "model_card"),
+    ("config", "neurons", "generators", "inputs", "losses", "model_card"),
     ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics"),
     ("sites", "weights", "loading"),
     ("described", "files"),

@@ -53,6 +53,7 @@ def sweep():
 
 def assert_sound(row: dict) -> None:
     """A class that is supported is so in every respect that was tried; another has its reason."""
+    assert row.get("same_when_fresh", True)
     if row["status"] != "supported":
         assert row["whole"] if row["status"] == "refused" else row["remark"]
         assert not any(kind in row for kind in KINDS)

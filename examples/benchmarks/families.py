@@ -65,6 +65,11 @@ def attach(model: PreTrainedModel) -> tuple:
     return None, reasons
 
 
+def cut_by(parent) -> dict[str, str]:
+    """How each site is cut."""
+    return {} if parent is None else {site.key: site.back_end for site in parent.sites}
+
+
 def whole(model: PreTrainedModel, parent, reasons: dict[str, str]) -> dict[str, str]:
     """Why each kind of neurons that is not cut stays whole."""
     remarks = {"ffn": "experts in one tensor, to which tokens of all samples go"} if has_experts(model) else {}
@@ -153,6 +158,8 @@ def check(task: str, model_type: str, class_name: str) -> dict:
         if all(kind["effect"] > 100 * kind["tolerance"] for kind in found.values()):
             break
     row.update(whole=whole(model, parent, reasons), spread=spread)
+    fresh, _ = attach(tiny_model(model_type, class_name, spread=None))
+    row["same_when_fresh"] = cut_by(fresh) == cut_by(parent)
     if parent is None:
         return {**row, "status": "refused"}
     for kind, effect in found.items():

@@ -58,19 +58,19 @@ def arguments(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -> d
     return {**given, **{name: value for name, value in own.items() if not isinstance(value, dict) or name not in given}}
 
 
-def tiny_model(model_type: str, class_name: str, spread: float = 0.15) -> PreTrainedModel:
+def tiny_model(model_type: str, class_name: str, spread: float | None = 0.15) -> PreTrainedModel:
     """A tiny model with random weights, larger than at initialisation, so that masks move its logits.
 
     Args:
         model_type: The family.
         class_name: One of its classes.
-        spread: Standard deviation of matrices; vectors have twice that.
+        spread: Standard deviation of matrices; vectors have twice that. `None` leaves the family's own weights.
 
     Returns:
         The model in eval mode.
     """
     torch.manual_seed(0)
     model = getattr(transformers, class_name)(tiny_config(model_type))
-    for parameter in model.parameters():
+    for parameter in model.parameters() if spread is not None else ():
         torch.nn.init.normal_(parameter, std=spread if parameter.ndim > 1 else 2 * spread)
     return model.eval()

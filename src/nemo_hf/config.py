@@ -13,6 +13,7 @@ SITE_KEYS = {
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
 """What describes a site of one's own: needed keys, and others that may be given."""
+OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling")
 LAYOUTS = ("one after another", "by key/value head")
 LabelLike = int | str
 
@@ -28,9 +29,16 @@ class NeMoConfig:
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank whose
             generators stay within 10 % of the base model's parameters (6 % from hidden size 384 up),
             at most 64.
-        contrastive_weight: Weight of the contrastive loss over masks [alpha], at least 0.
+        objective: Which loss pulls the masks of one group together and those of others apart:
+            `"contrastive"`, `"contrastive-authors"` (the NeMo authors' code, a baseline: see
+            `losses.authors_contrastive_loss`) or `"cohesion-coupling"` (MwT, arXiv 2306.09376).
+        contrastive_weight: Weight of that loss [alpha], at least 0.
+        coupling_weight: Weight of coupling relative to cohesion under `"cohesion-coupling"` [MwT's beta / alpha].
         temperature: Temperature of the contrastive loss [tau], above 0.
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper], at least 0.
+        retention_target: Share of all neurons, in (0, 1], that the module of one group shall keep on
+            average. `sparsity_weight` is then only where the weight starts; it rises while modules are
+            larger and falls while they are smaller. `None` keeps the weight.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
             values in [0, 1).
         detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks
@@ -41,6 +49,9 @@ class NeMoConfig:
             `sparsity_weight` grow linearly from 0, and before whose end no module is rehearsed.
         rehearsal_probability: Share of the optimizer steps, in [0, 1], in which a random set of groups
             is trained as the module that it would become [p].
+        specificity_weight: In a rehearsed step the samples of other groups run as that module too, and
+            this weighs how far its answers to them, among their own labels, are from even: 0 leaves them
+            out. Modules of other labels then know less of these, at a price in the parent's accuracy.
         relevance_threshold: Share of a group's samples, in (0, 1], that must open a neuron for the
             group's modules to keep it [theta]. Rehearsal and extraction both use it.
         label_groups: Which labels form a group: a mapping of group name to label names or ids. `None`
@@ -53,7 +64,8 @@ class NeMoConfig:
             "output": ...}`. Attention: `{"kind": "attention", "query": ..., "key": ..., "value": ...,
             "output": ..., "heads": 12}`, or `"fused": ...` with `"layout"` (`"one after another"`, the
             default, or `"by key/value head"`) in place of the three. Optional: `layer`, the attention layer
-            whose attribute holds the width of a head, and `pooled`, the layer whose input is pooled.
+            whose attribute holds the width of a head; `is_rotary`, whether q and k are rotated as a whole;
+            and `pooled`, the layer whose input is pooled.
             `nemo-hf inspect --propose` and `propose_sites` write such descriptions.
 
     Raises:
@@ -67,14 +79,18 @@ class NeMoConfig:
 
     targets: Sequence[str] = TARGETS
     generator_rank: int | None = None
+    objective: str = "contrastive"
     contrastive_weight: float = 0.5
+    coupling_weight: float = 1.0
     temperature: float = 0.2
     sparsity_weight: float = 0.2
+    retention_target: float | None = None
     hard_masks: bool = True
     detach_pooled: bool = True
     mask_learning_rate: float | None = None
     warmup_ratio: float = 0.1
     rehearsal_probability: float = 0.5
+    specificity_weight: float = 0.0
     relevance_threshold: float = 0.5
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None
     group_column: str | None = None
@@ -85,14 +101,9 @@ class NeMoConfig:
         rank = self.generator_rank
         if rank is not None and (not _is_number(rank, integer=True) or rank < 1):
             raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more. Choose another.")
-        for name in ("contrastive_weight", "sparsity_weight"):
-            self._check_range(name, 0, float("inf"))
-        for name in ("warmup_ratio", "rehearsal_probability"):
-            self._check_range(name, 0, 1)
-        self._check_range("temperature", 0, float("inf"), open_below=True)
-        self._check_range("relevance_threshold", 0, 1, open_below=True)
-        if self.mask_learning_rate is not None:
-            self._check_range("mask_learning_rate", 0, float("inf"))
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"Got objective={self.objective!r}; expected one of {list(OBJECTIVES)}. Choose another.")
+        self._check_numbers()
         for name in ("hard_masks", "detach_pooled"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
@@ -101,6 +112,18 @@ class NeMoConfig:
             if isinstance(self.sites, (str, Mapping)) or not isinstance(self.sites, Sequence) or not self.sites:
                 raise TypeError(f"Got sites={self.sites!r}; expected a list of descriptions, or None to find them.")
             self.sites = [_checked_site(site) for site in self.sites]
+
+    def _check_numbers(self) -> None:
+        for name in ("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"):
+            self._check_range(name, 0, float("inf"))
+        for name in ("warmup_ratio", "rehearsal_probability"):
+            self._check_range(name, 0, 1)
+        self._check_range("temperature", 0, float("inf"), open_below=True)
+        self._check_range("relevance_threshold", 0, 1, open_below=True)
+        if self.mask_learning_rate is not None:
+            self._check_range("mask_learning_rate", 0, float("inf"))
+        if self.retention_target is not None:
+            self._check_range("retention_target", 0, 1, open_below=True)
 
     def _check_targets(self) -> None:
         if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
@@ -201,6 +224,8 @@ def _checked_site(site: Any) -> dict[str, Any]:
             "Correct the description; `nemo-hf inspect --propose` writes ones that are right."
         )
     heads, producers = site.get("heads"), site.get("producers", ["-"])
+    if not isinstance(site.get("is_rotary", True), bool):
+        raise ValueError(f"Got is_rotary={site['is_rotary']!r} in the site {dict(site)!r}; expected True or False.")
     if heads is not None and (not _is_number(heads, integer=True) or heads < 1):
         raise ValueError(f"Got heads={heads!r} in the site {dict(site)!r}; expected a positive integer.")
     if site.get("layout", LAYOUTS[0]) not in LAYOUTS:

@@ -121,13 +121,13 @@ def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrained
     Raises:
         UnsupportedArchitectureError: If there is none.
     """
-    found = getattr(transformers, name, None)
-    if inspect.isclass(found) and issubclass(found, PreTrainedModel):
-        return found
     for mapping in MAPPINGS.values():
         for candidate in _registered(mapping, type(base_config)):
             if candidate.__name__ == name:
                 return candidate
+    found = getattr(transformers, name, None)
+    if inspect.isclass(found) and issubclass(found, PreTrainedModel):
+        return found
     kind = type(base_config).__name__
     raise UnsupportedArchitectureError(
         f"Got the model class {name!r}; expected one of transformers {transformers.__version__} or one that is "

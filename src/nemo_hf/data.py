@@ -119,6 +119,26 @@ def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: b
     check_label_counts(counts.tolist(), names)
 
 
+def check_label_shape(labels: torch.Tensor, has_several: bool) -> None:
+    """Refuses a batch whose labels are not of the kind that the model is for.
+
+    Args:
+        labels: Labels of a batch.
+        has_several: Whether a sample may have several labels.
+
+    Raises:
+        ValueError: Naming the option that says so.
+    """
+    if (labels.ndim == 2) != has_several:
+        kind = "a list of zeros and ones" if labels.ndim == 2 else "one label id"
+        problem = "multi_label_classification" if labels.ndim == 2 else "single_label_classification"
+        raise ValueError(
+            f"Got labels of shape {tuple(labels.shape)}, {kind} a sample; expected "
+            f"{'a list' if has_several else 'an id'}, "
+            f"as the model's problem_type says. Load the model with problem_type={problem!r}."
+        )
+
+
 def _check_label_lists(labels: Sequence[Any], names: Mapping[int, str]) -> None:
     for value in labels:
         if not isinstance(value, Sequence) or len(value) != len(names) or not set(value) <= {0, 1}:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .config import LabelLike
+from .data import check_label_shape
 from .extraction import extract_module, make_plan
 from .inputs import random_inputs
 from .law import as_saved
@@ -210,6 +211,7 @@ def _count_right(
                 f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
             )
         labels = batch["labels"].to(parent.device)
+        check_label_shape(labels, parent.config.has_several_labels)
         has_several = parent.config.has_several_labels
         chosen = torch.ones(len(labels), dtype=torch.bool) if has_several else torch.isin(labels, wanted)
         if not chosen.any():

@@ -1,5 +1,6 @@
 """The losses of modularizing training, as pure tensor functions."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -88,6 +89,73 @@ def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float
     return -(per_anchor * has_positive).sum(-1).mean() / has_positive.sum().clamp(min=1)
 
 
+def authors_contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float = 0.2) -> Tensor:
+    """The contrastive loss as the NeMo authors' code computes it: a baseline to compare with, not to use.
+
+    It sets the similarity of pairs that a sum leaves out to 0 before `exp`, so that each still adds 1 to the
+    sum, and counts a sample as its own positive: masks that are closed everywhere score well.
+
+    Args:
+        masks: As in `contrastive_loss`. `groups` and `temperature` likewise.
+        groups: As in `contrastive_loss`.
+        temperature: As in `contrastive_loss`.
+
+    Returns:
+        A float32 scalar: the mean over sites and samples of -log of the sum over positives over the sum over all.
+
+    References:
+        NeMo (arXiv 2508.11348); its repository XiaohanBi-Hub/NeMo, described from reading.
+    """
+    similarities = torch.stack([cosine_similarities(mask) for mask in masks]) / temperature
+    positive = shares_group(groups)
+    inside = torch.where(positive, similarities, 0.0).exp().sum(-1)
+    outside = torch.where(positive, 0.0, similarities).exp().sum(-1)
+    return -(inside / (inside + outside)).log().mean()
+
+
+def cohesion_coupling_loss(masks: Sequence[Tensor], groups: Tensor, coupling_weight: float = 1.0) -> Tensor:
+    """The loss of MwT over masks: 1 - mean similarity within groups + coupling_weight * mean similarity between.
+
+    Args:
+        masks: Soft masks, one tensor a site, each of shape (batch, neurons).
+        groups: Group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
+        coupling_weight: Weight of the second term relative to the first [beta / alpha].
+
+    Returns:
+        A float32 scalar, the mean over sites. A term without pairs is 0.
+
+    References:
+        MwT (arXiv 2306.09376), modularizing while training.
+    """
+    similarities = torch.stack([cosine_similarities(mask) for mask in masks]).mean(0)
+    itself = torch.eye(len(similarities), dtype=torch.bool, device=similarities.device)
+    within = shares_group(groups) & ~itself
+    between = ~within & ~itself
+    cohesion = ((1 - similarities) * within).sum() / within.sum().clamp(min=1)
+    coupling = (similarities * between).sum() / between.sum().clamp(min=1)
+    return cohesion + coupling_weight * coupling
+
+
+def mask_objective(
+    objective: str, masks: Sequence[Tensor], groups: Tensor, temperature: float, coupling_weight: float
+) -> Tensor:
+    """The loss over masks that `NeMoConfig.objective` names.
+
+    Args:
+        objective: One of `config.OBJECTIVES`.
+        masks: As in `contrastive_loss`.
+        groups: As in `contrastive_loss`.
+        temperature: As in `contrastive_loss`.
+        coupling_weight: As in `cohesion_coupling_loss`.
+
+    Returns:
+        A float32 scalar.
+    """
+    if objective == "cohesion-coupling":
+        return cohesion_coupling_loss(masks, groups, coupling_weight)
+    return (contrastive_loss if objective == "contrastive" else authors_contrastive_loss)(masks, groups, temperature)
+
+
 def sparsity_loss(masks: Sequence[Tensor]) -> Tensor:
     """Mean mask value of each site, averaged over sites.
 
@@ -124,6 +192,35 @@ def restricted_cross_entropy(
         return right.mean()
     spread = -log_probabilities.masked_fill(~allowed, 0.0).sum(-1) / allowed.sum(-1)
     return ((1 - label_smoothing) * right + label_smoothing * spread).mean()
+
+
+def specific_cross_entropy(
+    logits: Tensor, labels: Tensor, in_module: Tensor, weight: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Loss of a batch that runs as one module: right answers to its own labels, even ones to all others.
+
+    Args:
+        logits: Shape (batch, labels).
+        labels: Right label of each sample, shape (batch,).
+        in_module: The module's labels, boolean, shape (labels,).
+        weight: Weight of the second part: for samples of other labels, the divergence of the answers among
+            these other labels from even odds.
+        label_smoothing: As in `restricted_cross_entropy`, of the first part.
+
+    Returns:
+        A float32 scalar, the mean over all samples.
+    """
+    own = in_module[labels]
+    total = logits.float().sum() * 0.0
+    if bool(own.any()):
+        allowed = in_module.expand(int(own.sum()), -1)
+        right = restricted_cross_entropy(logits[own], labels[own], allowed, label_smoothing)
+        total = total + right * own.float().mean()
+    if not bool(own.all()):
+        chances = logits[~own][:, ~in_module].float().log_softmax(-1)
+        divergence = -chances.mean(-1) - math.log(chances.shape[-1])
+        total = total + weight * divergence.sum() / len(labels)
+    return total
 
 
 def restricted_binary_cross_entropy(logits: Tensor, labels: Tensor, allowed: Tensor | None = None) -> Tensor:

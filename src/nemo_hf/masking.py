@@ -10,51 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import NeMoConfig
+from .generators import MaskGenerator
 from .neurons import NeuronSite
 
-MASK_BIAS = 1.0
-"""Initial bias of a mask: tanh(1) = .76, so that every neuron starts open and can still close."""
-
 LARGEST_RANK = 64
+
+LEVEL_SCALE = 1e6
+"""The logarithm of the sparsity factor is stored in millionths."""
 
 
 FrameMask = Callable[[int, Tensor], Tensor]
 """Turns the attention mask of a recording's samples into one of the given number of frames."""
-
-
-class MaskGenerator(nn.Module):
-    """Low-rank network from a site's pooled input to its soft masks: relu(tanh(W2 relu(W1 p + b1) + b2)).
-
-    Args:
-        in_features: Width of the pooled input.
-        rank: Hidden width.
-        neurons: Number of neurons.
-
-    References:
-        NeMo (arXiv 2508.11348), neuron mask generator; there the hidden width is the layer's width.
-    """
-
-    def __init__(self, in_features: int, rank: int, neurons: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(in_features, rank)
-        self.up = nn.Linear(rank, neurons)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights; all neurons start open for inputs of ordinary size."""
-        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
-        nn.init.zeros_(self.down.bias)
-        nn.init.normal_(self.up.weight, std=0.02)
-        nn.init.constant_(self.up.bias, MASK_BIAS)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Maps pooled inputs (batch, in_features) to soft masks (batch, neurons) in [0, 1), float32.
-
-        Mixed precision is switched off here: a mask near 0 must not flip with the dtype.
-        """
-        with torch.autocast(pooled.device.type, enabled=False):
-            hidden = nn.functional.linear(pooled.float(), self.down.weight.float(), self.down.bias.float()).relu()
-            return nn.functional.linear(hidden, self.up.weight.float(), self.up.bias.float()).tanh().relu()
 
 
 class CallState:
@@ -265,6 +231,8 @@ class NeuronMasks(nn.ModuleList):
         detaches_pooled: Whether no gradient goes through the generators' inputs.
     """
 
+    sparsity_level: Tensor
+
     def __init__(
         self, sites: Sequence[NeuronSite], rank: int, groups: int, is_hard: bool, detaches_pooled: bool = True
     ) -> None:
@@ -272,9 +240,20 @@ class NeuronMasks(nn.ModuleList):
         self.state = CallState()
         self.state.is_hard = is_hard
         self.state.detaches_pooled = detaches_pooled
+        # An integer, since a cast of the model to another dtype would change a float buffer.
+        self.register_buffer("sparsity_level", torch.zeros((), dtype=torch.int64))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for mask in self.site_masks():
             mask.state = self.state
+
+    @property
+    def sparsity_factor(self) -> Tensor:
+        """Factor of the sparsity weight that training under a size target has come to; 1 without one."""
+        return (self.sparsity_level.double() / LEVEL_SCALE).exp().float()
+
+    def steer(self, change: Tensor) -> None:
+        """Adds to the logarithm of `sparsity_factor`."""
+        self.sparsity_level += (change.double() * LEVEL_SCALE).round().long()
 
     def site_masks(self) -> Iterator[SiteMask]:
         """Iterates over the masks with their type."""

@@ -15,10 +15,12 @@ from transformers.utils.generic import ModelOutput
 
 from .config import LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
+from .data import check_label_shape
 from .described import model_sites
 from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
+from .generators import MaskGenerator
 from .loading import check_loaded, check_model_type
-from .masking import MaskGenerator, NeuronMasks, build_masks
+from .masking import NeuronMasks, build_masks
 from .neurons import NeuronSite, with_back_ends
 from .sites import find_heads
 from .slicing import ScatterLinear, resize, resize_head
@@ -66,7 +68,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
     def __init__(self, config: NeMoModelConfig, base_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self._check_config(config)
-        is_new = base_model is None
+        is_from_config = base_model is None
         self.model: PreTrainedModel = _build_base(config) if base_model is None else base_model
         self.processor_files: dict[str, bytes] = {}
         self.changed_attributes: list[tuple[Any, str, Any]] = []
@@ -76,7 +78,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         self.main_input_name = self.model.main_input_name
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         found = model_sites(self.model, nemo_config)
-        self.sites = found if config.sites is None and not is_new else self._chosen_sites(found)
+        self.sites = found if config.sites is None and not is_from_config else self._chosen_sites(found)
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)
         self.masks: NeuronMasks | None = None
         if config.role == "module":
@@ -84,7 +86,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
         else:
             self.masks = build_masks(self.sites, nemo_config, self.model.num_parameters(), len(config.groups))
             self.masks.attach(self.model)
-        with nullcontext() if is_new else no_init_weights():
+        with nullcontext() if is_from_config else no_init_weights():
             self.post_init()
 
     def _check_config(self, config: NeMoModelConfig) -> None:
@@ -221,6 +223,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
             attention_mask = given.get("attention_mask", kwargs.get("attention_mask"))
+            patches = kwargs.get("pixel_attention_mask")  # of images cut into patches beforehand (SigLIP 2)
+            if attention_mask is None and isinstance(patches, Tensor) and patches.ndim == 2:
+                attention_mask = patches
             tensors = [value for value in (*given.values(), *kwargs.values()) if isinstance(value, Tensor)]
             if not tensors:
                 raise ValueError(f"Got no model inputs; expected {self.main_input_name}.")
@@ -245,6 +250,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
                 "Got labels for a model of one label; expected at least 2, since a single output can't be trained "
                 "to choose. Cut a module for more labels."
             )
+        check_label_shape(labels, self.config.has_several_labels)
+        if self.config.has_several_labels:
+            labels = labels.float()
         loss: Tensor = self.loss_function(labels, logits, self.config)
         return loss
 

@@ -1,9 +1,10 @@
 """From a plain model to a parent: which layers hold neurons, and how they are cut exactly, found by trying.
 
-Names propose sites; trying decides. A site that the model never runs is left out, and so is none that it runs:
-each kind of layer takes the first back end under which a random cut keeps the extraction law.
+Names propose sites; trying decides. A site that the model never runs is left out. Each class of layers takes the
+first back end under which a random cut keeps the extraction law, on a copy of the model with lively random weights.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ from .config import LabelLike, NeMoConfig
 from .described import model_sites
 from .extraction import ModulePlan, build_module, read_tensor
 from .inputs import random_inputs
-from .law import LAW_TOLERANCE, check_law, exact_float32
+from .law import EFFECT_FACTOR, LAW_TOLERANCE, check_law, exact_float32
 from .modeling import NeMoPreTrainedModel
-from .neurons import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
+from .neurons import SCATTER_GATED, AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
 from .planning import static_masks
 from .sites import find_heads
 from .tasks import attach_masks, check_plain
@@ -30,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 CLEAR_SHARE = 3e-5
 """A difference below this share of what the mask does is rounding: the back end is taken at once."""
+POOLED_TOLERANCE = 1e-5
+"""Largest difference of a sample's soft masks in two batches."""
+SPREADS = (0.85, 1.7, 3.4)
+"""Spreads of random weights, relative to the inverse root of a layer's inputs, tried one after another."""
+VECTOR_SPREAD = 0.35
 LARGEST_SHARE = 1e-2
 """A difference above this share is none; between the two the back end with the smallest one is taken."""
 
@@ -43,7 +49,7 @@ def make_parent(
     """Attaches masks to a plain model and finds, by cutting it at random, the back ends that are exact.
 
     Args:
-        model: A classification model of `transformers`, one label a sample; it becomes part of the parent.
+        model: A classification model of `transformers`; it becomes part of the parent.
         nemo_config: The options; `None` takes the defaults.
         label_groups: Groups in place of `nemo_config.label_groups`.
         inputs: A few samples to try cuts on; `None` draws random ones.
@@ -70,11 +76,23 @@ def make_parent(
         )
     parent = attach_masks(model, nemo_config, label_groups, reached)
     try:
-        _find_back_ends(parent, inputs)
-        _check_samples(parent, inputs)
+        twin = _lively_twin(parent, inputs)
+        _find_back_ends(twin, inputs)
+        _check_samples(twin, inputs)
+        parent.set_sites(twin.sites)
+        share, failure = _trial(parent, inputs, parent.sites)
+        if share > LARGEST_SHARE:
+            raise _refusal(parent, parent.sites[0], f"the model's own weights show an error ({failure})")
     except Exception:
         parent.detach_masks()
         raise
+    gated = [site.key for site in parent.sites if site.back_end == SCATTER_GATED.name and not site.is_gated_only]
+    if nemo_config.sites is not None and gated:
+        logger.warning(
+            "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
+            "where something between source and output reads them all; else look for a layer in the wrong place.",
+            gated,
+        )
     kinds = {site.kind for site in parent.sites}
     if kinds != set(nemo_config.targets):
         logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
@@ -90,8 +108,10 @@ def _reached_sites(
     paths = {path for site in sites for path in site.layers}
 
     def note(path: str, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        first = output if isinstance(output, Tensor) else next(iter(output))
-        if first.shape[0] % samples == 0:  # not what all samples share, such as relative positions
+        values = output if isinstance(output, (tuple, list)) else [output]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        # Not what all samples share, such as relative positions.
+        if not tensors or tensors[0].shape[0] % samples == 0:
             called.add(path)
 
     handles = [model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]
@@ -122,6 +142,32 @@ def _reached_sites(
     return [site for site in sites if site.layers <= called]
 
 
+def _lively_twin(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
+    """A copy with random weights, large enough for each kind of neurons to move the logits visibly.
+
+    What is exact must not depend on the weights: fresh ones hide errors, as norms that do nothing yet do.
+    """
+    for spread in SPREADS:
+        twin: NeMoPreTrainedModel = copy.deepcopy(parent).float().eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in twin.model.parameters():
+            width = parameter[0].numel() if parameter.ndim > 1 else 1
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise * (spread * width**-0.5 if parameter.ndim > 1 else VECTOR_SPREAD * spread))
+        if all(_is_moved_by(twin, inputs, part) for part in _kinds(twin) or [twin.sites]):
+            break
+    return twin
+
+
+@torch.no_grad()
+def _is_moved_by(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> bool:
+    assert parent.masks is not None
+    keep = random_keep(parent.sites, {site.key for site in sites})
+    masked, opened = _logits(parent, inputs, static_masks(parent.sites, keep), parent.masks.open_masks())
+    tolerance = LAW_TOLERANCE * max(1.0, opened.abs().max().item())
+    return (masked - opened).abs().max().item() > EFFECT_FACTOR * tolerance
+
+
 def _find_back_ends(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     if all(_trial(parent, inputs, part)[0] < CLEAR_SHARE for part in (*_kinds(parent), parent.sites)):
         return
@@ -136,9 +182,6 @@ def _find_back_ends(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -
         if share > LARGEST_SHARE:
             raise _refusal(parent, part[0], f"no back end cuts them exactly ({failure})")
         parent.set_sites(with_back_ends(parent.sites, {site.key: name for site in part}))
-    share, failure = _trial(parent, inputs, parent.sites)
-    if share > LARGEST_SHARE:
-        raise _refusal(parent, parent.sites[0], f"the back ends are exact one by one but not together ({failure})")
 
 
 def _kinds(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
@@ -159,7 +202,13 @@ def _alike(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
 def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
     """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed."""
     keep = random_keep(parent.sites, {site.key for site in sites})
-    plan = ModulePlan(list(parent.config.names), [], keep, static_masks(parent.sites, keep), 1.0, 0.5)
+    static = static_masks(parent.sites, keep)
+    if not parent.nemo_config.hard_masks:
+        generator = torch.Generator().manual_seed(1)
+        static = {key: mask * (0.5 + 0.5 * torch.rand(mask.shape, generator=generator)) for key, mask in static.items()}
+    ids = list(parent.config.names)
+    # The last label before the first: a cut head shows whether it is the head.
+    plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, 0.5)
     try:
         module = build_module(type(parent), parent, plan, partial(read_tensor, parent.model.state_dict()))
         module.to(parent.device)  # type: ignore[arg-type]
@@ -190,6 +239,11 @@ def random_keep(sites: Sequence[NeuronSite], chosen: set[str]) -> dict[str, dict
             kept["value"][: site.value_dim] = False
             if not site.is_rotary:
                 kept["query_key"][: site.query_key_dims] = False
+        if isinstance(site, AttentionSite):  # no head stays whole, or its width would show nothing
+            for head in range(site.key_value_heads):
+                kept["value"][head * site.value_dim + head % site.value_dim] = False
+            for head in range(site.query_key_heads):
+                kept["query_key"][head * site.query_key_dims + head % site.query_key_dims] = False
         all_of_it = site.key not in chosen
         keep[site.key] = {name: (part | all_of_it).nonzero().squeeze(-1) for name, part in kept.items()}
     return keep
@@ -218,10 +272,21 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
         rounding = LAW_TOLERANCE * max(1.0, opened.abs().max().item())
         if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
             raise _refusal(parent, chosen[0], "the mask of one sample reaches the logits of another")
+    _check_pooled(parent, inputs)
     for kind, effect in effects.items():
         if effect == 0 and bool((opened != opened[:1]).any()):
             site = next(site for site in parent.sites if site.kind == kind)
             raise _refusal(parent, site, "closing half of them leaves all logits as they are, so no cut can be checked")
+
+
+def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Refuses sites whose pooled input mixes samples: the mask of one then depends on the others."""
+    given = {name: value.to(parent.device) for name, value in inputs.items()}
+    others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
+    masks, changed = (parent(**batch, output_neuron_masks=True).neuron_masks for batch in (given, others))
+    for site in parent.sites:
+        if (masks[site.key][0] - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE:
+            raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")
 
 
 def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:

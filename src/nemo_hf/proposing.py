@@ -3,7 +3,8 @@
 1. Nudge one output of a linear layer at one token, and look at what the next linear layer that notices reads.
 2. A unit moves one of its inputs, at that token. A value moves one (or one for each query head that shares it)
    at other tokens too. A query moves a whole head at that token, a key a whole head at others too.
-3. This could mistake other layers for these. So the widths must fit, and the extraction law decides in the end.
+3. This could mistake other layers for these. So the widths must fit, and the extraction law decides whether they
+   are cut exactly; that they are what they are called is only likely.
 """
 
 import json
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from .config import LAYOUTS
 from .described import described_sites
 from .inputs import random_inputs
-from .neurons import NeuronSite, layer_features
+from .neurons import layer_features
 
 NUDGE = 3.0
 """Change of an output; large, so that it shows behind a softmax."""
@@ -172,13 +173,9 @@ def _description(
 
 def _fits(model: PreTrainedModel, description: Mapping[str, Any]) -> bool:
     try:
-        return bool(_sites(model, description))
+        return bool(described_sites(model, description))
     except ValueError:
         return False
-
-
-def _sites(model: PreTrainedModel, description: Mapping[str, Any]) -> list[NeuronSite]:
-    return described_sites(model, description)
 
 
 def _merged(model: PreTrainedModel, descriptions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,8 +186,8 @@ def _merged(model: PreTrainedModel, descriptions: Sequence[dict[str, Any]]) -> l
     merged = []
     for starred, members in groups.items():
         joined: dict[str, Any] = json.loads(starred)
-        apart = {site.key for member in members for site in _sites(model, member)}
-        is_same = _fits(model, joined) and {site.key for site in _sites(model, joined)} == apart
+        apart = {site.key for member in members for site in described_sites(model, member)}
+        is_same = _fits(model, joined) and {site.key for site in described_sites(model, joined)} == apart
         merged.extend([joined] if is_same else members)
     return merged
 

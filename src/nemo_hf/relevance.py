@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import check_label_counts
+from .config import NeMoConfig
+from .data import check_label_counts, check_label_shape
 from .losses import group_membership
 from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
-from .planning import RELEVANCE_SCALE
+from .planning import RELEVANCE_SCALE, is_relevant
+
+STEERING = 8.0
+"""Largest change of the logarithm of the sparsity weight over a whole training under a size target."""
 
 RUNNING_WINDOW = 64
 """Samples of a group over which the running relevance averages, about."""
@@ -102,6 +106,20 @@ def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
     return indices.to(parent.device)
 
 
+def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
+    """Raises the weight of sparsity while modules of one group keep more than the target, and lowers it otherwise.
+
+    Args:
+        masks: The parent's masks with their running relevance; their `sparsity_factor` changes.
+        config: The options, with a `retention_target`.
+        steps: Number of optimizer steps of the whole training.
+    """
+    assert config.retention_target is not None
+    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
+    error = torch.cat(kept, -1).float().mean() / config.retention_target - 1
+    masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, (1 - config.warmup_ratio) * steps))
+
+
 def sample_groups(parent: NeMoPreTrainedModel, labels: Tensor, group_of_label: Tensor) -> Tensor:
     """Returns the group of each sample, or its membership in groups where it may have several labels.
 
@@ -149,6 +167,7 @@ def compute_relevance(
                     raise ValueError(
                         f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
                     )
+                check_label_shape(labels, parent.config.has_several_labels)
                 counts.add(parent(**inputs, output_neuron_masks=True).neuron_masks, labels)
     finally:
         parent.train(was_training)

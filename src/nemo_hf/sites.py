@@ -147,6 +147,8 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
     ]
     # A projection before the head, which has as many outputs by chance.
     heads = [h for h in heads if not (h.endswith(".dense") and h.removesuffix("dense") + "out_proj" in heads)]
+    last = {h.rpartition(".")[0]: h for h in heads if h.rpartition(".")[2].isdigit()}
+    heads = [h for h in heads if last.get(h.rpartition(".")[0], h) == h]
     if not heads:  # a head of another name, if only one layer can be it
         by_width = [n for n, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
         heads = by_width if len(by_width) == 1 else []

@@ -18,7 +18,7 @@ from .config import LabelLike, NeMoConfig, resolve_groups
 from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, task_of
 from .masking import SiteMask
 from .modeling import NeMoOutput, NeMoPreTrainedModel
-from .neurons import NeuronSite
+from .neurons import NeuronSite, UnsupportedArchitectureError
 
 
 class NeMoForImageClassification(NeMoPreTrainedModel):
@@ -145,7 +145,7 @@ def attach_masks(
     """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
 
     Args:
-        model: An image, sequence or audio classification model of `transformers`, one label a sample.
+        model: An image, sequence or audio classification model of `transformers`.
         nemo_config: The options; `None` takes the defaults.
         label_groups: Groups in place of `nemo_config.label_groups`.
         sites: Those of the model's sites that get masks; `None`: all that `find_sites` finds.
@@ -249,7 +249,12 @@ def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
             "Call parent.detach_masks() first."
         )
     task_of(type(model))
-    find_base_class(type(model).__name__, model.config)
+    registered = find_base_class(type(model).__name__, model.config)
+    if registered is not type(model):
+        raise UnsupportedArchitectureError(
+            f"Got a {type(model).__name__} of {type(model).__module__!r}; expected that of {registered.__module__!r}, "
+            "which this name stands for in files. Give your class a name or a configuration of its own."
+        )
     if not hard_masks and model.dtype != torch.float32:
         raise ValueError(
             f"Got soft masks with weights in {model.dtype}; expected float32, since modules multiply weights by masks. "

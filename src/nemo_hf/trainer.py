@@ -16,20 +16,22 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import LabelLike, NeMoConfig
 from .configuration import SEVERAL_LABELS
-from .data import check_columns, check_labels, column_values, groups_from_column
+from .data import check_columns, check_label_shape, check_labels, column_values, groups_from_column
 from .evaluation import ModuleReport, evaluate_module, measure_modularity
 from .losses import (
-    contrastive_loss,
+    mask_objective,
     restricted_binary_cross_entropy,
     restricted_cross_entropy,
     shares_group,
     site_masks,
     sparsity_loss,
+    specific_cross_entropy,
 )
+from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
 from .planning import is_relevant
 from .probing import make_parent
-from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups
+from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups, steer_size
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,12 @@ class NeMoTrainer(Trainer):
         return model
 
     @property
+    def _masks(self) -> NeuronMasks:
+        masks = self.parent.masks
+        assert masks is not None
+        return masks
+
+    @property
     def nemo_config(self) -> NeMoConfig:
         """The options of this run."""
         return self.parent.nemo_config
@@ -158,7 +166,7 @@ class NeMoTrainer(Trainer):
         config = config or NeMoConfig()
         groups = None
         if config.group_column is not None:
-            if config.group_column and model.config.problem_type == SEVERAL_LABELS:
+            if model.config.problem_type == SEVERAL_LABELS:
                 raise ValueError(
                     "Got group_column for a model whose samples have several labels; expected label_groups, since such "
                     "a column names one group a sample. Pass NeMoConfig(label_groups={...})."
@@ -205,36 +213,41 @@ class NeMoTrainer(Trainer):
             raise ValueError(
                 f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
             )
+        check_label_shape(labels, self.parent.config.has_several_labels)
         if not model.training:
             outputs = model(**inputs)
             loss = self._task_loss(outputs, labels, None)
             return (loss, outputs) if return_outputs else loss
-        groups = self._group_of_label
-        has_several = self.parent.config.has_several_labels
-        rehearsed = self._rehearsed_groups()
-        allowed = None
+        rehearsed, in_module = self._rehearsed_groups(), None
         if rehearsed is not None:
-            allowed = torch.isin(groups, rehearsed)
-            inputs.update(static_masks=self._module_masks(rehearsed))
-            if not has_several:  # else a module must say no to the samples of others, so it sees all of them
-                inputs["static_samples"] = samples = allowed[labels]
-                allowed = allowed[None, :] | ~samples[:, None]
+            in_module = torch.isin(self._group_of_label, rehearsed)
+            inputs["static_masks"] = self._module_masks(rehearsed)
+            # With several labels a module must say no to samples of none of its own, so it sees all of them.
+            if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
+                inputs["static_samples"] = in_module[labels]
         outputs = model(**inputs)
-        loss = self._task_loss(outputs, labels, allowed)
+        loss = self._task_loss(outputs, labels, in_module)
         self._count_open(outputs.neuron_masks, labels)
-        total = loss + self._mask_terms(outputs.neuron_masks, sample_groups(self.parent, labels, groups), loss)
+        total = loss + self._mask_terms(outputs.neuron_masks, labels, loss)
         return (total, outputs) if return_outputs else total
 
-    def _task_loss(self, outputs: Any, labels: Tensor, allowed: Tensor | None) -> Tensor:
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
+        """Loss of the answers; `in_module` tells the labels of the module that is rehearsed, if one is."""
         if self.compute_loss_func is not None:
             loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
             return loss
         if self.parent.config.has_several_labels:
-            return restricted_binary_cross_entropy(outputs.logits, labels, allowed)
-        return restricted_cross_entropy(outputs.logits, labels, allowed, self.args.label_smoothing_factor)
+            return restricted_binary_cross_entropy(outputs.logits, labels, in_module)
+        smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
+        if in_module is None:
+            return restricted_cross_entropy(outputs.logits, labels, None, smoothing)
+        if weight > 0:
+            return specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
+        allowed = in_module[None, :] | ~in_module[labels][:, None]
+        return restricted_cross_entropy(outputs.logits, labels, allowed, smoothing)
 
-    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], groups: Tensor, task_loss: Tensor) -> Tensor:
-        config = self.nemo_config
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
+        config, groups = self.nemo_config, sample_groups(self.parent, labels, self._group_of_label)
         masks = site_masks(neuron_masks)
         watches = self.state.global_step < WATCHED_STEPS and not self._warned_no_positive
         if watches and not bool(shares_group(groups).triu(1).any()):
@@ -245,11 +258,12 @@ class NeMoTrainer(Trainer):
                 len(groups),
                 len(groups),
             )
-        contrast = contrastive_loss(masks, groups, config.temperature)
+        contrast = mask_objective(config.objective, masks, groups, config.temperature, config.coupling_weight)
         retained = torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
         self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
         strength = self._warmup()
-        return strength * (config.contrastive_weight * contrast + config.sparsity_weight * sparsity_loss(masks))
+        sparsity = config.sparsity_weight * self._masks.sparsity_factor * sparsity_loss(masks)
+        return strength * (config.contrastive_weight * contrast + sparsity)
 
     def _warmup(self) -> float:
         """Share of the mask terms' weights that counts at this step."""
@@ -269,17 +283,15 @@ class NeMoTrainer(Trainer):
         return torch.tensor(sorted(chosen), device=self.parent.device)
 
     def _module_masks(self, groups: Tensor) -> dict[str, Tensor]:
-        assert self.parent.masks is not None
         threshold = self.nemo_config.relevance_threshold
         return {
             key: is_relevant(relevance[groups].amax(0), threshold).float()
-            for key, relevance in self.parent.masks.relevance().items()
+            for key, relevance in self._masks.relevance().items()
         }
 
     def _count_open(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
         if self._open_counts is None:
-            assert self.parent.masks is not None
-            self._open_counts = OpenCounts(self.parent.masks, self._group_of_label)
+            self._open_counts = OpenCounts(self._masks, self._group_of_label)
         self._open_counts.add(neuron_masks, labels)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -290,6 +302,8 @@ class NeMoTrainer(Trainer):
                 tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
             self._open_counts.blend(self.state.global_step)
             self._open_counts.reset()
+            if self.nemo_config.retention_target is not None and self._warmup() >= 1:
+                steer_size(self._masks, self.nemo_config, self.state.max_steps)
             self.parent.config.relevance_source = "running"
         return loss
 
@@ -304,8 +318,7 @@ class NeMoTrainer(Trainer):
             for name, total in self._logged.items():
                 mean = self.accelerator.reduce(total / self._logged_steps, reduction="mean")
                 logs[name] = round(mean.item(), 6)
-            assert self.parent.masks is not None
-            logs["dead_neuron_rate"] = round(self.parent.masks.dead_share(), 6)
+            logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
             self._logged, self._logged_steps = {}, 0
         super().log(logs, start_time)
 
