@@ -92,7 +92,15 @@ def measured_set(parent, data: Digits, labels: Sequence[int]) -> dict[str, float
     found["other"] = accuracy(parent, images, right, labels, other)
     empty = {key: torch.zeros_like(mask) for key, mask in plan.static.items()}
     found["empty"] = accuracy(parent, images, right, labels, empty)
+    found["rejection"] = rejection_auroc(parent, data, labels, plan.static)
     return found
+
+
+@torch.no_grad()
+def rejection_auroc(parent, data: Digits, labels: Sequence[int], mask) -> float:
+    """How well the energy of a module's logits tells its own images from those of other labels."""
+    logits = parent.eval()(data.pixel_values, static_masks=mask).logits[:, list(labels)]
+    return roc_auc_score(torch.isin(torch.tensor(data.labels), torch.tensor(labels)), logits.logsumexp(-1))
 
 
 @torch.no_grad()
@@ -245,7 +253,7 @@ def rendered(rows: list[dict]) -> str:
     """The table, from the rows."""
     header = ["row", "seeds", "accuracy", "cohesion", "coupling", "AUROC of singles"]
     header += [f"{kind}: neurons, raw, parent, random, other" for kind in SETS if kind != "singles"]
-    header += ["singles: neurons", "weights", "fine-tuned", "same size alone", "pruned"]
+    header += ["singles: neurons", "rejection AUROC", "weights", "fine-tuned", "same size alone", "pruned"]
     lines = [header, ["---"] * len(header)]
     for name in dict.fromkeys(row["row"] for row in rows):
         own = [row for row in rows if row["row"] == name]
@@ -259,6 +267,7 @@ def rendered(rows: list[dict]) -> str:
             figures = [averaged(own, kind, key) for key in ("neurons", "module", "restricted", "random", "other")]
             cells.append(f"{figures[0]:.2f}, **{figures[1]:.3f}**, " + ", ".join(f"{f:.3f}" for f in figures[2:]))
         cells.append(f"{averaged(own, 'singles', 'neurons'):.2f}")
+        cells.append(f"{mean([averaged(own, kind, 'rejection') for kind in ('pairs', 'triples', 'fives')]):.3f}")
         modules = [module for row in own for module in row["modules"]]
         keys = ("weights", "fine-tuned", "same size, trained on the set", "pruned")
         cells += [f"{mean([module[key] for module in modules]):.3f}" for key in keys]

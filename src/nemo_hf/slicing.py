@@ -177,7 +177,7 @@ def _dense_attention(site: AttentionSite, keep: Keep) -> SiteCut:
     paired = 2 if site.is_rotary else 1
     head_dim = max(1, *(max(paired * len(query_key[head]), len(value[head])) for head in kept_heads))
     head_dim = -(-head_dim // paired) * paired
-    dims = [_head_rows(site, kept, head_dim) for kept in query_key]
+    dims = {head: _head_rows(site, query_key[head], head_dim) for head in kept_heads}
     sharing = site.heads // site.key_value_heads
     rows = {"query": [], "key": [], "value": [], "output": []}  # type: dict[str, list[Tensor]]
     for head in kept_heads:
@@ -192,7 +192,9 @@ def _dense_attention(site: AttentionSite, keep: Keep) -> SiteCut:
     query_heads = torch.tensor([head * sharing + q for head in kept_heads for q in range(sharing)])
     constants = {}
     if site.is_rotary:
-        constants[f"{site.name}.{ROTARY_NAME}.angle_indices"] = dims[0].clamp(min=0)  # any angle does for zeros
+        constants[f"{site.name}.{ROTARY_NAME}.angle_indices"] = dims[kept_heads[0]].clamp(
+            min=0
+        )  # any angle does for zeros
     widths = {"key_value_heads": len(kept_heads), "head_dim": head_dim}
     return SiteCut(widths, layers, dict.fromkeys(site.head_tensors, query_heads), constants)
 
