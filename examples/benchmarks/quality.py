@@ -43,6 +43,7 @@ ROWS: dict[str, dict | None] = {
     "nemo": PAPER,
     "nemo-authors": {**PAPER, "objective": "contrastive-authors"},
     "ours": {},
+    "ours, size target": {"retention_target": 0.11},
     "ours, no contrast": {"contrastive_weight": 0.0},
     "ours, no sparsity": {"sparsity_weight": 0.0, "retention_target": None},
     "ours, soft masks": {"hard_masks": False},
