@@ -67,10 +67,11 @@ def main() -> None:
             row["seconds"] = round(time.time() - start)
             print(json.dumps(row), flush=True)
             output = Path(options.output)
-            rows = json.loads(output.read_text())["rows"] if output.exists() else []
+            stored = json.loads(output.read_text()) if output.exists() else {"rows": []}
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             command = "python examples/benchmarks/digits_recipe.py " + " ".join(map(repr, sys.argv[1:]))
-            write_json(output, {"versions": versions, "rows": [*rows, row | {"command": command}]})
+            rows = [*stored["rows"], row | {"command": command}]
+            write_json(output, {**stored, "versions": versions, "rows": rows})
 
 
 if __name__ == "__main__":

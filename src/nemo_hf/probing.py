@@ -215,10 +215,10 @@ def _alike(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
 def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
     """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed.
 
-    In attention q and k are tried alone as well: their effect is smaller than that of v, which could hide it.
+    Of attention, q and k are tried alone as well: their effect is smaller than that of v, which could hide it.
     """
     worst = _trial_of_part(parent, inputs, sites, None)
-    if any(isinstance(site, AttentionSite) for site in sites):
+    if all(isinstance(site, AttentionSite) for site in sites):
         worst = max(worst, _trial_of_part(parent, inputs, sites, "query_key"))
     return worst
 
