@@ -1,6 +1,6 @@
 """Tries every classification family of transformers: masks, exact cuts, files, training. Writes the support table.
 
-    python examples/benchmarks/families.py                      # all of them, about five minutes on one core
+    python examples/benchmarks/families.py                      # all of them, about eight minutes on one core
     python examples/benchmarks/families.py --families bert vit  # prints these, writes nothing
     python examples/benchmarks/families.py --render             # the table from the JSON alone
 
