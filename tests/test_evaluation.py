@@ -65,10 +65,10 @@ def test_the_other_control_is_the_mask_of_disjoint_groups(parent, samples):
 
 
 def test_random_controls_have_the_modules_size_and_follow_the_seed(parent, samples):
-    from nemo_hf.evaluation import _random_masks
+    from nemo_hf.evaluation import random_masks
 
     static = make_plan(parent, [0, 1]).static
-    drawn = _random_masks(static, parent, seed=5)
+    drawn = random_masks(static, parent, seed=5)
     assert len(drawn) == 5
     for masks in drawn:
         for site in parent.sites:

@@ -54,6 +54,16 @@ def naive_rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return torch.stack([torch.zeros_like(tensor[0]) if row < 0 else tensor[row] for row in rows])
 
 
+def assert_rows(model, site, cut, query_rows, value_rows) -> None:
+    """The cut projections hold just these rows, and the output the columns of the values."""
+    for rows, part in ((query_rows, site.query), (query_rows, site.key_rows), (value_rows, site.value)):
+        weight, bias = weight_and_bias(model, part.layer)
+        assert torch.equal(cut[f"{part.layer}.weight"], naive_rows(weight, rows))
+        assert torch.equal(cut[f"{part.layer}.bias"], naive_rows(bias, rows))
+    output, _ = weight_and_bias(model, site.output)
+    assert torch.equal(cut[f"{site.output}.weight"], naive_rows(output.T, value_rows).T)
+
+
 @pytest.mark.parametrize("family", ["vit", "gpt2"])
 def test_feed_forward_layers_keep_the_kept_units(family):
     model = fresh(family)
@@ -94,12 +104,7 @@ def test_dense_heads_are_padded_with_zeros_to_one_width():
     cut = cut_tensors(model, site, keep)
     query_rows = naive_heads(keep["query_key"], heads, 8, width)
     value_rows = naive_heads(keep["value"], heads, 8, width)
-    for rows, part in ((query_rows, site.query), (query_rows, site.key_rows), (value_rows, site.value)):
-        weight, bias = weight_and_bias(model, part.layer)
-        assert torch.equal(cut[f"{part.layer}.weight"], naive_rows(weight, rows))
-        assert torch.equal(cut[f"{part.layer}.bias"], naive_rows(bias, rows))
-    output, _ = weight_and_bias(model, site.output)
-    assert torch.equal(cut[f"{site.output}.weight"], naive_rows(output.T, value_rows).T)
+    assert_rows(model, site, cut, query_rows, value_rows)
 
 
 def test_a_fused_projection_keeps_its_three_shares_apart():
@@ -292,12 +297,7 @@ def test_heads_that_are_kept_have_zeros_in_place_of_what_is_cut():
     query_rows = naive_heads(keep["query_key"], [0, 1, 2, 3], 8, 3)
     value_rows = naive_heads(keep["value"], [0, 1, 2, 3], 8, 3)
     assert value_rows[3:6] == [-1, -1, -1]
-    for rows, part in ((query_rows, site.query), (query_rows, site.key_rows), (value_rows, site.value)):
-        weight, bias = weight_and_bias(model, part.layer)
-        assert torch.equal(cut[f"{part.layer}.weight"], naive_rows(weight, rows))
-        assert torch.equal(cut[f"{part.layer}.bias"], naive_rows(bias, rows))
-    output, _ = weight_and_bias(model, site.output)
-    assert torch.equal(cut[f"{site.output}.weight"], naive_rows(output.T, value_rows).T)
+    assert_rows(model, site, cut, query_rows, value_rows)
 
 
 def test_heads_that_are_kept_keep_their_columns_of_a_table():

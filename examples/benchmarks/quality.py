@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.demo import MODULES, Digits, digits_trainer, load_digits_split
-from nemo_hf.evaluation import _other_groups, _random_masks
+from nemo_hf.evaluation import other_groups, random_masks
 from nemo_hf.extraction import make_plan
 from nemo_hf.files import write_json
 from nemo_hf.modeling import base_parameters
@@ -87,9 +87,9 @@ def measured_set(parent, data: Digits, labels: Sequence[int]) -> dict[str, float
     plan = make_plan(parent, list(labels))
     found = {"neurons": plan.retained, "module": accuracy(parent, images, right, labels, plan.static)}
     found["restricted"] = accuracy(parent, images, right, labels)
-    random_masks = _random_masks(plan.static, parent, seed=0)
-    found["random"] = mean([accuracy(parent, images, right, labels, mask) for mask in random_masks])
-    other = make_plan(parent, _other_groups(parent, plan.groups, seed=0)).static
+    drawn = random_masks(plan.static, parent, seed=0)
+    found["random"] = mean([accuracy(parent, images, right, labels, mask) for mask in drawn])
+    other = make_plan(parent, other_groups(parent, plan.groups, seed=0)).static
     found["other"] = accuracy(parent, images, right, labels, other)
     empty = {key: torch.zeros_like(mask) for key, mask in plan.static.items()}
     found["empty"] = accuracy(parent, images, right, labels, empty)

@@ -113,8 +113,8 @@ def evaluate_module(
     plan = make_plan(parent, labels, threshold, round_to)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)
-    masks = {"empty": [_empty_masks(parent)], "random": _random_masks(plan.static, parent, seed)}
-    other = _other_groups(parent, plan.groups, seed)
+    masks = {"empty": [_empty_masks(parent)], "random": random_masks(plan.static, parent, seed)}
+    other = other_groups(parent, plan.groups, seed)
     if other:
         try:
             masks["other"] = [make_plan(parent, other, plan.threshold, round_to).static]
@@ -234,7 +234,17 @@ def _empty_masks(parent: NeMoPreTrainedModel) -> dict[str, Tensor]:
     return {site.key: torch.zeros(site.neurons) for site in parent.sites}
 
 
-def _random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed: int) -> list[dict[str, Tensor]]:
+def random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed: int) -> list[dict[str, Tensor]]:
+    """Draws the masks of the random control.
+
+    Args:
+        static: Site key to a module's static mask, shape (neurons,).
+        parent: The parent.
+        seed: Seed of the draws.
+
+    Returns:
+        Masks with as many open neurons in each part of each site.
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for _ in range(RANDOM_DRAWS):
@@ -246,8 +256,17 @@ def _random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, see
     return drawn
 
 
-def _other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) -> list[int]:
-    """Label ids of as many groups as given, or fewer, drawn from all the others."""
+def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) -> list[int]:
+    """Draws the groups of the other control.
+
+    Args:
+        parent: The parent.
+        groups: Names of a module's groups.
+        seed: Seed of the draw.
+
+    Returns:
+        Label ids of as many groups as given, or fewer, from all the others.
+    """
     others = {name: ids for name, ids in parent.config.groups.items() if name not in groups}
     chosen = random.Random(seed).sample(sorted(others), min(len(groups), len(others)))  # noqa: S311
     return [index for name in chosen for index in others[name]]
