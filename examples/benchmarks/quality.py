@@ -1,40 +1,44 @@
-"""Modules against every rival on scikit-learn's digits: one row a method, same data, budget and seeds.
+"""Modules against every rival: one row a method, same data, budget and seeds.
 
-    python examples/benchmarks/quality.py --rows plain mwt nemo nemo-authors ours --seeds 0 1 2
-    python examples/benchmarks/quality.py --render      # quality.md and quality.png from quality.json alone
+    python examples/benchmarks/quality.py digits --rows plain mwt nemo nemo-authors ours --seeds 0 1 2
+    python examples/benchmarks/quality.py clinc150 --data path/to/clinc150 \
+        --model sentence-transformers/all-MiniLM-L6-v2 --rows plain ours --seeds 0
+    python examples/benchmarks/quality.py cifar10 --data path/to/cifar10 --seeds 0
+    python examples/benchmarks/quality_tables.py  # tables and pictures from the JSON
 
-1,150 images train, 287 choose (which epoch of a fine-tuning counts; the options of the rows were chosen on such
-data too, with other scripts), 360 test, read once for each row and seed. About two minutes a row and seed on one core.
-Rows are added to quality.json as they come; a row that is there is made anew only with --again.
+Writes quality_digits.json and so on beside this script: rows are added as they come, one that is there is made anew
+only with --again. Test data are read once for each row and seed and choose nothing. With --validation all is measured
+on the validation data, goes to recipe_digits.json and so on, and the rows may be options of NeMoConfig as JSON, with
+a "variant" of quality_variants.py among them: so were the defaults chosen. Runs on one CPU thread: a row and seed
+takes two to four minutes on digits, half an hour on CLINC150 and CIFAR-10.
 """
 
 import argparse
 import copy
-import itertools
 import json
-import random
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from digits_recipe import held_out
+from quality_tasks import Split, Task, cifar10, clinc150, collate, digits, trimmed
+from quality_variants import VARIANTS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import Trainer, set_seed
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
-from nemo_hf.demo import MODULES, Digits, digits_trainer, load_digits_split
 from nemo_hf.evaluation import other_groups, random_masks
 from nemo_hf.extraction import make_plan
 from nemo_hf.files import write_json
 from nemo_hf.modeling import base_parameters
 
-OUTPUT = Path(__file__).with_suffix(".json")
+HERE = Path(__file__).parent
 PAPER = {"hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0, "detach_pooled": False,
          "retention_target": None, "relevance_threshold": 0.9}  # fmt: skip
 ROWS: dict[str, dict | None] = {
@@ -43,123 +47,132 @@ ROWS: dict[str, dict | None] = {
     "nemo": PAPER,
     "nemo-authors": {**PAPER, "objective": "contrastive-authors"},
     "ours": {},
-    "ours, size target": {"retention_target": 0.11},
     "ours, no contrast": {"contrastive_weight": 0.0},
     "ours, no sparsity": {"sparsity_weight": 0.0, "retention_target": None},
     "ours, soft masks": {"hard_masks": False},
     "ours, no rehearsal": {"rehearsal_probability": 0.0},
-    "ours, specific": {"specificity_weight": 1.0},
-}
-DRAW = random.Random(0)  # noqa: S311 - the sets of labels, the same in every run
-SETS = {
-    "singles": [(label,) for label in range(10)],
-    "pairs": list(itertools.combinations(range(10), 2)),
-    "triples": [(3, 8, 9), *(tuple(sorted(DRAW.sample(range(10), 3))) for _ in range(9))],
-    "fives": [tuple(range(5)), *(tuple(sorted(DRAW.sample(range(10), 5))) for _ in range(9))],
+    "ours, specific": {"specificity_weight": 0.3},
 }
 TUNING_EPOCHS = 10
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, ignoring what is missing."""
-    return statistics.fmean(values)
-
-
-def part(data: Digits, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Images of some labels, and their labels by position in `labels`."""
-    places = {label: place for place, label in enumerate(labels)}
-    kept = [index for index, label in enumerate(data.labels) if label in places]
-    return data.pixel_values[kept], torch.tensor([places[data.labels[index]] for index in kept])
+BATCH = 250
+Masks = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def accuracy(model, images: Tensor, right: Tensor, labels: Sequence[int] | None = None, mask=None) -> float:
-    """Share of right answers, of a whole model restricted to `labels`, or of a module."""
-    options = {} if mask is None else {"static_masks": mask}
-    logits = model.eval()(images, **options).logits
-    logits = logits if labels is None else logits[:, list(labels)]
+def answers(model, data: Split, masks: Masks | None = None) -> Tensor:
+    """Logits of all samples, shape (samples, labels), of a model or under static masks."""
+    options = {} if masks is None else {"static_masks": masks}
+    model.eval()
+    parts = []
+    for indices in torch.arange(len(data)).split(BATCH):
+        parts.append(model(**trimmed(data.rows(indices).inputs), **options).logits)
+    return torch.cat(parts)
+
+
+def accuracy(logits: Tensor, right: Tensor) -> float:
+    """Share of right answers."""
     return (logits.argmax(-1) == right).float().mean().item()
 
 
-def measured_set(parent, data: Digits, labels: Sequence[int]) -> dict[str, float]:
+def members(task: Task, groups: Sequence[int]) -> list[int]:
+    """The labels of some groups."""
+    return [label for group in groups for label in list(task.groups.values())[group]]
+
+
+def measured_set(task: Task, parent, data: Split, whole: Tensor, strangers: Split | None, groups) -> dict:
     """A module and its controls, as the parent under static masks, which is the same by the extraction law."""
-    images, right = part(data, labels)
-    plan = make_plan(parent, list(labels))
-    found = {"neurons": plan.retained, "module": accuracy(parent, images, right, labels, plan.static)}
-    found["restricted"] = accuracy(parent, images, right, labels)
-    drawn = random_masks(plan.static, parent, seed=0)
-    found["random"] = mean([accuracy(parent, images, right, labels, mask) for mask in drawn])
-    other = make_plan(parent, other_groups(parent, plan.groups, seed=0)).static
-    found["other"] = accuracy(parent, images, right, labels, other)
-    empty = {key: torch.zeros_like(mask) for key, mask in plan.static.items()}
-    found["empty"] = accuracy(parent, images, right, labels, empty)
-    found["rejection"] = rejection_auroc(parent, data, labels, plan.static)
+    labels = members(task, groups)
+    plan = make_plan(parent, labels)
+    own, inside = data.part(labels), torch.isin(data.labels, torch.tensor(labels))
+    static = answers(parent, data, plan.static)
+    module = static[:, labels]
+    found = {"labels": labels if len(task.groups) == len(data.labels.unique()) else list(groups)}
+    found |= {"neurons": plan.retained, "weights": attention_and_ffn(parent, plan.keep)}
+    found |= {
+        "module": accuracy(module[inside], own.labels),
+        "restricted": accuracy(whole[inside][:, labels], own.labels),
+    }
+    controls = {"random": random_masks(plan.static, parent, seed=0)[: task.draws]}
+    try:
+        controls["other"] = [make_plan(parent, other_groups(parent, plan.groups, seed=0)).static]
+    except ValueError:  # these groups open no neuron at all
+        controls["other"] = [{key: torch.zeros_like(mask) for key, mask in plan.static.items()}]
+    controls["empty"] = [{key: torch.zeros_like(mask) for key, mask in plan.static.items()}]
+    for name, drawn in controls.items():
+        found[name] = statistics.fmean(accuracy(answers(parent, own, m)[:, labels], own.labels) for m in drawn)
+    found["rejection"] = roc_auc_score(inside, module.logsumexp(-1))
+    if strangers is not None:
+        energies = torch.cat([module[inside], answers(parent, strangers, plan.static)[:, labels]]).logsumexp(-1)
+        found["strangers"] = roc_auc_score(torch.arange(len(energies)) < len(own), energies)
     return found
 
 
-@torch.no_grad()
-def rejection_auroc(parent, data: Digits, labels: Sequence[int], mask) -> float:
-    """How well the energy of a module's logits tells its own images from those of other labels."""
-    logits = parent.eval()(data.pixel_values, static_masks=mask).logits[:, list(labels)]
-    return roc_auc_score(torch.isin(torch.tensor(data.labels), torch.tensor(labels)), logits.logsumexp(-1))
+def attention_and_ffn(parent, keep: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """Share of the weights of masked attention and feed-forward layers that a module keeps."""
+    kept = total = 0
+    for site in parent.sites:
+        layers = [(parent.model.get_submodule(rows.layer).weight, name) for rows, name in site.produced()]
+        last = list(site.parts)[-1]
+        reads = parent.model.get_submodule(site.output).weight
+        for weight, name in layers:
+            part = "query_key" if name in ("query", "key") else name if name in site.parts else last
+            kept += weight.numel() * len(keep[site.key][part]) / site.parts[part]
+            total += weight.numel()
+        kept += reads.numel() * len(keep[site.key][last]) / site.parts[last]
+        total += reads.numel()
+    return kept / total
 
 
-@torch.no_grad()
-def single_aurocs(parent, data: Digits) -> list[float]:
-    """How well each single-label module tells its label from the rest by its one logit."""
-    right = torch.tensor(data.labels)
-    scores = []
-    for label in range(10):
-        logits = parent.eval()(data.pixel_values, static_masks=make_plan(parent, [label]).static).logits
-        scores.append(roc_auc_score(right == label, logits[:, label]))
-    return scores
-
-
-def fit(model, images: Tensor, right: Tensor, epochs: int, rate: float, seed: int, validation=None) -> dict:
+def fit(model, data: Split, steps: int, rate: float, seed: int, batch: int, validation: Split | None = None) -> None:
     """Trains a small classifier; with validation data, keeps the best epoch's weights."""
     set_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), rate)
-    best, kept = -1.0, None
-    for _ in range(epochs):
+    best, kept, done = -1.0, None, 0
+    while done < steps:
         model.train()
-        for batch in torch.randperm(len(images)).split(64):
-            loss = torch.nn.functional.cross_entropy(model(images[batch]).logits, right[batch])
+        for indices in torch.randperm(len(data)).split(batch):
+            inputs = collate([data[index] for index in indices.tolist()])
+            right = inputs.pop("labels")
+            loss = torch.nn.functional.cross_entropy(model(**inputs).logits, right)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        if validation is not None and (reached := accuracy(model, *validation)) > best:
+            done += 1
+        if validation is not None and (reached := accuracy(answers(model, validation), validation.labels)) > best:
             best, kept = reached, copy.deepcopy(model.state_dict())
     if kept is not None:
         model.load_state_dict(kept)
-    return {"validation": best}
 
 
-def cut_modules(parent, plain, splits: tuple[Digits, Digits, Digits], epochs: int, seed: int) -> list[dict]:
-    """Real modules of the demo's three sets: sizes, fine-tuned, and plain models of the same size."""
-    train, validation, test = splits
+def cut_modules(task: Task, parent, plain, splits: Sequence[Split], batch: int, seed: int) -> list[dict]:
+    """Real modules of a few sets: sizes, fine-tuned, and plain models of the same size."""
     rows = []
-    for labels in MODULES:
-        module = parent.extract_module(list(labels))
-        parts = [part(data, labels) for data in (train, validation, test)]
-        row = {"labels": labels, "raw": accuracy(module, *parts[2]), "parameters": base_parameters(module)}
+    for groups in task.modules:
+        labels = members(task, groups)
+        module = parent.extract_module(labels)
+        train, validation, test = (data.part(labels) for data in splits)
+        row = {"labels": labels, "raw": accuracy(answers(module, test), test.labels)}
+        row["parameters"] = base_parameters(module)
         row["weights"] = row["parameters"] / base_parameters(parent)
         row["megabytes"] = sum(p.numel() * p.element_size() for p in module.model.parameters()) / 1e6
-        fit(tuned := copy.deepcopy(module), *parts[0], TUNING_EPOCHS, 3e-4, seed, parts[1])
-        row["fine-tuned"] = accuracy(tuned, *parts[2])
+        steps = TUNING_EPOCHS * -(-len(train) // batch)
+        fit(tuned := copy.deepcopy(module), train, steps, task.rate / 3, seed, batch, validation)
+        row["fine-tuned"] = accuracy(answers(tuned, test), test.labels)
         set_seed(seed)
         fresh = copy.deepcopy(module)
         for layer in fresh.modules():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
-        steps = epochs * -(-len(train) // 64)  # as many steps as the parent was trained for
-        fit(fresh, *parts[0], steps // -(-len(parts[0][0]) // 64), 1e-3, seed)
-        row["same size, trained on the set"] = accuracy(fresh, *parts[2])
-        row["pruned"] = accuracy(plain, *parts[2], labels, by_magnitude(plain, make_plan(parent, list(labels)).keep))
+        steps = task.epochs * -(-len(splits[0]) // batch)  # as many as the parent was trained for
+        fit(fresh, train, steps, task.rate, seed, batch)
+        row["same size, trained on the set"] = accuracy(answers(fresh, test), test.labels)
+        masks = by_magnitude(plain, make_plan(parent, labels).keep)
+        row["pruned"] = accuracy(answers(plain, test, masks)[:, labels], test.labels)
         rows.append(row)
     return rows
 
 
-def by_magnitude(plain, keep: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Masks of a plain model that keep as many neurons in each part, those whose weights have the largest norm."""
     masks = {}
     for site in plain.sites:
@@ -168,9 +181,8 @@ def by_magnitude(plain, keep: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]
             scores = {"query_key": weights["query"] * weights["key"], "value": weights["value"]}
         else:
             scores = {"intermediate": weights["units"]}
-        read = plain.model.get_submodule(site.output).weight.norm(dim=0)
         last = list(scores)[-1]
-        scores[last] = scores[last] * read
+        scores[last] = scores[last] * plain.model.get_submodule(site.output).weight.norm(dim=0)
         parts = []
         for name, score in scores.items():
             chosen = score.argsort(descending=True)[: len(keep[site.key][name])]
@@ -179,119 +191,87 @@ def by_magnitude(plain, keep: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]
     return masks
 
 
-def trained(name: str, splits, seed: int, epochs: int):
-    """The plain model, or the parent of a row, and what its evaluation says."""
-    train, validation, _ = splits
-    options = ROWS[name]
-    kind = Trainer if options is None else NeMoTrainer
-    extra = {} if options is None else {"nemo_config": NeMoConfig(**options)}
-    trainer = digits_trainer(kind, train, validation, seed, epochs, **extra)
-    trainer.train()
+def trained(task: Task, options: dict | None, splits: Sequence[Split], seed: int, epochs: int) -> tuple:
+    """The plain model as a parent of open masks, or the parent of a row; the trainer; what its evaluation says."""
     if options is None:
-        return make_parent(trainer.model), {}
-    return trainer.parent, trainer.evaluate()
+        trainer = task.trainer(Trainer, splits[0], splits[1], seed, epochs)
+        trainer.train()
+        return make_parent(trainer.model), trainer, {}
+    own = {**task.options, **options}
+    kind = VARIANTS[own.pop("variant")] if "variant" in own else NeMoTrainer
+    if any(len(labels) > 1 for labels in task.groups.values()):
+        own["label_groups"] = task.groups
+    trainer = task.trainer(kind, splits[0], splits[1], seed, epochs, nemo_config=NeMoConfig(**own))
+    trainer.train()
+    return trainer.parent, trainer, trainer.evaluate()
 
 
-def run(name: str, seed: int, epochs: int, plain) -> tuple[dict, object]:
+def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, plain, on_validation: bool) -> tuple:
     """Trains and measures one row."""
     start = time.perf_counter()
-    train, validation = held_out(seed)
-    processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    test = load_digits_split(processor, seed)[1]
-    splits = (train, validation, test)
-    model, metrics = trained(name, splits, seed, epochs)
-    row = {"row": name, "options": ROWS[name], "seed": seed, "epochs": epochs}
-    row["accuracy"] = accuracy(model, *part(test, range(10)))
-    if ROWS[name] is not None:
+    splits = task.splits(seed)
+    model, trainer, metrics = trained(task, options, splits, seed, epochs)
+    measured, row = splits[1 if on_validation else 2], {"row": name, "options": options, "seed": seed, "epochs": epochs}
+    row["training seconds"] = round(time.perf_counter() - start)
+    whole = answers(model, measured, model.masks.open_masks() if options is None else None)
+    row["accuracy"] = accuracy(whole, measured.labels)
+    if options is not None:
         row |= {key: metrics.get(f"eval_{key}") for key in ("cohesion", "coupling")}
+        row["dead"] = model.masks.dead_share()
+        strangers = None if task.strangers is None or on_validation else task.strangers()
         row["sets"] = {
-            kind: [{"labels": s, **measured_set(model, test, s)} for s in sets] for kind, sets in SETS.items()
+            kind: [measured_set(task, model, measured, whole, strangers, groups) for groups in sets]
+            for kind, sets in task.sets.items()
         }
-        row["aurocs"] = single_aurocs(model, test)
-        row["modules"] = cut_modules(model, plain, splits, epochs, seed)
+        if not on_validation:
+            row["modules"] = cut_modules(task, model, plain, splits, trainer.args.train_batch_size, seed)
     return {**row, "seconds": round(time.perf_counter() - start)}, model
 
 
 def main() -> None:
-    """Runs the rows that are asked for, or renders."""
+    """Runs the rows that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("task", choices=["digits", "clinc150", "cifar10"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="Names, or options as JSON with --validation.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--data", help="Folder of parquet files, for clinc150 and cifar10.")
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="For clinc150.")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--validation", action="store_true")
     options = parser.parse_args()
+    unknown = [name for name in options.rows if name not in ROWS and not (options.validation and name[:1] == "{")]
+    if unknown:
+        parser.error(f"got the rows {unknown}; expected some of {list(ROWS)}, or options as JSON with --validation")
     transformers_logging.disable_progress_bar()
-    if not options.render:
-        torch.set_num_threads(1)
-        for seed in options.seeds:
-            plain = None
-            for name in options.rows:
-                done = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
-                is_same = [(row["row"], row["seed"], row["epochs"]) == (name, seed, options.epochs) for row in done]
-                if any(is_same) and not options.again:
-                    continue
-                if plain is None:
-                    plain_row, plain = run("plain", seed, options.epochs, None)
-                row = plain_row if name == "plain" else run(name, seed, options.epochs, plain)[0]
-                print(f"{name}, seed {seed}: {row['accuracy']:.3f} in {row['seconds']} s", flush=True)
-                done = [old for old, same in zip(done, is_same, strict=True) if not same]
-                versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-                command = "python examples/benchmarks/quality.py"
-                write_json(options.output, {"versions": versions, "command": command, "rows": [*done, row]})
-    rows = json.loads(options.output.read_text())["rows"]
-    options.output.with_suffix(".md").write_text(rendered(rows))
-    draw(rows, options.output.with_suffix(".png"))
-
-
-def averaged(rows: list[dict], kind: str, key: str) -> float:
-    """Mean of one figure over the sets of a kind and over seeds."""
-    return mean([found[key] for row in rows for found in row["sets"][kind]])
-
-
-def rendered(rows: list[dict]) -> str:
-    """The table, from the rows."""
-    header = ["row", "seeds", "accuracy", "cohesion", "coupling", "AUROC of singles"]
-    header += [f"{kind}: neurons, raw, parent, random, other" for kind in SETS if kind != "singles"]
-    header += ["singles: neurons", "rejection AUROC", "weights", "fine-tuned", "same size alone", "pruned"]
-    lines = [header, ["---"] * len(header)]
-    for name in dict.fromkeys(row["row"] for row in rows):
-        own = [row for row in rows if row["row"] == name]
-        cells = [name, ", ".join(str(row["seed"]) for row in own), f"{mean([row['accuracy'] for row in own]):.3f}"]
-        if "sets" not in own[0]:
-            lines.append([*cells, *["-"] * (len(header) - 3)])
-            continue
-        cells += [f"{mean([row[key] for row in own]):.2f}" for key in ("cohesion", "coupling")]
-        cells.append(f"{mean([score for row in own for score in row['aurocs']]):.3f}")
-        for kind in ("pairs", "triples", "fives"):
-            figures = [averaged(own, kind, key) for key in ("neurons", "module", "restricted", "random", "other")]
-            cells.append(f"{figures[0]:.2f}, **{figures[1]:.3f}**, " + ", ".join(f"{f:.3f}" for f in figures[2:]))
-        cells.append(f"{averaged(own, 'singles', 'neurons'):.2f}")
-        cells.append(f"{mean([averaged(own, kind, 'rejection') for kind in ('pairs', 'triples', 'fives')]):.3f}")
-        modules = [module for row in own for module in row["modules"]]
-        keys = ("weights", "fine-tuned", "same size, trained on the set", "pruned")
-        cells += [f"{mean([module[key] for module in modules]):.3f}" for key in keys]
-        lines.append(cells)
-    text = __doc__.strip().split("\n\n")
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"# {text[0]}\n\n{text[2]}\n\n{table}\n\n![Accuracy over size](quality.png)\n"
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Accuracy of modules over their share of neurons, one line a row of the table."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(row["row"] for row in rows if "sets" in row):
-        own = [row for row in rows if row["row"] == name]
-        points = [[averaged(own, kind, key) for key in ("neurons", "module")] for kind in ("pairs", "triples", "fives")]
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xlabel("share of neurons kept (pairs, triples, fives)")
-    axes.set_ylabel("raw accuracy of modules")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    torch.set_num_threads(1)
+    build = {"digits": digits, "clinc150": lambda: clinc150(options.data, options.model),
+             "cifar10": lambda: cifar10(options.data)}  # fmt: skip
+    task = build[options.task]()
+    if options.validation:
+        task = replace(task, sets={kind: sets[:10] for kind, sets in task.sets.items()}, draws=1)
+    epochs = options.epochs or task.epochs
+    output = options.output or HERE / f"{'recipe' if options.validation else 'quality'}_{options.task}.json"
+    for seed in options.seeds:
+        plain = None
+        for name in options.rows:
+            stored = json.loads(output.read_text()) if output.exists() else {"rows": []}
+            is_same = [(row["row"], row["seed"], row["epochs"]) == (name, seed, epochs) for row in stored["rows"]]
+            if any(is_same) and not options.again:
+                continue
+            if plain is None and (not options.validation or name == "plain"):
+                plain_row, plain = run(task, "plain", None, seed, epochs, None, options.validation)
+            row = plain_row if name == "plain" else None
+            if row is None:
+                own = ROWS[name] if name in ROWS else json.loads(name)
+                row, _ = run(task, name, own, seed, epochs, plain, options.validation)
+            print(f"{name}, seed {seed}: {row['accuracy']:.3f} in {row['seconds']} s", flush=True)
+            row["command"] = " ".join(["python examples/benchmarks/quality.py", *map(repr, sys.argv[1:])])
+            stored = json.loads(output.read_text()) if output.exists() else {"rows": []}
+            kept = [r for r in stored["rows"] if (r["row"], r["seed"], r["epochs"]) != (name, seed, epochs)]
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            write_json(output, {**stored, "task": task.text, "versions": versions, "rows": [*kept, row]})
 
 
 if __name__ == "__main__":

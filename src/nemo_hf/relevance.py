@@ -17,6 +17,9 @@ from .planning import RELEVANCE_SCALE, is_relevant
 STEERING = 8.0
 """Largest change of the logarithm of the sparsity weight over a whole training under a size target."""
 
+BRAKE = 0.1
+"""Share of a size target below it over which the sparsity weight fades to 0."""
+
 RUNNING_WINDOW = 64
 """Samples of a group over which the running relevance averages, about."""
 
@@ -106,6 +109,13 @@ def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
     return indices.to(parent.device)
 
 
+def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
+    """Returns how far the modules of one group are from the target on average: kept share / target - 1, a scalar."""
+    assert config.retention_target is not None
+    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
+    return torch.cat(kept, -1).float().mean() / config.retention_target - 1
+
+
 def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
     """Raises the weight of sparsity while modules of one group keep more than the target, and lowers it otherwise.
 
@@ -114,10 +124,25 @@ def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
         config: The options, with a `retention_target`.
         steps: Number of optimizer steps of the whole training.
     """
-    assert config.retention_target is not None
-    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
-    error = torch.cat(kept, -1).float().mean() / config.retention_target - 1
+    error = size_over_target(masks, config)
     masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, (1 - config.warmup_ratio) * steps))
+
+
+def sparsity_pressure(masks: NeuronMasks, config: NeMoConfig) -> Tensor | float:
+    """Weight of sparsity now: under a size target as steered so far, fading out over the last tenth above
+    `BRAKE` of the target, since a neuron that is closed for every sample can't open again.
+
+    Args:
+        masks: The parent's masks with their running relevance.
+        config: The options.
+
+    Returns:
+        A weight of at least 0.
+    """
+    if config.retention_target is None:
+        return config.sparsity_weight
+    brake = (1 + size_over_target(masks, config) / BRAKE).clamp(0, 1)
+    return config.sparsity_weight * masks.sparsity_factor * brake
 
 
 def sample_groups(parent: NeMoPreTrainedModel, labels: Tensor, group_of_label: Tensor) -> Tensor:

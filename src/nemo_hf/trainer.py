@@ -31,7 +31,7 @@ from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
 from .planning import is_relevant
 from .probing import make_parent
-from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups, steer_size
+from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups, sparsity_pressure, steer_size
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class NeMoTrainer(Trainer):
         retained = torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
         self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
         strength = self._warmup()
-        sparsity = config.sparsity_weight * self._masks.sparsity_factor * sparsity_loss(masks)
+        sparsity = sparsity_pressure(self._masks, config) * sparsity_loss(masks)
         return strength * (config.contrastive_weight * contrast + sparsity)
 
     def _warmup(self) -> float:

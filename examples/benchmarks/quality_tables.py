@@ -1,0 +1,196 @@
+"""Renders what `quality.py` measured: quality.md and a picture a task, from the JSON files beside this script.
+
+python examples/benchmarks/quality_tables.py
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scipy.stats import t as student
+
+HERE = Path(__file__).parent
+TASKS = ("digits", "clinc150", "cifar10")
+TITLES = {"digits": "Digits", "clinc150": "CLINC150", "cifar10": "CIFAR-10"}
+FIGURES = ("neurons", "weights", "module", "restricted", "random", "other", "empty", "rejection")
+Rows = Sequence[dict]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return statistics.fmean(values)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{around}"
+
+
+def upper_bound(losses: Sequence[float]) -> str:
+    """Mean of paired losses in points and the upper bound of its one-sided 95 % interval."""
+    points = [100 * loss for loss in losses]
+    if len(points) < 3:
+        return f"{mean(points):.2f}"
+    error = statistics.stdev(points) / len(points) ** 0.5
+    return f"{mean(points):.2f} (at most {mean(points) + student.ppf(0.95, len(points) - 1) * error:.2f})"
+
+
+def kinds_of(row: dict) -> list[str]:
+    """Kinds of sets over which a row is averaged: those whose modules have an answer to choose."""
+    return [kind for kind, sets in row["sets"].items() if sets[0]["restricted"] < 1 or kind != "singles"]
+
+
+def figure(row: dict, name: str, kinds: Sequence[str] | None = None) -> float:
+    """Mean over kinds of the mean over sets; "specificity" is the module's accuracy minus the other control's."""
+    if name == "specificity":
+        return figure(row, "module", kinds) - figure(row, "other", kinds)
+    return mean([mean([found[name] for found in row["sets"][kind]]) for kind in kinds or kinds_of(row)])
+
+
+def by_method(rows: Rows) -> dict[str, list[dict]]:
+    """Rows of one method each, in the order in which they came."""
+    return {name: [row for row in rows if row["row"] == name] for name in dict.fromkeys(row["row"] for row in rows)}
+
+
+def methods_table(rows: Rows) -> str:
+    """One line a method, averaged over sets, kinds and seeds."""
+    header = ["method", "seeds", "accuracy", "points lost to plain", "neurons of singles", "neurons", "raw",
+              "parent", "points lost", "random", "other", "empty", "specificity", "rejection AUROC", "cohesion",
+              "coupling"]  # fmt: skip
+    methods = by_method(rows)
+    plain = {row["seed"]: row["accuracy"] for row in methods.get("plain", [])}
+    lines = []
+    for name, own in methods.items():
+        line = [name, ", ".join(str(row["seed"]) for row in own), spread([row["accuracy"] for row in own])]
+        if "sets" not in own[0]:
+            lines.append([*line, *["-"] * (len(header) - len(line))])
+            continue
+        paired = [plain[row["seed"]] - row["accuracy"] for row in own if row["seed"] in plain]
+        line.append(upper_bound(paired) if paired else "-")
+        line.append(f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}")
+        over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
+        line += [f"{over['neurons']:.2f}", f"**{over['module']:.3f}**", f"{over['restricted']:.3f}"]
+        line.append(upper_bound([figure(row, "restricted") - figure(row, "module") for row in own]))
+        line += [f"{over[key]:.3f}" for key in ("random", "other", "empty")]
+        line += [f"{100 * over['specificity']:.1f}", f"{over['rejection']:.3f}"]
+        line += [
+            "-" if own[0][key] is None else f"{mean([row[key] for row in own]):.2f}" for key in ("cohesion", "coupling")
+        ]
+        lines.append(line)
+    return table(header, lines)
+
+
+def kinds_table(rows: Rows) -> str:
+    """One line a method and kind of set."""
+    header = ["method", "sets", "neurons", "attention and FFN weights", "raw", "parent", "random", "other", "empty",
+              "specificity", "rejection AUROC"]  # fmt: skip
+    lines = []
+    for name, own in by_method([row for row in rows if "sets" in row]).items():
+        for kind, sets in own[0]["sets"].items():
+            over = {key: mean([figure(row, key, [kind]) for row in own]) for key in (*FIGURES, "specificity")}
+            line = [name, f"{len(sets)} {kind}", f"{over['neurons']:.2f}", f"{over['weights']:.2f}"]
+            line += [f"{over[key]:.3f}" for key in ("module", "restricted", "random", "other", "empty")]
+            lines.append([*line, f"{100 * over['specificity']:.1f}", f"{over['rejection']:.3f}"])
+    return table(header, lines)
+
+
+def modules_table(rows: Rows) -> str:
+    """Real modules: sizes, and what fine-tuning, training anew and pruning reach at the same size."""
+    header = ["method", "labels", "weights", "MB", "raw", "fine-tuned", "same size, trained on the set", "pruned"]
+    lines = []
+    for name, own in by_method([row for row in rows if row.get("modules")]).items():
+        for same in zip(*(row["modules"] for row in own), strict=True):
+            labels = same[0]["labels"]
+            shown = ", ".join(map(str, labels)) if len(labels) < 7 else f"{len(labels)} from {labels[0]}"
+            line = [name, shown, *(f"{mean([m[key] for m in same]):.2f}" for key in ("weights", "megabytes"))]
+            keys = ("raw", "fine-tuned", "same size, trained on the set", "pruned")
+            lines.append([*line, *(f"{mean([m[key] for m in same]):.3f}" for key in keys)])
+    return table(header, lines)
+
+
+def rendered(task: str, stored: dict) -> str:
+    """Title, tables and notes of one task."""
+    rows = stored["rows"]
+    notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
+    commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
+    strangers = [
+        f"- {name}: {figure_of_strangers(own):.3f}"
+        for name, own in by_method([row for row in rows if "sets" in row]).items()
+        if "strangers" in next(iter(own[0]["sets"].values()))[0]
+    ]
+    parts = [
+        f"## {TITLES[task]}",
+        f"{stored['task']}.",
+        methods_table(rows),
+        f"![Accuracy over size](quality_{task}.png)",
+    ]
+    if strangers:
+        parts += ["AUROC of rejecting queries of no label at all:", "\n".join(strangers)]
+    parts += [kinds_table(rows), modules_table(rows), notes, f"```bash\n{commands}\n```"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def figure_of_strangers(own: Rows) -> float:
+    """Mean AUROC over sets, kinds and seeds."""
+    return mean([figure(row, "strangers") for row in own])
+
+
+def page(read: Callable[[str], dict | None]) -> str:
+    """The whole page, from what `read` returns for each task."""
+    found = {task: stored for task in TASKS if (stored := read(task)) is not None}
+    intro = (
+        "# Modules against every rival\n\nMade by `python examples/benchmarks/quality_tables.py` from the JSON files "
+        "that `quality.py` writes. Means over kinds of sets, sets and seeds; accuracy on test data, which chose "
+        "nothing. *raw* is a module as it was cut; *parent* the whole model restricted to the module's labels; "
+        "*random*, *other* and *empty* are other neurons in its place (as many at random; those of as many other "
+        "groups; none); *specificity* is raw minus other, in points. In brackets: upper bound of the one-sided 95 % "
+        "interval over seeds of a paired loss. Rejection: telling own samples from those of all other labels by the "
+        "energy of the module's logits."
+    )
+    return "\n\n".join([intro, *(rendered(task, stored) for task, stored in found.items())]) + "\n"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Raw accuracy of modules, and of what other labels' modules reach, over their share of neurons."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = drawing.subplots(1, 2)
+    for name, own in by_method([row for row in rows if "sets" in row]).items():
+        kinds = kinds_of(own[0])
+        sizes = [mean([figure(row, "neurons", [kind]) for row in own]) for kind in kinds]
+        for axes, key in ((left, "module"), (right, "specificity")):
+            axes.plot(
+                sizes, [mean([figure(row, key, [kind]) for row in own]) for kind in kinds], marker="o", label=name
+            )
+    left.set_ylabel("raw accuracy")
+    right.set_ylabel("raw accuracy minus that of other labels' neurons")
+    for axes in (left, right):
+        axes.set_xlabel("share of neurons kept")
+    left.legend(fontsize=7)
+    drawing.savefig(path, dpi=110)
+
+
+def stored_results(task: str) -> dict | None:
+    """What was measured on a task, if anything."""
+    path = HERE / f"quality_{task}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def main() -> None:
+    """Writes the page and the pictures."""
+    (HERE / "quality.md").write_text(page(stored_results))
+    for task in TASKS:
+        if stored := stored_results(task):
+            draw(stored["rows"], HERE / f"quality_{task}.png")
+
+
+if __name__ == "__main__":
+    main()

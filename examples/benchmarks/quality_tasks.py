@@ -1,0 +1,243 @@
+"""The data, models and sets of labels that `quality.py` measures methods on: digits, CLINC150, CIFAR-10."""
+
+import io
+import itertools
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Image, load_dataset
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from nemo_hf.demo import MODULES, digits_trainer, load_digits_split
+
+
+@dataclass(frozen=True)
+class Split(torch.utils.data.Dataset):
+    """Samples in memory: inputs by name, each of shape (samples, ...), and labels, shape (samples,)."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    is_augmented: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = {name: values[index] for name, values in self.inputs.items()}
+        if self.is_augmented:
+            sample["pixel_values"] = shifted(sample["pixel_values"])
+        return {**sample, "labels": self.labels[index]}
+
+    def rows(self, chosen: Tensor) -> "Split":
+        """Some of the samples, by index or as a boolean."""
+        inputs = {name: values[chosen] for name, values in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels[chosen])
+
+    def part(self, labels: Sequence[int]) -> "Split":
+        """The samples of some labels, and their labels by position in `labels`."""
+        own = self.rows(torch.isin(self.labels, torch.tensor(labels)))
+        places = torch.full((max(labels) + 1,), -1).index_put((torch.tensor(labels),), torch.arange(len(labels)))
+        return replace(own, labels=places[own.labels])
+
+
+def shifted(pixels: Tensor, room: int = 4) -> Tensor:
+    """A random shift by up to `room` pixels and a flip of one image, (channels, height, width)."""
+    size = pixels.shape[-1]
+    padded = torch.nn.functional.pad(pixels, (room,) * 4, mode="reflect")
+    top, left, flips = torch.randint(0, 2 * room + 1, (3,)).tolist()
+    pixels = padded[:, top : top + size, left : left + size]
+    return pixels.flip(-1) if flips % 2 else pixels
+
+
+def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacks samples; texts are cut to the longest of them."""
+    return trimmed({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
+
+
+def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cuts padded texts to the longest of a batch."""
+    if "attention_mask" not in batch:
+        return dict(batch)
+    longest = int(batch["attention_mask"].sum(-1).max())
+    return {name: values[:, :longest] if values.ndim == 2 else values for name, values in batch.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is measured on.
+
+    Args:
+        text: What the data and the model are, for the table.
+        splits: From a seed to training data (with augmentation), validation data and test data.
+        trainer: From a kind of trainer, training and validation data, seed, epochs and options to a trainer.
+        epochs: Epochs of each training.
+        sets: Sets of groups by kind, which modules are cut for.
+        modules: Sets of groups whose modules are also fine-tuned, trained anew, and pruned.
+        rate: Learning rate of training a set alone; fine-tuning takes a third.
+        groups: Name of each group and its labels.
+        options: Options of `NeMoConfig` that are the task's own, in all rows.
+        strangers: Inputs of no label, or `None`.
+        draws: Number of masks of the random control.
+    """
+
+    text: str
+    splits: Callable[[int], tuple[Split, Split, Split]]
+    trainer: Callable[..., Trainer]
+    epochs: int
+    sets: Mapping[str, Sequence[tuple[int, ...]]]
+    modules: Sequence[tuple[int, ...]]
+    rate: float
+    groups: Mapping[str, Sequence[int]]
+    options: Mapping[str, object] = field(default_factory=dict)
+    strangers: Callable[[], Split] | None = None
+    draws: int = 5
+
+
+def drawn_sets(groups: int, size: int, count: int, first: Sequence[tuple[int, ...]] = ()) -> list[tuple[int, ...]]:
+    """Fixed sets of groups: the first ones given, then drawn ones, all different."""
+    draw = random.Random(size)  # noqa: S311 - not for cryptography
+    chosen = list(first)
+    while len(chosen) < count:
+        if (drawn := tuple(sorted(draw.sample(range(groups), size)))) not in chosen:
+            chosen.append(drawn)
+    return chosen
+
+
+def digits_splits(seed: int) -> tuple[Split, Split, Split]:
+    """1,150 images to train, 287 to choose on, 360 to test; the split goes with the seed."""
+    processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    known, test, _ = load_digits_split(processor, seed)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+    whole = Split({"pixel_values": known.pixel_values}, torch.tensor(known.labels))
+    train, validation = whole.rows(order[len(order) // 5 :]), whole.rows(order[: len(order) // 5])
+    return train, validation, Split({"pixel_values": test.pixel_values}, torch.tensor(test.labels))
+
+
+def digits() -> Task:
+    """The demo's task."""
+    sets = {
+        "singles": [(label,) for label in range(10)],
+        "pairs": list(itertools.combinations(range(10), 2)),
+        "triples": drawn_sets(10, 3, 10, MODULES[1:2]),
+        "fives": drawn_sets(10, 5, 10, MODULES[2:3]),
+    }
+    return Task(
+        text="scikit-learn's digits, ViT of 64 x 4 from scratch; 1,150 images train, 287 choose, 360 test",
+        splits=digits_splits,
+        trainer=digits_trainer,
+        epochs=60,
+        sets=sets,
+        modules=MODULES,
+        rate=1e-3,
+        groups={str(label): [label] for label in range(10)},
+    )
+
+
+def trainer_of(
+    model: Callable[[], torch.nn.Module], arguments: Mapping[str, object],
+    kind: type[Trainer], train: Split, validation: Split, seed: int, epochs: int, **options,
+) -> Trainer:  # fmt: skip
+    """A trainer with one's own model and arguments; the exact relevance is counted without augmentation."""
+    set_seed(seed)
+    own = {"output_dir": tempfile.gettempdir(), "save_strategy": "no", "logging_strategy": "no", "report_to": []}
+    args = TrainingArguments(**own, **arguments, num_train_epochs=epochs, seed=seed, disable_tqdm=True, use_cpu=True)
+    if "nemo_config" in options:
+        options["relevance_dataset"] = replace(train, is_augmented=False)
+    return kind(model(), args, collate, train, validation, **options)
+
+
+def clinc150(data: str, model: str) -> Task:
+    """All 15,000 training queries of CLINC150 and a pretrained MiniLM; a group is a domain of 15 intents."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    folder = Path(data)
+    files = {path.name.split("-")[0]: str(path) for path in folder.glob("*-00000-of-00001.parquet")}
+    loaded = load_dataset("parquet", data_files=files)
+    intents, domains = (loaded["train"].features[name].names for name in ("intent", "domain"))
+    owner = dict(zip(loaded["train"]["intent"], loaded["train"]["domain"], strict=True))
+
+    def split(part, labels: Sequence[int]) -> Split:
+        encoded = tokenizer(list(part["text"]), padding=True, truncation=True, return_tensors="pt")
+        return Split(dict(encoded), torch.tensor(labels))
+
+    def strangers() -> Split:
+        part = load_dataset("parquet", data_files=str(folder / "oos-test.parquet"))["train"]
+        return split(part, [-1] * len(part))
+
+    parts = tuple(split(loaded[name], list(loaded[name]["intent"])) for name in ("train", "validation", "test"))
+    labels = {"id2label": dict(enumerate(intents)), "label2id": {name: i for i, name in enumerate(intents)}}
+    build = partial(AutoModelForSequenceClassification.from_pretrained, model, ignore_mismatched_sizes=True, **labels)
+    arguments = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "learning_rate": 2e-4,
+                 "lr_scheduler_type": "cosine"}  # fmt: skip
+    return Task(
+        text="CLINC150, all-MiniLM-L6-v2 pretrained; 15,000 queries train, 3,000 choose, 4,500 test; by domain",
+        splits=lambda seed: parts,
+        trainer=partial(trainer_of, build, arguments),
+        epochs=5,
+        sets={
+            "singles": [(group,) for group in range(10)],
+            "pairs": drawn_sets(10, 2, 5),
+            "fours": drawn_sets(10, 4, 5),
+        },
+        modules=[(0,)],
+        rate=2e-4,
+        groups={name: [i for i in owner if owner[i] == group] for group, name in enumerate(domains)},
+        strangers=strangers,
+        draws=2,
+    )
+
+
+def cifar10(data: str) -> Task:
+    """10,000 training images of CIFAR-10 and a ViT of 192 x 6 from scratch."""
+    loaded = load_dataset("parquet", data_files={
+        name: [str(path) for path in sorted(Path(data).glob(f"{name}-*.parquet"))] for name in ("train", "test")
+    })  # fmt: skip
+    names = loaded["train"].features["label"].names
+
+    def split(name: str, start: int, count: int, is_augmented: bool = False) -> Split:
+        part = loaded[name].shuffle(seed=0).select(range(start, start + count)).cast_column("img", Image(decode=False))
+        from PIL import Image as Picture
+
+        images = np.stack([np.asarray(Picture.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in part["img"]])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Split({"pixel_values": pixels}, torch.tensor(part["label"]), is_augmented)
+
+    parts = (split("train", 0, 10000, True), split("train", 10000, 1000), split("test", 0, 2000))
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    config = ViTConfig(
+        image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=6, num_attention_heads=6,
+        intermediate_size=768, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **labels,
+    )  # fmt: skip
+    arguments = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "learning_rate": 1e-3,
+                 "lr_scheduler_type": "cosine", "warmup_steps": 0.1}  # fmt: skip
+    return Task(
+        text="CIFAR-10, ViT of 192 x 6 from scratch; 10,000 images train, 1,000 choose, 2,000 test",
+        splits=lambda seed: parts,
+        trainer=partial(trainer_of, partial(ViTForImageClassification, config), arguments),
+        epochs=6,
+        sets={
+            "singles": [(label,) for label in range(10)],
+            "pairs": [(3, 5), (0, 8), (1, 9), (2, 4), (6, 7)],
+            "triples": drawn_sets(10, 3, 3),
+            "fives": drawn_sets(10, 5, 3),
+        },
+        modules=[(3, 5)],
+        rate=1e-3,
+        groups={name: [index] for index, name in enumerate(names)},
+        draws=2,
+    )

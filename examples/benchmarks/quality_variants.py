@@ -1,0 +1,188 @@
+"""Training options that were tried and are not in the library: trainers that `quality.py --validation` runs."""
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_hf import NeMoTrainer
+from nemo_hf.losses import group_membership
+
+
+class Balanced(NeMoTrainer):
+    """Batches with as many samples of each group as can be."""
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return BalancedSampler(self.train_dataset.labels.tolist(), self.args.seed)
+
+
+class BalancedSampler(torch.utils.data.Sampler):
+    """Goes through the groups in turn, each shuffled anew in every epoch."""
+
+    def __init__(self, groups: list[int], seed: int) -> None:
+        self.groups, self.draw = groups, random.Random(seed)  # noqa: S311 - not for cryptography
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        queues: dict[int, list[int]] = {}
+        for index in self.draw.sample(range(len(self)), len(self)):
+            queues.setdefault(self.groups[index], []).append(index)
+        while any(queues.values()):
+            yield from [queue.pop() for queue in queues.values() if queue]
+
+
+class Distilling(NeMoTrainer):
+    """Rehearsed samples also learn the answers that the parent gives them under their own masks."""
+
+    weight = 1.0
+
+    def compute_loss(self, model, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As in `NeMoTrainer`, and the taught answers."""
+        total, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        rehearsed = self._rehearsed_groups() if model.training else None
+        if rehearsed is not None:
+            in_module = torch.isin(self._group_of_label, rehearsed)
+            own = in_module[inputs["labels"]]
+            if bool(own.any()):
+                with torch.no_grad():
+                    taught = model(**{name: value[own] for name, value in inputs.items() if name != "labels"}).logits
+                pairs = [part[:, in_module].log_softmax(-1) for part in (outputs.logits[own], taught)]
+                share = own.float().mean()
+                total = total + self.weight * share * F.kl_div(*pairs, log_target=True, reduction="batchmean")
+        return (total, outputs) if return_outputs else total
+
+
+class SmallSets(NeMoTrainer):
+    """Rehearses sets of two to four groups only."""
+
+    def _rehearsed_groups(self) -> Tensor | None:
+        chosen = super()._rehearsed_groups()
+        if chosen is None:
+            return None
+        draw = random.Random(f"{self.args.seed} {self.state.global_step} small")  # noqa: S311 - not for cryptography
+        return torch.tensor(sorted(draw.sample(chosen.tolist(), min(len(chosen), draw.randint(2, 4)))))
+
+
+class Masked(NeMoTrainer):
+    """Changes the masks that the generators make; the parent's hooks call `changed` on each."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for mask in self.parent.masks.site_masks():
+            mask.generator.register_forward_hook(
+                lambda generator, inputs, output, site=mask.site: self.changed(output, site, inputs[0])
+            )
+
+    def changed(self, mask: Tensor, site: Any, pooled: Tensor) -> Tensor:
+        """The mask that takes the place of `mask`, (batch, neurons)."""
+        raise NotImplementedError
+
+
+class OpenQueries(Masked):
+    """No masks on q and k."""
+
+    def changed(self, mask: Tensor, site: Any, pooled: Tensor) -> Tensor:
+        """The mask that takes the place of `mask`, (batch, neurons)."""
+        if "query_key" not in site.parts:
+            return mask
+        size = site.parts["query_key"]
+        return torch.cat([torch.full_like(mask[:, :size], 0.99), mask[:, size:]], -1)
+
+
+class Leaky(Masked):
+    """Closed masks let a tenth of the gradient of the task through."""
+
+    def changed(self, mask: Tensor, site: Any, pooled: Tensor) -> Tensor:
+        """The mask that takes the place of `mask`, (batch, neurons)."""
+        generator = next(m.generator for m in self.parent.masks.site_masks() if m.site is site)
+        hidden = F.linear(pooled.float(), generator.down.weight, generator.down.bias).relu()
+        leak = F.leaky_relu(F.linear(hidden, generator.up.weight, generator.up.bias).tanh(), 0.1)
+        return mask.detach() + (leak - leak.detach())
+
+
+class HardConcrete(Masked):
+    """Gates of the hard concrete kind: noise on the logits while training (Louizos et al., arXiv 1712.01312)."""
+
+    def changed(self, mask: Tensor, site: Any, pooled: Tensor) -> Tensor:
+        """The mask that takes the place of `mask`, (batch, neurons)."""
+        if not self.parent.training:
+            return mask
+        generator = next(m.generator for m in self.parent.masks.site_masks() if m.site is site)
+        hidden = F.linear(pooled.float(), generator.down.weight, generator.down.bias).relu()
+        logits = F.linear(hidden, generator.up.weight, generator.up.bias)
+        uniform = torch.rand_like(logits).clamp(1e-4, 1 - 1e-4)
+        return (logits + 0.3 * (uniform.log() - (1 - uniform).log())).tanh().relu()
+
+
+class Budgets(NeMoTrainer):
+    """Sparsity presses on one kind of site four times as much as on the other."""
+
+    attention, ffn = 1.6, 0.4
+
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
+        for site in self.parent.sites:
+            mask = neuron_masks[site.key]
+            factor = self.attention if "query_key" in site.parts else self.ffn
+            if mask.requires_grad:
+                mask = Scaled.apply(mask, factor)
+            neuron_masks[site.key] = mask
+        return super()._mask_terms(neuron_masks, labels, task_loss)
+
+
+class Scaled(torch.autograd.Function):
+    """The same value, its gradient times a factor."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, factor: float) -> Tensor:
+        """Returns the value."""
+        context.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Scales the gradient."""
+        return gradient * context.factor, None
+
+
+class FfnBudgets(Budgets):
+    """The other way round."""
+
+    attention, ffn = 0.4, 1.6
+
+
+class PrototypeContrast(NeMoTrainer):
+    """Contrast between the mean masks of groups, whose similarity costs its square, beside that of samples."""
+
+    weight = 1.0
+
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
+        terms = super()._mask_terms(neuron_masks, labels, task_loss)
+        member = group_membership(labels, self._group_of_label, len(self.parent.config.groups)).float()
+        member = member[:, member.sum(0) > 0]
+        overlap = []
+        for masks in neuron_masks.values():
+            means = (member / member.sum(0)).T @ masks[:, 0].float()
+            unit = F.normalize(means, dim=-1, eps=1e-3)
+            similar = unit @ unit.T
+            overlap.append(
+                (similar.square().sum() - similar.diagonal().square().sum()) / max(1, similar.numel() - len(similar))
+            )
+        return terms + self._warmup() * self.weight * torch.stack(overlap).mean()
+
+
+VARIANTS = {
+    "balanced batches": Balanced,
+    "distilled modules": Distilling,
+    "sets of 2 to 4": SmallSets,
+    "q and k open": OpenQueries,
+    "leaky gradient": Leaky,
+    "hard concrete": HardConcrete,
+    "attention presses more": Budgets,
+    "ffn presses more": FfnBudgets,
+    "group prototypes": PrototypeContrast,
+}
