@@ -34,10 +34,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import nemo_hf.evaluation
+import nemo_hf.costs
 
 torch.set_num_threads(1)  # the models are too small to share out
-nemo_hf.evaluation.LATENCY_RUNS = 2  # no test looks at how fast anything is
+nemo_hf.costs.LATENCY_RUNS = 2  # no test looks at how fast anything is
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 

@@ -6,7 +6,8 @@ from conftest import image_samples, randomize_relevance
 from torch.utils.data import DataLoader
 
 from nemo_hf import NeMoConfig, evaluate_module, make_parent
-from nemo_hf.evaluation import count_macs, format_table
+from nemo_hf.costs import count_macs
+from nemo_hf.evaluation import format_table
 from nemo_hf.extraction import make_plan
 from nemo_hf.inputs import random_inputs
 

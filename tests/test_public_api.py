@@ -13,6 +13,7 @@ import nemo_hf
 
 MASKED = ["static_masks", "static_samples", "output_neuron_masks", "return_dict", "kwargs"]
 SIGNATURES = {
+    "calibrate_rejection": ["module", "batches", "accepted", "show_progress"],
     "compute_relevance": ["parent", "batches", "accelerator", "show_progress"],
     "evaluate_module": [
         *["parent", "labels", "batches", "module", "threshold", "round_to", "seed", "show_progress"],
@@ -58,6 +59,7 @@ SIGNATURES = {
         *["model", "args", "data_collator", "train_dataset", "trainer_args", "nemo_config", "relevance_dataset"],
         "trainer_kwargs",
     ],
+    "NeMoTrainer.calibrate_rejection": ["self", "module", "eval_dataset", "accepted"],
     "NeMoTrainer.evaluate_module": ["self", "labels", "eval_dataset", "kwargs"],
     "NeMoTrainer.extract_module": ["self", "labels", "kwargs"],
     "NeMoTrainer.update_relevance": ["self"],
@@ -67,10 +69,11 @@ FIELDS = {
         *["labels", "groups", "accuracy", "parent_restricted_accuracy", "controls", "samples", "parameters"],
         *["parent_parameters", "megabytes", "parent_megabytes", "macs", "parent_macs", "neuron_retention_rate"],
         *["weight_retention_rate", "latency_ms", "parent_latency_ms", "device", "input_shape", "threshold", "seed"],
+        "rejection",
     ],
     "NeMoModelConfig": [
         *["base_config", "base_class", "role", "nemo_config", "label_groups", "label_ids", "sites"],
-        *["relevance_source", "relevance_threshold", "retained_neurons", "law"],
+        *["relevance_source", "relevance_threshold", "retained_neurons", "law", "rejection"],
     ],
 }
 ROOMS = [
@@ -110,6 +113,7 @@ def test_the_public_names_are_these():
         "NeMoModelConfig",
         "NeMoTrainer",
         "UnsupportedArchitectureError",
+        "calibrate_rejection",
         "compute_relevance",
         "evaluate_module",
         "make_parent",

@@ -10,11 +10,11 @@ import nemo_hf
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
     ("config", "neurons", "generators", "inputs", "losses", "model_card"),
-    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics"),
-    ("sites", "weights", "loading"),
+    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection"),
+    ("sites", "weights", "loading", "rehearsal"),
     ("described", "files"),
     ("modeling", "proposing"),
-    ("tasks", "law", "relevance"),
+    ("tasks", "law", "relevance", "costs", "calibration"),
     ("extraction",),
     ("evaluation", "probing"),
     ("trainer",),

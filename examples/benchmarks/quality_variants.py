@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_hf import NeMoTrainer
-from nemo_hf.losses import group_membership
+from nemo_hf.losses import group_membership, restricted_cross_entropy
 
 
 class Balanced(NeMoTrainer):
@@ -175,7 +175,32 @@ class PrototypeContrast(NeMoTrainer):
         return terms + self._warmup() * self.weight * torch.stack(overlap).mean()
 
 
+class Advantage(NeMoTrainer):
+    """In a rehearsed step, samples of other labels must give their right label no standardised advantage."""
+
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
+        """As in `NeMoTrainer`, with another penalty on the samples of other labels."""
+        if in_module is None or not bool((~in_module[labels]).any()):
+            return super()._task_loss(outputs, labels, in_module)
+        own = in_module[labels]
+        total = outputs.logits.sum() * 0.0
+        if bool(own.any()):
+            allowed = in_module.expand(int(own.sum()), -1)
+            total = restricted_cross_entropy(outputs.logits[own], labels[own], allowed) * own.float().mean()
+        others = (~in_module).nonzero().flatten()
+        if len(others) > 1:
+            logits = outputs.logits[~own][:, others]
+            centred = logits - logits.mean(-1, keepdim=True)
+            centred = centred - centred.mean(0)
+            spread = centred.square().mean().add(1e-6).sqrt()
+            right = centred.gather(1, torch.searchsorted(others, labels[~own])[:, None])
+            advantage = (right.mean() / spread).clamp(min=0)
+            total = total + self.nemo_config.specificity_weight * (~own).float().mean() * advantage
+        return total
+
+
 VARIANTS = {
+    "advantage": Advantage,
     "balanced batches": Balanced,
     "distilled modules": Distilling,
     "sets of 2 to 4": SmallSets,

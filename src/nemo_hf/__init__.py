@@ -3,6 +3,7 @@
 Importing it registers parents and modules with the Auto classes of `transformers`.
 """
 
+from .calibration import calibrate_rejection
 from .config import NeMoConfig
 from .configuration import NeMoModelConfig
 from .evaluation import ModuleReport, evaluate_module
@@ -25,6 +26,7 @@ __all__ = [
     "NeMoModelConfig",
     "NeMoTrainer",
     "UnsupportedArchitectureError",
+    "calibrate_rejection",
     "compute_relevance",
     "evaluate_module",
     "make_parent",

@@ -45,9 +45,11 @@ class NeMoModelConfig(PreTrainedConfig):
         relevance_threshold: Module: the threshold of its plan. `retained_neurons`: its neuron retention
             rate.
         law: Result of the last check of the extraction law, or `None`.
+        rejection: Module: what `calibrate_rejection` found, or `None`.
     """
 
     model_type = "nemo_hf"
+    keys_to_ignore_at_inference = ["past_key_values", "rejection_scores"]
     sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
     base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
@@ -61,6 +63,7 @@ class NeMoModelConfig(PreTrainedConfig):
     relevance_threshold: float | None = None
     retained_neurons: float | None = None
     law: dict | None = None  # type: ignore[type-arg]
+    rejection: dict | None = None  # type: ignore[type-arg]
 
     @property
     def names(self) -> dict[int, str]:

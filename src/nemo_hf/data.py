@@ -46,7 +46,11 @@ def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
 
 
 def groups_from_column(
-    dataset: Any, column: str, labels: Sequence[int] | None, id2label: Mapping[int, str]
+    dataset: Any,
+    column: str,
+    labels: Sequence[int] | None,
+    id2label: Mapping[int, str],
+    has_several_labels: bool = False,
 ) -> dict[str, list[LabelLike]]:
     """Reads label groups from a column that names each sample's group.
 
@@ -56,13 +60,19 @@ def groups_from_column(
             `ClassLabel` if the column has them.
         labels: The label ids of the data set.
         id2label: The labels.
+        has_several_labels: Whether a sample may have several labels.
 
     Returns:
         Group name to label ids, in the order of the labels.
 
     Raises:
-        ValueError: If there is no such column, or it is no function of the label.
+        ValueError: If there is no such column, it is no function of the label, or samples have several labels.
     """
+    if has_several_labels:
+        raise ValueError(
+            "Got group_column for a model whose samples have several labels; expected label_groups, since such a "
+            "column names one group a sample. Pass NeMoConfig(label_groups={...})."
+        )
     values = column_values(dataset, (column,))
     if values is None or labels is None:
         raise ValueError(

@@ -1,34 +1,30 @@
 """A module's report: accuracy beside controls, size, operations and latency."""
 
-import copy
 import logging
 import random
-import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from .calibration import own_samples
 from .config import LabelLike
+from .costs import count_macs, measure_latency
 from .data import check_label_shape
 from .extraction import extract_module, make_plan
 from .inputs import random_inputs
 from .law import as_saved
 from .metrics import cohesion_and_coupling
 from .modeling import NeMoPreTrainedModel, base_parameters
+from .rejection import auroc, energy, score_energies
 from .relevance import group_indices, sample_groups
 
 logger = logging.getLogger(__name__)
 
 RANDOM_DRAWS = 5
-LATENCY_BATCHES = (1, 8, 32)
-LATENCY_RUNS = 15
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,9 @@ class ModuleReport:
             inside the parent, without masks.
         device: Device of the latency. `input_shape`: of the sample whose latency and operations these are.
             `threshold`: of the module's plan. `seed`: of the controls.
+        rejection: `auroc` of telling samples of the module's labels from all others by its energy (`None` if
+            there are no others); after `calibrate_rejection`, shares of own samples `accepted` and of others
+            `rejected` at its threshold.
     """
 
     labels: list[str]
@@ -76,6 +75,7 @@ class ModuleReport:
     input_shape: list[int]
     threshold: float
     seed: int
+    rejection: dict[str, float | None]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain data for JSON."""
@@ -122,7 +122,7 @@ def evaluate_module(
             masks["other"] = masks["empty"]
     module.to(parent.device)  # type: ignore[arg-type]
     with as_saved(parent, module):
-        right, samples = _count_right(parent, module, plan.label_ids, masks, batches, show_progress)
+        right, samples, known = _count_right(parent, module, plan.label_ids, masks, batches, show_progress)
     if not samples:
         raise ValueError(
             f"Got evaluation data without a sample of the labels {plan.label_ids}; expected at least one. "
@@ -154,6 +154,7 @@ def evaluate_module(
         input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
         threshold=plan.threshold,
         seed=seed,
+        rejection=_rejection(module, *known),
     )
     module.report = report.to_dict()
     return report
@@ -200,11 +201,15 @@ def _count_right(
     masks: Mapping[str, Sequence[Mapping[str, Tensor]]],
     batches: Iterable[Mapping[str, Any]],
     show_progress: bool,
-) -> tuple[dict[str, float], int]:
-    """Counts right answers of the module, the parent restricted, and the parent under control masks."""
+) -> tuple[dict[str, float], int, tuple[Tensor, Tensor]]:
+    """Counts right answers of the module, the parent restricted, and the parent under control masks.
+
+    Returns also the energies of the module's answers to all samples, and which samples have its labels.
+    """
     wanted = torch.tensor(label_ids, device=parent.device)
     right = dict.fromkeys(["module", "parent", *masks], 0.0)
     samples = 0
+    energies, is_own = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for batch in tqdm(batches, desc="Module", disable=not show_progress):
         if "labels" not in batch:
             raise ValueError(
@@ -214,12 +219,16 @@ def _count_right(
         check_label_shape(labels, parent.config.has_several_labels)
         has_several = parent.config.has_several_labels
         chosen = torch.ones(len(labels), dtype=torch.bool) if has_several else torch.isin(labels, wanted)
+        inputs = {k: v.to(parent.device) for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
+        logits = module(**inputs).logits
+        energies.append(energy(logits, has_several).cpu())
+        is_own.append(own_samples(module, labels).cpu())
         if not chosen.any():
             continue
-        inputs = {k: v.to(parent.device)[chosen] for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
+        inputs = {name: values[chosen] for name, values in inputs.items()}
         labels = labels[chosen]
         samples += len(labels)
-        answers = [("module", module(**inputs).logits), ("parent", parent(**inputs).logits[:, wanted])]
+        answers = [("module", logits[chosen]), ("parent", parent(**inputs).logits[:, wanted])]
         for name, draws in masks.items():
             answers += [(name, parent(**inputs, static_masks=mask).logits[:, wanted]) for mask in draws]
         for name, logits in answers:
@@ -227,7 +236,18 @@ def _count_right(
                 right[name] += ((logits > 0) == (labels[:, wanted] > 0)).float().mean(-1).sum().item()
             else:
                 right[name] += int((wanted[logits.argmax(-1)] == labels).sum())
-    return right, samples
+    return right, samples, (torch.cat(energies), torch.cat(is_own))
+
+
+def _rejection(module: NeMoPreTrainedModel, energies: Tensor, is_own: Tensor) -> dict[str, float | None]:
+    """How well a module tells its own samples from others."""
+    found = {"auroc": auroc(energies, is_own), "accepted": None, "rejected": None}
+    fit = module.config.rejection
+    if fit:
+        is_rejected = score_energies(energies, fit) > fit["threshold"]
+        found["accepted"] = 1 - is_rejected[is_own].float().mean().item()
+        found["rejected"] = None if bool(is_own.all()) else is_rejected[~is_own].float().mean().item()
+    return found
 
 
 def _empty_masks(parent: NeMoPreTrainedModel) -> dict[str, Tensor]:
@@ -270,78 +290,6 @@ def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) 
     others = {name: ids for name, ids in parent.config.groups.items() if name not in groups}
     chosen = random.Random(seed).sample(sorted(others), min(len(groups), len(others)))  # noqa: S311
     return [index for name in chosen for index in others[name]]
-
-
-def count_macs(model: NeMoPreTrainedModel) -> int:
-    """Counts multiply-accumulates of linear layers, convolutions and attention for one sample.
-
-    Args:
-        model: A parent, which counts as the plain model inside, or a module.
-
-    Returns:
-        Half the floating-point operations that torch's counter sees for one random sample.
-    """
-    inputs = {name: value[:1] for name, value in random_inputs(model).items()}
-    # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _plain_call(model, inputs)
-    return int(counter.get_total_flops()) // 2
-
-
-def _plain_call(model: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Runs the plain model inside, whose masks would cost time that a user of it does not spend."""
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    if model.masks is None:
-        model.model(**inputs)
-    else:
-        with model.masks.disabled():
-            model.model(**inputs)
-
-
-@torch.no_grad()
-def measure_latency(
-    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Times a module and the plain model inside its parent, alternating in one process.
-
-    Args:
-        parent: The parent; its masks are off.
-        module: The module.
-        batch_sizes: Sizes of the random batches.
-
-    Returns:
-        Median milliseconds by batch size, of the module and of the parent.
-    """
-    medians: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    detached = copy.deepcopy(parent)
-    plain = detached.detach_masks().eval()
-    module.eval()
-    for size in batch_sizes:
-        sample = random_inputs(module)
-        inputs = {
-            name: value[:1].expand(size, *value.shape[1:]).contiguous().to(parent.device)
-            for name, value in sample.items()
-        }
-        times: tuple[list[float], list[float]] = ([], [])
-        for run in range(LATENCY_RUNS + 3):
-            for index, model in enumerate((module.model, plain)):
-                elapsed = _timed(model, inputs)
-                if run >= 3:  # the first runs warm caches up
-                    times[index].append(elapsed)
-        for index in (0, 1):
-            medians[index][str(size)] = round(statistics.median(times[index]) * 1000, 4)
-    return medians
-
-
-def _timed(model: Any, inputs: Mapping[str, Tensor]) -> float:
-    is_cuda = next(iter(inputs.values())).is_cuda
-    if is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(**inputs)
-    if is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def format_table(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from .generators import MaskGenerator
 from .loading import check_loaded, check_model_type
 from .masking import NeuronMasks, build_masks
 from .neurons import NeuronSite, with_back_ends
+from .rejection import rejection_scores
 from .sites import find_heads
 from .slicing import ScatterLinear, resize, resize_head
 
@@ -38,6 +39,8 @@ class NeMoOutput(ModelOutput):
         hidden_states: As the plain model returns them on request. `attentions` likewise.
         neuron_masks: Parents in training, or on request: site key to soft masks of shape
             (batch, calls, neurons), float32.
+        rejection_scores: Modules that `calibrate_rejection` prepared: chance that the input has none of the
+            module's labels, shape (batch,), float32; to be rejected over `config.rejection["threshold"]`.
     """
 
     loss: Tensor | None = None
@@ -45,6 +48,7 @@ class NeMoOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     neuron_masks: dict[str, Tensor] | None = None
+    rejection_scores: Tensor | None = None
 
 
 class NeMoPreTrainedModel(PreTrainedModel):
@@ -155,9 +159,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
         return self.masks is not None
 
     def train(self, mode: bool = True) -> Self:
-        """Switches between training and eval mode; training drops the report, which is of the old weights."""
+        """Switches between training and eval mode; training drops what was measured of the old weights."""
         if mode:
-            self.report = None
+            self.report = self.config.rejection = None
         super().train(mode)
         return self
 
@@ -240,6 +244,9 @@ class NeMoPreTrainedModel(PreTrainedModel):
             attentions=outputs.get("attentions"),
             neuron_masks={key: torch.stack(calls, 1) for key, calls in collected.items()}
             if wanted and collected
+            else None,
+            rejection_scores=rejection_scores(outputs.logits, self.config.rejection, self.config.has_several_labels)
+            if self.config.rejection
             else None,
         )
         return result.to_tuple() if return_dict is False else result

@@ -129,8 +129,10 @@ def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
 
 
 def sparsity_pressure(masks: NeuronMasks, config: NeMoConfig) -> Tensor | float:
-    """Weight of sparsity now: under a size target as steered so far, fading out over the last tenth above
-    `BRAKE` of the target, since a neuron that is closed for every sample can't open again.
+    """Weight of sparsity now, under a size target as steered so far.
+
+    It fades to 0 while modules are smaller than the target, since a neuron that is closed for every sample gets no
+    gradient with which to open again.
 
     Args:
         masks: The parent's masks with their running relevance.

@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from .calibration import calibrate_rejection
 from .config import LabelLike, NeMoConfig
 from .configuration import SEVERAL_LABELS
 from .data import check_columns, check_label_shape, check_labels, column_values, groups_from_column
@@ -29,8 +29,8 @@ from .losses import (
 )
 from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
-from .planning import is_relevant
 from .probing import make_parent
+from .rehearsal import draw_groups, module_masks
 from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups, sparsity_pressure, steer_size
 
 logger = logging.getLogger(__name__)
@@ -166,12 +166,8 @@ class NeMoTrainer(Trainer):
         config = config or NeMoConfig()
         groups = None
         if config.group_column is not None:
-            if model.config.problem_type == SEVERAL_LABELS:
-                raise ValueError(
-                    "Got group_column for a model whose samples have several labels; expected label_groups, since such "
-                    "a column names one group a sample. Pass NeMoConfig(label_groups={...})."
-                )
-            groups = groups_from_column(self._training_data, config.group_column, labels, names)
+            has_several = model.config.problem_type == SEVERAL_LABELS
+            groups = groups_from_column(self._training_data, config.group_column, labels, names, has_several)
         return make_parent(model, config, groups)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -221,7 +217,7 @@ class NeMoTrainer(Trainer):
         rehearsed, in_module = self._rehearsed_groups(), None
         if rehearsed is not None:
             in_module = torch.isin(self._group_of_label, rehearsed)
-            inputs["static_masks"] = self._module_masks(rehearsed)
+            inputs["static_masks"] = module_masks(self._masks, rehearsed, self.nemo_config.relevance_threshold)
             # With several labels a module must say no to samples of none of its own, so it sees all of them.
             if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
                 inputs["static_samples"] = in_module[labels]
@@ -273,21 +269,10 @@ class NeMoTrainer(Trainer):
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws the groups of this optimizer step, equal for its micro-batches and on all ranks, or none."""
         config, groups = self.nemo_config, self.parent.config.groups
-        # A set of one label leaves nothing to choose, so nothing to learn.
-        least = 1 if max(len(members) for members in groups.values()) > 1 else 2
-        most = len(groups) - 1
-        draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
-        if self._warmup() < 1 or draw.random() >= config.rehearsal_probability or most < least:
+        if self._warmup() < 1:
             return None
-        chosen = draw.sample(range(len(groups)), draw.randint(least, most))
-        return torch.tensor(sorted(chosen), device=self.parent.device)
-
-    def _module_masks(self, groups: Tensor) -> dict[str, Tensor]:
-        threshold = self.nemo_config.relevance_threshold
-        return {
-            key: is_relevant(relevance[groups].amax(0), threshold).float()
-            for key, relevance in self._masks.relevance().items()
-        }
+        chosen = draw_groups(groups, config.rehearsal_probability, f"{self.args.seed} {self.state.global_step}")
+        return None if chosen is None else torch.tensor(chosen, device=self.parent.device)
 
     def _count_open(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
         if self._open_counts is None:
@@ -387,11 +372,21 @@ class NeMoTrainer(Trainer):
         Returns:
             The report.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
+        return evaluate_module(self.parent, labels, batches, show_progress=not self.args.disable_tqdm, **kwargs)
+
+    def calibrate_rejection(
+        self, module: NeMoPreTrainedModel, eval_dataset: Any = None, accepted: float = 0.95
+    ) -> dict[str, float]:
+        """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
+        batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
+        return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
+
+    def _one_dataset(self, given: Any) -> Any:
+        dataset = self.eval_dataset if given is None else given
         if dataset is None or isinstance(dataset, dict):
             raise ValueError("Got no single evaluation data set; expected one. Pass eval_dataset=...")
-        batches = self._loader(dataset, is_shared=False)
-        return evaluate_module(self.parent, labels, batches, show_progress=not self.args.disable_tqdm, **kwargs)
+        return dataset
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Trainer would write training_args.bin, a pickle; the processor goes with the model.

@@ -1,0 +1,90 @@
+"""What a module costs to run: operations and latency, beside the plain model inside its parent."""
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .inputs import random_inputs
+from .modeling import NeMoPreTrainedModel
+
+LATENCY_BATCHES = (1, 8, 32)
+LATENCY_RUNS = 15
+
+
+def count_macs(model: NeMoPreTrainedModel) -> int:
+    """Counts multiply-accumulates of linear layers, convolutions and attention for one sample.
+
+    Args:
+        model: A parent, which counts as the plain model inside, or a module.
+
+    Returns:
+        Half the floating-point operations that torch's counter sees for one random sample.
+    """
+    inputs = {name: value[:1] for name, value in random_inputs(model).items()}
+    # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _plain_call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _plain_call(model: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Runs the plain model inside, whose masks would cost time that a user of it does not spend."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if model.masks is None:
+        model.model(**inputs)
+    else:
+        with model.masks.disabled():
+            model.model(**inputs)
+
+
+@torch.no_grad()
+def measure_latency(
+    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Times a module and the plain model inside its parent, alternating in one process.
+
+    Args:
+        parent: The parent; its masks are off.
+        module: The module.
+        batch_sizes: Sizes of the random batches.
+
+    Returns:
+        Median milliseconds by batch size, of the module and of the parent.
+    """
+    medians: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    detached = copy.deepcopy(parent)
+    plain = detached.detach_masks().eval()
+    module.eval()
+    for size in batch_sizes:
+        sample = random_inputs(module)
+        inputs = {
+            name: value[:1].expand(size, *value.shape[1:]).contiguous().to(parent.device)
+            for name, value in sample.items()
+        }
+        times: tuple[list[float], list[float]] = ([], [])
+        for run in range(LATENCY_RUNS + 3):
+            for index, model in enumerate((module.model, plain)):
+                elapsed = _timed(model, inputs)
+                if run >= 3:  # the first runs warm caches up
+                    times[index].append(elapsed)
+        for index in (0, 1):
+            medians[index][str(size)] = round(statistics.median(times[index]) * 1000, 4)
+    return medians
+
+
+def _timed(model: Any, inputs: Mapping[str, Tensor]) -> float:
+    is_cuda = next(iter(inputs.values())).is_cuda
+    if is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(**inputs)
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

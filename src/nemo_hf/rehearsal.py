@@ -1,0 +1,45 @@
+"""Module rehearsal: which groups a step trains as the module that would be cut for them now, and its masks."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from .masking import NeuronMasks
+from .planning import is_relevant
+
+
+def draw_groups(groups: Mapping[str, Sequence[int]], probability: float, seed: str) -> list[int] | None:
+    """Draws the groups of one optimizer step: any number of them, but never all.
+
+    Args:
+        groups: Group name to label ids.
+        probability: Chance in [0, 1] that the step rehearses a module at all.
+        seed: Names the run and the step, so that its micro-batches and all processes draw the same.
+
+    Returns:
+        Sorted indices of groups, or `None` for a step without rehearsal. A set of one label is never drawn:
+        it leaves nothing to choose, so nothing to learn.
+    """
+    least = 1 if max(len(members) for members in groups.values()) > 1 else 2
+    most = len(groups) - 1
+    draw = random.Random(seed)  # noqa: S311 - not for cryptography
+    if draw.random() >= probability or most < least:
+        return None
+    return sorted(draw.sample(range(len(groups)), draw.randint(least, most)))
+
+
+def module_masks(masks: NeuronMasks, groups: Tensor, threshold: float) -> dict[str, Tensor]:
+    """Returns the static masks of the module that the running relevance says now.
+
+    Args:
+        masks: The parent's masks.
+        groups: Indices of the module's groups.
+        threshold: Share of a group's samples that must open a neuron.
+
+    Returns:
+        Site key to 0/1 masks, float32, shape (neurons,).
+    """
+    return {
+        key: is_relevant(relevance[groups].amax(0), threshold).float() for key, relevance in masks.relevance().items()
+    }

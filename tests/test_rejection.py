@@ -1,0 +1,160 @@
+"""Rejection scores: energy, its calibration, and how modules carry it."""
+
+import math
+
+import pytest
+import torch
+from conftest import fresh, image_samples, randomize_relevance
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+
+from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, evaluate_module, make_parent
+from nemo_hf.calibration import own_samples
+from nemo_hf.rejection import auroc, energy, fit_rejection, rejection_scores, score_energies
+
+
+def data(count=60, batch=16):
+    return DataLoader(image_samples(count), batch_size=batch)
+
+
+@pytest.fixture
+def parent(vit):
+    parent = make_parent(vit, NeMoConfig()).eval()
+    randomize_relevance(parent)
+    return parent
+
+
+@pytest.mark.parametrize("has_several", [False, True])
+def test_energy_is_the_logarithm_of_a_sum(has_several):
+    logits = torch.randn(7, 4) * 3
+    terms = [[math.exp(value) for value in row] for row in logits.tolist()]
+    naive = [sum(math.log1p(t) for t in row) if has_several else math.log(sum(row)) for row in terms]
+    assert energy(logits, has_several).tolist() == pytest.approx(naive, rel=1e-5)
+
+
+def test_the_energy_of_a_single_label_is_its_logit():
+    logits = torch.randn(5, 1)
+    assert torch.equal(energy(logits), logits[:, 0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auroc_counts_pairs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 6, (40,), generator=generator).float()  # with ties
+    positive = torch.rand(40, generator=generator) < 0.4
+    pairs = [(p > n) + (p == n) / 2 for p in scores[positive].tolist() for n in scores[~positive].tolist()]
+    assert auroc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_auroc_needs_both_kinds():
+    assert auroc(torch.rand(4), torch.ones(4, dtype=torch.bool)) is None
+
+
+@pytest.mark.parametrize("accepted", [0.5, 0.9, 0.95, 0.99])
+def test_the_threshold_accepts_the_share_that_was_asked_for(accepted):
+    generator = torch.Generator().manual_seed(0)
+    own = torch.arange(400) < 150
+    energies = torch.randn(400, generator=generator) + 2 * own
+    fit = fit_rejection(energies, own, accepted)
+    shares = (score_energies(energies, fit) <= fit["threshold"]).float()
+    assert accepted <= shares[own].mean() < accepted + 1 / 150
+    assert fit["accepted"] == pytest.approx(shares[own].mean().item())
+    assert fit["rejected"] == pytest.approx(1 - shares[~own].mean().item())
+
+
+def test_scores_are_calibrated_at_even_odds():
+    generator = torch.Generator().manual_seed(1)
+    own = torch.arange(40000) < 4000  # ten times as many others
+    energies = 5 + 3 * (torch.randn(40000, generator=generator) + own)
+    scores = score_energies(energies, fit_rejection(energies, own, 0.95))
+    for low in (0.2, 0.4, 0.6):
+        chosen = (scores > low) & (scores < low + 0.1)
+        strange, known = (chosen & ~own).sum() / 36000, (chosen & own).sum() / 4000
+        assert (strange / (strange + known)).item() == pytest.approx(scores[chosen].mean().item(), abs=0.05)
+
+
+def test_samples_that_a_line_divides_give_finite_numbers():
+    own = torch.arange(20) < 10
+    fit = fit_rejection(torch.where(own, 9.0, -9.0) + torch.rand(20), own, 0.9)
+    assert all(math.isfinite(value) for value in fit.values())
+    assert fit["rejected"] == 1.0
+
+
+def test_a_calibrated_module_has_scores_that_survive_files(parent, tmp_path):
+    module = parent.extract_module(["dog", "ship"])
+    pixels = torch.stack([sample["pixel_values"] for sample in image_samples(6)])
+    assert module(pixels).rejection_scores is None
+    found = calibrate_rejection(module, data(), show_progress=False)
+    assert module.config.rejection == found
+    scores = module(pixels).rejection_scores
+    assert torch.allclose(scores, rejection_scores(module(pixels).logits, found))
+    module.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixels).rejection_scores, scores)
+    assert module.training is False
+
+
+def test_the_report_recounts_rejection(parent):
+    module = parent.extract_module(["dog", "ship"])
+    before = evaluate_module(parent, ["dog", "ship"], data(), module, show_progress=False).rejection
+    calibrate_rejection(module, data(30), accepted=0.8, show_progress=False)
+    after = evaluate_module(parent, ["dog", "ship"], data(), module, show_progress=False).rejection
+    batch = next(iter(data(60, 60)))
+    own = torch.isin(batch["labels"], torch.tensor([1, 3]))
+    output = module(batch["pixel_values"])
+    assert before == {"auroc": after["auroc"], "accepted": None, "rejected": None}
+    assert after["auroc"] == pytest.approx(auroc(energy(output.logits), own), abs=1e-6)
+    rejected = output.rejection_scores > module.config.rejection["threshold"]
+    assert after["accepted"] == pytest.approx((~rejected)[own].float().mean().item())
+    assert after["rejected"] == pytest.approx(rejected[~own].float().mean().item())
+
+
+def test_a_module_of_one_label_can_reject(parent):
+    module = parent.extract_module(["car"])
+    assert 0 <= calibrate_rejection(module, data(), show_progress=False)["rejected"] <= 1
+
+
+def test_fine_tuning_drops_the_calibration_and_evaluation_ignores_the_scores(parent, tmp_path):
+    module = parent.extract_module(["dog", "ship"])
+    calibrate_rejection(module, data(), show_progress=False)
+    own = [{**s, "labels": [1, 3].index(s["labels"])} for s in image_samples(40) if s["labels"] in (1, 3)]
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    shapes = []
+    trainer = Trainer(module, args, train_dataset=own, eval_dataset=own,
+                      compute_metrics=lambda p: shapes.append(p.predictions.shape) or {})  # fmt: skip
+    trainer.evaluate()
+    assert shapes == [(16, 2)]
+    assert module.config.rejection is not None
+    trainer.train()
+    assert module.config.rejection is None
+
+
+def test_the_trainer_calibrates_on_its_evaluation_data(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = NeMoTrainer(fresh("vit"), args, train_dataset=image_samples(), eval_dataset=image_samples(60))
+    trainer.train()
+    module = trainer.extract_module(["cat", "frog"])
+    found = trainer.calibrate_rejection(module)
+    assert found == pytest.approx(calibrate_rejection(module, data(60, 8), show_progress=False), rel=1e-3)
+
+
+def test_samples_of_several_labels_are_own_if_one_is(parent):
+    module = parent.extract_module(["dog", "ship"])
+    labels = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
+    assert own_samples(module, labels).tolist() == [False, True, True, False]
+    assert own_samples(module, torch.tensor([0, 1, 3, -1])).tolist() == [False, True, True, False]
+
+
+def test_what_can_not_be_calibrated_is_refused(parent):
+    module = parent.extract_module(["dog", "ship"])
+    with pytest.raises(ValueError, match=r"Got a parent; expected a module"):
+        calibrate_rejection(parent, data())
+    with pytest.raises(ValueError, match=r"accepted=1; expected a share"):
+        calibrate_rejection(module, data(), accepted=1)
+    for wanted in ((1, 3), (0, 2)):
+        only = DataLoader([s for s in image_samples(60) if s["labels"] in wanted], batch_size=8)
+        with pytest.raises(ValueError, match=r"expected some of both"):
+            calibrate_rejection(module, only, show_progress=False)
+    with pytest.raises(ValueError, match=r"expected 'labels' in it"):
+        calibrate_rejection(module, [{"pixel_values": torch.randn(2, 3, 16, 16)}], show_progress=False)
+    assert module.config.rejection is None
