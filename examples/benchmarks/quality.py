@@ -15,6 +15,7 @@ takes two to four minutes on digits, half an hour on CLINC150 and CIFAR-10.
 
 import argparse
 import copy
+import hashlib
 import json
 import statistics
 import sys
@@ -29,14 +30,16 @@ from quality_tasks import Split, Task, cifar10, clinc150, collate, digits, trimm
 from quality_variants import VARIANTS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from transformers import Trainer, set_seed
+from transformers import AutoConfig, Trainer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
-from nemo_hf.evaluation import other_groups, random_masks
+from nemo_hf.configuration import task_of
+from nemo_hf.evaluation import measure_modularity, other_groups, random_masks
 from nemo_hf.extraction import make_plan
 from nemo_hf.files import write_json
 from nemo_hf.modeling import base_parameters
+from nemo_hf.tasks import TASK_CLASSES
 
 HERE = Path(__file__).parent
 PAPER = {"hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0, "detach_pooled": False,
@@ -144,7 +147,15 @@ def fit(model, data: Split, steps: int, rate: float, seed: int, batch: int, vali
         model.load_state_dict(kept)
 
 
-def cut_modules(task: Task, parent, plain, splits: Sequence[Split], batch: int, seed: int) -> list[dict]:
+def modularity(parent, data: Split) -> dict:
+    """Cohesion and coupling over at most 1,000 samples."""
+    chosen = torch.arange(0, len(data), -(-len(data) // 1000))
+    batches = [data.rows(indices) for indices in chosen.split(BATCH)]
+    found = measure_modularity(parent, ({**trimmed(b.inputs), "labels": b.labels} for b in batches), len(chosen))
+    return {key: found[key] for key in ("cohesion", "coupling")}
+
+
+def cut_modules(task: Task, parent, plain, splits: Sequence[Split], seed: int) -> list[dict]:
     """Real modules of a few sets: sizes, fine-tuned, and plain models of the same size."""
     rows = []
     for groups in task.modules:
@@ -155,16 +166,16 @@ def cut_modules(task: Task, parent, plain, splits: Sequence[Split], batch: int, 
         row["parameters"] = base_parameters(module)
         row["weights"] = row["parameters"] / base_parameters(parent)
         row["megabytes"] = sum(p.numel() * p.element_size() for p in module.model.parameters()) / 1e6
-        steps = TUNING_EPOCHS * -(-len(train) // batch)
-        fit(tuned := copy.deepcopy(module), train, steps, task.rate / 3, seed, batch, validation)
+        steps = TUNING_EPOCHS * -(-len(train) // task.batch)
+        fit(tuned := copy.deepcopy(module), train, steps, task.rate / 3, seed, task.batch, validation)
         row["fine-tuned"] = accuracy(answers(tuned, test), test.labels)
         set_seed(seed)
         fresh = copy.deepcopy(module)
         for layer in fresh.modules():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
-        steps = task.epochs * -(-len(splits[0]) // batch)  # as many as the parent was trained for
-        fit(fresh, train, steps, task.rate, seed, batch)
+        steps = task.epochs * -(-len(splits[0]) // task.batch)  # as many as the parent was trained for
+        fit(fresh, train, steps, task.rate, seed, task.batch)
         row["same size, trained on the set"] = accuracy(answers(fresh, test), test.labels)
         masks = by_magnitude(plain, make_plan(parent, labels).keep)
         row["pruned"] = accuracy(answers(plain, test, masks)[:, labels], test.labels)
@@ -191,32 +202,47 @@ def by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
     return masks
 
 
-def trained(task: Task, options: dict | None, splits: Sequence[Split], seed: int, epochs: int) -> tuple:
-    """The plain model as a parent of open masks, or the parent of a row; the trainer; what its evaluation says."""
-    if options is None:
+def trained(task: Task, options: dict | None, splits: Sequence[Split], seed: int, epochs: int, kept: Path | None):
+    """The plain model as a parent of open masks, or the parent of a row; a parent that is kept is read again."""
+    own = None if options is None else {**task.options, **options}
+    told = json.dumps([task.text, own, seed, epochs], sort_keys=True)
+    folder = None if kept is None else kept / hashlib.sha256(told.encode()).hexdigest()[:16]
+    if folder is not None and folder.exists():
+        config = AutoConfig.from_pretrained(folder)
+        return TASK_CLASSES[task_of(config.plain_class)].from_pretrained(folder)
+    if own is None:
         trainer = task.trainer(Trainer, splits[0], splits[1], seed, epochs)
         trainer.train()
-        return make_parent(trainer.model), trainer, {}
-    own = {**task.options, **options}
+        parent = make_parent(trainer.model)
+    else:
+        parent = trained_parent(task, own, splits, seed, epochs)
+    if folder is not None:
+        parent.save_pretrained(folder)
+    return parent
+
+
+def trained_parent(task: Task, own: dict, splits: Sequence[Split], seed: int, epochs: int):
+    """Trains the parent of a row."""
+    own = dict(own)
     kind = VARIANTS[own.pop("variant")] if "variant" in own else NeMoTrainer
     if any(len(labels) > 1 for labels in task.groups.values()):
         own["label_groups"] = task.groups
     trainer = task.trainer(kind, splits[0], splits[1], seed, epochs, nemo_config=NeMoConfig(**own))
     trainer.train()
-    return trainer.parent, trainer, trainer.evaluate()
+    return trainer.parent
 
 
-def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, plain, on_validation: bool) -> tuple:
+def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, plain, on_validation: bool, kept) -> tuple:
     """Trains and measures one row."""
     start = time.perf_counter()
     splits = task.splits(seed)
-    model, trainer, metrics = trained(task, options, splits, seed, epochs)
+    model = trained(task, options, splits, seed, epochs, kept)
     measured, row = splits[1 if on_validation else 2], {"row": name, "options": options, "seed": seed, "epochs": epochs}
     row["training seconds"] = round(time.perf_counter() - start)
     whole = answers(model, measured, model.masks.open_masks() if options is None else None)
     row["accuracy"] = accuracy(whole, measured.labels)
     if options is not None:
-        row |= {key: metrics.get(f"eval_{key}") for key in ("cohesion", "coupling")}
+        row |= modularity(model, measured)
         row["dead"] = model.masks.dead_share()
         strangers = None if task.strangers is None or on_validation else task.strangers()
         row["sets"] = {
@@ -224,7 +250,7 @@ def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, pla
             for kind, sets in task.sets.items()
         }
         if not on_validation:
-            row["modules"] = cut_modules(task, model, plain, splits, trainer.args.train_batch_size, seed)
+            row["modules"] = cut_modules(task, model, plain, splits, seed)
     return {**row, "seconds": round(time.perf_counter() - start)}, model
 
 
@@ -238,6 +264,9 @@ def main() -> None:
     parser.add_argument("--data", help="Folder of parquet files, for clinc150 and cifar10.")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="For clinc150.")
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--keep", type=Path, help="Folder that keeps trained parents; those in it are not trained anew."
+    )
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--validation", action="store_true")
     options = parser.parse_args()
@@ -261,11 +290,11 @@ def main() -> None:
             if any(is_same) and not options.again:
                 continue
             if plain is None and (not options.validation or name == "plain"):
-                plain_row, plain = run(task, "plain", None, seed, epochs, None, options.validation)
+                plain_row, plain = run(task, "plain", None, seed, epochs, None, options.validation, options.keep)
             row = plain_row if name == "plain" else None
             if row is None:
                 own = ROWS[name] if name in ROWS else json.loads(name)
-                row, _ = run(task, name, own, seed, epochs, plain, options.validation)
+                row, _ = run(task, name, own, seed, epochs, plain, options.validation, options.keep)
             print(f"{name}, seed {seed}: {row['accuracy']:.3f} in {row['seconds']} s", flush=True)
             row["command"] = " ".join(["python examples/benchmarks/quality.py", *map(repr, sys.argv[1:])])
             stored = json.loads(output.read_text()) if output.exists() else {"rows": []}

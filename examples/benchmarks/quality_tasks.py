@@ -89,7 +89,7 @@ class Task:
         epochs: Epochs of each training.
         sets: Sets of groups by kind, which modules are cut for.
         modules: Sets of groups whose modules are also fine-tuned, trained anew, and pruned.
-        rate: Learning rate of training a set alone; fine-tuning takes a third.
+        batch: Samples a batch of training a set alone. `rate`: its learning rate; fine-tuning takes a third.
         groups: Name of each group and its labels.
         options: Options of `NeMoConfig` that are the task's own, in all rows.
         strangers: Inputs of no label, or `None`.
@@ -102,6 +102,7 @@ class Task:
     epochs: int
     sets: Mapping[str, Sequence[tuple[int, ...]]]
     modules: Sequence[tuple[int, ...]]
+    batch: int
     rate: float
     groups: Mapping[str, Sequence[int]]
     options: Mapping[str, object] = field(default_factory=dict)
@@ -144,6 +145,7 @@ def digits() -> Task:
         epochs=60,
         sets=sets,
         modules=MODULES,
+        batch=64,
         rate=1e-3,
         groups={str(label): [label] for label in range(10)},
     )
@@ -195,6 +197,7 @@ def clinc150(data: str, model: str) -> Task:
             "fours": drawn_sets(10, 4, 5),
         },
         modules=[(0,)],
+        batch=32,
         rate=2e-4,
         groups={name: [i for i in owner if owner[i] == group] for group, name in enumerate(domains)},
         strangers=strangers,
@@ -237,6 +240,7 @@ def cifar10(data: str) -> Task:
             "fives": drawn_sets(10, 5, 3),
         },
         modules=[(3, 5)],
+        batch=64,
         rate=1e-3,
         groups={name: [index] for index, name in enumerate(names)},
         draws=2,

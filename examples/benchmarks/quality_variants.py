@@ -178,6 +178,10 @@ class PrototypeContrast(NeMoTrainer):
 class Advantage(NeMoTrainer):
     """In a rehearsed step, samples of other labels must give their right label no standardised advantage."""
 
+    def spread(self, centred: Tensor) -> Tensor:
+        """Root mean square over the batch of logits of shape (batch, labels)."""
+        return centred.square().mean().add(1e-6).sqrt()
+
     def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
         """As in `NeMoTrainer`, with another penalty on the samples of other labels."""
         if in_module is None or not bool((~in_module[labels]).any()):
@@ -192,15 +196,33 @@ class Advantage(NeMoTrainer):
             logits = outputs.logits[~own][:, others]
             centred = logits - logits.mean(-1, keepdim=True)
             centred = centred - centred.mean(0)
-            spread = centred.square().mean().add(1e-6).sqrt()
+            spread = self.spread(centred)
             right = centred.gather(1, torch.searchsorted(others, labels[~own])[:, None])
-            advantage = (right.mean() / spread).clamp(min=0)
+            advantage = (right / spread).mean().clamp(min=0)
             total = total + self.nemo_config.specificity_weight * (~own).float().mean() * advantage
         return total
 
 
+class OwnAdvantage(Advantage):
+    """The advantage of each sample by its own spread."""
+
+    def spread(self, centred: Tensor) -> Tensor:
+        """Root mean square over labels, (batch, 1)."""
+        return centred.square().mean(-1, keepdim=True).add(1e-4).sqrt()
+
+
+class AllLabels(NeMoTrainer):
+    """Rehearsed samples choose among all labels and not only among those of the module."""
+
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
+        """As in `NeMoTrainer` without restriction."""
+        return super()._task_loss(outputs, labels, None)
+
+
 VARIANTS = {
+    "rehearsal over all labels": AllLabels,
     "advantage": Advantage,
+    "advantage by sample": OwnAdvantage,
     "balanced batches": Balanced,
     "distilled modules": Distilling,
     "sets of 2 to 4": SmallSets,
