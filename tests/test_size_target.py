@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.losses import specific_cross_entropy
-from nemo_hf.relevance import STEERING, steer_size
+from nemo_hf.relevance import STEERING, sparsity_pressure, steer_size
 
 
 def trainer_of(tmp_path, config, **options) -> NeMoTrainer:
@@ -38,6 +38,22 @@ def test_modules_of_the_right_size_leave_the_weight_alone(vit):
         mask.relevance[:, : mask.site.neurons // 2] = 255
     steer_size(parent.masks, config, steps=10)
     assert parent.masks.sparsity_factor == 1
+
+
+@pytest.mark.parametrize(("over", "share"), [(1.5, 1.0), (1.0, 1.0), (0.95, 0.5), (0.9, 0.0), (0.6, 0.0)])
+def test_the_weight_fades_below_the_target(vit, over, share):
+    parent = make_parent(vit)
+    parent.masks.steer(torch.tensor(0.5))
+    for mask in parent.masks.site_masks():
+        mask.relevance.zero_()
+        mask.relevance[:, : mask.site.neurons // 2] = 255
+    config = NeMoConfig(retention_target=0.5 / over, sparsity_weight=0.3)
+    assert float(sparsity_pressure(parent.masks, config)) == pytest.approx(0.3 * math.exp(0.5) * share, abs=1e-5)
+
+
+def test_without_a_target_the_weight_is_the_option(vit):
+    parent = make_parent(vit)
+    assert sparsity_pressure(parent.masks, NeMoConfig(sparsity_weight=0.3, retention_target=None)) == 0.3
 
 
 def test_the_weight_survives_files_and_casts(vit, tmp_path):

@@ -483,7 +483,7 @@ class TestRehearsal:
         assert drawn(0, noise=2, batch=40) == first
         assert drawn(7, noise=1, batch=40) != first
 
-    @pytest.mark.parametrize(("label_groups", "least", "most"), [(None, 2, 4), ({"a": [0, 1], "b": [2, 3, 4]}, 1, 1)])
+    @pytest.mark.parametrize(("label_groups", "least", "most"), [(None, 1, 4), ({"a": [0, 1], "b": [2, 3, 4]}, 1, 1)])
     def test_draws_some_but_not_all_groups(self, label_groups, least, most, tmp_path):
         parent = lively_parent("vit", label_groups=label_groups, rehearsal_probability=0.5, warmup_ratio=0)
         trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=image_samples(10))
@@ -496,10 +496,15 @@ class TestRehearsal:
         assert 0.4 < len(used) / 300 < 0.6
         assert (min(used), max(used)) == (least, most)
 
-    def test_two_labels_leave_nothing_to_rehearse(self, tmp_path):
+    def test_of_two_labels_one_is_rehearsed(self, tmp_path):
         parent = make_parent(two_label_vit(), NeMoConfig(**self.config))
         samples = [sample for sample in image_samples(20) if sample["labels"] < 2]
         _, recorder = recorded(parent, arguments(tmp_path), train_dataset=samples)
+        assert {len(self.drawn(call)) for call in recorder.calls} == {1}
+
+    def test_one_group_leaves_nothing_to_rehearse(self, tmp_path):
+        parent = lively_parent("vit", label_groups={"all": [0, 1, 2, 3, 4]}, **self.config)
+        _, recorder = recorded(parent, arguments(tmp_path), train_dataset=image_samples(20))
         assert all(call.get("static_masks") is None for call in recorder.calls)
 
     def test_waits_for_the_end_of_the_warm_up(self, tmp_path):
@@ -528,12 +533,9 @@ class TestRehearsal:
         losses = []
         for image, label in zip(batch["pixel_values"], batch["labels"], strict=True):
             with torch.no_grad():
-                if int(label) in chosen:
-                    logits = before(pixel_values=image[None], static_masks=static).logits[:, chosen]
-                    target = torch.tensor([chosen.index(int(label))])
-                else:
-                    logits, target = before(pixel_values=image[None]).logits, label[None]
-            losses.append(F.cross_entropy(logits, target, label_smoothing=smoothing).item())
+                masks = {"static_masks": static} if int(label) in chosen else {}
+                logits = before(pixel_values=image[None], **masks).logits
+            losses.append(F.cross_entropy(logits, label[None], label_smoothing=smoothing).item())
         assert history(trainer, "loss_task") == pytest.approx([np.mean(losses)], abs=1e-5)
 
     def test_a_group_is_rehearsed_with_all_its_labels(self, tmp_path):
@@ -715,9 +717,10 @@ class TestRefusals:
             NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=stream)
         check_message(error, "relevance_dataset=")
 
-    def test_an_own_loss_function_with_rehearsal(self, vit, tmp_path):
+    def test_an_own_loss_function_where_the_module_says_which_answers_count(self, vit, tmp_path):
+        given = {"train_dataset": image_samples(), "compute_loss_func": lambda *args: 0}
         with pytest.raises(ValueError, match="compute_loss_func") as error:
-            NeMoTrainer(vit, arguments(tmp_path), train_dataset=image_samples(), compute_loss_func=lambda *args: 0)
+            NeMoTrainer(vit, arguments(tmp_path), nemo_config=NeMoConfig(specificity_weight=1.0), **given)
         check_message(error, "rehearsal_probability=0")
 
     def test_a_module(self, tmp_path):

@@ -279,7 +279,7 @@ def main() -> None:
              "cifar10": lambda: cifar10(options.data)}  # fmt: skip
     task = build[options.task]()
     if options.validation:
-        task = replace(task, sets={kind: sets[:10] for kind, sets in task.sets.items()}, draws=1)
+        task = replace(task, sets={kind: sets[:: -(-len(sets) // 15)] for kind, sets in task.sets.items()}, draws=1)
     epochs = options.epochs or task.epochs
     output = options.output or HERE / f"{'recipe' if options.validation else 'quality'}_{options.task}.json"
     for seed in options.seeds:

@@ -87,6 +87,25 @@ def methods_table(rows: Rows) -> str:
     return table(header, lines)
 
 
+def summary(stored: dict) -> str:
+    """A short table for README: the methods of one task."""
+    methods = by_method(stored["rows"])
+    seeds = {name: len(own) for name, own in methods.items()}
+    lines = []
+    for name, own in methods.items():
+        accuracy = spread([row["accuracy"] for row in own])
+        if "sets" not in own[0]:
+            lines.append([name, accuracy, *["-"] * 6])
+            continue
+        over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
+        line = [name, accuracy, f"{over['neurons']:.2f}", f"**{over['module']:.3f}**", f"{over['restricted']:.3f}"]
+        line += [f"{over['random']:.3f}", f"{over['other']:.3f}", f"{mean([row['coupling'] for row in own]):.2f}"]
+        lines.append(line)
+    header = ["method", "accuracy", "neurons", "raw module", "parent restricted", "random", "other", "coupling"]
+    told = " to ".join(str(count) for count in sorted({min(seeds.values()), max(seeds.values())}))
+    return f"{stored['task']}; {told} {'seed' if told == '1' else 'seeds'}:\n\n{table(header, lines)}"
+
+
 def kinds_table(rows: Rows) -> str:
     """One line a method and kind of set."""
     header = ["method", "sets", "neurons", "attention and FFN weights", "raw", "parent", "random", "other", "empty",

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_hf import NeMoTrainer
-from nemo_hf.losses import group_membership, restricted_cross_entropy
+from nemo_hf.losses import group_membership
+from nemo_hf.planning import RELEVANCE_SCALE
+from nemo_hf.relevance import sparsity_pressure
 
 
 class Balanced(NeMoTrainer):
@@ -189,8 +191,7 @@ class Advantage(NeMoTrainer):
         own = in_module[labels]
         total = outputs.logits.sum() * 0.0
         if bool(own.any()):
-            allowed = in_module.expand(int(own.sum()), -1)
-            total = restricted_cross_entropy(outputs.logits[own], labels[own], allowed) * own.float().mean()
+            total = F.cross_entropy(outputs.logits[own], labels[own]) * own.float().mean()
         others = (~in_module).nonzero().flatten()
         if len(others) > 1:
             logits = outputs.logits[~own][:, others]
@@ -211,16 +212,38 @@ class OwnAdvantage(Advantage):
         return centred.square().mean(-1, keepdim=True).add(1e-4).sqrt()
 
 
-class AllLabels(NeMoTrainer):
-    """Rehearsed samples choose among all labels and not only among those of the module."""
+class Exclusive(NeMoTrainer):
+    """Sparsity presses on a sample's neurons by the share of other groups that use them too."""
+
+    least = 0.1
+
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
+        terms = super()._mask_terms(neuron_masks, labels, task_loss)
+        groups = self._group_of_label[labels]
+        change = []
+        for mask in self.parent.masks.site_masks():
+            used = mask.relevance.float() / RELEVANCE_SCALE
+            shared = (used.sum(0) - used) / (len(used) - 1)
+            soft = neuron_masks[mask.site.key].amax(1)
+            change.append((soft * (self.least + shared[groups] - 1)).mean())
+        pressure = sparsity_pressure(self.parent.masks, self.nemo_config)
+        return terms + self._warmup() * pressure * torch.stack(change).mean()
+
+
+class OwnLabels(NeMoTrainer):
+    """Rehearsed samples choose among the labels of the module only and not among all."""
 
     def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
-        """As in `NeMoTrainer` without restriction."""
-        return super()._task_loss(outputs, labels, None)
+        """As in `NeMoTrainer`, restricted."""
+        if in_module is None:
+            return super()._task_loss(outputs, labels, in_module)
+        allowed = in_module[None, :] | ~in_module[labels][:, None]
+        return F.cross_entropy(outputs.logits.masked_fill(~allowed, float("-inf")), labels)
 
 
 VARIANTS = {
-    "rehearsal over all labels": AllLabels,
+    "rehearsal over own labels": OwnLabels,
+    "exclusive neurons": Exclusive,
     "advantage": Advantage,
     "advantage by sample": OwnAdvantage,
     "balanced batches": Balanced,

@@ -3,13 +3,17 @@
     python examples/benchmarks/readme_tables.py
 
 Reads examples/demo.json (one report a seed), examples/train_image_classification.json,
-examples/train_text_classification.json and docs/supported_models.json; rewrites what stands between the markers in
-README.md.
+examples/train_text_classification.json, quality_*.json and docs/supported_models.json; rewrites what stands between
+the markers in README.md.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quality_tables import TASKS, stored_results, summary
 
 EXAMPLES = Path(__file__).parents[1]
 README = EXAMPLES.parent / "README.md"
@@ -86,6 +90,12 @@ def example_table(name: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def quality_tables() -> str:
+    """What `quality.py` measured, in short."""
+    found = {task: stored_results(task) for task in TASKS}
+    return "\n\n".join(summary(stored) for stored in found.values() if stored)
+
+
 def support_line() -> str:
     """In how many families of transformers neurons are cut."""
     families = {row["model_type"]: row for row in json.loads(SUPPORT.read_text())["families"]}
@@ -103,6 +113,7 @@ def rendered(readme: str) -> str:
         "demo": demo_table,
         "cifar10": lambda: example_table("train_image_classification"),
         "support": support_line,
+        "quality": quality_tables,
         "clinc150": lambda: example_table("train_text_classification"),
     }
     for name, make in tables.items():

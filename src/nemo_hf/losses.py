@@ -168,30 +168,18 @@ def sparsity_loss(masks: Sequence[Tensor]) -> Tensor:
     return torch.stack([mask.float().mean() for mask in masks]).mean()
 
 
-def restricted_cross_entropy(
-    logits: Tensor, labels: Tensor, allowed: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy over the labels that each sample may choose from.
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in float32.
 
     Args:
         logits: Shape (batch, labels).
         labels: Right label of each sample, shape (batch,).
-        allowed: Labels that each sample may choose from, boolean, shape (batch, labels), its right label
-            among them. `None` allows all.
-        label_smoothing: Share of the probability, in [0, 1), spread evenly over the allowed labels.
+        label_smoothing: Share of the probability, in [0, 1), spread evenly over the labels.
 
     Returns:
         A float32 scalar, the mean over samples.
     """
-    logits = logits.float()
-    if allowed is None:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    log_probabilities = logits.masked_fill(~allowed, float("-inf")).log_softmax(-1)
-    right = -log_probabilities.gather(-1, labels[:, None]).squeeze(-1)
-    if label_smoothing == 0.0:
-        return right.mean()
-    spread = -log_probabilities.masked_fill(~allowed, 0.0).sum(-1) / allowed.sum(-1)
-    return ((1 - label_smoothing) * right + label_smoothing * spread).mean()
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def specific_cross_entropy(
@@ -199,13 +187,15 @@ def specific_cross_entropy(
 ) -> Tensor:
     """Loss of a batch that runs as one module: right answers to its own labels, even ones to all others.
 
+    Own samples choose among all labels, as the parent does.
+
     Args:
         logits: Shape (batch, labels).
         labels: Right label of each sample, shape (batch,).
         in_module: The module's labels, boolean, shape (labels,).
         weight: Weight of the second part: for samples of other labels, the divergence of the answers among
             these other labels from even odds.
-        label_smoothing: As in `restricted_cross_entropy`, of the first part.
+        label_smoothing: As in `cross_entropy`, of the first part.
 
     Returns:
         A float32 scalar, the mean over all samples.
@@ -213,9 +203,7 @@ def specific_cross_entropy(
     own = in_module[labels]
     total = logits.float().sum() * 0.0
     if bool(own.any()):
-        allowed = in_module.expand(int(own.sum()), -1)
-        right = restricted_cross_entropy(logits[own], labels[own], allowed, label_smoothing)
-        total = total + right * own.float().mean()
+        total = total + cross_entropy(logits[own], labels[own], label_smoothing) * own.float().mean()
     if not bool(own.all()):
         chances = logits[~own][:, ~in_module].float().log_softmax(-1)
         divergence = -chances.mean(-1) - math.log(chances.shape[-1])
@@ -279,5 +267,5 @@ def nemo_loss(
     """
     masks = site_masks(neuron_masks)
     contrast = contrastive_loss(masks, groups, temperature)
-    task = restricted_cross_entropy if labels.ndim == 1 else restricted_binary_cross_entropy
+    task = cross_entropy if labels.ndim == 1 else restricted_binary_cross_entropy
     return task(logits, labels) + contrastive_weight * contrast + sparsity_weight * sparsity_loss(masks)

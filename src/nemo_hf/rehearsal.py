@@ -18,15 +18,13 @@ def draw_groups(groups: Mapping[str, Sequence[int]], probability: float, seed: s
         seed: Names the run and the step, so that its micro-batches and all processes draw the same.
 
     Returns:
-        Sorted indices of groups, or `None` for a step without rehearsal. A set of one label is never drawn:
-        it leaves nothing to choose, so nothing to learn.
+        Sorted indices of groups, or `None` for a step without rehearsal.
     """
-    least = 1 if max(len(members) for members in groups.values()) > 1 else 2
     most = len(groups) - 1
     draw = random.Random(seed)  # noqa: S311 - not for cryptography
-    if draw.random() >= probability or most < least:
+    if draw.random() >= probability or most < 1:
         return None
-    return sorted(draw.sample(range(len(groups)), draw.randint(least, most)))
+    return sorted(draw.sample(range(len(groups)), draw.randint(1, most)))
 
 
 def module_masks(masks: NeuronMasks, groups: Tensor, threshold: float) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ from .configuration import SEVERAL_LABELS
 from .data import check_columns, check_label_shape, check_labels, column_values, groups_from_column
 from .evaluation import ModuleReport, evaluate_module, measure_modularity
 from .losses import (
+    cross_entropy,
     mask_objective,
     restricted_binary_cross_entropy,
-    restricted_cross_entropy,
     shares_group,
     site_masks,
     sparsity_loss,
@@ -96,10 +96,11 @@ class NeMoTrainer(Trainer):
                 f"Got {self.args.n_gpu} GPUs in one process, which nn.DataParallel would use; expected one process "
                 "a GPU, since masks are one state a process. Launch with: accelerate launch your_script.py"
             )
-        if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0:
+        chooses = self.nemo_config.specificity_weight > 0 or self.parent.config.has_several_labels
+        if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0 and chooses:
             raise ValueError(
-                "Got compute_loss_func together with module rehearsal; expected one of them, since a rehearsed "
-                "sample may only choose among its module's labels. Set NeMoConfig(rehearsal_probability=0)."
+                "Got compute_loss_func together with module rehearsal; expected one of them, since which answers count "
+                "depends on the rehearsed module here. Set NeMoConfig(rehearsal_probability=0)."
             )
         self._attach_processor(self.parent)
         self._open_counts: OpenCounts | None = None
@@ -235,12 +236,9 @@ class NeMoTrainer(Trainer):
         if self.parent.config.has_several_labels:
             return restricted_binary_cross_entropy(outputs.logits, labels, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
-        if in_module is None:
-            return restricted_cross_entropy(outputs.logits, labels, None, smoothing)
-        if weight > 0:
-            return specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
-        allowed = in_module[None, :] | ~in_module[labels][:, None]
-        return restricted_cross_entropy(outputs.logits, labels, allowed, smoothing)
+        if in_module is None or weight == 0:
+            return cross_entropy(outputs.logits, labels, smoothing)
+        return specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
 
     def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
         config, groups = self.nemo_config, sample_groups(self.parent, labels, self._group_of_label)
