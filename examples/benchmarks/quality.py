@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from quality_tasks import Split, Task, cifar10, clinc150, collate, digits, trimmed
+from quality_tasks import Split, Task, cifar10, clinc150, collate, digits
 from quality_variants import VARIANTS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import AutoConfig, Trainer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
+from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, make_parent
 from nemo_hf.configuration import task_of
 from nemo_hf.evaluation import measure_modularity, other_groups, random_masks
 from nemo_hf.extraction import make_plan
@@ -57,7 +57,6 @@ ROWS: dict[str, dict | None] = {
     "ours, specific": {"specificity_weight": 0.3},
 }
 TUNING_EPOCHS = 10
-BATCH = 250
 Masks = Mapping[str, Tensor]
 
 
@@ -67,8 +66,9 @@ def answers(model, data: Split, masks: Masks | None = None) -> Tensor:
     options = {} if masks is None else {"static_masks": masks}
     model.eval()
     parts = []
-    for indices in torch.arange(len(data)).split(BATCH):
-        parts.append(model(**trimmed(data.rows(indices).inputs), **options).logits)
+    for batch in data.batches():
+        del batch["labels"]
+        parts.append(model(**batch, **options).logits)
     return torch.cat(parts)
 
 
@@ -150,8 +150,7 @@ def fit(model, data: Split, steps: int, rate: float, seed: int, batch: int, vali
 def modularity(parent, data: Split) -> dict:
     """Cohesion and coupling over at most 1,000 samples."""
     chosen = torch.arange(0, len(data), -(-len(data) // 1000))
-    batches = [data.rows(indices) for indices in chosen.split(BATCH)]
-    found = measure_modularity(parent, ({**trimmed(b.inputs), "labels": b.labels} for b in batches), len(chosen))
+    found = measure_modularity(parent, data.rows(chosen).batches(), len(chosen))
     return {key: found[key] for key in ("cohesion", "coupling")}
 
 
@@ -166,6 +165,8 @@ def cut_modules(task: Task, parent, plain, splits: Sequence[Split], seed: int) -
         row["parameters"] = base_parameters(module)
         row["weights"] = row["parameters"] / base_parameters(parent)
         row["megabytes"] = sum(p.numel() * p.element_size() for p in module.model.parameters()) / 1e6
+        calibrate_rejection(module, splits[1].batches(), show_progress=False)
+        row |= rejected(module, splits[2], labels)
         steps = TUNING_EPOCHS * -(-len(train) // task.batch)
         fit(tuned := copy.deepcopy(module), train, steps, task.rate / 3, seed, task.batch, validation)
         row["fine-tuned"] = accuracy(answers(tuned, test), test.labels)
@@ -181,6 +182,17 @@ def cut_modules(task: Task, parent, plain, splits: Sequence[Split], seed: int) -
         row["pruned"] = accuracy(answers(plain, test, masks)[:, labels], test.labels)
         rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def rejected(module, data: Split, labels: Sequence[int]) -> dict[str, float]:
+    """Shares of own samples accepted and of others rejected, at the threshold that validation data set."""
+    own, scores = torch.isin(data.labels, torch.tensor(labels)), []
+    for batch in data.batches():
+        del batch["labels"]
+        scores.append(module(**batch).rejection_scores)
+    over = (torch.cat(scores) > module.config.rejection["threshold"]).float()
+    return {"accepted": 1 - over[own].mean().item(), "rejected": over[~own].mean().item()}
 
 
 def by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -87,6 +87,33 @@ def methods_table(rows: Rows) -> str:
     return table(header, lines)
 
 
+def recipe_table(rows: Rows) -> str:
+    """What was tried, on validation data: one line a set of options, seeds that all lines have first."""
+    header = ["options", "seeds", "accuracy", "neurons of singles", "neurons", "raw", "points lost", "random", "other",
+              "specificity", "rejection AUROC", "coupling", "dead neurons"]  # fmt: skip
+    lines = []
+    for name, own in by_method(rows).items():
+        line = [
+            f"`{name}`",
+            ", ".join(str(row["seed"]) for row in own),
+            f"{mean([row['accuracy'] for row in own]):.3f}",
+        ]
+        if "sets" not in own[0]:
+            lines.append([*line, *["-"] * (len(header) - len(line))])
+            continue
+        over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
+        line.append(f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}")
+        line += [f"{over['neurons']:.2f}", f"{over['module']:.3f}"]
+        line.append(f"{100 * (over['restricted'] - over['module']):.2f}")
+        line += [f"{over['random']:.3f}", f"{over['other']:.3f}", f"{100 * over['specificity']:.1f}"]
+        line += [
+            f"{over['rejection']:.3f}",
+            *(f"{mean([row[key] for row in own]):.2f}" for key in ("coupling", "dead")),
+        ]
+        lines.append(line)
+    return table(header, lines)
+
+
 def summary(stored: dict) -> str:
     """A short table for README: the methods of one task."""
     methods = by_method(stored["rows"])
@@ -122,14 +149,15 @@ def kinds_table(rows: Rows) -> str:
 
 def modules_table(rows: Rows) -> str:
     """Real modules: sizes, and what fine-tuning, training anew and pruning reach at the same size."""
-    header = ["method", "labels", "weights", "MB", "raw", "fine-tuned", "same size, trained on the set", "pruned"]
+    header = ["method", "labels", "weights", "MB", "raw", "fine-tuned", "same size, trained on the set", "pruned",
+              "own accepted", "others rejected"]  # fmt: skip
     lines = []
     for name, own in by_method([row for row in rows if row.get("modules")]).items():
         for same in zip(*(row["modules"] for row in own), strict=True):
             labels = same[0]["labels"]
             shown = ", ".join(map(str, labels)) if len(labels) < 7 else f"{len(labels)} from {labels[0]}"
             line = [name, shown, *(f"{mean([m[key] for m in same]):.2f}" for key in ("weights", "megabytes"))]
-            keys = ("raw", "fine-tuned", "same size, trained on the set", "pruned")
+            keys = ("raw", "fine-tuned", "same size, trained on the set", "pruned", "accepted", "rejected")
             lines.append([*line, *(f"{mean([m[key] for m in same]):.3f}" for key in keys)])
     return table(header, lines)
 
@@ -156,12 +184,20 @@ def rendered(task: str, stored: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def rendered_recipe(task: str, stored: dict) -> str:
+    """What was tried on one task."""
+    notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
+    commands = "\n".join(dict.fromkeys(row["command"] for row in stored["rows"]))
+    title = f"## What was tried on {TITLES[task]}\n\nOn validation data, which chose the defaults."
+    return "\n\n".join([title, recipe_table(stored["rows"]), notes, f"```bash\n{commands}\n```"])
+
+
 def figure_of_strangers(own: Rows) -> float:
     """Mean AUROC over sets, kinds and seeds."""
     return mean([figure(row, "strangers") for row in own])
 
 
-def page(read: Callable[[str], dict | None]) -> str:
+def page(read: Callable[..., dict | None]) -> str:
     """The whole page, from what `read` returns for each task."""
     found = {task: stored for task in TASKS if (stored := read(task)) is not None}
     intro = (
@@ -173,7 +209,9 @@ def page(read: Callable[[str], dict | None]) -> str:
         "interval over seeds of a paired loss. Rejection: telling own samples from those of all other labels by the "
         "energy of the module's logits."
     )
-    return "\n\n".join([intro, *(rendered(task, stored) for task, stored in found.items())]) + "\n"
+    tried = {task: stored for task in TASKS if (stored := read(task, "recipe")) is not None}
+    parts = [rendered(task, stored) for task, stored in found.items()]
+    return "\n\n".join([intro, *parts, *(rendered_recipe(task, stored) for task, stored in tried.items())]) + "\n"
 
 
 def draw(rows: Rows, path: Path) -> None:
@@ -197,9 +235,9 @@ def draw(rows: Rows, path: Path) -> None:
     drawing.savefig(path, dpi=110)
 
 
-def stored_results(task: str) -> dict | None:
-    """What was measured on a task, if anything."""
-    path = HERE / f"quality_{task}.json"
+def stored_results(task: str, kind: str = "quality") -> dict | None:
+    """What was measured on a task, if anything; of the kind "recipe" what was tried on validation data."""
+    path = HERE / f"{kind}_{task}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -4,7 +4,7 @@ import io
 import itertools
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,12 @@ class Split(torch.utils.data.Dataset):
         """Some of the samples, by index or as a boolean."""
         inputs = {name: values[chosen] for name, values in self.inputs.items()}
         return replace(self, inputs=inputs, labels=self.labels[chosen])
+
+    def batches(self, size: int = 250) -> Iterator[dict[str, Tensor]]:
+        """All samples in order, as they are."""
+        for indices in torch.arange(len(self)).split(size):
+            own = self.rows(indices)
+            yield {**trimmed(own.inputs), "labels": own.labels}
 
     def part(self, labels: Sequence[int]) -> "Split":
         """The samples of some labels, and their labels by position in `labels`."""
@@ -175,7 +181,8 @@ def clinc150(data: str, model: str) -> Task:
 
     def split(part, labels: Sequence[int]) -> Split:
         encoded = tokenizer(list(part["text"]), padding=True, truncation=True, return_tensors="pt")
-        return Split(dict(encoded), torch.tensor(labels))
+        by_length = encoded["attention_mask"].sum(-1).argsort(stable=True)  # so that batches have little padding
+        return Split(dict(encoded), torch.tensor(labels)).rows(by_length)
 
     def strangers() -> Split:
         part = load_dataset("parquet", data_files=str(folder / "oos-test.parquet"))["train"]
