@@ -81,7 +81,7 @@ def test_training_steers_after_the_warm_up_and_resumes_as_if_never_stopped(tmp_p
 
 
 def test_without_a_target_the_weight_stays(tmp_path):
-    trainer = trainer_of(tmp_path, NeMoConfig(warmup_ratio=0.0))
+    trainer = trainer_of(tmp_path, NeMoConfig(warmup_ratio=0.0, retention_target=None))
     trainer.train()
     assert trainer.parent.masks.sparsity_level == 0
 

@@ -17,8 +17,8 @@ import argparse
 import copy
 import hashlib
 import json
+import shlex
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -54,7 +54,8 @@ ROWS: dict[str, dict | None] = {
     "ours, no sparsity": {"sparsity_weight": 0.0, "retention_target": None},
     "ours, soft masks": {"hard_masks": False},
     "ours, no rehearsal": {"rehearsal_probability": 0.0},
-    "ours, specific": {"specificity_weight": 0.3},
+    "ours, less contrast": {"contrastive_weight": 0.2},
+    "ours, specific": {"specificity_weight": 1.0},
 }
 TUNING_EPOCHS = 10
 Masks = Mapping[str, Tensor]
@@ -261,9 +262,17 @@ def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, pla
             kind: [measured_set(task, model, measured, whole, strangers, groups) for groups in sets]
             for kind, sets in task.sets.items()
         }
-        if not on_validation:
+        if not on_validation and seed == 0:
             row["modules"] = cut_modules(task, model, plain, splits, seed)
     return {**row, "seconds": round(time.perf_counter() - start)}, model
+
+
+def command_of(options: argparse.Namespace, name: str, seed: int) -> str:
+    """The command that makes one row, wherever the data are."""
+    given = [*(["--validation"] if options.validation else []), *(["--data", "DATA"] if options.data else [])]
+    given += [] if options.epochs is None else ["--epochs", str(options.epochs)]
+    words = ["python", "examples/benchmarks/quality.py", options.task, *given, "--rows", name, "--seeds", str(seed)]
+    return shlex.join(words)
 
 
 def main() -> None:
@@ -308,7 +317,7 @@ def main() -> None:
                 own = ROWS[name] if name in ROWS else json.loads(name)
                 row, _ = run(task, name, own, seed, epochs, plain, options.validation, options.keep)
             print(f"{name}, seed {seed}: {row['accuracy']:.3f} in {row['seconds']} s", flush=True)
-            row["command"] = " ".join(["python examples/benchmarks/quality.py", *map(repr, sys.argv[1:])])
+            row["command"] = command_of(options, name, seed)
             stored = json.loads(output.read_text()) if output.exists() else {"rows": []}
             kept = [r for r in stored["rows"] if (r["row"], r["seed"], r["epochs"]) != (name, seed, epochs)]
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}

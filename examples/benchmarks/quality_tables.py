@@ -166,7 +166,6 @@ def rendered(task: str, stored: dict) -> str:
     """Title, tables and notes of one task."""
     rows = stored["rows"]
     notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
-    commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
     strangers = [
         f"- {name}: {figure_of_strangers(own):.3f}"
         for name, own in by_method([row for row in rows if "sets" in row]).items()
@@ -180,16 +179,25 @@ def rendered(task: str, stored: dict) -> str:
     ]
     if strangers:
         parts += ["AUROC of rejecting queries of no label at all:", "\n".join(strangers)]
-    parts += [kinds_table(rows), modules_table(rows), notes, f"```bash\n{commands}\n```"]
+    parts += [kinds_table(rows), modules_table(rows), notes, commands(rows)]
     return "\n\n".join(part for part in parts if part)
+
+
+def commands(rows: Rows) -> str:
+    """The commands that made the rows, one for all seeds of a row."""
+    seeds: dict[str, list[str]] = {}
+    for row in rows:
+        command, _, seed = row["command"].rpartition(" --seeds ")
+        seeds.setdefault(command, []).append(seed)
+    lines = [f"{command} --seeds {' '.join(numbers)}" for command, numbers in seeds.items()]
+    return "\n".join(["```bash", *lines, "```"])
 
 
 def rendered_recipe(task: str, stored: dict) -> str:
     """What was tried on one task."""
     notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
-    commands = "\n".join(dict.fromkeys(row["command"] for row in stored["rows"]))
     title = f"## What was tried on {TITLES[task]}\n\nOn validation data, which chose the defaults."
-    return "\n\n".join([title, recipe_table(stored["rows"]), notes, f"```bash\n{commands}\n```"])
+    return "\n\n".join([title, recipe_table(stored["rows"]), notes, commands(stored["rows"])])
 
 
 def figure_of_strangers(own: Rows) -> float:

@@ -94,7 +94,7 @@ class Task:
         trainer: From a kind of trainer, training and validation data, seed, epochs and options to a trainer.
         epochs: Epochs of each training.
         sets: Sets of groups by kind, which modules are cut for.
-        modules: Sets of groups whose modules are also fine-tuned, trained anew, and pruned.
+        modules: Sets of groups whose modules are also fine-tuned, trained anew, and pruned, with seed 0.
         batch: Samples a batch of training a set alone. `rate`: its learning rate; fine-tuning takes a third.
         groups: Name of each group and its labels.
         options: Options of `NeMoConfig` that are the task's own, in all rows.
@@ -149,6 +149,7 @@ def digits() -> Task:
         splits=digits_splits,
         trainer=digits_trainer,
         epochs=60,
+        options={"retention_target": 0.1},
         sets=sets,
         modules=MODULES,
         batch=64,
@@ -197,6 +198,7 @@ def clinc150(data: str, model: str) -> Task:
         text="CLINC150, all-MiniLM-L6-v2 pretrained; 15,000 queries train, 3,000 choose, 4,500 test; by domain",
         splits=lambda seed: parts,
         trainer=partial(trainer_of, build, arguments),
+        options={"contrastive_weight": 0.1, "retention_target": 0.2, "rehearsal_probability": 0.3, "warmup_ratio": 0.3},
         epochs=5,
         sets={
             "singles": [(group,) for group in range(10)],

@@ -121,6 +121,27 @@ class HardConcrete(Masked):
         return (logits + 0.3 * (uniform.log() - (1 - uniform).log())).tanh().relu()
 
 
+class Felt(Masked):
+    """The static mask of a rehearsed module passes its gradient on to the masks of the groups that it is made of."""
+
+    def compute_loss(self, model, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As in `NeMoTrainer`; remembers the groups of the batch."""
+        rehearsed = self._rehearsed_groups() if model.training else None
+        groups = self._group_of_label[inputs["labels"]]
+        self.members = (
+            None if rehearsed is None else [groups == group for group in rehearsed if (groups == group).any()]
+        )
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    def changed(self, mask: Tensor, site: Any, pooled: Tensor) -> Tensor:
+        """The mask as it is; the static one gets a gradient."""
+        static = self.parent.masks.state.static_masks
+        if self.parent.training and static is not None and self.members:
+            soft = torch.stack([mask[member].mean(0) for member in self.members]).amax(0)
+            static[site.key] = static[site.key].detach() + (soft - soft.detach())
+        return mask
+
+
 class Budgets(NeMoTrainer):
     """Sparsity presses on one kind of site four times as much as on the other."""
 
@@ -244,6 +265,7 @@ class OwnLabels(NeMoTrainer):
 VARIANTS = {
     "rehearsal over own labels": OwnLabels,
     "exclusive neurons": Exclusive,
+    "felt rehearsal": Felt,
     "advantage": Advantage,
     "advantage by sample": OwnAdvantage,
     "balanced batches": Balanced,

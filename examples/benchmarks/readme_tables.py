@@ -2,9 +2,8 @@
 
     python examples/benchmarks/readme_tables.py
 
-Reads examples/demo.json (one report a seed), examples/train_image_classification.json,
-examples/train_text_classification.json, quality_*.json and docs/supported_models.json; rewrites what stands between
-the markers in README.md.
+Reads examples/demo.json (one report a seed), quality_*.json and docs/supported_models.json; rewrites what stands
+between the markers in README.md.
 """
 
 import json
@@ -67,29 +66,6 @@ def demo_table() -> str:
     )
 
 
-def example_table(name: str) -> str:
-    """Results of one example script."""
-    results = json.loads((EXAMPLES / f"{name}.json").read_text())
-    rows = [
-        module_row(
-            ", ".join(m["labels"]) if len(m["labels"]) < 7 else " + ".join(m["groups"]),
-            [m],
-            [m["parent_latency_ms"]],
-            [m["latency_ms"]],
-        )
-        for m in results["modules"]
-    ]
-    metrics = results["metrics"]
-    command = " ".join(f"'{word}'" if " " in word else word for word in results["command"])
-    plain = f"plain model {results['plain']['eval_accuracy']:.3f}, " if "plain" in results else ""
-    text = (
-        f"{plain}parent {metrics['eval_accuracy']:.3f}, coupling {metrics['eval_coupling']:.2f}, "
-        f"trained in {metrics['training_seconds'] / 60:.0f} minutes, seed {metrics['seed']}.\n\n"
-        f"{table(HEADER, rows)}\n\n```bash\n{command}\n```"
-    )
-    return text[0].upper() + text[1:]
-
-
 def quality_tables() -> str:
     """What `quality.py` measured, in short."""
     found = {task: stored_results(task) for task in TASKS}
@@ -111,10 +87,8 @@ def rendered(readme: str) -> str:
     """README with its tables made anew."""
     tables = {
         "demo": demo_table,
-        "cifar10": lambda: example_table("train_image_classification"),
         "support": support_line,
         "quality": quality_tables,
-        "clinc150": lambda: example_table("train_text_classification"),
     }
     for name, make in tables.items():
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)

@@ -38,7 +38,8 @@ class NeMoConfig:
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper], at least 0.
         retention_target: Share of all neurons, in (0, 1], that the module of one group shall keep on
             average. `sparsity_weight` is then only where the weight starts; it rises while modules are
-            larger and falls while they are smaller. `None` keeps the weight.
+            larger and falls while they are smaller. `None` keeps the weight, and suits one task only: a weight
+            that leaves the modules of one task large starves those of another.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
             values in [0, 1).
         detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks
@@ -84,7 +85,7 @@ class NeMoConfig:
     coupling_weight: float = 1.0
     temperature: float = 0.2
     sparsity_weight: float = 0.2
-    retention_target: float | None = None
+    retention_target: float | None = 0.2
     hard_masks: bool = True
     detach_pooled: bool = True
     mask_learning_rate: float | None = None

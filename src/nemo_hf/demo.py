@@ -34,7 +34,7 @@ TEST_SHARE = 0.2
 EPOCHS = 60
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
-OPTIONS = NeMoConfig()
+OPTIONS = NeMoConfig(retention_target=0.1)
 
 
 class Digits(torch.utils.data.Dataset[dict[str, Any]]):
