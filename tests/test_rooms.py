@@ -9,22 +9,24 @@ import nemo_hf
 
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
-    ("config", "neurons", "generators", "inputs", "losses", "model_card"),
-    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection"),
+    ("config", "neurons", "generators", "inputs", "losses", "model_card", "provenance"),
+    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors"),
     ("sites", "weights", "loading", "rehearsal"),
     ("described", "files"),
     ("modeling", "proposing"),
-    ("tasks", "law", "relevance", "costs", "calibration"),
+    ("tasks", "law", "relevance", "costs", "calibration", "pictures"),
     ("extraction",),
     ("evaluation", "probing"),
+    ("publishing",),
+    ("hub_trainer",),
     ("trainer",),
     ("demo",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 LEVEL["__init__"] = LEVEL["__main__"] = len(LEVELS)
-# The methods of a parent are the door to the room that cuts it.
-ALLOWED = {("modeling", "extraction")}
+# Methods of a model that lead to rooms above it.
+ALLOWED = {("modeling", "extraction"), ("doors", "extraction"), ("doors", "publishing")}
 ROOMS = sorted(path.stem for path in SOURCE.rglob("*.py"))
 
 

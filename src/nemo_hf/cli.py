@@ -3,13 +3,12 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModelForAudioClassification,
@@ -24,12 +23,13 @@ from .configuration import NeMoModelConfig, task_of
 from .data import LoadedData, load_data
 from .demo import accuracy, format_demo, run_demo
 from .evaluation import evaluate_module, format_table
-from .files import REPORT_NAME, write_json
+from .files import write_json
 from .law import ExtractionLawError
-from .model_card import render_model_card
 from .modeling import NeMoPreTrainedModel, base_parameters
 from .probing import make_parent
 from .proposing import propose_sites
+from .provenance import hub_name, safe_command
+from .publishing import CARD_NAME, CardOptions, push_model, push_modules, write_companions
 from .trainer import NeMoTrainer
 
 AUTO_CLASSES = {
@@ -69,6 +69,8 @@ class TrainCommand(DataOptions):
     nemo_config: str | None = field(default=None, metadata={"help": "NeMoConfig as a JSON file or inline JSON."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
 
+    command_line = ""  # no option: the words that these options were read from
+
 
 @dataclass
 class ExtractCommand:
@@ -95,13 +97,28 @@ class EvaluateCommand(DataOptions):
 
 
 @dataclass
-class PushCommand:
-    """Uploads a saved parent or module with its model card."""
+class PushCommand(DataOptions):
+    """Uploads a parent or module with its card; or a parent and modules cut from it, tied in a collection."""
 
-    path: str = field(metadata={"help": "Directory of a saved parent or module."})
-    repo_id: str = field(metadata={"help": "Hub repository, such as me/cat-dog."})
-    parent: str | None = field(default=None, metadata={"help": "Repository of a module's parent, for the card."})
-    private: bool = field(default=False, metadata={"help": "Whether to create a private repository."})
+    dataset: str = field(default="", metadata={"help": "Hub data set or local folder to measure the modules with."})
+    path: str | None = field(default=None, metadata={"help": "Directory of a saved parent or module to upload."})
+    repo_id: str | None = field(default=None, metadata={"help": "With --path: Hub repository, such as me/cat-dog."})
+    parent_repo: str | None = field(default=None, metadata={"help": "With --path: repository of a module's parent."})
+    parent: str | None = field(default=None, metadata={"help": "Directory of a parent to upload with --modules."})
+    modules: list[str] = field(
+        default_factory=list, metadata={"help": "Modules of --parent, each as labels joined by '+': cat dog cat+dog."}
+    )
+    namespace: str | None = field(default=None, metadata={"help": "With --parent: user or organization."})
+    name: str | None = field(default=None, metadata={"help": "With --parent: its repository's name."})
+    calibration_split: str | None = field(
+        default=None, metadata={"help": "Split of validation data that the modules' rejection is calibrated on."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Identifier of the license, for the cards."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Hub data sets, for the cards."})
+    threshold: float | None = field(default=None, metadata={"help": "Relevance threshold, above 0 up to 1."})
+    round_to: int | None = field(default=None, metadata={"help": "Fill widths up to multiples of this, such as 8."})
+    with_code: bool = field(default=False, metadata={"help": "Whether modules shall load without nemo_hf."})
+    private: bool = field(default=False, metadata={"help": "Whether to create private repositories."})
     dry_run: bool = field(default=False, metadata={"help": "Write the card beside the model and upload nothing."})
 
 
@@ -144,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     positional = _with_option_names(words[1:], kinds[0])
     try:
-        run(*parser.parse_args_into_dataclasses(positional))
+        options = parser.parse_args_into_dataclasses(positional)
+        options[0].command_line = safe_command(["nemo-hf", *words])
+        run(*options)
     except (ValueError, TypeError, OSError, ImportError, ExtractionLawError) as error:
         print(f"nemo-hf {words[0]}: {error}", file=sys.stderr)
         return 2
@@ -198,7 +217,11 @@ def _train(command: TrainCommand, arguments: TrainingArguments) -> None:
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
-    trainer.parent.report = {"metrics": metrics, "nemo_config": nemo_config.to_dict()}
+    trainer.parent.config.training = {
+        **(trainer.parent.config.training or {}),
+        "command": command.command_line,
+        "datasets": [name] if (name := hub_name(command.dataset)) else [],
+    }
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(json.dumps(metrics, indent=2))
@@ -240,15 +263,9 @@ def _labels(words: Sequence[str], config: NeMoModelConfig) -> list[LabelLike]:
 
 def _evaluate(command: EvaluateCommand) -> None:
     parent = _load(command.parent)
-    names = list(parent.config.names.values())
-    data: LoadedData = load_data(
-        command.dataset, command.parent, [command.split], command.label_column, command.input_column, names=names
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parent.to(device)  # type: ignore[arg-type]
-    loader = torch.utils.data.DataLoader(
-        data.splits[command.split], batch_size=command.batch_size, collate_fn=data.collator
-    )
+    loader = _batches(command, command.split, parent)
     if not command.labels:
         raise ValueError("Got no --labels; expected modules to measure, such as --labels cat+dog car.")
     reports = [
@@ -267,28 +284,45 @@ def _evaluate(command: EvaluateCommand) -> None:
 
 
 def _push(command: PushCommand) -> None:
-    path = Path(command.path)
-    model = _load(command.path)
-    task = model.task
-    report: Mapping[str, Any] | None = model.report if model.report and "controls" in model.report else None
-    card = render_model_card(
-        command.repo_id,
-        task,
-        model.config.role,
-        list(model.config.names.values()),
-        model.config.base_class,
-        base_parameters(model),
-        report,
-        command.parent,
-    )
-    (path / "README.md").write_text(card, encoding="utf-8")
-    if command.dry_run:
-        print(f"{path / 'README.md'} written; nothing uploaded")
+    options = CardOptions(command.parent_repo, command.license, command.datasets)
+    pushed: dict[str, Any] = {"private": command.private or None, "with_code": command.with_code}
+    if command.path and command.repo_id and not command.parent:
+        model = _load(command.path)
+        if command.dry_run:
+            write_companions(model, command.path, command.repo_id, options)
+            print(f"{Path(command.path) / CARD_NAME} written; nothing uploaded")
+        else:
+            print(push_model(model, command.repo_id, options, **pushed))
         return
-    api = HfApi()
-    api.create_repo(command.repo_id, private=command.private, exist_ok=True)
-    patterns = ["*.safetensors", "*.json", "README.md", "*.txt", "*.model", "*.jinja", REPORT_NAME]
-    print(api.upload_folder(repo_id=command.repo_id, folder_path=path, allow_patterns=patterns))
+    if not command.parent or not command.namespace or command.path or command.dry_run:
+        raise ValueError(
+            "Got neither a whole --path DIR --repo_id ME/NAME nor a whole --parent DIR --modules ... --namespace ME "
+            "(which has no --dry_run); expected one of the two."
+        )
+    parent = _load(command.parent)
+    modules = {word: _labels(word.split("+"), parent.config) for word in command.modules}
+    done = push_modules(
+        parent,
+        modules,
+        command.namespace,
+        command.name or Path(command.parent).absolute().name,
+        _batches(command, command.split, parent) if command.dataset else None,
+        _batches(command, command.calibration_split, parent) if command.calibration_split else None,
+        options,
+        command.threshold,
+        command.round_to,
+        **pushed,
+    )
+    for name, address in done.items():
+        print(f"{name}: {address}")
+
+
+def _batches(command: DataOptions, split: str, parent: NeMoPreTrainedModel) -> torch.utils.data.DataLoader[Any]:
+    source = str(parent.name_or_path)
+    names = list(parent.config.names.values())
+    columns = (command.label_column, command.input_column)
+    data: LoadedData = load_data(command.dataset, source, [split], *columns, names=names)
+    return torch.utils.data.DataLoader(data.splits[split], batch_size=command.batch_size, collate_fn=data.collator)
 
 
 def _inspect(command: InspectCommand) -> None:

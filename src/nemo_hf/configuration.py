@@ -40,12 +40,15 @@ class NeMoModelConfig(PreTrainedConfig):
             was cut for. A list, since JSON files of `transformers` sort the keys of a mapping and the order
             is that of the relevance's rows.
         label_ids: Module: the parent's id of each label, in the order of the outputs.
-        sites: One entry a site: `key`, `back_end`, and for a module the kept `widths`.
+        sites: One entry a site: `key`, `back_end`, and for a module the `widths` of its layers and, under `kept`,
+            how many neurons each of its groups uses and how many it keeps in all.
         relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
-        relevance_threshold: Module: the threshold of its plan. `retained_neurons`: its neuron retention
-            rate.
+        parent: Module: Hub repository that it was cut from, or `None`.
+        relevance_threshold: Module: the threshold of its plan. `round_to`: what its widths were filled up to.
+            `retained_neurons`: its neuron retention rate.
         law: Result of the last check of the extraction law, or `None`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
+        training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
     """
 
     model_type = "nemo_hf"
@@ -60,10 +63,13 @@ class NeMoModelConfig(PreTrainedConfig):
     label_ids: list | None = None  # type: ignore[type-arg]
     sites: list | None = None  # type: ignore[type-arg]
     relevance_source: str = "initial"
+    parent: str | None = None
     relevance_threshold: float | None = None
+    round_to: int | None = None
     retained_neurons: float | None = None
     law: dict | None = None  # type: ignore[type-arg]
     rejection: dict | None = None  # type: ignore[type-arg]
+    training: dict | None = None  # type: ignore[type-arg]
 
     @property
     def names(self) -> dict[int, str]:

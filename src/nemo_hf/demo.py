@@ -24,9 +24,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from .config import NeMoConfig
 from .evaluation import evaluate_module, format_table
 from .files import write_json
-from .metrics import jaccard_indices
-from .modeling import NeMoPreTrainedModel, base_parameters
-from .planning import is_relevant
+from .modeling import base_parameters
+from .pictures import draw_neurons
 from .trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
@@ -123,7 +122,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
         "test_indices": test_indices,
         "modules": modules,
     }
-    draw_modules(parent, output / "modules.png")
+    draw_neurons(parent, output / "modules.png")
     write_json(output / "report.json", report)
     return report
 
@@ -237,54 +236,6 @@ def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[s
         "parent_latency_ms_by_batch": parent_by_batch,
         "law": loaded.config.law,
     }
-
-
-def draw_modules(parent: NeMoPreTrainedModel, path: str | Path) -> None:
-    """Draws which share of each site's neurons the labels use, and how far labels share them.
-
-    Args:
-        parent: A parent with a measured relevance.
-        path: Picture file.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Got no matplotlib; expected it for the picture. Install nemo-hf[demo].") from error
-    assert parent.masks is not None
-    threshold = parent.nemo_config.relevance_threshold
-    used = {key: is_relevant(relevance, threshold) for key, relevance in parent.masks.relevance().items()}
-    shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).cpu().numpy()  # (sites, groups)
-    overlap = jaccard_indices(torch.cat(list(used.values()), -1)).cpu().numpy()
-    groups = list(parent.config.groups)
-    kinds = [site.kind for site in parent.sites]
-    names = [f"{kind} {kinds[:index].count(kind)}" for index, kind in enumerate(kinds)]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    pictures = (
-        (left, shares, names, "Share of neurons used"),
-        (right, overlap, groups, "Overlap of neurons (Jaccard index)"),
-    )
-    for axes, values, rows, title in pictures:
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_title(title)
-        axes.set_xticks(range(len(groups)), groups, rotation=90 if len(groups) > 12 else 0)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlabel("label group")
-        for row, column in np.ndindex(values.shape) if values.size <= 150 else ():
-            axes.text(
-                column,
-                row,
-                f"{values[row, column]:.2f}".lstrip("0"),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="black" if values[row, column] > 0.6 else "white",
-            )
-        figure.colorbar(image, ax=axes, shrink=0.9)
-    figure.savefig(path, dpi=120)
 
 
 def format_demo(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from .configuration import NeMoModelConfig
 from .files import WeightFiles, read_companions
 from .law import EFFECT_FACTOR, check_law
 from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
-from .planning import plan_module, retained_neurons, static_masks
+from .planning import is_relevant, plan_module, retained_neurons, static_masks
+from .provenance import hub_name
 from .slicing import site_cut
 from .weights import TensorCut, cut_tensor, tensor_cuts
 
@@ -31,14 +32,19 @@ Reader = Callable[[str, TensorCut | None], Tensor]
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What a module keeps: labels, neurons and, with soft masks, the mean mask of each kept neuron."""
+    """What a module keeps: labels, neurons and, with soft masks, the mean mask of each kept neuron.
+
+    `counts` holds, by site, how many neurons each of its groups uses and how many it keeps in all.
+    """
 
     label_ids: list[int]
     groups: list[str]
     keep: dict[str, dict[str, Tensor]]
     static: dict[str, Tensor]
     threshold: float
+    round_to: int | None
     retained: float
+    counts: dict[str, list[int]]
 
 
 def make_plan(
@@ -79,7 +85,15 @@ def make_plan(
     for mask in parent.masks.site_masks():
         if mask.mean_mask is not None:
             static[mask.site.key] *= mask.mean_mask[indices].mean(0).cpu()
-    return ModulePlan(label_ids, names, keep, static, threshold, retained_neurons(parent.sites, keep))
+    counts = {
+        key: [
+            *is_relevant(relevance[indices], threshold).sum(-1).tolist(),
+            sum(len(part) for part in keep[key].values()),
+        ]
+        for key, relevance in parent.masks.relevance().items()
+    }
+    retained = retained_neurons(parent.sites, keep)
+    return ModulePlan(label_ids, names, keep, static, threshold, round_to, retained, counts)
 
 
 def read_tensor(state: Mapping[str, Tensor], name: str, cut: TensorCut | None) -> Tensor:
@@ -168,9 +182,11 @@ def _module_config(
     if not parent.has_several_labels:
         config.problem_type = "single_label_classification" if len(id2label) > 1 else None
     config.relevance_threshold = plan.threshold
+    config.round_to = plan.round_to
+    config.parent = hub_name(parent.name_or_path)
     config.retained_neurons = plan.retained
     config.sites = [
-        {"key": site.key, "back_end": site.back_end, "widths": dict(width)}
+        {"key": site.key, "back_end": site.back_end, "widths": dict(width), "kept": plan.counts[site.key]}
         for site, width in zip(model.sites, widths, strict=True)
     ]
     return config

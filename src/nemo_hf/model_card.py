@@ -1,93 +1,239 @@
 """Model cards, rendered from what is handed in: no number is looked up or made up here."""
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 LIBRARY_NAME = "nemo-hf"
+KEPT_BELOW = "<!-- nemo-hf writes all above this line anew; text below it stays -->"
+"""Line of a card under which a repository's owner can write."""
 CONTROL_NAMES = {
     "random": "control: random neurons, as many",
-    "other": "control: another group's neurons",
+    "other": "control: the neurons of as many other groups",
     "empty": "control: no neurons",
+}
+AUTO_NAMES = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+}
+EXAMPLE_INPUTS = {
+    "image-classification": "picture.png",
+    "text-classification": "What does it say?",
+    "audio-classification": "sound.wav",
 }
 
 
-def render_model_card(
-    repo_id: str,
-    task: str,
-    role: str,
-    labels: Sequence[str],
-    base_class: str,
-    parameters: int,
-    report: Mapping[str, Any] | None = None,
-    parent: str | None = None,
-) -> str:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says; everything is plain data, for JSON.
+
+    Args:
+        repo_id: Repository that the card is for.
+        task: Task of a pipeline, such as `"image-classification"`.
+        role: `"parent"` or `"module"`.
+        base_class: Class of the plain model inside.
+        labels: Label names in the order of the outputs, of any characters.
+        parameters: Number of parameters, without mask generators.
+        megabytes: 10^6 bytes of these.
+        generator_parameters: Number of the mask generators' parameters, 0 for a module.
+        groups: Parent: one entry a label group, `name` and `labels` (names), or none if each label is its own.
+        several_labels: Whether a sample may have several labels.
+        parent: Module: repository or directory of the parent, or `None`.
+        base_model: Parent: repository of the model that its training started from, or `None`.
+        license: Identifier of the license, or `None`.
+        datasets: Hub data sets that it was trained and measured on.
+        tags: Further tags.
+        retained_neurons: Module: kept share of the parent's neurons.
+        threshold: Module: relevance threshold of its plan.
+        round_to: Module: what widths were filled up to, or `None`.
+        law: Result of the extraction law's check, or `None`.
+        rejection: Module: what `calibrate_rejection` found, or `None`.
+        report: Module: what `ModuleReport.to_dict` gives; parent: `metrics` by name; or `None`.
+        training: What the trainer recorded of the training: see `provenance.training_record`; or `None`.
+        nemo_config: Options of `NeMoConfig` that are not the defaults.
+        versions: Version by package.
+        picture: Name of the picture file in the repository, or `None`.
+        has_code: Whether the repository loads without nemo_hf, through `trust_remote_code`.
+    """
+
+    repo_id: str
+    task: str
+    role: str
+    base_class: str
+    labels: Sequence[str]
+    parameters: int
+    megabytes: float
+    generator_parameters: int = 0
+    groups: Sequence[Mapping[str, Any]] = ()
+    several_labels: bool = False
+    parent: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    retained_neurons: float | None = None
+    threshold: float | None = None
+    round_to: int | None = None
+    law: Mapping[str, Any] | None = None
+    rejection: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
+    nemo_config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    picture: str | None = None
+    has_code: bool = False
+
+
+def render_model_card(facts: CardFacts) -> str:
     """Renders the card of a parent or a module.
 
     Args:
-        repo_id: Repository that the card is for, as the usage snippet names it.
-        task: Task of a pipeline, such as `"image-classification"`.
-        role: `"parent"` or `"module"`.
-        labels: Label names in the order of the outputs.
-        base_class: Class of the plain model inside.
-        parameters: Number of parameters, without mask generators.
-        report: A module's report as `ModuleReport.to_dict` gives it, or `None`.
-        parent: Repository of the parent, or `None`.
+        facts: What it says.
 
     Returns:
-        Markdown with a YAML header. Label names may hold any characters.
+        Markdown with a YAML header. Its last line is `KEPT_BELOW`.
     """
-    metadata: dict[str, Any] = {"library_name": LIBRARY_NAME, "tags": [LIBRARY_NAME, role], "pipeline_tag": task}
-    if parent:
-        metadata["base_model"] = parent
-    facts = [("Plain model inside", f"`{base_class}`"), ("Labels", len(labels)), ("Parameters", f"{parameters:,}")]
-    results: list[tuple[str, str]] = []
-    if report:
-        facts += [
-            ("Megabytes", f"{report['megabytes']:.2f} (parent: {report['parent_megabytes']:.2f})"),
-            ("Neurons kept", f"{report['neuron_retention_rate']:.1%}"),
-            ("Weights kept", f"{report['weight_retention_rate']:.1%}"),
-            ("Milliseconds by batch size", f"{_times(report['latency_ms'])} on {report['device']}"),
-            ("Milliseconds of the parent", f"{_times(report['parent_latency_ms'])} on {report['device']}"),
-        ]
-        results = [
-            ("this module", f"{report['accuracy']:.4f}"),
-            ("its parent, restricted to the labels", f"{report['parent_restricted_accuracy']:.4f}"),
-            *(
-                (name, f"{report['controls'][key]:.4f}")
-                for key, name in CONTROL_NAMES.items()
-                if report["controls"].get(key) is not None
-            ),
-        ]
-    summary = (
-        f"A stand-alone classifier of {len(labels)} labels, cut out of a modular parent without retraining."
-        if role == "module"
-        else f"A classifier of {len(labels)} labels whose neurons are masked by label: it comes apart into modules."
-    )
-    template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=False).from_string(  # noqa: S701
+    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(  # noqa: S701
         files("nemo_hf").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
     )
-    return template.render(
-        metadata=ModelCardData(**metadata).to_yaml(),
-        title=_escaped(repo_id),
-        summary=summary,
-        facts=facts,
-        labels=[_escaped(label) for label in labels],
-        results=results,
-        samples=report["samples"] if report else 0,
-        task=task,
-        repo_id=repo_id,
+    rendered = template.render(
+        card=facts,
+        metadata=_metadata(facts).to_yaml(),
+        rows=_size_rows(facts),
+        results=_result_rows(facts),
+        latency=_latency_rows(facts),
+        training=_training_code(facts),
+        auto_class=AUTO_NAMES[facts.task],
+        example=EXAMPLE_INPUTS[facts.task],
+        command=extraction_command(facts),
+        kept_below=KEPT_BELOW,
+        escaped=_escaped,
+        repr=repr,
+    )
+    return re.sub(r"\n{3,}", "\n\n", rendered).rstrip("\n") + "\n"
+
+
+def own_text(card: str) -> str:
+    """Returns what a repository's owner wrote below the line that says so, or nothing."""
+    return card.partition(KEPT_BELOW)[2].strip("\n")
+
+
+def extraction_command(facts: CardFacts) -> str | None:
+    """The command line that cuts a module, or `None` for a parent."""
+    if facts.role != "module":
+        return None
+    words = ["nemo-hf", "extract", "--parent", facts.parent or "PARENT", "--labels", *facts.labels]
+    words += [] if facts.threshold is None else ["--threshold", str(facts.threshold)]
+    words += [] if facts.round_to is None else ["--round_to", str(facts.round_to)]
+    return shlex.join([*words, "--output_dir", facts.repo_id.split("/")[-1]])
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in _metrics(facts).items()
+        for dataset in facts.datasets[:1]
+    ]
+    return ModelCardData(
+        library_name=LIBRARY_NAME,
+        tags=list(dict.fromkeys([LIBRARY_NAME, facts.role, *facts.tags])),
+        pipeline_tag=facts.task,
+        base_model=facts.parent if facts.role == "module" else facts.base_model,
+        license=facts.license,
+        datasets=list(facts.datasets) or None,
+        model_name=facts.repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
     )
 
 
-def _times(latency: Mapping[str, float]) -> str:
-    return ", ".join(f"{size}: {milliseconds:.1f}" for size, milliseconds in latency.items())
+def _metrics(facts: CardFacts) -> dict[str, float]:
+    """Accuracies for the model index."""
+    report = facts.report or {}
+    if facts.role == "module":
+        return {"accuracy without fine-tuning": report["accuracy"]} if "accuracy" in report else {}
+    accuracy = (report.get("metrics") or {}).get("eval_accuracy")
+    return {} if accuracy is None else {"accuracy": accuracy}
+
+
+def _size_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    generators = f" and {facts.generator_parameters:,} of mask generators" if facts.generator_parameters else ""
+    rows = [
+        ("Plain model inside", f"`{facts.base_class}`"),
+        ("Labels", str(len(facts.labels))),
+        ("Parameters", f"{facts.parameters:,}{generators}"),
+    ]
+    report = facts.report if facts.role == "module" and facts.report else {}
+    whole = f" (parent: {report['parent_megabytes']:.2f})" if report else ""
+    rows.append(("Megabytes of parameters", f"{facts.megabytes:.2f}{whole}"))
+    if facts.retained_neurons is not None:
+        rows.append(("Neurons kept", f"{facts.retained_neurons:.1%}"))
+    if report:
+        rows.append(("Weights kept", f"{report['weight_retention_rate']:.1%}"))
+        rows.append(("Multiply-accumulates a sample", f"{report['macs']:,} (parent: {report['parent_macs']:,})"))
+    if facts.law:
+        rows.append(("Same logits as the parent under the module's mask", _law_text(facts.law)))
+    return rows
+
+
+def _law_text(law: Mapping[str, Any]) -> str:
+    made = ", checked on another cut of the parent" if law.get("source") == "parent" else ""
+    return f"{law['status']}: largest difference {law['difference']:.1e}, allowed {law['tolerance']:.1e}{made}"
+
+
+def _result_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    report = facts.report
+    if not report:
+        return []
+    if facts.role == "parent":
+        kinds = (int, float)
+        shown = {name: value for name, value in (report.get("metrics") or {}).items() if isinstance(value, kinds)}
+        return [(f"`{name}`", f"{value:.4f}") for name, value in shown.items() if "runtime" not in name]
+    rows = [
+        ("this module", f"{report['accuracy']:.4f}"),
+        ("its parent, restricted to the labels", f"{report['parent_restricted_accuracy']:.4f}"),
+    ]
+    controls = report["controls"]
+    return rows + [(CONTROL_NAMES[n], f"{controls[n]:.4f}") for n in CONTROL_NAMES if controls.get(n) is not None]
+
+
+def _latency_rows(facts: CardFacts) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Batch sizes, and milliseconds by what was timed."""
+    report = facts.report if facts.role == "module" and facts.report else {}
+    if not report:
+        return [], []
+    timed = {"this module": report["latency_ms"], "the plain model in its parent": report["parent_latency_ms"]}
+    sizes = list(report["latency_ms"])
+    return sizes, [(name, [f"{by_size[size]:.1f}" for size in sizes]) for name, by_size in timed.items()]
+
+
+def _training_code(facts: CardFacts) -> str | None:
+    """The training as code, from what was recorded of it."""
+    if not facts.training:
+        return None
+    start = repr(facts.base_model) if facts.base_model else "..."
+    arguments = ", ".join(f"{name}={value!r}" for name, value in facts.training.get("arguments", {}).items())
+    options = ", ".join(f"{name}={value!r}" for name, value in facts.nemo_config.items())
+    return (
+        f"NeMoTrainer(\n    model={AUTO_NAMES[facts.task]}.from_pretrained({start}, ...),\n"
+        f'    args=TrainingArguments("out", {arguments}),\n    nemo_config=NeMoConfig({options}), ...)'
+    )
 
 
 def _escaped(text: str) -> str:
     """Keeps a label of any characters on one line and out of Markdown's syntax."""
-    line = " ".join(text.split())
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#+-.!|~" else character for character in line)
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty name)"
+    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#+-.!|~&:" else character for character in line)

@@ -17,6 +17,7 @@ from .config import LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
 from .described import model_sites
+from .doors import Doors
 from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
 from .generators import MaskGenerator
 from .loading import check_loaded, check_model_type
@@ -51,7 +52,7 @@ class NeMoOutput(ModelOutput):
     rejection_scores: Tensor | None = None
 
 
-class NeMoPreTrainedModel(PreTrainedModel):
+class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
     """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
 
     config: NeMoModelConfig
@@ -263,34 +264,6 @@ class NeMoPreTrainedModel(PreTrainedModel):
         loss: Tensor = self.loss_function(labels, logits, self.config)
         return loss
 
-    def extract_module(
-        self,
-        labels: LabelLike | Sequence[LabelLike],
-        threshold: float | None = None,
-        round_to: int | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
-    ) -> Self:
-        """Cuts the module for some labels out of a parent and checks the extraction law.
-
-        Args:
-            labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
-            threshold: Share of a group's samples that must open a neuron; `None` takes the parent's
-                `relevance_threshold`.
-            round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant
-                neurons.
-            inputs: A few samples to check the law on; `None` draws random ones.
-
-        Returns:
-            A stand-alone module that shares no memory with the parent.
-
-        Raises:
-            ValueError: If the labels are unknown, repeated or none, or no neuron is left.
-            ExtractionLawError: If the module's logits are not the parent's under the same mask.
-        """
-        from .extraction import extract_module  # one level up: the method is the door to that room
-
-        return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
-
     def attach_processor(self, processor: Any) -> None:
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
         self.processor_files = processor_files(processor)
@@ -321,7 +294,7 @@ class NeMoPreTrainedModel(PreTrainedModel):
                 if self.report is not None:
                     write_json(temporary / REPORT_NAME, self.report)
         if push:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))  # type: ignore[arg-type]
+            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -233,7 +233,7 @@ def _trial_of_part(
         static = {key: mask * (0.5 + 0.5 * torch.rand(mask.shape, generator=generator)) for key, mask in static.items()}
     ids = list(parent.config.names)
     # The last label before the first: a cut head shows whether it is the head.
-    plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, 0.5)
+    plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, None, 0.5, {site.key: [] for site in parent.sites})
     try:
         module = build_module(type(parent), parent, plan, partial(read_tensor, parent.model.state_dict()))
         module.to(parent.device)  # type: ignore[arg-type]

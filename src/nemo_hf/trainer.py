@@ -10,7 +10,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .calibration import calibrate_rejection
@@ -18,6 +18,7 @@ from .config import LabelLike, NeMoConfig
 from .configuration import SEVERAL_LABELS
 from .data import check_columns, check_label_shape, check_labels, column_values, groups_from_column
 from .evaluation import ModuleReport, evaluate_module, measure_modularity
+from .hub_trainer import HubTrainer
 from .losses import (
     cross_entropy,
     mask_objective,
@@ -30,6 +31,7 @@ from .losses import (
 from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
 from .probing import make_parent
+from .provenance import training_record
 from .rehearsal import draw_groups, module_masks
 from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups, sparsity_pressure, steer_size
 
@@ -44,7 +46,7 @@ MODULARITY_SAMPLES = 1000
 """Samples of the evaluation data over which cohesion and coupling are measured at most."""
 
 
-class NeMoTrainer(Trainer):
+class NeMoTrainer(HubTrainer):
     """Trains a classification model together with neuron masks, in place of `transformers.Trainer`.
 
     The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
@@ -309,6 +311,9 @@ class NeMoTrainer(Trainer):
         """Trains as `Trainer` does, then counts the exact relevance of the model that it ends with."""
         self._open_counts = None
         self._logged, self._logged_steps = {}, 0
+        samples = len(self._training_data) if hasattr(self._training_data, "__len__") else None
+        base_model = (self.parent.config.training or {}).get("base_model") or self.parent.model.name_or_path
+        self.parent.config.training = training_record(self.args, base_model, samples)
         result = super().train(*args, **kwargs)
         self.update_relevance()
         return result
