@@ -40,6 +40,7 @@ class CardFacts:
         role: `"parent"` or `"module"`.
         base_class: Class of the plain model inside.
         labels: Label names in the order of the outputs, of any characters.
+        label_ids: Module: the parent's id of each label.
         parameters: Number of parameters, without mask generators.
         megabytes: 10^6 bytes of these.
         generator_parameters: Number of the mask generators' parameters, 0 for a module.
@@ -70,6 +71,7 @@ class CardFacts:
     labels: Sequence[str]
     parameters: int
     megabytes: float
+    label_ids: Sequence[int] = ()
     generator_parameters: int = 0
     groups: Sequence[Mapping[str, Any]] = ()
     several_labels: bool = False
@@ -113,6 +115,7 @@ def render_model_card(facts: CardFacts) -> str:
         auto_class=AUTO_NAMES[facts.task],
         example=EXAMPLE_INPUTS[facts.task],
         command=extraction_command(facts),
+        fence=_fence(facts),
         kept_below=KEPT_BELOW,
         escaped=_escaped,
         repr=repr,
@@ -126,13 +129,25 @@ def own_text(card: str) -> str:
 
 
 def extraction_command(facts: CardFacts) -> str | None:
-    """The command line that cuts a module, or `None` for a parent."""
+    """The command line that cuts a module, or `None` for a parent; labels that a shell can't take go by id."""
     if facts.role != "module":
         return None
-    words = ["nemo-hf", "extract", "--parent", facts.parent or "PARENT", "--labels", *facts.labels]
+    ids: list[int | None] = [*facts.label_ids] or [None] * len(facts.labels)
+    labels = [name if _is_word(name) or i is None else str(i) for name, i in zip(facts.labels, ids, strict=True)]
+    words = ["nemo-hf", "extract", "--parent", facts.parent or "PARENT", "--labels", *labels]
     words += [] if facts.threshold is None else ["--threshold", str(facts.threshold)]
     words += [] if facts.round_to is None else ["--round_to", str(facts.round_to)]
     return shlex.join([*words, "--output_dir", facts.repo_id.split("/")[-1]])
+
+
+def _is_word(name: str) -> bool:
+    return name.isprintable() and bool(name.strip()) and not name.startswith("-")
+
+
+def _fence(facts: CardFacts) -> str:
+    """Backticks around code: more than there are in any name."""
+    runs = re.findall("`+", "\0".join([*facts.labels, facts.repo_id, str((facts.training or {}).get("command"))]))
+    return "`" * max(3, *(len(run) + 1 for run in runs), 3)
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
@@ -236,4 +251,4 @@ def _training_code(facts: CardFacts) -> str | None:
 def _escaped(text: str) -> str:
     """Keeps a label of any characters on one line and out of Markdown's syntax."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty name)"
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#+-.!|~&:" else character for character in line)
+    return re.sub(r"(?<![A-Za-z0-9])[-+.]|[-+.](?![A-Za-z0-9])|[\\`*_{}\[\]<>()#!|~&:]", r"\\\g<0>", line)

@@ -5,7 +5,8 @@ import logging
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,9 @@ def card_facts(
     options, config = options or CardOptions(), model.config
     is_module = not model.is_parent
     names = config.names
-    groups = [{"name": name, "labels": [names[i] for i in ids]} for name, ids in config.groups.items()]
-    is_grouped = model.is_parent and any(len(group["labels"]) > 1 for group in groups)
+    owned = config.groups if model.is_parent else {}  # a module's groups name labels by the parent's ids
+    groups = [{"name": name, "labels": [names[i] for i in ids]} for name, ids in owned.items()]
+    is_grouped = any(len(group["labels"]) > 1 for group in groups)
     training = config.training or {}
     given, defaults = model.nemo_config.to_dict(), NeMoConfig().to_dict()
     tensors = list(model.model.parameters())
@@ -83,6 +85,7 @@ def card_facts(
         role=config.role,
         base_class=config.base_class,
         labels=list(names.values()),
+        label_ids=list(config.label_ids or ()),
         parameters=base_parameters(model),
         megabytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
         generator_parameters=sum(p.numel() for p in model.masks.parameters()) if model.masks is not None else 0,
@@ -164,16 +167,34 @@ def push_model(
         extra: dict[str, Any] = {"with_code": True} if with_code else {}
         model.save_pretrained(directory, max_shard_size=max_shard_size, **extra)
         write_companions(model, directory, repo_id, options, _card_on_hub(repo_id, revision, token), with_code)
-        commit: CommitInfo = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            commit_message=commit_message or f"Upload {model.config.role}",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns=STALE,
-        )
+        with _clear_errors(repo_id):
+            commit: CommitInfo = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message or f"Upload {model.config.role}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=STALE,
+            )
     return commit
+
+
+@contextmanager
+def _clear_errors(repo_id: str) -> Iterator[None]:
+    """Turns what the client raises when an upload or a connection breaks into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        is_of_connection = type(error).__module__.startswith(
+            "httpx"
+        )  # the client lets its HTTP library's errors through
+        if not is_of_connection and type(error) is not RuntimeError:
+            raise
+        raise OSError(
+            f"Got a broken upload to {repo_id!r} ({error}); expected all files to arrive. "
+            "Push again: what has arrived is not sent twice."
+        ) from error
 
 
 def _card_on_hub(repo_id: str, revision: str | None, token: bool | str | None) -> str | None:
