@@ -42,8 +42,8 @@ from nemo_hf.modeling import base_parameters
 from nemo_hf.tasks import TASK_CLASSES
 
 HERE = Path(__file__).parent
-PAPER = {"hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0, "detach_pooled": False,
-         "retention_target": None, "relevance_threshold": 0.9}  # fmt: skip
+PAPER = {"contrastive_weight": 0.5, "hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0,
+         "detach_pooled": False, "retention_target": None, "relevance_threshold": 0.9}  # fmt: skip
 ROWS: dict[str, dict | None] = {
     "plain": None,
     "mwt": {**PAPER, "objective": "cohesion-coupling"},

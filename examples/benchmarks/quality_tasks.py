@@ -149,7 +149,7 @@ def digits() -> Task:
         splits=digits_splits,
         trainer=digits_trainer,
         epochs=60,
-        options={"retention_target": 0.1},
+        options={"contrastive_weight": 0.4, "rehearsal_probability": 0.3, "retention_target": 0.1},
         sets=sets,
         modules=MODULES,
         batch=64,
@@ -198,7 +198,7 @@ def clinc150(data: str, model: str) -> Task:
         text="CLINC150, all-MiniLM-L6-v2 pretrained; 15,000 queries train, 3,000 choose, 4,500 test; by domain",
         splits=lambda seed: parts,
         trainer=partial(trainer_of, build, arguments),
-        options={"contrastive_weight": 0.1, "retention_target": 0.2},
+        options={"contrastive_weight": 0.1, "rehearsal_probability": 0.5, "retention_target": 0.2},
         epochs=5,
         sets={
             "singles": [(group,) for group in range(10)],

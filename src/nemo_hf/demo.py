@@ -33,7 +33,7 @@ TEST_SHARE = 0.2
 EPOCHS = 60
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
-OPTIONS = NeMoConfig(retention_target=0.1)
+OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
 
 
 class Digits(torch.utils.data.Dataset[dict[str, Any]]):
