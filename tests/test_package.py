@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_wheel_holds_the_template_and_the_types(tmp_path):
+def test_the_wheel_holds_the_templates_and_the_types(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True,
@@ -18,7 +18,8 @@ def test_the_wheel_holds_the_template_and_the_types(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     sources = {f"nemo_hf/{file.name}" for file in (ROOT / "src" / "nemo_hf").glob("*.py")}
-    assert {"nemo_hf/py.typed", "nemo_hf/templates/model_card.md.jinja"} | sources <= names
+    templates = {f"nemo_hf/templates/{name}.jinja" for name in ("model_card.md", "modeling_nemo_module.py")}
+    assert {"nemo_hf/py.typed"} | templates | sources <= names
 
 
 def test_every_command_has_help():

@@ -49,7 +49,7 @@ SIGNATURES = {
     "NeMoForImageClassification.from_pretrained": [
         *["pretrained_model_name_or_path", "model_args", "labels", "threshold", "round_to", "verify", "kwargs"],
     ],
-    "NeMoForImageClassification.save_pretrained": ["self", "save_directory", "kwargs"],
+    "NeMoForImageClassification.save_pretrained": ["self", "save_directory", "with_code", "kwargs"],
     "NeMoForSequenceClassification": ["config", "base_model"],
     "NeMoForSequenceClassification.forward": [
         *["self", "input_ids", "attention_mask", "token_type_ids", "bbox", "labels"],

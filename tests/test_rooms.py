@@ -15,7 +15,7 @@ LEVELS = (
     ("described", "files"),
     ("modeling", "proposing"),
     ("tasks", "law", "relevance", "costs", "calibration", "pictures"),
-    ("extraction",),
+    ("extraction", "standalone"),
     ("evaluation", "probing"),
     ("publishing",),
     ("hub_trainer",),
@@ -26,7 +26,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 LEVEL["__init__"] = LEVEL["__main__"] = len(LEVELS)
 # Methods of a model that lead to rooms above it.
-ALLOWED = {("modeling", "extraction"), ("doors", "extraction"), ("doors", "publishing")}
+ALLOWED = {("modeling", "extraction"), ("modeling", "standalone"), ("doors", "extraction"), ("doors", "publishing")}
 ROOMS = sorted(path.stem for path in SOURCE.rglob("*.py"))
 
 

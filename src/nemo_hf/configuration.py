@@ -109,7 +109,8 @@ class NeMoModelConfig(PreTrainedConfig):
                 f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
                 "AutoModelForImageClassification.register(...)."
             )
-        return super().from_dict(config_dict, **kwargs)
+        # Code beside the weights is for loading without nemo_hf; a copy of the model saved anew may have none.
+        return super().from_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""

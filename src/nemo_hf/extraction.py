@@ -2,8 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from .config import LabelLike, resolve_labels
 from .configuration import NeMoModelConfig
 from .files import WeightFiles, read_companions
 from .law import EFFECT_FACTOR, check_law
+from .loading import hidden_progress
 from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
 from .planning import is_relevant, plan_module, retained_neurons, static_masks
 from .provenance import hub_name
@@ -152,21 +151,9 @@ def build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePlan
     for name in [*parent.model.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]:
         state[f"model.{name}"] = read(name, by_name.get(name))
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    with _quiet():
+    with hidden_progress():
         module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return module
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the progress bar of weights that are in memory already."""
-    shows = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shows:
-            transformers_logging.enable_progress_bar()
 
 
 def _module_config(

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from .weights import TensorCut, cut_tensor
 
 REPORT_NAME = "report.json"
+CODE_NAME = "modeling_nemo_module.py"
 WEIGHTS_NAME = "model.safetensors"
 PROCESSOR_FILES = (
     "preprocessor_config.json",

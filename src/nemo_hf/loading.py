@@ -1,8 +1,11 @@
 """Checks of what is loaded: the plain model's class, the kind of repository, and every tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from .configuration import NeMoModelConfig
 
@@ -51,3 +54,15 @@ def check_loaded(source: str, info: Mapping[str, Any]) -> None:
             )
     if info["error_msgs"]:
         raise ValueError(f"Got weights in {source!r} that don't load: {info['error_msgs'][0]}")
+
+
+@contextmanager
+def hidden_progress() -> Iterator[None]:
+    """Hides the progress bar of loading, for weights that are at hand already."""
+    shows = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            transformers_logging.enable_progress_bar()

@@ -18,7 +18,7 @@ from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
 from .described import model_sites
 from .doors import Doors
-from .files import REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
+from .files import CODE_NAME, REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
 from .generators import MaskGenerator
 from .loading import check_loaded, check_model_type
 from .masking import NeuronMasks, build_masks
@@ -269,7 +269,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         self.processor_files = processor_files(processor)
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **kwargs: Any
+        self, save_directory: str | Path, *, with_code: bool = False, **kwargs: Any
     ) -> None:
         """Saves weights, configuration, processor and report.
 
@@ -278,6 +278,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
 
         Args:
             save_directory: Where to.
+            with_code: Modules: whether to add the code with which they load without nemo_hf, see `write_code`.
             **kwargs: As in `transformers`. `save_original_format` defaults to `False`, because `Trainer`
                 resumes and loads its best model by the names that the weights have in memory.
         """
@@ -287,14 +288,18 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
         if kwargs.get("is_main_process", True):
-            with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME)) as temporary:
+            with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME, CODE_NAME)) as temporary:
                 super().save_pretrained(temporary, **kwargs)
                 for name, content in self.processor_files.items():
                     (temporary / name).write_bytes(content)
                 if self.report is not None:
                     write_json(temporary / REPORT_NAME, self.report)
+                if with_code:
+                    from .standalone import write_code  # above: it compares what it writes with this model
+
+                    write_code(self, temporary)
         if push:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
+            self.push_to_hub(repo_id or Path(save_directory).name, with_code=with_code, token=kwargs.get("token"))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
