@@ -31,6 +31,7 @@ from nemo_hf.files import CODE_NAME
 from nemo_hf.inputs import random_inputs
 from nemo_hf.neurons import with_back_ends
 from nemo_hf.standalone import StandaloneCodeError, find_changes, render_code, write_code
+from nemo_hf.tasks import attach_masks
 
 REJECTION = {"weight": 0.7, "bias": -0.4, "threshold": 0.5, "accepted": 0.9, "rejected": 0.6}
 EVIL = '"""\n"); import os; os._exit(3) #\\ {{ 7 * 7 }}'
@@ -64,7 +65,7 @@ def drawn(make, seed=0):
 
 def cut(plain, back_end=None, labels=("ship", "dog"), drop_head=False):
     """A module of a plain model, with random relevance."""
-    parent = make_parent(plain, NeMoConfig(relevance_threshold=0.6)).eval()
+    parent = attach_masks(plain, NeMoConfig(relevance_threshold=0.6)).eval()
     randomize_relevance(parent)
     if drop_head:
         for mask in parent.masks.site_masks():
@@ -108,7 +109,6 @@ def half(module):
 
 CASES = {
     "vit": ("image", lambda: calibrated(cut(fresh("vit"))), {"steps": 2, "sample": 1}),
-    "vit-heads": ("image", lambda: cut(fresh("vit"), drop_head=True), {}),
     "swin": ("image", lambda: cut(fresh("swin"), drop_head=True), {}),
     "bert": ("text", lambda: several(cut(fresh("bert"))), {"sample": "w3 w5"}),
     "albert": ("text", lambda: cut(fresh("albert")), {}),
@@ -233,8 +233,7 @@ def test_a_module_is_fine_tuned_without_nemo_hf(elsewhere, case):
     assert loaded.config.rejection is None
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("trust", [None, False, True])
+@pytest.mark.parametrize(("case", "trust"), [*((case, None) for case in CASES), ("vit", False), ("vit", True)])
 def test_with_nemo_hf_the_directory_loads_as_before(elsewhere, case, trust, monkeypatch):
     module, folder, got = elsewhere[case]
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for trust"))
