@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE, LABELS, fresh, randomize_relevance
+from hub_server import hub as hub
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -125,6 +126,19 @@ AUTO_CLASSES = {
 }
 
 
+def run_without_nemo_hf(folder, *arguments):
+    """Runs Python where nemo_hf can't be imported; its own files go to `folder`."""
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(BLOCKER)
+    environment = {"PYTHONPATH": str(site), "HF_MODULES_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """Saves each case and loads all in a process in which nemo_hf can't be imported."""
@@ -147,21 +161,7 @@ def elsewhere(tmp_path_factory):
         given = {"kind": kind, "inputs": inputs, "labels": labels, "sample": sample, "steps": options.get("steps", 0)}
         torch.save(given, folder / name / "inputs.pt")
         module.save_pretrained(folder / name / "module", with_code=True)
-    site = folder / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(BLOCKER)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(site),
-        "HF_MODULES_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    script = Path(__file__).with_name("without_nemo_hf.py")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(folder)],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_without_nemo_hf(folder, str(Path(__file__).with_name("without_nemo_hf.py")), str(folder))
     return {
         name: (module, folder / name, torch.load(folder / name / "outputs.pt", weights_only=False))
         for name, module in modules.items()
@@ -415,3 +415,37 @@ def test_inputs_given_by_hand_are_what_is_compared(tmp_path, monkeypatch):
     module.save_pretrained(tmp_path)
     monkeypatch.setattr(nemo_hf.standalone, "random_inputs", lambda model: pytest.fail("drew inputs"))
     write_code(module, tmp_path, inputs={"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])})
+
+
+def test_a_push_with_code_brings_it_and_one_without_removes_it(hub):
+    module = cut(fresh("vit"))
+    module.push_to_hub("me/m", with_code=True)
+    pushed = hub.files("me/m")
+    assert pushed[CODE_NAME].decode() == render_code(module)
+    assert set(json.loads(pushed["config.json"])["auto_map"]) == {"AutoConfig", "AutoModelForImageClassification"}
+    loaded = AutoModelForImageClassification.from_pretrained("me/m")
+    assert type(loaded) is type(module)
+    loaded.push_to_hub("me/m")
+    assert CODE_NAME not in hub.files("me/m")
+    assert "auto_map" not in json.loads(hub.files("me/m")["config.json"])
+
+
+@pytest.mark.slow
+def test_a_repository_loads_without_nemo_hf(hub, tmp_path):
+    module = cut(fresh("vit")).eval()
+    module.push_to_hub("me/m", with_code=True)
+    inputs = random_inputs(module)
+    torch.save(inputs["pixel_values"], tmp_path / "inputs.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForImageClassification as Auto
+model = Auto.from_pretrained("me/m", trust_remote_code=True)
+torch.save(model(torch.load(sys.argv[1] + "/inputs.pt")).logits.detach(), sys.argv[1] + "/logits.pt")
+model.save_pretrained(sys.argv[1] + "/again")
+"""
+    run_without_nemo_hf(tmp_path, "-c", code, str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), module(**inputs).logits)
+    assert (tmp_path / "again" / CODE_NAME).read_text() == render_code(module)
+    maps = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert all(value.startswith("modeling_nemo_module.") for value in maps.values())

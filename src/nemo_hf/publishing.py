@@ -18,7 +18,7 @@ from .calibration import calibrate_rejection
 from .config import LabelLike, NeMoConfig
 from .evaluation import evaluate_module
 from .extraction import make_plan
-from .files import REPORT_NAME
+from .files import CODE_NAME, REPORT_NAME
 from .model_card import CardFacts, own_text, render_model_card
 from .modeling import NeMoPreTrainedModel, base_parameters
 from .pictures import draw_neurons
@@ -28,7 +28,14 @@ logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "neurons.png"
-STALE = ["model*.safetensors", "model.safetensors.index.json", REPORT_NAME, PICTURE_NAME, "training_args.bin"]
+STALE = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    REPORT_NAME,
+    CODE_NAME,
+    PICTURE_NAME,
+    "training_args.bin",
+]
 """Files of an older push that go, unless they are pushed anew."""
 NAME_LENGTH = 60
 Module = Sequence[LabelLike]
@@ -164,8 +171,7 @@ def push_model(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name, "repository")
-        extra: dict[str, Any] = {"with_code": True} if with_code else {}
-        model.save_pretrained(directory, max_shard_size=max_shard_size, **extra)
+        model.save_pretrained(directory, max_shard_size=max_shard_size, with_code=with_code)
         write_companions(model, directory, repo_id, options, _card_on_hub(repo_id, revision, token), with_code)
         with _clear_errors(repo_id):
             commit: CommitInfo = api.upload_folder(
