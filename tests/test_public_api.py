@@ -73,7 +73,8 @@ FIELDS = {
     ],
     "NeMoModelConfig": [
         *["base_config", "base_class", "role", "nemo_config", "label_groups", "label_ids", "sites"],
-        *["relevance_source", "relevance_threshold", "retained_neurons", "law", "rejection"],
+        *["relevance_source", "parent", "relevance_threshold", "round_to", "retained_neurons", "law", "rejection"],
+        "training",
     ],
 }
 ROOMS = [
