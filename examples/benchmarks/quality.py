@@ -55,7 +55,7 @@ ROWS: dict[str, dict | None] = {
     "ours, soft masks": {"hard_masks": False},
     "ours, no rehearsal": {"rehearsal_probability": 0.0},
     "ours, less contrast": {"contrastive_weight": 0.2},
-    "ours, specific": {"specificity_weight": 1.0},
+    "ours, specific": {"specificity_weight": 0.2, "contrastive_weight": 0.5, "rehearsal_probability": 0.5},
 }
 TUNING_EPOCHS = 10
 Masks = Mapping[str, Tensor]
