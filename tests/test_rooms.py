@@ -12,11 +12,11 @@ LEVELS = (
     ("config", "neurons", "generators", "inputs", "losses", "model_card", "provenance"),
     ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors"),
     ("sites", "weights", "loading", "rehearsal"),
-    ("described", "files"),
+    ("described", "files", "restoring"),
     ("modeling", "proposing"),
     ("tasks", "law", "relevance", "costs", "calibration", "pictures"),
-    ("extraction", "standalone"),
-    ("evaluation", "probing"),
+    ("extraction", "standalone", "tracing"),
+    ("evaluation", "probing", "exporting"),
     ("publishing",),
     ("hub_trainer",),
     ("trainer",),
@@ -26,7 +26,10 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 LEVEL["__init__"] = LEVEL["__main__"] = len(LEVELS)
 # Methods of a model that lead to rooms above it.
-ALLOWED = {("modeling", "extraction"), ("modeling", "standalone"), ("doors", "extraction"), ("doors", "publishing")}
+ALLOWED = {
+    *(("modeling", room) for room in ("extraction", "standalone")),
+    *(("doors", room) for room in ("extraction", "publishing", "exporting", "tracing")),
+}
 ROOMS = sorted(path.stem for path in SOURCE.rglob("*.py"))
 
 

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,33 +58,47 @@ def measure_latency(
     Returns:
         Median milliseconds by batch size, of the module and of the parent.
     """
-    medians: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    detached = copy.deepcopy(parent)
-    plain = detached.detach_masks().eval()
+    plain = copy.deepcopy(parent).detach_masks().eval()
     module.eval()
+    sample = {name: value.to(parent.device) for name, value in random_inputs(module).items()}
+    medians = median_times({"module": module.model, "parent": plain}, sample, batch_sizes)
+    return medians["module"], medians["parent"]
+
+
+@torch.no_grad()
+def median_times(
+    runners: Mapping[str, Callable[..., Any]], sample: Mapping[str, Tensor], batch_sizes: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Times callables in turn on the same batches, so that a busy moment of the machine meets all of them.
+
+    Args:
+        runners: What to time, by name; takes model inputs by name.
+        sample: Model inputs, of which the first sample is repeated.
+        batch_sizes: Sizes of the batches.
+
+    Returns:
+        Name to median milliseconds by batch size.
+    """
+    medians: dict[str, dict[str, float]] = {name: {} for name in runners}
     for size in batch_sizes:
-        sample = random_inputs(module)
-        inputs = {
-            name: value[:1].expand(size, *value.shape[1:]).contiguous().to(parent.device)
-            for name, value in sample.items()
-        }
-        times: tuple[list[float], list[float]] = ([], [])
+        inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
+        times: dict[str, list[float]] = {name: [] for name in runners}
         for run in range(LATENCY_RUNS + 3):
-            for index, model in enumerate((module.model, plain)):
-                elapsed = _timed(model, inputs)
+            for name, runner in runners.items():
+                elapsed = _timed(runner, inputs)
                 if run >= 3:  # the first runs warm caches up
-                    times[index].append(elapsed)
-        for index in (0, 1):
-            medians[index][str(size)] = round(statistics.median(times[index]) * 1000, 4)
+                    times[name].append(elapsed)
+        for name, elapsed_times in times.items():
+            medians[name][str(size)] = round(statistics.median(elapsed_times) * 1000, 4)
     return medians
 
 
-def _timed(model: Any, inputs: Mapping[str, Tensor]) -> float:
+def _timed(runner: Callable[..., Any], inputs: Mapping[str, Tensor]) -> float:
     is_cuda = next(iter(inputs.values())).is_cuda
     if is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    model(**inputs)
+    runner(**inputs)
     if is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -1,11 +1,53 @@
 """Methods of a model that lead to rooms above it: each imports its room when it is called."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
 from .config import LabelLike
+
+
+@dataclass(frozen=True)
+class PlainExport:
+    """What `save_plain` wrote.
+
+    Args:
+        parameters: Number of parameters of the plain model in the files.
+        module_parameters: Number of parameters of the module.
+        full_parameters: Number of parameters of the plain model at full width, with the module's labels.
+        changes: Widths that differ from the parent's configuration, by attribute; `text_config.head_dim` is
+            an attribute of a part.
+        difference: Largest difference between the logits of the two, in float32.
+        tolerance: Largest difference that was allowed: 1e-5 times max(1, largest logit).
+    """
+
+    parameters: int
+    module_parameters: int
+    full_parameters: int
+    changes: dict[str, int] = field(default_factory=dict)
+    difference: float = 0.0
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What `export_onnx` wrote.
+
+    Args:
+        inputs: Input name to its dimensions, names for the free ones.
+        outputs: Names of the outputs: `"logits"` of shape (batch, labels), and `"rejection_scores"` of shape
+            (batch,) where the module is calibrated.
+        difference: Largest difference between onnxruntime's outputs and the module's, in float32.
+        tolerance: Largest difference that was allowed: 1e-4 times max(1, largest logit).
+    """
+
+    inputs: dict[str, list[Any]]
+    outputs: list[str]
+    difference: float
+    tolerance: float
 
 
 class Doors:
@@ -100,3 +142,53 @@ class Doors:
             with_code=with_code,
         )
         return str(commit)
+
+    def save_plain(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> PlainExport:
+        """Saves a module as a plain model of `transformers`, which loads without this library.
+
+        A plain configuration says one width for all layers. So every feed-forward part gets the width of the
+        widest one, filled up with zeros, where the configuration has a number for it; attention gets fewer or
+        narrower heads where the configuration can say so (Llama, ViT, T5) and its full width otherwise (BERT,
+        GPT-2). What differs in the softmax scale goes into q. The plain model is thus larger than the module,
+        at most as large as the parent's.
+
+        Args:
+            directory: Where to; appears whole or not at all.
+            inputs: A few samples to compare logits on; `None` draws random ones.
+
+        Returns:
+            Sizes, changed widths and the difference that was found before anything was written.
+
+        Raises:
+            ValueError: If this is a parent.
+            UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
+        """
+        from .exporting import save_plain
+
+        module: Any = self
+        return save_plain(module, directory, inputs)
+
+    def export_onnx(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> OnnxExport:
+        """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
+
+        The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in
+        float32. A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the
+        threshold.
+
+        Args:
+            directory: Where to; appears whole or not at all.
+            inputs: A few samples, at least 2, to trace and compare with; `None` draws random ones.
+
+        Returns:
+            Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and
+            lengths, found before anything was moved into place.
+
+        Raises:
+            ValueError: If this is a parent, or has texts but no padding token.
+            ImportError: If onnx, onnxscript or onnxruntime is missing.
+            UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
+        """
+        from .tracing import export_onnx
+
+        module: Any = self
+        return export_onnx(module, directory, inputs)

@@ -89,6 +89,27 @@ def cut_tensor(read: Callable[[int, Tensor], Tensor], cut: TensorCut) -> Tensor:
     return (tensor.T if cut.is_transposed else tensor).contiguous()
 
 
+def uncut_tensor(tensor: Tensor, cut: TensorCut, shape: Sequence[int]) -> Tensor:
+    """Puts a cut tensor back at its old places.
+
+    Args:
+        tensor: A module's tensor.
+        cut: The cut that made it, of indices and nonzero scales.
+        shape: Shape of the parent's tensor.
+
+    Returns:
+        A tensor of that shape which the cut turns into `tensor`: zero wherever nothing was kept.
+    """
+    tensor = tensor.T if cut.is_transposed else tensor
+    for dim, scale in cut.scales.items():
+        tensor = tensor / scale.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1 - dim))
+    for dim, index in cut.indices.items():
+        kept = (index != PAD).nonzero().squeeze(-1)
+        wider = [*tensor.shape[:dim], shape[dim], *tensor.shape[dim + 1 :]]
+        tensor = tensor.new_zeros(wider).index_copy(dim, index[kept], tensor.index_select(dim, kept))
+    return tensor.contiguous()
+
+
 def _with_zeros(kept: Tensor, dim: int, index: Tensor) -> Tensor:
     if not bool((index == PAD).any()):
         return kept
