@@ -44,11 +44,13 @@ SIGNATURES = {
     "NeMoForImageClassification": ["config", "base_model"],
     "NeMoForImageClassification.attach_processor": ["self", "processor"],
     "NeMoForImageClassification.detach_masks": ["self"],
+    "NeMoForImageClassification.export_onnx": ["self", "directory", "inputs"],
     "NeMoForImageClassification.extract_module": ["self", "labels", "threshold", "round_to", "inputs"],
     "NeMoForImageClassification.forward": ["self", "pixel_values", "labels", *MASKED],
     "NeMoForImageClassification.from_pretrained": [
         *["pretrained_model_name_or_path", "model_args", "labels", "threshold", "round_to", "verify", "kwargs"],
     ],
+    "NeMoForImageClassification.save_plain": ["self", "directory", "inputs"],
     "NeMoForImageClassification.save_pretrained": ["self", "save_directory", "with_code", "kwargs"],
     "NeMoForSequenceClassification": ["config", "base_model"],
     "NeMoForSequenceClassification.forward": [

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -84,6 +84,15 @@ class ExtractCommand:
 
 
 @dataclass
+class ExportCommand:
+    """Writes a saved module as a plain model of transformers, or as an ONNX file."""
+
+    module: str = field(metadata={"help": "Module: directory or Hub repository."})
+    output_dir: str = field(metadata={"help": "Directory of the export."})
+    format: Literal["plain", "onnx"] = field(default="plain", metadata={"help": "Format of the export."})
+
+
+@dataclass
 class EvaluateCommand(DataOptions):
     """Measures modules of a saved parent beside their controls."""
 
@@ -147,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": ((DemoCommand,), _demo),
         "train": ((TrainCommand, TrainingArguments), _train),
         "extract": ((ExtractCommand,), _extract),
+        "export": ((ExportCommand,), _export),
         "evaluate": ((EvaluateCommand,), _evaluate),
         "push": ((PushCommand,), _push),
         "inspect": ((InspectCommand,), _inspect),
@@ -236,6 +246,17 @@ def _extract(command: ExtractCommand) -> None:
         f"{command.output_dir}: {list(config.names.values())}, {base_parameters(module):,} parameters, "
         f"{config.retained_neurons:.1%} of the neurons"
     )
+
+
+def _export(command: ExportCommand) -> None:
+    module = _load(command.module)
+    if command.format == "plain":
+        plain = module.save_plain(command.output_dir)
+        sizes = f"{plain.parameters:,} parameters (module: {plain.module_parameters:,}), changed: {plain.changes}"
+    else:
+        onnx = module.export_onnx(command.output_dir)
+        sizes = f"inputs {onnx.inputs}, outputs {onnx.outputs}, difference {onnx.difference:.1e}"
+    print(f"{command.output_dir}: {sizes}")
 
 
 def _config(source: str) -> NeMoModelConfig:

@@ -51,8 +51,9 @@ def save_plain(
     narrowing, plain, difference, tolerance = _smallest_equal(module, inputs)
     full = _built(plain_class, plain_config(module))
     stored = {name: tensor.dtype for name, tensor in module.model.state_dict().items()}
-    for name, parameter in plain.named_parameters():
-        parameter.data = parameter.data.to(stored[name])
+    for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name])
     with replaced_directory(directory, stale=("model*.safetensors*",)) as temporary:
         plain.save_pretrained(temporary)
         write_processor(module, temporary)

@@ -124,8 +124,13 @@ def narrowings(
     attention = list(search.attention())
     for units in (feed_forward, Narrowing(plain.config)) if feed_forward.changes else (feed_forward,):
         for heads in (*attention, Narrowing(plain.config)):
-            changes = {**units.changes, **heads.changes}
-            yield Narrowing(_changed(plain.config, changes), changes, (*units.cuts, *heads.cuts))
+            config = _changed(plain.config, {**units.changes, **heads.changes})
+            changes = {
+                path: value
+                for path, value in {**units.changes, **heads.changes}.items()
+                if _value(plain.config, path) != value
+            }
+            yield Narrowing(config, changes, (*units.cuts, *heads.cuts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +310,7 @@ def _head_dim_paths(config: PreTrainedConfig, head_dim: int) -> list[tuple[str, 
         (*path, name)
         for path, part in _parts(config)
         for name in HEAD_DIM_NAMES
-        if getattr(part, name, None) == head_dim
+        if getattr(part, name, None) == head_dim and name not in getattr(part, "attribute_map", {})
     ]
     return found or [("head_dim",)]
 
@@ -313,8 +318,15 @@ def _head_dim_paths(config: PreTrainedConfig, head_dim: int) -> list[tuple[str, 
 def _changed(config: PreTrainedConfig, changes: Changes) -> PreTrainedConfig:
     changed = copy.deepcopy(config)
     for path, value in changes.items():
-        owner = changed
-        for name in path[:-1]:
-            owner = getattr(owner, name)
-        setattr(owner, path[-1], value)
+        setattr(_owner(changed, path), path[-1], value)
     return changed
+
+
+def _owner(config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
+    for name in path[:-1]:
+        config = getattr(config, name)
+    return config
+
+
+def _value(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
+    return getattr(_owner(config, path), path[-1], None)
