@@ -312,15 +312,19 @@ def test_a_wrong_onnx_file_is_not_moved_into_place(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_can_not_be_traced_says_so(tmp_path):
-    module = cut_module("vit")
-    module.model.vit.layernorm.register_forward_hook(lambda layer, inputs, output: output * output.mean().item())
-    with pytest.raises(UnsupportedArchitectureError, match=r"can't trace with free batch .*save_plain"):
-        module.export_onnx(tmp_path / "onnx")
+def test_what_can_not_be_traced_says_so(monkeypatch, tmp_path):
+    def fails(*arguments, **options):
+        raise RuntimeError("a branch on data\nwith details")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"free batch \(RuntimeError: a branch on data\).*save_plain"
+    ):
+        cut_module("vit").export_onnx(tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-TRACED = [("vit", None), ("vit", "scatter"), ("bert", None), ("llama", None), ("llama", "scatter")]
+TRACED = [("bert", None), ("vit", "scatter"), ("llama", None)]
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of its own tracing
