@@ -1,9 +1,12 @@
 """Modules outside the library: plain models, ONNX files, compiled and traced ones give the same logits."""
 
 import copy
+import importlib
 import json
 import sys
 from functools import cache
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +125,7 @@ def assert_plain(module, directory, inputs=None):
     assert plain.config.num_labels == 2
     assert export.parameters == plain.num_parameters()
     assert export.module_parameters == base_parameters(module) <= export.parameters <= export.full_parameters
-    assert all(getattr(plain.config, name) == value for name, value in export.changes.items())
+    assert all(attrgetter(name)(plain.config) == value for name, value in export.changes.items())
     return export, plain
 
 
@@ -387,3 +390,23 @@ def test_the_command_line_exports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nemo_hf.tracing.find_spec", lambda name: None)
     assert main([*words, "--format", "onnx"]) == 2
     assert "nemo-hf[onnx]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_supported_family_is_plain_or_refused(monkeypatch, tmp_path):
+    """About ten minutes on one core."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "examples" / "benchmarks")
+    sweep = importlib.import_module("families")
+    data = json.loads((root / "docs" / "supported_models.json").read_text())
+    refused = {}
+    for row in data["families"]:
+        if row["status"] == "supported":
+            parent, _ = sweep.attach(sweep.tiny_model(row["model_type"], row["class"], row["spread"]))
+            randomize_relevance(parent)
+            try:
+                assert_plain(parent.extract_module(["ship", "dog"]), tmp_path / row["class"])
+            except UnsupportedArchitectureError as error:
+                refused[row["class"]] = str(error)
+    assert set(refused) == set()
