@@ -107,12 +107,12 @@ def _smallest_equal(
                 plain.to(module.device)  # type: ignore[arg-type]
                 difference = (plain(**batch).logits - expected).abs().max().item()
             except Exception as error:  # likewise, when the model is called
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 continue
             if difference <= tolerance:
                 return narrowing, plain, difference, tolerance
-            reason = f"its logits differ by {difference:.2e}, over {tolerance:.2e}"
-    raise _not_plain(module, f"at full width {reason}")
+            reason = f"even at full width its logits differ by {difference:.2e}, over {tolerance:.2e}"
+    raise _not_plain(module, reason)
 
 
 def _not_plain(module: NeMoPreTrainedModel, reason: str) -> UnsupportedArchitectureError:
@@ -136,6 +136,9 @@ def _filled(
         plain: PreTrainedModel = plain_class(config).float()
     plain.load_state_dict(filled)
     plain.tie_weights()
+    shared = [name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, filled[name])]
+    if shared:
+        raise ValueError(f"the plain class shares {shared[0]!r} between layers of which the module has cut each alone")
     plain.eval()
     return plain
 
