@@ -409,5 +409,6 @@ def test_every_supported_family_is_plain_or_refused(monkeypatch, tmp_path):
                 assert_plain(parent.extract_module(["ship", "dog"]), tmp_path / row["class"])
             except UnsupportedArchitectureError as error:
                 refused[row["class"]] = str(error)
-    assert set(refused) == {"ZambaForSequenceClassification"}
+    # transformers 5.23 zeroes the padding row of Funnel's embeddings when it loads them.
+    assert set(refused) == {"FunnelForSequenceClassification", "ZambaForSequenceClassification"}
     assert "shares" in refused["ZambaForSequenceClassification"]
