@@ -394,21 +394,21 @@ def test_the_command_line_exports(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_supported_family_is_plain_or_refused(monkeypatch, tmp_path):
-    """About ten minutes on one core."""
+def test_supported_families_are_plain_or_refused(monkeypatch, tmp_path):
+    """One family in twelve, and the two that are refused."""
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(root / "examples" / "benchmarks")
     sweep = importlib.import_module("families")
     data = json.loads((root / "docs" / "supported_models.json").read_text())
-    refused = {}
-    for row in data["families"]:
-        if row["status"] == "supported":
-            parent, _ = sweep.attach(sweep.tiny_model(row["model_type"], row["class"], row["spread"]))
-            randomize_relevance(parent)
-            try:
-                assert_plain(parent.extract_module(["ship", "dog"]), tmp_path / row["class"])
-            except UnsupportedArchitectureError as error:
-                refused[row["class"]] = str(error)
-    # transformers 5.23 zeroes the padding row of Funnel's embeddings when it loads them.
-    assert set(refused) == {"FunnelForSequenceClassification", "ZambaForSequenceClassification"}
-    assert "shares" in refused["ZambaForSequenceClassification"]
+    # The plain class shares layers that the module cuts differently; transformers 5.23 zeroes a row when it loads.
+    expected = {"ZambaForSequenceClassification", "FunnelForSequenceClassification"}
+    supported = [row for row in data["families"] if row["status"] == "supported"]
+    refused = set()
+    for row in [*supported[::12], *(row for row in supported if row["class"] in expected)]:
+        parent, _ = sweep.attach(sweep.tiny_model(row["model_type"], row["class"], row["spread"]))
+        randomize_relevance(parent)
+        try:
+            assert_plain(parent.extract_module(["ship", "dog"]), tmp_path / row["class"])
+        except UnsupportedArchitectureError:
+            refused.add(row["class"])
+    assert refused == expected

@@ -175,7 +175,15 @@ def test_a_push_that_dies_leaves_what_was_there_and_can_be_repeated(hub, parent,
 def test_a_collection_ties_a_parent_and_its_modules(hub, parent):
     modules = {"cat": ["cat"], "cat+dog": ["cat", "dog"]}
     pushed = push_modules(
-        parent, modules, "me", "animals", batches(), batches(), CardOptions(license="mit"), threshold=0.4
+        parent,
+        modules,
+        "me",
+        "animals",
+        batches(),
+        batches(),
+        CardOptions(license="mit"),
+        threshold=0.4,
+        compares_formats=True,
     )
     assert list(pushed) == ["parent", "cat", "cat+dog", "collection"]
     assert [pushed[name] for name in ("parent", "cat", "cat+dog")] == ["me/animals", "me/cat", "me/cat-dog"]
@@ -185,7 +193,10 @@ def test_a_collection_ties_a_parent_and_its_modules(hub, parent):
     report = json.loads(hub.files("me/cat-dog")["report.json"])
     assert report["samples"] == 8
     assert report["threshold"] == 0.4
-    assert f"{report['accuracy']:.4f}" in card_of(hub, "me/cat-dog")[0]
+    card = card_of(hub, "me/cat-dog")[0]
+    assert f"{report['accuracy']:.4f}" in card
+    assert set(report["formats"]["latency_ms"]) == {"parent", "module", "plain", "onnx"}
+    assert f"{report['formats']['latency_ms']['onnx']['8']:.1f}" in card.split("onnxruntime")[1].splitlines()[0]
     assert card_of(hub, "me/cat-dog")[1]["license"] == "mit"
     from PIL import Image
 

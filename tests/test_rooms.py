@@ -9,7 +9,7 @@ import nemo_hf
 
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
-    ("config", "neurons", "generators", "inputs", "losses", "model_card", "provenance"),
+    ("config", "commands", "neurons", "generators", "inputs", "losses", "model_card", "provenance"),
     ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors"),
     ("sites", "weights", "loading", "rehearsal"),
     ("described", "files", "restoring"),

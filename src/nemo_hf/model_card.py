@@ -18,6 +18,12 @@ CONTROL_NAMES = {
     "other": "control: the neurons of as many other groups",
     "empty": "control: no neurons",
 }
+FORMAT_NAMES = {
+    "module": "this module",
+    "parent": "the plain model in its parent",
+    "plain": "this module as a plain model (`save_plain`)",
+    "onnx": "this module in onnxruntime (`export_onnx`)",
+}
 AUTO_NAMES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
@@ -225,14 +231,23 @@ def _result_rows(facts: CardFacts) -> list[tuple[str, str]]:
     return rows + [(CONTROL_NAMES[n], f"{controls[n]:.4f}") for n in CONTROL_NAMES if controls.get(n) is not None]
 
 
-def _latency_rows(facts: CardFacts) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Batch sizes, and milliseconds by what was timed."""
+def _latency_rows(facts: CardFacts) -> tuple[str, list[str], list[tuple[str, list[str]]]]:
+    """Where it was timed, batch sizes, and milliseconds by what was timed."""
     report = facts.report if facts.role == "module" and facts.report else {}
     if not report:
-        return [], []
-    timed = {"this module": report["latency_ms"], "the plain model in its parent": report["parent_latency_ms"]}
-    sizes = list(report["latency_ms"])
-    return sizes, [(name, [f"{by_size[size]:.1f}" for size in sizes]) for name, by_size in timed.items()]
+        return "", [], []
+    formats = report.get("formats")
+    place = f"{formats['device']} with {_count(formats['threads'], 'thread')}" if formats else report["device"]
+    timed = (
+        formats["latency_ms"] if formats else {"module": report["latency_ms"], "parent": report["parent_latency_ms"]}
+    )
+    named = [(title, timed[name]) for name, title in FORMAT_NAMES.items() if name in timed]
+    sizes = list(named[0][1])
+    return place, sizes, [(title, [f"{by_size[size]:.1f}" for size in sizes]) for title, by_size in named]
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _training_code(facts: CardFacts) -> str | None:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from .calibration import calibrate_rejection
 from .config import LabelLike, NeMoConfig
 from .evaluation import evaluate_module
+from .exporting import compare_latency
 from .extraction import make_plan
 from .files import CODE_NAME, REPORT_NAME
 from .model_card import CardFacts, own_text, render_model_card
@@ -272,6 +273,7 @@ def push_modules(
     options: CardOptions | None = None,
     threshold: float | None = None,
     round_to: int | None = None,
+    compares_formats: bool = False,
     **push_options: Any,
 ) -> dict[str, str]:
     """Pushes a parent and modules of it, one repository each, and ties them in a collection.
@@ -289,6 +291,8 @@ def push_modules(
         options: What the cards say that the models don't know; `parent` is filled in.
         threshold: As in `extract_module`.
         round_to: As in `extract_module`.
+        compares_formats: With `batches`: whether each module is also timed as a plain model and as ONNX, which takes
+            a while, for its card.
         **push_options: `private`, `token`, `with_code` and others of `push_to_hub`.
 
     Returns:
@@ -311,6 +315,8 @@ def push_modules(
             calibrate_rejection(module, calibration, show_progress=False)
         if batches is not None:
             evaluate_module(parent, labels, batches, module, threshold, round_to, show_progress=False)
+            if compares_formats:
+                module.report = {**(module.report or {}), "formats": compare_latency(module, parent)}
         push_model(module, repositories[key], replace(options, parent=done["parent"]), **push_options)
         done[key] = repositories[key]
     token = push_options.get("token")
