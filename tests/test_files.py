@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_hf.files import WeightFiles, find_file, processor_files, read_companions, replaced_directory, write_json
+from nemo_hf.files import WeightFiles, processor_files, replaced_directory, write_json
 from nemo_hf.slicing import PAD
+from nemo_hf.sources import find_file, read_companions
 from nemo_hf.tasks import attach_masks
 from nemo_hf.weights import TensorCut
 

@@ -9,10 +9,11 @@ import nemo_hf
 
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
-    ("config", "commands", "neurons", "generators", "inputs", "losses", "model_card", "provenance"),
-    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors"),
-    ("sites", "weights", "loading", "rehearsal"),
+    ("config", "commands", "neurons", "generators", "inputs", "losses", "model_card", "provenance", "schema"),
+    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors", "sources"),
+    ("sites", "weights", "rehearsal"),
     ("described", "files", "restoring"),
+    ("loading",),
     ("modeling", "proposing"),
     ("tasks", "law", "relevance", "costs", "calibration", "pictures"),
     ("extraction", "standalone", "tracing"),

@@ -187,7 +187,7 @@ class Rotated(nn.Module):
 
 
 def test_a_rotary_layer_reads_some_angles_by_keyword_and_by_position():
-    layer, angles = Rotated(), RotaryAngles(4)
+    layer, angles = Rotated(), RotaryAngles(4, 8)
     angles.angle_indices.copy_(torch.tensor([1, 0, 5, 4]))
     layer.register_forward_pre_hook(angles.narrow, with_kwargs=True)
     hidden, attention_mask = torch.randn(2, 3, 32), torch.ones(2, 3)
@@ -557,14 +557,14 @@ def test_a_scattered_layer_is_the_full_one_under_a_mask(kind, has_bias):
     outputs, inputs = torch.tensor([0, 2, 5]), torch.tensor([1, 3])
     hidden = torch.randn(2, 3, 5)
 
-    writes = ScatterLinear(5, 3, full_outputs=6, reads_some=False, has_bias=has_bias)
+    writes = ScatterLinear(5, 3, full_outputs=6, full_inputs=None, has_bias=has_bias)
     writes.load_state_dict(
         {"weight": weight[outputs], "output_indices": outputs} | ({"bias": layer.bias[outputs]} if has_bias else {})
     )
     opened = torch.zeros(6).index_fill(0, outputs, 1.0)
     torch.testing.assert_close(writes(hidden), layer(hidden) * opened)
 
-    reads = ScatterLinear(2, 6, full_outputs=None, reads_some=True, has_bias=has_bias)
+    reads = ScatterLinear(2, 6, full_outputs=None, full_inputs=5, has_bias=has_bias)
     reads.load_state_dict(
         {"weight": weight[:, inputs], "input_indices": inputs} | ({"bias": layer.bias} if has_bias else {})
     )
@@ -573,9 +573,9 @@ def test_a_scattered_layer_is_the_full_one_under_a_mask(kind, has_bias):
 
 def test_an_empty_scattered_layer_gives_zeros_or_its_bias():
     hidden = torch.randn(2, 3, 5)
-    writes = ScatterLinear(5, 0, full_outputs=6, reads_some=False, has_bias=True)
+    writes = ScatterLinear(5, 0, full_outputs=6, full_inputs=None, has_bias=True)
     assert torch.equal(writes(hidden), torch.zeros(2, 3, 6))
-    reads = ScatterLinear(0, 6, full_outputs=None, reads_some=True, has_bias=True)
+    reads = ScatterLinear(0, 6, full_outputs=None, full_inputs=5, has_bias=True)
     nn.init.constant_(reads.bias, 2.0)
     assert torch.equal(reads(hidden), torch.full((2, 3, 6), 2.0))
 

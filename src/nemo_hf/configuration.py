@@ -17,6 +17,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 from .neurons import UnsupportedArchitectureError
+from .schema import REMEDY, check_config, leaves
 
 MAPPINGS = {
     "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -98,7 +99,10 @@ class NeMoModelConfig(PreTrainedConfig):
 
         Raises:
             UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
+            ValueError: If an entry has the wrong type or is out of range.
         """
+        check_config(config_dict)
+        _check_keys(config_dict)
         base = config_dict.get("base_config") or {}
         known = not isinstance(base, dict) or "model_type" not in base or base["model_type"] in CONFIG_MAPPING
         if not known:
@@ -110,12 +114,31 @@ class NeMoModelConfig(PreTrainedConfig):
                 "AutoModelForImageClassification.register(...)."
             )
         # Code beside the weights is for loading without nemo_hf; a copy of the model saved anew may have none.
-        return super().from_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of whatever kind the plain model's own checks raise
+            raise ValueError(
+                f"Got a config.json that makes no configuration ({type(error).__name__}: {error}); expected that of a "
+                f"parent or module. {REMEDY}"
+            ) from error
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
         assert isinstance(self.base_config, PreTrainedConfig)
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _check_keys(config_dict: dict[str, Any]) -> None:
+    """Refuses entries that would take the place of a method: unknown ones become attributes of a configuration."""
+    for path, _ in leaves(config_dict):
+        is_attribute = path and not {"label2id", "nemo_config"} & set(path[:-1])
+        if is_attribute and (path[-1].startswith("__") or callable(getattr(PreTrainedConfig, path[-1], None))):
+            raise ValueError(
+                f"Got {'.'.join(path)} in config.json, the name of a method; expected options of models. {REMEDY}"
+            )
 
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:

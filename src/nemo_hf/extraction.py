@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .config import LabelLike, resolve_labels
 from .configuration import NeMoModelConfig
-from .files import WeightFiles, read_companions
 from .law import EFFECT_FACTOR, check_law
-from .loading import hidden_progress
+from .loading import build_on_meta, check_mean_masks, hidden_progress, open_model
 from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
 from .planning import is_relevant, plan_module, retained_neurons, static_masks
 from .provenance import hub_name
 from .slicing import site_cut
+from .sources import read_companions
 from .weights import TensorCut, cut_tensor, tensor_cuts
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,7 @@ def cut_on_load(
             "then move or change it."
         )
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    if not isinstance(config, NeMoModelConfig):
-        config = NeMoModelConfig.from_pretrained(source, **hub_options)
+    config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
     if config.role == "module":
         raise ValueError(
             f"Got {str(source)!r}, which is a module; expected a parent to cut labels from. "
@@ -224,9 +223,8 @@ def cut_on_load(
         )
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
-    weights = WeightFiles(source, hub_options)
-    with torch.device("meta"):
-        parent = cls(config)
+    hub_options["force_download"] = False  # what is here now was checked
+    parent: Model = build_on_meta(cls, config, weights)
     weights.find_tied(parent.all_tied_weights_keys)
     weights.check_shapes({name: tensor.shape for name, tensor in parent.state_dict().items()})
     assert parent.masks is not None
@@ -234,6 +232,7 @@ def cut_on_load(
         mask.relevance = weights.read(f"masks.{index}.relevance")
         if mask.mean_mask is not None:
             mask.mean_mask = weights.read(f"masks.{index}.mean_mask")
+    check_mean_masks([mask.mean_mask for mask in parent.masks.site_masks()])
     plan = make_plan(parent, labels, threshold, round_to)
     module = build_module(cls, parent, plan, lambda name, cut: weights.read(f"model.{name}", cut))
     if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":

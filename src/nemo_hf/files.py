@@ -1,7 +1,8 @@
-"""Directories of parents and modules: written whole or not at all, and read with clear errors."""
+"""Directories of parents and modules: written whole or not at all, and weights read by slice."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,32 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils.hub import cached_file
 
+from .sources import PROCESSOR_FILES as PROCESSOR_FILES  # beside what writes them
+from .sources import REPORT_NAME as REPORT_NAME
+from .sources import find_file, read_json
 from .weights import TensorCut, cut_tensor
 
-REPORT_NAME = "report.json"
 CODE_NAME = "modeling_nemo_module.py"
 WEIGHTS_NAME = "model.safetensors"
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-"""Files that `save_pretrained` of tokenizers, image processors and feature extractors writes."""
+SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
+STORED_FLOATS = ("F64", "F32", "F16", "BF16")
+STORED_DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
 
 @contextmanager
@@ -98,37 +86,6 @@ def processor_files(processor: Any) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir()) if file.is_file()}
 
 
-def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> Path | None:
-    """Finds a file of a local directory or a Hub repository (through the ordinary cache).
-
-    Args:
-        source: The directory or repository id.
-        name: File name.
-        hub_options: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
-
-    Returns:
-        Its local path, or `None` if there is no such file.
-    """
-    if Path(source).is_dir():
-        path = Path(source, hub_options.get("subfolder") or "", name)
-        return path if path.is_file() else None
-    try:
-        found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_options)
-    except HfHubHTTPError as error:
-        raise OSError(f"Could not fetch {name!r} of {str(source)!r}: {error}. Try again.") from error
-    return Path(found) if found else None
-
-
-def read_companions(
-    source: str | Path, hub_options: Mapping[str, Any]
-) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """Reads the processor's files and the report that lie beside a model's weights."""
-    paths = {name: find_file(source, name, hub_options) for name in PROCESSOR_FILES}
-    files = {name: path.read_bytes() for name, path in paths.items() if path}
-    report = find_file(source, REPORT_NAME, hub_options)
-    return files, json.loads(report.read_text(encoding="utf-8")) if report else None
-
-
 class WeightFiles:
     """The tensors of a saved model, in one file or several, read by name and by slice.
 
@@ -136,29 +93,54 @@ class WeightFiles:
         source: Local directory or Hub repository id.
         hub_options: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
 
+        variant: Variant of the weights, as in `from_pretrained`.
+
     Raises:
         OSError: If there are no safetensors weights, or a file is damaged.
     """
 
-    def __init__(self, source: str | Path, hub_options: Mapping[str, Any]) -> None:
+    def __init__(self, source: str | Path, hub_options: Mapping[str, Any], variant: str | None = None) -> None:
         self._source = source
-        index = find_file(source, f"{WEIGHTS_NAME}.index.json", hub_options)
-        if index:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        else:
-            names = [WEIGHTS_NAME]
         self._files: dict[str, Any] = {}
         self._stored_names: dict[str, str] = {}
-        for name in names:
-            path = find_file(source, name, hub_options)
-            if path is None:
-                raise OSError(
-                    f"Got {str(source)!r} without {name}; expected the weights of a nemo_hf parent. "
-                    "Save the parent again with save_pretrained."
-                )
+        self.size = 0
+        """Bytes of all files."""
+        for path in _weight_paths(source, hub_options, f".{variant}" if variant else ""):
             opened = open_weights(path)
+            repeated = sorted(set(opened.keys()) & set(self._files))
+            if repeated:
+                raise OSError(
+                    f"Got the tensor {repeated[0]!r} in several weight files of {str(source)!r}; expected each in one. "
+                    "Save the model again."
+                )
             self._files.update(dict.fromkeys(opened.keys(), opened))
+            self.size += path.stat().st_size
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._files)
+
+    def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
+        """Checks from the files' headers that integers are stored as such, and weights as floating-point numbers.
+
+        Args:
+            expected: Kind of each tensor by name; tensors that the files lack are passed over.
+
+        Raises:
+            ValueError: If a tensor is stored as another kind of numbers.
+        """
+        for name in expected.keys() & self._files.keys():
+            dtype = expected[name]
+            allowed = STORED_FLOATS if dtype.is_floating_point else (STORED_DTYPES[dtype],)
+            got = self._lazy(name).get_dtype()
+            if got not in allowed:
+                raise ValueError(
+                    f"Got the tensor {name!r} stored as {got} in {str(self._source)!r}; expected {' or '.join(allowed)}. "
+                    "Save or download the model again."
+                )
+
+    def _lazy(self, name: str) -> Any:
+        return self._files[name].get_slice(self._stored_names.get(name, name))
 
     def find_tied(self, tied: Mapping[str, str]) -> None:
         """Lets tensors be read that the files hold under another name only, because a model shares them.
@@ -187,7 +169,7 @@ class WeightFiles:
                     f"Got weights of {str(self._source)!r} without the tensor {name!r}; expected all of the parent's. "
                     "Save or download the parent again."
                 )
-            got = tuple(self._files[name].get_slice(self._stored_names.get(name, name)).get_shape())
+            got = tuple(self._lazy(name).get_shape())
             if got != tuple(shape):
                 raise ValueError(
                     f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
@@ -215,12 +197,37 @@ class WeightFiles:
         """
         if cut is not None and cut.constant is not None:
             return cut.constant.clone()
-        file, name = self._files[name], self._stored_names.get(name, name)
         if cut is None:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = self._files[name].get_tensor(self._stored_names.get(name, name))
             return tensor
-        lazy = file.get_slice(name)
+        lazy = self._lazy(name)
         return cut_tensor(lambda dim, index: _read_slice(lazy, dim, index), cut)
+
+
+def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: str) -> list[Path]:
+    """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them."""
+    single = WEIGHTS_NAME.replace(".", f"{variant}.", 1) if variant else WEIGHTS_NAME
+    if path := find_file(source, single, hub_options):
+        return [path]
+    index = find_file(source, f"{WEIGHTS_NAME}.index{variant}.json", hub_options)
+    names: Any = [single]
+    if index:
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
+        if strange or not names:
+            raise OSError(
+                f"Got {index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}; expected names of "
+                "*.safetensors files beside it. Save or download the model again."
+            )
+    paths = {name: find_file(source, name, hub_options) for name in sorted(set(names))}
+    for name, path in paths.items():
+        if path is None:
+            raise OSError(
+                f"Got {str(source)!r} without {name}; expected the weights of a nemo_hf parent. "
+                "Save the parent again with save_pretrained."
+            )
+    return [path for path in paths.values() if path]
 
 
 def _read_slice(lazy: Any, dim: int, index: Tensor) -> Tensor:

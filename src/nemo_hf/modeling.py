@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import resolve_revision
 
 from .config import LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
 from .described import model_sites
 from .doors import Doors
-from .files import CODE_NAME, REPORT_NAME, processor_files, read_companions, replaced_directory, write_json
+from .files import CODE_NAME, processor_files, replaced_directory, write_json
 from .generators import MaskGenerator
-from .loading import check_loaded, check_model_type
+from .loading import build_on_meta, check_loaded, check_values, open_model
 from .masking import NeuronMasks, build_masks
 from .neurons import NeuronSite, with_back_ends
 from .rejection import rejection_scores
 from .sites import find_heads
 from .slicing import ScatterLinear, resize, resize_head
+from .sources import REPORT_NAME, read_companions
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -332,12 +334,19 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
             ValueError: If a tensor is missing or has another shape than the configuration says.
         """
         source = pretrained_model_name_or_path
-        if source is not None and not isinstance(kwargs.get("config"), NeMoModelConfig):
-            check_model_type(source, {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None})
+        if source is not None:  # one commit for all files
+            where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if kwargs.get(name)}
+            kwargs["revision"] = resolve_revision(source, kwargs.get("revision"), **where)
         if labels is not None and source is not None:
             from .extraction import cut_on_load  # one level up: the argument is the door to that room
 
             return cut_on_load(cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        if source is not None:
+            config = kwargs["config"] if isinstance(kwargs.get("config"), NeMoModelConfig) else None
+            build_on_meta(cls, *open_model(source, hub_options, config, kwargs.get("variant")))
+            hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
+            kwargs["use_safetensors"] = True  # nothing is unpickled
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # told below, with the names, instead of drawn anew
         try:
@@ -349,8 +358,8 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
             ) from error
         model, info = loaded
         check_loaded(str(source), info)
+        check_values(model)
         if source is not None:
-            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
             model.processor_files, model.report = read_companions(source, hub_options)
         result: Self = loaded if wants_info else model
         return result

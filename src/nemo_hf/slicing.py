@@ -65,7 +65,7 @@ class ScatterLinear(nn.Module):
         in_features: Number of inputs that are read.
         out_features: Number of outputs that are computed.
         full_outputs: Width of the result, zeros elsewhere; `None` if all outputs are computed.
-        reads_some: Whether `input_indices` says which inputs are read.
+        full_inputs: Width of what is given, of which `input_indices` says what is read; `None` if all is read.
         has_bias: Whether there is a bias.
     """
 
@@ -73,14 +73,14 @@ class ScatterLinear(nn.Module):
     output_indices: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, full_outputs: int | None, reads_some: bool, has_bias: bool
+        self, in_features: int, out_features: int, full_outputs: int | None, full_inputs: int | None, has_bias: bool
     ) -> None:
         super().__init__()
-        self.full_outputs = full_outputs
+        self.full_outputs, self.full_inputs = full_outputs, full_inputs
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
+        reads_some, computes_some = full_inputs is not None, full_outputs is not None
         self.register_buffer("input_indices", torch.zeros(in_features, dtype=torch.long) if reads_some else None)
-        computes_some = full_outputs is not None
         self.register_buffer("output_indices", torch.zeros(out_features, dtype=torch.long) if computes_some else None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -99,12 +99,14 @@ class RotaryAngles(nn.Module):
 
     Args:
         head_dim: New width of a head.
+        full_dim: Its width in the parent.
     """
 
     angle_indices: Tensor
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, full_dim: int) -> None:
         super().__init__()
+        self.full_dim = full_dim
         self.register_buffer("angle_indices", torch.zeros(head_dim, dtype=torch.long))
 
     def narrow(
@@ -337,7 +339,7 @@ def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, h
         smaller = torch.empty(*parameter.shape[:-1], heads, dtype=parameter.dtype, device=parameter.device)
         setattr(model.get_submodule(owner), name, nn.Parameter(smaller))
     if site.is_rotary:
-        angles = RotaryAngles(head_dim).to(next(attention.parameters()).device)
+        angles = RotaryAngles(head_dim, site.head_dim).to(next(attention.parameters()).device)
         attention.add_module(ROTARY_NAME, angles)
         attention.register_forward_pre_hook(angles.narrow, with_kwargs=True)
 
@@ -385,6 +387,6 @@ def _scattered(layer: nn.Module, outputs: int | None = None, inputs: int | None 
         full_inputs if inputs is None else inputs,
         full_outputs if outputs is None else outputs,
         full_outputs=None if outputs is None else full_outputs,
-        reads_some=inputs is not None,
+        full_inputs=None if inputs is None else full_inputs,
         has_bias=layer.bias is not None,
     )

@@ -1,0 +1,173 @@
+"""What a config.json of a parent or module may say, checked before anything is built from it.
+
+Such a file may come from a stranger. Nothing here knows shapes: whether the sizes are those of the weights is
+seen when these are opened.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+DEEPEST = 24
+"""Levels of nested lists and mappings; ordinary files have 5."""
+LARGEST_COUNT = 100_000
+"""Layers, labels, heads and the like; configurations make a list or a loop of as many entries."""
+LARGEST_NUMBER = 2**48
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
+LOADING_KEYS = (
+    "adapter_config",
+    "attn_implementation",
+    "distributed_config",
+    "experts_implementation",
+    "fusion_config",
+    "quantization_config",
+    "transformers_weights",
+)
+"""Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice."""
+PROBLEMS = ("single_label_classification", "multi_label_classification")
+SOURCES = ("initial", "running", "exact")
+REJECTION_KEYS = {"weight", "bias", "threshold"}
+REMEDY = "The config.json is damaged or of another version: save or download the model again."
+
+
+def check_config(data: Mapping[str, Any]) -> None:
+    """Checks the types, ranges and sizes of what a config.json says.
+
+    Args:
+        data: The file's content.
+
+    Raises:
+        ValueError: If something is of the wrong type, out of range or absurdly large; the message names it.
+    """
+    for path, value in leaves(data):
+        _check_leaf(path, value)
+    for name, (is_right, expected) in _FIELDS.items():
+        value = data.get(name)
+        if value is not None and not is_right(value):
+            raise _refused(name, value, expected)
+    for name in ("role", "base_class", "relevance_source"):
+        if name in data and data[name] is None:
+            raise _refused(name, None, _FIELDS[name][1])
+
+
+def _refused(name: str, value: Any, expected: str) -> ValueError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 120 else f"{shown[:120]}..."
+    return ValueError(f"Got {name}={shown} in config.json; expected {expected}. {REMEDY}")
+
+
+def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Iterates over all values of nested mappings and lists.
+
+    Args:
+        data: What a JSON file holds.
+
+    Yields:
+        The path of keys to each value, those of mappings and lists too, and the value; an entry of a list has
+        the path of the list.
+
+    Raises:
+        ValueError: If the nesting is too deep to be copied and written.
+    """
+    waiting: list[tuple[tuple[str, ...], int, Any]] = [((), 0, data)]
+    while waiting:
+        path, depth, value = waiting.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"Got JSON nested over {DEEPEST} levels deep; expected some 5. Save or download it again.")
+        if isinstance(value, Mapping):
+            waiting.extend(((*path, str(key)), depth + 1, inner) for key, inner in value.items())
+        elif isinstance(value, (list, tuple)):
+            waiting.extend((path, depth + 1, inner) for inner in value)
+        yield path, value
+
+
+def _check_leaf(path: tuple[str, ...], value: Any) -> None:
+    if not path:
+        return
+    key, name = path[-1], ".".join(path)
+    if key.removeprefix("_").removesuffix("_internal") in LOADING_KEYS and value is not None:
+        raise _refused(name, value, "none, since a file doesn't choose how it is loaded")
+    if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:
+        raise _refused(name, value, f"one of {list(DTYPES)}")
+    if isinstance(value, float) and math.isnan(value):
+        raise _refused(name, value, "a number")
+    if isinstance(value, bool) or not isinstance(value, int) or "label2id" in path:
+        return
+    most = LARGEST_COUNT if COUNTED.search(key) and not key.endswith("_id") else LARGEST_NUMBER
+    if abs(value) > most:
+        raise _refused(name, value, f"at most {most}")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_share(value: Any) -> bool:
+    return _is_finite(value) and 0 <= value <= 1
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_index, value)) and len(set(value)) == len(value) > 0
+
+
+def _are_names(value: Any) -> bool:
+    """Label names by id: 0 to n - 1, as ints or, in a file, as strings."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, (str, int, float)) for name in value.values()):
+        return False
+    return {str(key) for key in value} == {str(index) for index in range(len(value))}
+
+
+def _are_groups(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    entries = [entry for entry in value if isinstance(entry, Mapping) and set(entry) == {"name", "labels"}]
+    if len(entries) < len(value) or not all(isinstance(entry["name"], str) for entry in entries):
+        return False
+    if not all(_are_indices(entry["labels"]) for entry in entries):
+        return False
+    members = [label for entry in entries for label in entry["labels"]]
+    return len({entry["name"] for entry in entries}) == len(entries) and len(set(members)) == len(members)
+
+
+def _are_sites(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, Mapping) and all(isinstance(entry.get(key, ""), str) for key in ("key", "back_end"))
+        for entry in value
+    )
+
+
+def _is_rejection(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) >= REJECTION_KEYS and all(map(_is_finite, value.values()))
+
+
+def _is_law(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(entry, (str, int, float)) for entry in value.values())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_config": (lambda value: isinstance(value, Mapping) or hasattr(value, "model_type"), "a mapping"),
+    "base_class": (_is_text, "the name of a class"),
+    "role": (_is_text, "'parent' or 'module'"),
+    "nemo_config": (lambda value: isinstance(value, Mapping), "a mapping of options"),
+    "id2label": (_are_names, "a name for each label from 0 on"),
+    "label2id": (lambda value: isinstance(value, Mapping) and all(map(_is_index, value.values())), "ids by label"),
+    "label_groups": (_are_groups, "a list of groups with different names and labels"),
+    "label_ids": (_are_indices, "a list of different label ids"),
+    "problem_type": (lambda value: value in PROBLEMS, f"one of {list(PROBLEMS)}"),
+    "sites": (_are_sites, "a list of sites, each with its key and back end"),
+    "relevance_source": (lambda value: value in SOURCES, f"one of {list(SOURCES)}"),
+    "relevance_threshold": (_is_share, "a number in [0, 1]"),
+    "retained_neurons": (_is_share, "a number in [0, 1]"),
+    "law": (_is_law, "a mapping of numbers"),
+    "rejection": (_is_rejection, f"finite numbers for {sorted(REJECTION_KEYS)}"),
+}
