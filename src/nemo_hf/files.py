@@ -130,13 +130,12 @@ class WeightFiles:
             ValueError: If a tensor is stored as another kind of numbers.
         """
         for name in expected.keys() & self._files.keys():
-            dtype = expected[name]
-            allowed = STORED_FLOATS if dtype.is_floating_point else (STORED_DTYPES[dtype],)
-            got = self._lazy(name).get_dtype()
+            dtype, got = expected[name], self._lazy(name).get_dtype()
+            allowed = STORED_FLOATS if dtype.is_floating_point else (STORED_DTYPES.get(dtype, got),)
             if got not in allowed:
                 raise ValueError(
-                    f"Got the tensor {name!r} stored as {got} in {str(self._source)!r}; expected {' or '.join(allowed)}. "
-                    "Save or download the model again."
+                    f"Got the tensor {name!r} stored as {got} in {str(self._source)!r}; expected "
+                    f"{' or '.join(allowed)}. Save or download the model again."
                 )
 
     def _lazy(self, name: str) -> Any:
@@ -217,8 +216,8 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
         if strange or not names:
             raise OSError(
-                f"Got {index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}; expected names of "
-                "*.safetensors files beside it. Save or download the model again."
+                f"Got {index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}; expected names "
+                "of *.safetensors files beside it. Save or download the model again."
             )
     paths = {name: find_file(source, name, hub_options) for name in sorted(set(names))}
     for name, path in paths.items():

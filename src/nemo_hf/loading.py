@@ -154,8 +154,8 @@ def build_on_meta(kind: Any, config: NeMoModelConfig, weights: WeightFiles) -> A
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > 2 * weights.size + SPARE_BYTES:
         raise ValueError(
-            f"Got a config.json of a model of {size} bytes beside weight files of {weights.size}; expected one of about "
-            f"their size. {REMEDY}"
+            f"Got a config.json of a model of {size} bytes beside weight files of {weights.size}; expected one of "
+            f"about their size. {REMEDY}"
         )
     weights.check_dtypes({name: tensor.dtype for name, tensor in model.state_dict().items()})
     return model

@@ -16,6 +16,7 @@ LARGEST_COUNT = 100_000
 LARGEST_NUMBER = 2**48
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
+REPEATED = re.compile(r"layer|depth|block|stage")
 LOADING_KEYS = (
     "adapter_config",
     "attn_implementation",
@@ -41,8 +42,14 @@ def check_config(data: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If something is of the wrong type, out of range or absurdly large; the message names it.
     """
+    repeats: dict[str, int] = {}
     for path, value in leaves(data):
         _check_leaf(path, value)
+        if path and REPEATED.search(path[-1]) and isinstance(value, int):
+            name = ".".join(path)
+            repeats[name] = repeats.get(name, 0) + abs(value)
+            if repeats[name] > LARGEST_COUNT:
+                raise _refused(name, repeats[name], f"at most {LARGEST_COUNT} in all")
     for name, (is_right, expected) in _FIELDS.items():
         value = data.get(name)
         if value is not None and not is_right(value):
@@ -91,6 +98,10 @@ def _check_leaf(path: tuple[str, ...], value: Any) -> None:
         raise _refused(name, value, "none, since a file doesn't choose how it is loaded")
     if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:
         raise _refused(name, value, f"one of {list(DTYPES)}")
+    if key == "model_type" and not isinstance(value, str):
+        raise _refused(name, value, "the name of a kind of model")
+    if key.endswith(("eps", "epsilon")) and isinstance(value, (int, float)) and not 0 <= value < 1:
+        raise _refused(name, value, "a number in [0, 1)")
     if isinstance(value, float) and math.isnan(value):
         raise _refused(name, value, "a number")
     if isinstance(value, bool) or not isinstance(value, int) or "label2id" in path:
