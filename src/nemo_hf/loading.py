@@ -83,9 +83,12 @@ def check_model_type(source: str | Path, hub_options: Mapping[str, Any]) -> None
     """
     try:
         config, _ = NeMoModelConfig.get_config_dict(source, **hub_options)
-    except (RecursionError, AttributeError, TypeError) as error:
-        raise ValueError(f"Got a config.json in {str(source)!r} that can't be read ({error}). {REMEDY}") from error
-    model_type = config.get("model_type")
+        model_type = config.get("model_type")
+    except (RecursionError, AttributeError, TypeError) as error:  # nested too deep, or no mapping
+        raise ValueError(
+            f"Got a config.json in {str(source)!r} that can't be read ({error}); expected that of a parent or module. "
+            f"{REMEDY}"
+        ) from error
     if model_type != NeMoModelConfig.model_type:
         raise ValueError(
             f"Got {str(source)!r} of model type {model_type!r}; expected a parent or module of nemo_hf. "
