@@ -1,0 +1,281 @@
+"""Modules cut on load from a repository: the same as cut locally, from files that come once and undamaged."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fresh, randomize_relevance
+from hub_server import hub as hub
+from huggingface_hub import HfApi, constants
+from transformers import AutoModelForImageClassification
+
+from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, make_parent
+from nemo_hf.sources import check_content
+
+REPO = "me/parent"
+LABELS = ["frog", "cat"]
+WEIGHTS = r"/resolve/.*\.safetensors$"
+REFUSALS = (OSError, ValueError)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Directories `whole`, `sharded` and `other`, a parent with other weights, and `bert`."""
+    root = tmp_path_factory.mktemp("saved")
+    for name, family, seed, options in (
+        ("whole", "vit", 0, {}),
+        ("sharded", "vit", 0, {"max_shard_size": "30KB"}),
+        ("other", "vit", 1, {}),
+        ("bert", "bert", 0, {"max_shard_size": "30KB"}),
+    ):
+        torch.manual_seed(seed)
+        parent = make_parent(fresh(family)).eval()
+        with torch.no_grad():
+            next(iter(parent.model.parameters())).add_(seed)
+        randomize_relevance(parent, seed)
+        parent.report = {"seed": seed}
+        parent.save_pretrained(root / name, **options)
+    return root
+
+
+@pytest.fixture
+def api(hub, saved) -> HfApi:
+    api = HfApi()
+    api.create_repo(REPO)
+    api.upload_folder(repo_id=REPO, folder_path=saved / "sharded")
+    hub.log.clear()
+    return api
+
+
+def cut(source, model=NeMoForImageClassification, **options):
+    return model.from_pretrained(source, labels=LABELS, **options)
+
+
+@pytest.fixture(scope="module")
+def expected(saved):
+    """The module as cut from a local directory."""
+    return cut(saved / "whole")
+
+
+def assert_same(module, other) -> None:
+    """Equal in every tensor and in what the configuration says of it."""
+    state, expected = module.state_dict(), other.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    ours, theirs = ({**each.config.to_dict(), "law": None} for each in (module, other))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("sharded", NeMoForImageClassification),
+        ("whole", NeMoForImageClassification),
+        ("bert", NeMoForSequenceClassification),
+    ],
+)
+def test_cutting_on_load_is_cutting_locally(saved, name, model):
+    whole = model.from_pretrained(saved / name)
+    assert (name == "whole") == (len(list((saved / name).glob("*.safetensors"))) == 1)
+    assert_same(cut(saved / name, model), whole.extract_module(LABELS))
+
+
+@pytest.mark.parametrize("model", [NeMoForImageClassification, AutoModelForImageClassification])
+def test_files_come_once(hub, api, saved, expected, model):
+    assert_same(cut(REPO, model), expected)
+    fetched = [line.path for line in hub.requests("GET", WEIGHTS)]
+    assert len(fetched) == len(set(fetched)) == len(list((saved / "sharded").glob("*.safetensors"))) > 2
+    hub.log.clear()
+    other = model.from_pretrained(REPO, labels=["dog"])
+    assert (other.config.names, hub.requests("GET", WEIGHTS)) == ({0: "dog"}, [])
+    assert_same(cut(REPO, model, local_files_only=True), expected)
+    whole = model.from_pretrained(REPO)
+    assert (whole.is_parent, hub.requests("GET", WEIGHTS)) == (True, [])
+
+
+def test_asking_for_a_download_downloads_once(hub, api, saved):
+    cut(REPO)
+    for options in ({"labels": LABELS}, {}):
+        hub.log.clear()
+        NeMoForImageClassification.from_pretrained(REPO, force_download=True, **options)
+        fetched = [line.path for line in hub.requests("GET", WEIGHTS)]
+        assert len(fetched) == len(set(fetched)) > 2
+
+
+def test_a_revision_is_that_commit_in_all_files(hub, api, saved):
+    first = hub.commits(REPO)[0].oid
+    old = [path.name for path in (saved / "sharded").glob("model*")]
+    api.upload_folder(repo_id=REPO, folder_path=saved / "other", delete_patterns=old)
+    api.create_branch(REPO, branch="old", revision=first)
+    before, after = cut(saved / "whole"), cut(saved / "other")
+    assert not torch.equal(before.model.classifier.weight, after.model.classifier.weight) or (
+        before.config.sites != after.config.sites
+    )
+    for revision, expected, report in ((first, before, 0), ("old", before, 0), ("main", after, 1), (None, after, 1)):
+        assert_same(cut(REPO, revision=revision), expected)
+        whole = NeMoForImageClassification.from_pretrained(REPO, revision=revision)
+        assert whole.report == {"seed": report}
+    with pytest.raises(OSError, match="absent"):
+        cut(REPO, revision="absent")
+
+
+def test_a_commit_in_between_changes_nothing(hub, api, saved, monkeypatch):
+    """All files are of the commit that was the latest when loading began."""
+    original = hub.handle
+    pushing = []
+
+    def push(request, *args):
+        answer = original(request, *args)
+        if request.path.endswith("config.json") and "resolve" in request.path and not pushing:
+            pushing.append(True)
+            old = [path.name for path in (saved / "sharded").glob("model*")]
+            HfApi().upload_folder(repo_id=REPO, folder_path=saved / "other", delete_patterns=old)
+        return answer
+
+    monkeypatch.setattr(hub, "handle", push)
+    assert_same(cut(REPO), cut(saved / "whole"))
+    assert len(hub.commits(REPO)) == 3
+    assert_same(cut(REPO), cut(saved / "other"))
+
+
+def test_private_parents_need_a_token(hub, api, saved, monkeypatch):
+    hub.repos[REPO].private = True
+    monkeypatch.delenv("HF_TOKEN")
+    hub.add_user("you", "hf_you")
+    for token in (False, "hf_you", "hf_wrong", None):
+        with pytest.raises(OSError, match="me/parent"):
+            cut(REPO, token=token)
+    assert hub.requests("GET", WEIGHTS) == []
+    assert_same(cut(REPO, token="hf_me"), cut(saved / "whole"))
+
+
+RULES = {
+    "error": {"kind": "status", "status": 500, "times": None},
+    "refused": {"kind": "status", "status": 401, "times": None},
+    "forbidden": {"kind": "status", "status": 403, "times": None},
+    "asked too often": {"kind": "status", "status": 429, "retry_after": 1, "times": None},
+    "asked too often once": {"kind": "status", "status": 429, "retry_after": 1},
+    "cut": {"kind": "cut", "times": None},
+    "cut once": {"kind": "cut"},
+    "dropped": {"kind": "die_after", "times": None},
+    "dropped once": {"kind": "die_after"},
+    "wrong bytes": {"kind": "wrong_bytes", "times": None},
+    "wrong bytes once": {"kind": "wrong_bytes"},
+    "slow": {"kind": "slow", "seconds": 0.01, "times": None},
+    "without ranges": {"kind": "ignore_range", "times": None},
+}
+
+
+OTHERS = {r"index\.json$": ("error", "cut", "wrong bytes"), r"/config\.json$": ("error", "wrong bytes", "dropped once")}
+CASES = [(WEIGHTS, how) for how in RULES] + [(path, how) for path, hows in OTHERS.items() for how in hows]
+
+
+@pytest.mark.parametrize(("path", "how"), CASES)
+def test_a_server_that_misbehaves_gives_the_right_module_or_none(hub, api, expected, how, path):
+    """And leaves nothing in the cache that a well-behaved one would not put right."""
+    hub.misbehave(**RULES[how], method="GET", path=path)
+    with suppress(*REFUSALS):
+        assert_same(cut(REPO), expected)
+    with suppress(*REFUSALS):
+        NeMoForImageClassification.from_pretrained(REPO)
+    hub.rules.clear()
+    assert_same(cut(REPO), expected)
+    assert list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete")) == []
+
+
+def test_wrong_bytes_are_told_and_removed(hub, api, saved):
+    """The client itself takes them; a weight that is wrong in one bit would give a wrong module."""
+    rule = hub.misbehave(kind="wrong_bytes", method="GET", path=WEIGHTS)
+    with pytest.raises(
+        OSError, match=r"^Got 'model-\S+' from the Hub whose content .* checksum [0-9a-f]{64}; expected"
+    ):
+        cut(REPO)
+    assert rule.hits == 1
+    assert_same(cut(REPO), cut(saved / "whole"))
+
+
+def test_a_damaged_small_file_is_told_whenever_it_is_read(hub, api, saved):
+    hub.misbehave(kind="wrong_bytes", method="GET", path=r"/config\.json$")
+    with pytest.raises(OSError, match=r"config\.json"):
+        AutoModelForImageClassification.from_pretrained(REPO)  # which reads it before it knows whose model it is
+    with pytest.raises(OSError, match=r"^Got 'config.json' from the Hub .* checksum [0-9a-f]{40}; expected"):
+        cut(REPO)
+    assert_same(cut(REPO, AutoModelForImageClassification), cut(saved / "whole"))
+
+
+def test_large_files_are_compared_when_they_arrive_only(tmp_path):
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    path = tmp_path / "model.safetensors"
+
+    def put(name: str, content: bytes, since: float):
+        (blobs / name).write_bytes(content)
+        path.unlink(missing_ok=True)
+        path.symlink_to(blobs / name)
+        check_content(path, since)
+
+    large = bytes(2**20 + 1)
+    wrong = hashlib.sha256(b"other").hexdigest()
+    put(hashlib.sha256(large).hexdigest(), large, 0)
+    put(wrong, large, float("inf"))  # older than the download
+    put("an-etag-of-another-kind", b"a", 0)
+    for since, content in ((0, large), (float("inf"), b"a")):
+        with pytest.raises(OSError, match="checksum"):
+            put(wrong, content, since)
+        assert list(blobs.glob(wrong)) == []
+        assert not path.is_symlink()
+    path.write_bytes(b"a")  # no link: nothing is known of it
+    check_content(path, 0)
+
+
+PEAK = """
+import sys, threading, time, torch
+from transformers import ViTConfig, ViTForImageClassification
+from nemo_hf import NeMoForImageClassification, make_parent
+
+def anonymous():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    while watching:
+        peaks.append(anonymous())
+        time.sleep(0.001)
+
+NeMoForImageClassification.from_pretrained(sys.argv[1], labels=[0])  # what is imported on the way
+watching, start, peaks = True, anonymous(), [0]
+thread = threading.Thread(target=watch)
+thread.start()
+module = NeMoForImageClassification.from_pretrained(sys.argv[2], labels=[3])
+watching = False
+thread.join()
+sizes = [tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()]
+print(max(peaks) - start, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("shards", ["5GB", "20MB"])
+def test_the_peak_of_memory_is_the_module_and_a_tensor(saved, tmp_path, shards):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048}
+    parent = make_parent(ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10)))
+    generator = torch.Generator().manual_seed(0)
+    for mask in parent.masks.site_masks():
+        mask.relevance.copy_(255 * (torch.rand(mask.relevance.shape, generator=generator) < 0.2))
+    parent.config.relevance_source = "exact"
+    parent.save_pretrained(tmp_path, max_shard_size=shards)
+    whole = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, saved / "whole", tmp_path], capture_output=True, text=True, timeout=120, check=True
+    )
+    peak, module, largest = (json.loads(number) for number in done.stdout.split())
+    assert whole > 1e8
+    assert 0.15 < module / whole < 0.25
+    assert peak <= module + largest + 8 * 2**20  # objects of layers, and what an allocator keeps
