@@ -401,6 +401,13 @@ def test_mean_masks_that_are_no_shares_are_refused(saved, tmp_path, value):
     refused(directory, re.escape(name), r"outside \[0, 1\]", kind="parent", model=NeMoForSequenceClassification)
 
 
+def test_a_record_of_training_may_hold_what_sizes_may_not(saved):
+    record = {"arguments": {"max_steps": 10**12, "push_to_hub": False, "eps": 3}, "loss": float("nan")}
+    for kind in LOADS:
+        with changed(saved / kind, ("training",), record) as directory:
+            load(directory)
+
+
 def test_weights_that_are_no_numbers_load(saved, tmp_path):
     """They are a training that failed, not a damaged file."""
     directory = with_tensor(saved / "module", tmp_path / "a", NAME, lambda weight: weight.fill_(float("nan")))

@@ -134,7 +134,7 @@ class NeMoModelConfig(PreTrainedConfig):
 def _check_keys(config_dict: dict[str, Any]) -> None:
     """Refuses entries that would take the place of a method: unknown ones become attributes of a configuration."""
     for path, _ in leaves(config_dict):
-        is_attribute = path and not {"label2id", "nemo_config"} & set(path[:-1])
+        is_attribute = path and not {"label2id", "nemo_config", "training"} & set(path[:-1])
         if is_attribute and (path[-1].startswith("__") or callable(getattr(PreTrainedConfig, path[-1], None))):
             raise ValueError(
                 f"Got {'.'.join(path)} in config.json, the name of a method; expected options of models. {REMEDY}"

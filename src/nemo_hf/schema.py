@@ -17,6 +17,7 @@ LARGEST_NUMBER = 2**48
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
 REPEATED = re.compile(r"layer|depth|block|stage")
+SMALL = re.compile(r"(^|_)(eps|epsilon)$")
 LOADING_KEYS = (
     "adapter_config",
     "attn_implementation",
@@ -44,6 +45,8 @@ def check_config(data: Mapping[str, Any]) -> None:
     """
     repeats: dict[str, int] = {}
     for path, value in leaves(data):
+        if path[:1] == ("training",):  # a record, from which nothing is built
+            continue
         _check_leaf(path, value)
         if path and REPEATED.search(path[-1]) and isinstance(value, int):
             name = ".".join(path)
@@ -100,7 +103,7 @@ def _check_leaf(path: tuple[str, ...], value: Any) -> None:
         raise _refused(name, value, f"one of {list(DTYPES)}")
     if key == "model_type" and not isinstance(value, str):
         raise _refused(name, value, "the name of a kind of model")
-    if key.endswith(("eps", "epsilon")) and isinstance(value, (int, float)) and not 0 <= value < 1:
+    if SMALL.search(key) and isinstance(value, (int, float)) and not 0 <= value < 1:
         raise _refused(name, value, "a number in [0, 1)")
     if isinstance(value, float) and math.isnan(value):
         raise _refused(name, value, "a number")
