@@ -1,7 +1,9 @@
 """Cards say what they are handed, whatever characters the labels have."""
 
 import dataclasses
+import importlib
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ import yaml
 from nemo_hf.config import NeMoConfig
 from nemo_hf.model_card import KEPT_BELOW, CardFacts, own_text, render_model_card
 
+ROOT = Path(__file__).parents[1]
 REPORT = {
     "megabytes": 1.5,
     "parent_megabytes": 6.0,
@@ -183,3 +186,14 @@ def test_labels_of_any_characters_break_nothing(label):
     assert header(parent) == header(card(PARENT))
     code = parent.split("labels = ")[1].splitlines()[0]
     assert eval(code) == [label, "dog"]
+
+
+def test_stored_cards_are_those_of_the_facts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    cards = importlib.import_module("model_cards")
+    rendered = cards.rendered()
+    assert len(rendered) > 3
+    for folder, text in rendered.items():
+        assert (cards.CARDS / folder / "README.md").read_text(encoding="utf-8") == text
+        if "neurons.png" in text:
+            assert (cards.CARDS / folder / "neurons.png").is_file()

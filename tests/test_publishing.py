@@ -131,6 +131,16 @@ def test_what_the_owner_wrote_stays_and_old_files_go(hub, parent):
     assert text.count("Mine") == 1
 
 
+def test_text_of_the_owner_is_not_lost_when_it_cannot_be_read(hub, parent):
+    parent.push_to_hub("me/p")
+    card = hub.files("me/p")["README.md"] + b"\nMine.\n"
+    HfApi().upload_file(repo_id="me/p", path_in_repo="README.md", path_or_fileobj=card)
+    hub.misbehave(method="GET", path="README.md", kind="status", times=None)
+    with pytest.raises(OSError):  # noqa: PT011 - the client's own, of several kinds
+        parent.push_to_hub("me/p", license="mit")
+    assert hub.files("me/p")["README.md"] == card
+
+
 def test_a_repository_is_private_and_on_a_branch_when_asked(hub, parent):
     module = parent.extract_module(["dog", "cat"])
     module.push_to_hub("me/m", private=True)
@@ -241,7 +251,7 @@ def test_names_of_repositories_are_safe_and_differ():
         module_repositories("me", "p", {"one": ["a b"], "two": ["a-b"]})
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, tmp_path, strategy):
     arguments = TrainingArguments(
         str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/p", hub_strategy=strategy, hub_token="hf_me",
@@ -253,7 +263,9 @@ def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, 
     trainer.push_to_hub(license="mit", dataset_tags="org/animals")
     files = hub.files("me/p")
     assert not [name for name in files if name.endswith("training_args.bin")]
-    assert any(name.startswith("last-checkpoint/") for name in files) == (strategy == "checkpoint")
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
+    assert folders == expected.get(strategy, set())
     text, metadata = card_of(hub, "me/p")
     assert metadata["library_name"] == "nemo-hf"
     assert metadata["license"] == "mit"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .calibration import calibrate_rejection
 from .config import LabelLike, NeMoConfig
@@ -209,7 +209,7 @@ def _card_on_hub(repo_id: str, revision: str | None, token: bool | str | None) -
         with tempfile.TemporaryDirectory() as directory:
             path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token, local_dir=directory)
             return Path(path).read_text(encoding="utf-8")
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
 
 
