@@ -15,6 +15,7 @@ OTHER_THAN_DEFAULT = {
     "generator_rank": 3,
     "contrastive_weight": 0.0,
     "temperature": 0.5,
+    "gather_across_devices": False,
     "sparsity_weight": 2,
     "hard_masks": False,
     "detach_pooled": False,

@@ -24,7 +24,15 @@ SIGNATURES = {
     ],
     "NeMoConfig": [
         *["targets", "generator_rank", "objective", "contrastive_weight", "coupling_weight", "temperature"],
-        *["sparsity_weight", "retention_target", "hard_masks", "detach_pooled", "mask_learning_rate", "warmup_ratio"],
+        *[
+            "gather_across_devices",
+            "sparsity_weight",
+            "retention_target",
+            "hard_masks",
+            "detach_pooled",
+            "mask_learning_rate",
+            "warmup_ratio",
+        ],
         *[
             "rehearsal_probability",
             "specificity_weight",

@@ -11,7 +11,7 @@ SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
     ("config", "commands", "neurons", "generators", "inputs", "losses", "model_card", "provenance", "schema"),
     ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors", "sources"),
-    ("sites", "weights", "rehearsal"),
+    ("sites", "weights", "rehearsal", "distributed"),
     ("described", "files", "restoring"),
     ("loading",),
     ("modeling", "proposing"),
@@ -20,6 +20,7 @@ LEVELS = (
     ("evaluation", "probing", "exporting"),
     ("publishing",),
     ("hub_trainer",),
+    ("device_trainer",),
     ("trainer",),
     ("demo",),
     ("cli",),

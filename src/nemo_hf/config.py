@@ -35,6 +35,8 @@ class NeMoConfig:
         contrastive_weight: Weight of that loss [alpha], at least 0.
         coupling_weight: Weight of coupling relative to cohesion under `"cohesion-coupling"` [MwT's beta / alpha].
         temperature: Temperature of the contrastive loss [tau], above 0.
+        gather_across_devices: Whether that loss compares a sample's mask with those of all processes' samples
+            and not only with those of its own process.
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper], at least 0.
         retention_target: Share of all neurons, in (0, 1], that the module of one group shall keep on
             average. `sparsity_weight` is then only where the weight starts; it rises while modules are
@@ -84,6 +86,7 @@ class NeMoConfig:
     contrastive_weight: float = 0.5
     coupling_weight: float = 1.0
     temperature: float = 0.2
+    gather_across_devices: bool = True
     sparsity_weight: float = 0.2
     retention_target: float | None = 0.2
     hard_masks: bool = True
@@ -105,7 +108,7 @@ class NeMoConfig:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Got objective={self.objective!r}; expected one of {list(OBJECTIVES)}. Choose another.")
         self._check_numbers()
-        for name in ("hard_masks", "detach_pooled"):
+        for name in ("hard_masks", "detach_pooled", "gather_across_devices"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
         self._check_groups()

@@ -1,27 +1,50 @@
 """The losses of modularizing training, as pure tensor functions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def cosine_similarities(mask: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class GatheredMasks:
+    """The masks of all processes' samples, with which the samples of one process are compared.
+
+    Args:
+        masks: Soft masks, one tensor a site, each of shape (samples, neurons), with gradient.
+        groups: Group or membership of each sample, as `contrastive_loss` takes them.
+        is_sample: Rows that are samples and don't fill up a short batch, boolean, shape (samples,).
+        first: Row of the process's own first sample; its others follow.
+    """
+
+    masks: Sequence[Tensor]
+    groups: Tensor
+    is_sample: Tensor
+    first: int
+
+
+def cosine_similarities(mask: Tensor, others: Tensor | None = None) -> Tensor:
     """Cosine similarity of every two samples' masks.
 
     Args:
         mask: Soft masks of one site, shape (batch, neurons), values in [0, 1).
+        others: Masks to compare with, shape (samples, neurons); `None`: the same.
 
     Returns:
-        Shape (batch, batch), float32. The norm is sqrt(sum m^2 + 1e-6): a plain one has a gradient of
+        Shape (batch, samples), float32. The norm is sqrt(sum m^2 + 1e-6): a plain one has a gradient of
         1e12 at a mask that is closed everywhere.
     """
     with torch.autocast(mask.device.type, enabled=False):
-        mask = mask.float()
-        unit = mask * torch.rsqrt(mask.square().sum(-1, keepdim=True) + 1e-6)
-        return unit @ unit.T
+        unit = _unit(mask)
+        return unit @ (unit if others is None else _unit(others)).T
+
+
+def _unit(mask: Tensor) -> Tensor:
+    mask = mask.float()
+    return mask * torch.rsqrt(mask.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Tensor:
@@ -42,19 +65,41 @@ def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Ten
     return (labels.to(torch.float32) @ of_label.to(torch.float32)) > 0
 
 
-def shares_group(groups: Tensor) -> Tensor:
+def shares_group(groups: Tensor, others: Tensor | None = None) -> Tensor:
     """Tells which two samples have a group in common.
 
     Args:
         groups: Group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
+        others: Groups of the samples to compare with; `None`: the same.
 
     Returns:
-        Boolean, shape (batch, batch).
+        Boolean, shape (batch, samples).
     """
+    others = groups if others is None else others
     if groups.ndim == 1:
-        return groups[:, None] == groups[None, :]
-    member = groups.float()
-    return (member @ member.T) > 0
+        return groups[:, None] == others[None, :]
+    return (groups.float() @ others.float().T) > 0
+
+
+def _compared(
+    masks: Sequence[Tensor], groups: Tensor, gathered: GatheredMasks | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compares the samples of a batch with each other, or with those of all processes.
+
+    Returns similarities, shape (sites, batch, samples), and boolean of shape (batch, samples): which pairs share a
+    group, which are a sample and itself, and which are no pairs since they only fill up a short batch.
+    """
+    rows = torch.arange(len(groups), device=groups.device)
+    if gathered is None:
+        similarities = torch.stack([cosine_similarities(mask) for mask in masks])
+        alike = shares_group(groups)
+        return similarities, alike, rows[:, None] == rows, torch.zeros_like(alike)
+    pairs = zip(masks, gathered.masks, strict=True)
+    similarities = torch.stack([cosine_similarities(mask, others) for mask, others in pairs])
+    columns = torch.arange(len(gathered.groups), device=groups.device)
+    absent = ~gathered.is_sample.expand(len(groups), -1)
+    alike = shares_group(groups, gathered.groups) & ~absent
+    return similarities, alike, rows[:, None] + gathered.first == columns, absent
 
 
 def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float = 0.2) -> Tensor:
@@ -77,16 +122,22 @@ def contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float
         NeMo (arXiv 2508.11348), contrastive objective. The authors' code zeroes excluded pairs before
         exp, so each still adds 1 to both sums, and counts a sample as its own positive; this does not.
     """
-    similarities = torch.stack([cosine_similarities(mask) for mask in masks]) / temperature  # (sites, batch, batch)
-    if groups.shape[0] < 2:  # the sum over "every other sample" is empty: its logarithm is -inf
-        return similarities.sum() * 0.0
-    itself = torch.eye(groups.shape[0], dtype=torch.bool, device=groups.device)
-    positive = shares_group(groups) & ~itself
-    log_share = similarities - similarities.masked_fill(itself, float("-inf")).logsumexp(-1, keepdim=True)
+    return _mean(*_contrastive_sums(masks, groups, temperature, None))
+
+
+def _contrastive_sums(
+    masks: Sequence[Tensor], groups: Tensor, temperature: float, gathered: GatheredMasks | None
+) -> tuple[Tensor, Tensor]:
+    similarities, alike, itself, absent = _compared(masks, groups, gathered)
+    similarities = similarities / temperature  # (sites, batch, samples)
+    if similarities.shape[-1] < 2:  # the sum over "every other sample" is empty: its logarithm is -inf
+        return similarities.sum().reshape(1) * 0.0, torch.zeros(1, device=groups.device)
+    positive = alike & ~itself
+    log_share = similarities - similarities.masked_fill(itself | absent, float("-inf")).logsumexp(-1, keepdim=True)
     counts = positive.sum(-1)
     per_anchor = (log_share * positive).sum(-1) / counts.clamp(min=1)  # (sites, batch)
     has_positive = (counts > 0).float()
-    return -(per_anchor * has_positive).sum(-1).mean() / has_positive.sum().clamp(min=1)
+    return -(per_anchor * has_positive).sum(-1).mean().reshape(1), has_positive.sum().reshape(1)
 
 
 def authors_contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperature: float = 0.2) -> Tensor:
@@ -106,11 +157,18 @@ def authors_contrastive_loss(masks: Sequence[Tensor], groups: Tensor, temperatur
     References:
         NeMo (arXiv 2508.11348); its repository XiaohanBi-Hub/NeMo, described from reading.
     """
-    similarities = torch.stack([cosine_similarities(mask) for mask in masks]) / temperature
-    positive = shares_group(groups)
-    inside = torch.where(positive, similarities, 0.0).exp().sum(-1)
-    outside = torch.where(positive, 0.0, similarities).exp().sum(-1)
-    return -(inside / (inside + outside)).log().mean()
+    return _mean(*_authors_sums(masks, groups, temperature, None))
+
+
+def _authors_sums(
+    masks: Sequence[Tensor], groups: Tensor, temperature: float, gathered: GatheredMasks | None
+) -> tuple[Tensor, Tensor]:
+    similarities, alike, _, absent = _compared(masks, groups, gathered)
+    similarities, present = similarities / temperature, (~absent).float()
+    inside = (torch.where(alike, similarities, 0.0).exp() * present).sum(-1)
+    outside = (torch.where(alike, 0.0, similarities).exp() * present).sum(-1)
+    per_anchor = -(inside / (inside + outside)).log()
+    return per_anchor.mean(0).sum().reshape(1), torch.full((1,), float(len(groups)), device=groups.device)
 
 
 def cohesion_coupling_loss(masks: Sequence[Tensor], groups: Tensor, coupling_weight: float = 1.0) -> Tensor:
@@ -127,17 +185,33 @@ def cohesion_coupling_loss(masks: Sequence[Tensor], groups: Tensor, coupling_wei
     References:
         MwT (arXiv 2306.09376), modularizing while training.
     """
-    similarities = torch.stack([cosine_similarities(mask) for mask in masks]).mean(0)
-    itself = torch.eye(len(similarities), dtype=torch.bool, device=similarities.device)
-    within = shares_group(groups) & ~itself
-    between = ~within & ~itself
-    cohesion = ((1 - similarities) * within).sum() / within.sum().clamp(min=1)
-    coupling = (similarities * between).sum() / between.sum().clamp(min=1)
-    return cohesion + coupling_weight * coupling
+    return _mean(*_cohesion_coupling_sums(masks, groups, coupling_weight, None))
+
+
+def _cohesion_coupling_sums(
+    masks: Sequence[Tensor], groups: Tensor, coupling_weight: float, gathered: GatheredMasks | None
+) -> tuple[Tensor, Tensor]:
+    similarities, alike, itself, absent = _compared(masks, groups, gathered)
+    similarities = similarities.mean(0)
+    within, between = alike & ~itself, ~(alike | itself | absent)
+    cohesion = ((1 - similarities) * within).sum()
+    coupling = (similarities * between).sum()
+    return torch.stack([cohesion, coupling_weight * coupling]), torch.stack([within.sum(), between.sum()]).float()
+
+
+def _mean(sums: Tensor, counts: Tensor) -> Tensor:
+    """Sum of the terms' means; a term that counts nothing is 0."""
+    return (sums / counts.masked_fill(counts == 0, 1)).sum()
 
 
 def mask_objective(
-    objective: str, masks: Sequence[Tensor], groups: Tensor, temperature: float, coupling_weight: float
+    objective: str,
+    masks: Sequence[Tensor],
+    groups: Tensor,
+    temperature: float,
+    coupling_weight: float,
+    gathered: GatheredMasks | None = None,
+    mean_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The loss over masks that `NeMoConfig.objective` names.
 
@@ -147,13 +221,20 @@ def mask_objective(
         groups: As in `contrastive_loss`.
         temperature: As in `contrastive_loss`.
         coupling_weight: As in `cohesion_coupling_loss`.
+        gathered: The masks of all processes to compare those of the batch with, or `None`.
+        mean_counts: Takes the numbers of anchors or pairs in this process and returns their mean over all
+            processes, or `None` where there is one. The mean of the losses, and of their gradients, over the
+            processes is then the loss, and the gradient, of all samples at once.
 
     Returns:
         A float32 scalar.
     """
     if objective == "cohesion-coupling":
-        return cohesion_coupling_loss(masks, groups, coupling_weight)
-    return (contrastive_loss if objective == "contrastive" else authors_contrastive_loss)(masks, groups, temperature)
+        sums, counts = _cohesion_coupling_sums(masks, groups, coupling_weight, gathered)
+    else:
+        sums_of = _contrastive_sums if objective == "contrastive" else _authors_sums
+        sums, counts = sums_of(masks, groups, temperature, gathered)
+    return _mean(sums, counts if mean_counts is None else mean_counts(counts))
 
 
 def sparsity_loss(masks: Sequence[Tensor]) -> Tensor:

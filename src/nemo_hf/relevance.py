@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from .config import NeMoConfig
 from .data import check_label_counts, check_label_shape
+from .distributed import in_step
 from .losses import group_membership
 from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
@@ -187,7 +188,8 @@ def compute_relevance(
     parent.eval()
     try:
         with torch.no_grad():
-            for batch in tqdm(batches, desc="Relevance", disable=not show_progress):
+            batches = tqdm(batches, desc="Relevance", disable=not show_progress)
+            for batch, is_counted in in_step(batches, parent):
                 inputs = {k: v.to(parent.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 labels = inputs.pop("labels", None)
                 if labels is None:
@@ -195,7 +197,9 @@ def compute_relevance(
                         f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
                     )
                 check_label_shape(labels, parent.config.has_several_labels)
-                counts.add(parent(**inputs, output_neuron_masks=True).neuron_masks, labels)
+                neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+                if is_counted:
+                    counts.add(neuron_masks, labels)
     finally:
         parent.train(was_training)
     if accelerator is not None:

@@ -17,8 +17,9 @@ from .calibration import calibrate_rejection
 from .config import LabelLike, NeMoConfig
 from .configuration import SEVERAL_LABELS
 from .data import check_columns, check_label_shape, check_labels, column_values, groups_from_column
+from .device_trainer import DeviceTrainer, refuse_empty_weights
+from .distributed import gather_masks, mean_over_processes, processes, share_of_samples
 from .evaluation import ModuleReport, evaluate_module, measure_modularity
-from .hub_trainer import HubTrainer
 from .losses import (
     cross_entropy,
     mask_objective,
@@ -46,7 +47,7 @@ MODULARITY_SAMPLES = 1000
 """Samples of the evaluation data over which cohesion and coupling are measured at most."""
 
 
-class NeMoTrainer(HubTrainer):
+class NeMoTrainer(DeviceTrainer):
     """Trains a classification model together with neuron masks, in place of `transformers.Trainer`.
 
     The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
@@ -86,6 +87,7 @@ class NeMoTrainer(HubTrainer):
         relevance_dataset: Any = None,
         **trainer_kwargs: Any,
     ) -> None:
+        refuse_empty_weights()
         self._given_config = nemo_config
         self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
         check_columns(train_dataset, is_counted=self._relevance_dataset is train_dataset)
@@ -93,11 +95,6 @@ class NeMoTrainer(HubTrainer):
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"Got {self.args.n_gpu} GPUs in one process, which nn.DataParallel would use; expected one process "
-                "a GPU, since masks are one state a process. Launch with: accelerate launch your_script.py"
-            )
         chooses = self.nemo_config.specificity_weight > 0 or self.parent.config.has_several_labels
         if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0 and chooses:
             raise ValueError(
@@ -215,7 +212,7 @@ class NeMoTrainer(HubTrainer):
         check_label_shape(labels, self.parent.config.has_several_labels)
         if not model.training:
             outputs = model(**inputs)
-            loss = self._task_loss(outputs, labels, None)
+            loss = self._task_loss(*self._without_repeated(outputs, labels), None)
             return (loss, outputs) if return_outputs else loss
         rehearsed, in_module = self._rehearsed_groups(), None
         if rehearsed is not None:
@@ -225,9 +222,10 @@ class NeMoTrainer(HubTrainer):
             if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
                 inputs["static_samples"] = in_module[labels]
         outputs = model(**inputs)
-        loss = self._task_loss(outputs, labels, in_module)
+        share = share_of_samples(len(labels), labels.device)
+        loss = share * self._task_loss(outputs, labels, in_module)
         self._count_open(outputs.neuron_masks, labels)
-        total = loss + self._mask_terms(outputs.neuron_masks, labels, loss)
+        total = loss + self._mask_terms(outputs.neuron_masks, labels, loss, share)
         return (total, outputs) if return_outputs else total
 
     def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
@@ -242,23 +240,30 @@ class NeMoTrainer(HubTrainer):
             return cross_entropy(outputs.logits, labels, smoothing)
         return specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
 
-    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
+    def _mask_terms(
+        self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor, share: Tensor | float
+    ) -> Tensor:
         config, groups = self.nemo_config, sample_groups(self.parent, labels, self._group_of_label)
         masks = site_masks(neuron_masks)
+        gathered, everyone = None, groups
+        if processes() > 1 and config.gather_across_devices:
+            gathered = gather_masks(masks, groups, self._train_batch_size)
+            everyone = gathered.groups
         watches = self.state.global_step < WATCHED_STEPS and not self._warned_no_positive
-        if watches and not bool(shares_group(groups).triu(1).any()):
+        if watches and not bool(shares_group(everyone).triu(1).any()):
             self._warned_no_positive = True
             logger.warning(
                 "Got a batch of %d samples of %d groups; expected two of one group, without which the contrastive "
                 "loss is 0. Raise per_device_train_batch_size, or use larger label groups.",
-                len(groups),
-                len(groups),
+                len(everyone),
+                len(everyone),
             )
-        contrast = mask_objective(config.objective, masks, groups, config.temperature, config.coupling_weight)
-        retained = torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
+        options = (config.temperature, config.coupling_weight, gathered, mean_over_processes)
+        contrast = mask_objective(config.objective, masks, groups, *options)
+        retained = share * torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
         self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
         strength = self._warmup()
-        sparsity = sparsity_pressure(self._masks, config) * sparsity_loss(masks)
+        sparsity = sparsity_pressure(self._masks, config) * share * sparsity_loss(masks)
         return strength * (config.contrastive_weight * contrast + sparsity)
 
     def _warmup(self) -> float:
@@ -301,8 +306,7 @@ class NeMoTrainer(HubTrainer):
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
         if "loss" in logs and self._logged_steps:
             for name, total in self._logged.items():
-                mean = self.accelerator.reduce(total / self._logged_steps, reduction="mean")
-                logs[name] = round(mean.item(), 6)
+                logs[name] = round(mean_over_processes(total / self._logged_steps).item(), 6)
             logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
             self._logged, self._logged_steps = {}, 0
         super().log(logs, start_time)
@@ -323,25 +327,6 @@ class NeMoTrainer(HubTrainer):
         batches = self._loader(self._relevance_dataset, is_shared=True)
         compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
 
-    def _loader(self, dataset: Any, is_shared: bool) -> DataLoader[Any]:
-        """Batches of a whole data set, or of this process's share of it: each sample once.
-
-        `get_eval_dataloader` may drop a last batch, keep other data's workers, or repeat samples.
-        """
-        collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="evaluation")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
-        if is_shared and self.args.world_size > 1:
-            dataset = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        return DataLoader(
-            dataset,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluates as `Trainer` does; adds cohesion and coupling over at most 1,000 samples."""
         output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
@@ -360,7 +345,7 @@ class NeMoTrainer(HubTrainer):
 
     def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoPreTrainedModel:
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""
-        return self.parent.extract_module(labels, **kwargs)
+        return self._whole_parent().extract_module(labels, **kwargs)
 
     def evaluate_module(
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
@@ -376,7 +361,9 @@ class NeMoTrainer(HubTrainer):
             The report.
         """
         batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
-        return evaluate_module(self.parent, labels, batches, show_progress=not self.args.disable_tqdm, **kwargs)
+        return evaluate_module(
+            self._whole_parent(), labels, batches, show_progress=not self.args.disable_tqdm, **kwargs
+        )
 
     def calibrate_rejection(
         self, module: NeMoPreTrainedModel, eval_dataset: Any = None, accepted: float = 0.95
@@ -384,15 +371,3 @@ class NeMoTrainer(HubTrainer):
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
         batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
         return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
-
-    def _one_dataset(self, given: Any) -> Any:
-        dataset = self.eval_dataset if given is None else given
-        if dataset is None or isinstance(dataset, dict):
-            raise ValueError("Got no single evaluation data set; expected one. Pass eval_dataset=...")
-        return dataset
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Trainer would write training_args.bin, a pickle; the processor goes with the model.
-        if self.args.should_save:
-            assert self.args.output_dir is not None
-            self.parent.save_pretrained(Path(output_dir or self.args.output_dir), state_dict=state_dict)
