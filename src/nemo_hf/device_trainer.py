@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -26,13 +25,12 @@ class DeviceTrainer(HubTrainer):
         """The parent, or a copy with whole parameters where they are spread over the processes."""
         return _whole_copy(self.parent) if is_sharded(self.parent) else self.parent
 
-    def _without_repeated(self, outputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
-        """Drops the samples with which the last batches of an evaluation are filled up."""
-        kept = real_samples(len(labels), self.accelerator.gradient_state, self.args.process_index)
-        if kept == len(labels):
-            return outputs, labels
-        kept = max(1, kept)  # the loss of a batch of none counts nowhere, but must be a number
-        return type(outputs)(logits=outputs.logits[:kept]), labels[:kept]
+    def _real_samples(self, batch: int, is_training: bool) -> int:
+        """Number of a batch's first samples that are no repetition, with which the last batches are filled up."""
+        state = self.accelerator.gradient_state
+        if is_training and not state.sync_gradients:  # all micro-batches of a step are read before its first one
+            return batch
+        return real_samples(batch, state, self.args.process_index)
 
     def _loader(self, dataset: Any, is_shared: bool) -> DataLoader[Any]:
         """Batches of a whole data set, or of this process's share of it: each sample once.
@@ -127,7 +125,8 @@ def refuse_empty_weights() -> None:
     Raises:
         ValueError: Naming the setting.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" == os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(name, "").lower() in ("1", "true") for name in names):
         raise ValueError(
             "Got fsdp_cpu_ram_efficient_loading: true, under which only one process reads the weights; expected false, "
             "since every process finds the neurons and tries cuts. Set it in the accelerate configuration."
@@ -141,7 +140,8 @@ def _whole_copy(parent: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
     copied.load_state_dict(state, assign=True)
     copied.processor_files, copied.report = parent.processor_files, parent.report
     copied.to(parent.device)  # type: ignore[arg-type]
-    return copied.eval()
+    copied.eval()
+    return copied
 
 
 def _step(checkpoint: Path) -> int:

@@ -65,7 +65,8 @@ def gather_masks(masks: Sequence[Tensor], groups: Tensor, capacity: int) -> Gath
         )
     filled = (0, 0, 0, capacity - batch)
     flat = nn.functional.pad(torch.cat([mask.float() for mask in masks], -1), filled)
-    known = torch.cat([torch.ones_like(groups.reshape(batch, -1)[:, :1]), groups.reshape(batch, -1)], -1)
+    columns = groups[:, None] if groups.ndim == 1 else groups
+    known = torch.cat([torch.ones_like(columns[:, :1]), columns], -1)
     known = _Gather.apply(nn.functional.pad(known.long(), filled))
     everyone = _Gather.apply(flat).split([mask.shape[-1] for mask in masks], -1)
     found = known[:, 1] if groups.ndim == 1 else known[:, 1:].bool()
@@ -89,7 +90,7 @@ def share_of_samples(batch: int, device: torch.device) -> Tensor | float:
 
 
 def real_samples(batch: int, gradient_state: Any, rank: int) -> int:
-    """Number of a batch's samples that are its own at the end of an evaluation pass.
+    """Number of samples of a pass's last batch that are no repetition.
 
     Accelerate fills the last batches of all processes up with samples from the start.
 
@@ -101,9 +102,20 @@ def real_samples(batch: int, gradient_state: Any, rank: int) -> int:
     Returns:
         The number of first samples that count.
     """
-    if processes() == 1 or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+    if processes() == 1 or not gradient_state.end_of_dataloader:
         return batch
-    return min(batch, max(0, int(gradient_state.remainder) - rank * batch))
+    remainder = int(gradient_state.remainder)
+    if remainder < 0:
+        remainder = _remainder_after_resuming(gradient_state.active_dataloader)
+    return min(batch, max(0, remainder - rank * batch)) if remainder > 0 else batch
+
+
+def _remainder_after_resuming(loader: Any) -> int:
+    """Samples of a pass's last batch over all processes, which a loader that skips batches does not know itself."""
+    shard = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    if shard is None or not hasattr(shard, "num_processes") or shard.drop_last:
+        return -1
+    return int(len(loader.dataset) % (shard.batch_size * (1 if shard.split_batches else shard.num_processes)))
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -3,13 +3,12 @@
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -212,7 +211,7 @@ class NeMoTrainer(DeviceTrainer):
         check_label_shape(labels, self.parent.config.has_several_labels)
         if not model.training:
             outputs = model(**inputs)
-            loss = self._task_loss(*self._without_repeated(outputs, labels), None)
+            loss = self._task_loss(outputs, labels, None, self._real_samples(len(labels), is_training=False))
             return (loss, outputs) if return_outputs else loss
         rehearsed, in_module = self._rehearsed_groups(), None
         if rehearsed is not None:
@@ -222,14 +221,17 @@ class NeMoTrainer(DeviceTrainer):
             if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
                 inputs["static_samples"] = in_module[labels]
         outputs = model(**inputs)
-        share = share_of_samples(len(labels), labels.device)
-        loss = share * self._task_loss(outputs, labels, in_module)
-        self._count_open(outputs.neuron_masks, labels)
-        total = loss + self._mask_terms(outputs.neuron_masks, labels, loss, share)
+        kept = self._real_samples(len(labels), is_training=True)
+        share = share_of_samples(kept, labels.device)
+        loss = share * self._task_loss(outputs, labels, in_module, kept)
+        self._count_open({key: mask[:kept] for key, mask in outputs.neuron_masks.items()}, labels[:kept])
+        total = loss + self._mask_terms(outputs.neuron_masks, labels, kept, loss, share)
         return (total, outputs) if return_outputs else total
 
-    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
-        """Loss of the answers; `in_module` tells the labels of the module that is rehearsed, if one is."""
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, kept: int) -> Tensor:
+        """Loss of the first `kept` answers; `in_module` tells the labels of the module that is rehearsed, if any."""
+        if kept < len(labels):  # of none the mean would be no number: it weighs nothing then
+            outputs, labels = type(outputs)(logits=outputs.logits[: max(1, kept)]), labels[: max(1, kept)]
         if self.compute_loss_func is not None:
             loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
             return loss
@@ -241,13 +243,14 @@ class NeMoTrainer(DeviceTrainer):
         return specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
 
     def _mask_terms(
-        self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor, share: Tensor | float
+        self, neuron_masks: Mapping[str, Tensor], labels: Tensor, kept: int, task_loss: Tensor, share: Tensor | float
     ) -> Tensor:
-        config, groups = self.nemo_config, sample_groups(self.parent, labels, self._group_of_label)
-        masks = site_masks(neuron_masks)
+        config, groups = self.nemo_config, sample_groups(self.parent, labels[:kept], self._group_of_label)
+        masks = [mask[: max(1, kept)] for mask in site_masks(neuron_masks)]
+        own = [mask[:kept] for mask in masks]
         gathered, everyone = None, groups
         if processes() > 1 and config.gather_across_devices:
-            gathered = gather_masks(masks, groups, self._train_batch_size)
+            gathered = gather_masks(own, groups, self._train_batch_size)
             everyone = gathered.groups
         watches = self.state.global_step < WATCHED_STEPS and not self._warned_no_positive
         if watches and not bool(shares_group(everyone).triu(1).any()):
@@ -259,7 +262,7 @@ class NeMoTrainer(DeviceTrainer):
                 len(everyone),
             )
         options = (config.temperature, config.coupling_weight, gathered, mean_over_processes)
-        contrast = mask_objective(config.objective, masks, groups, *options)
+        contrast = mask_objective(config.objective, own, groups, *options)
         retained = share * torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
         self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
         strength = self._warmup()
