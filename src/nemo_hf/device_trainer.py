@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .distributed import check_parallelism, is_sharded, processes, real_samples, whole_state
+from .distributed import check_parallelism, is_sharded, processes, real_samples, sharded_layers, whole_state
 from .hub_trainer import HubTrainer
 from .modeling import NeMoPreTrainedModel
 
@@ -62,6 +63,13 @@ class DeviceTrainer(HubTrainer):
         super().create_accelerator_and_postprocess()
         check_parallelism(self.args, self.accelerator)
 
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = sharded_layers(self.parent)
+        wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)
+        return wrapped
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as `Trainer` does; resumes only from checkpoints that were written to their end.
 
@@ -108,7 +116,7 @@ class DeviceTrainer(HubTrainer):
         if not is_sharded(self.parent):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, self.accelerator.get_state_dict(self.model))  # on process 0, in main memory
+        self._save(output_dir, whole_state(self.parent, is_wanted=self.args.should_save))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -24,19 +24,24 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return total / processes()
 
 
+# torch 2.13 renames both.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class _Gather(torch.autograd.Function):
     """Rows of all processes one after another; backward sums what all processes' losses say of the own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:  # (capacity, width) -> (processes * capacity, width)
         gathered = rows.new_empty(processes() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        _ALL_GATHER(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(len(gradient) // processes(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        _REDUCE_SCATTER(own, gradient.contiguous())
         return own
 
 
@@ -120,7 +125,8 @@ def _remainder_after_resuming(loader: Any) -> int:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are spread over the processes (FSDP2), so that all must call the model together."""
-    return hasattr(next(model.parameters()), "full_tensor")
+    # By its name, since the import takes long; parameters are whole tensors between a forward and a backward pass.
+    return "FSDPModule" in {ancestor.__name__ for ancestor in type(model).__mro__}
 
 
 def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[tuple[Mapping[str, Any], bool]]:
@@ -155,11 +161,42 @@ def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[
         yield last, batch is not None
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the state of a sharded model with whole tensors, on every process; all must call it together."""
+def sharded_layers(model: Any) -> list[str]:
+    """Names of the classes of layers that become units of FSDP2.
+
+    Those that the model names, but for the one around its input embeddings, which accelerate makes a unit of its
+    own: parameters can't be spread twice.
+
+    Args:
+        model: A model of `transformers`.
+
+    Returns:
+        Sorted class names.
+    """
+    embeddings = model.get_input_embeddings()
+    names = set()
+    for name in model._no_split_modules or ():
+        layers = [layer for layer in model.modules() if type(layer).__name__ == name]
+        if layers and not any(embeddings is inner for layer in layers for inner in layer.modules()):
+            names.add(name)
+    return sorted(names)
+
+
+def whole_state(model: nn.Module, is_wanted: bool = True) -> dict[str, Tensor]:
+    """Returns the state of a sharded model with whole tensors in main memory; all processes must call it together.
+
+    Args:
+        model: The model.
+        is_wanted: Whether this process wants the tensors; if not, it only sends its parts.
+
+    Returns:
+        Name to tensor; nothing if they are not wanted. On the device there is one whole tensor at a time.
+    """
     state = {}
     for name, value in model.state_dict().items():
-        state[name] = value.full_tensor() if hasattr(value, "full_tensor") else value
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if is_wanted:
+            state[name] = whole.detach().cpu()
     return state
 
 
