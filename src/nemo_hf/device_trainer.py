@@ -67,6 +67,10 @@ class DeviceTrainer(HubTrainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = sharded_layers(self.parent)
+        if plugin is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            # The whole parent is saved besides, and accelerate 1.15 waits forever when it resumes from this kind.
+            plugin.state_dict_config = plugin.optim_state_dict_config = None  # they belong to the kind
+            plugin.set_state_dict_type("SHARDED_STATE_DICT")
         wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)
         return wrapped
 
