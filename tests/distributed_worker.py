@@ -1,11 +1,14 @@
 """What each of two processes runs for tests/test_distributed.py, and one process runs to compare with."""
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from conftest import image_samples
 from test_trainer import arguments, batch_of, history, lively_parent, state
 
@@ -79,8 +82,28 @@ def gradients_of(setting, splits, directory):
     return {"losses": torch.stack(losses), **found}
 
 
-def trainer_of(directory, batch, parent=None, **options):
-    parent = parent or lively_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
+class ShardedTrainer(NeMoTrainer):
+    """FSDP2 on CPUs, where accelerate leaves it out."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
+class DyingTrainer(NeMoTrainer):
+    """One process is killed while the second checkpoint is being written."""
+
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step == 4 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
+def trainer_of(directory, batch, trainer_class=NeMoTrainer, **options):
+    parent = lively_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
     args = arguments(
         directory,
         per_device_train_batch_size=batch // processes(),
@@ -90,7 +113,7 @@ def trainer_of(directory, batch, parent=None, **options):
         ddp_backend="gloo" if "RANK" in os.environ else None,
         **{"max_steps": 4, **options},
     )
-    return NeMoTrainer(
+    return trainer_class(
         parent,
         args,
         train_dataset=image_samples(63),
@@ -120,15 +143,14 @@ def trained(directory, **options):
     }
 
 
-def resumed(directory, checkpoint, batch=10):
-    trainer = trainer_of(directory, batch)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    return {"losses": losses_of(trainer), "state": state(trainer.parent)}
+def resumed(directory, checkpoint, **options):
+    trainer = trainer_of(directory, 10, **options)
+    trainer.train(resume_from_checkpoint=checkpoint if checkpoint is True else str(checkpoint))
+    return {"losses": losses_of(trainer), "state": state(trainer._whole_parent())}
 
 
-def main(out):
-    torch.distributed.init_process_group("gloo")
-    out = Path(out)
+def replicated(out):
+    """Objectives, gradients and runs under DDP."""
     found = {}
     for objective in OBJECTIVES:
         for name, split in SPLITS.items():
@@ -141,9 +163,28 @@ def main(out):
     found["resumed"] = resumed(out / "two again", out / "one" / "checkpoint-2")
     found["checkpointing"] = trained(out / "replayed", activation_checkpointing=True)
     found["bf16"] = trained(out / "bf16", bf16=True)
-    torch.save(found, out / f"{RANK}.pt")
-    torch.distributed.destroy_process_group()
+    return found
+
+
+def sharded(out):
+    """Runs under FSDP2."""
+    options = {"trainer_class": ShardedTrainer, "fsdp": True}
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    found = {"trained": trained(out / "sharded", **options, **saved)}
+    found["resumed"] = resumed(out / "sharded again", out / "sharded" / "checkpoint-2", **options)
+    replaying = {"fsdp_config": {"activation_checkpointing": True}}
+    found["checkpointing"] = trained(out / "sharded replayed", **options, **replaying)
+    return found
+
+
+def dying(out):
+    """A run that loses a process."""
+    trainer_of(out / "dying", 10, DyingTrainer, save_strategy="steps", save_steps=2).train()
+    return {}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.distributed.init_process_group("gloo")
+    name, out = sys.argv[1], Path(sys.argv[2])
+    torch.save({"replicated": replicated, "sharded": sharded, "dying": dying}[name](out), out / f"{name}-{RANK}.pt")
+    torch.distributed.destroy_process_group()

@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_trainer import (
     assert_same_state,
+    check_message,
     quick_collection,  # noqa: F401 - a fixture
 )
 
+from nemo_hf import NeMoForImageClassification
 from nemo_hf.config import OBJECTIVES
 
 HERE = Path(__file__).parent
@@ -40,8 +42,12 @@ def one(tmp_path_factory):
 def two(one):
     """What each of two processes computed."""
     out, _ = one
-    launch(HERE / "distributed_worker.py", out)
-    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    return run_of_two("replicated", out)
+
+
+def run_of_two(name, out):
+    launch(HERE / "distributed_worker.py", name, out)
+    return [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)]
 
 
 def assert_close(got, expected, rtol=1e-4, atol=1e-6):
@@ -122,4 +128,37 @@ def test_two_processes_resume_what_one_began(one, two):
 def test_one_process_resumes_what_two_began(one, two):
     out, expected = one
     got = worker.resumed(out / "one again", out / "two" / "checkpoint-2")
+    assert_close(got, {name: expected[name] for name in ("losses", "state")}, atol=3e-6)
+
+
+@pytest.mark.slow  # starts two interpreters
+def test_sharded_parameters_train_and_resume_as_whole_ones(one):
+    out, expected = one
+    for result in run_of_two("sharded", out):
+        assert_close(result["trained"], expected, atol=3e-6)
+        assert_close(result["checkpointing"], expected, atol=3e-6)
+        assert_close(result["resumed"], {name: expected[name] for name in ("losses", "state")}, atol=3e-6)
+    saved = NeMoForImageClassification.from_pretrained(out / "sharded" / "checkpoint-4")
+    whole = NeMoForImageClassification.from_pretrained(out / "one" / "checkpoint-4")
+    own = {name: getattr(saved.config, name) for name in ("_name_or_path", "training")}
+    assert saved.config.to_dict() == whole.config.to_dict() | own
+    assert_same_state(saved.state_dict(), whole.state_dict(), rtol=1e-4, atol=3e-6)
+
+
+@pytest.mark.slow  # starts two interpreters
+def test_a_killed_process_leaves_a_checkpoint_to_resume_from(one):
+    out, expected = one
+    done = launch(HERE / "distributed_worker.py", "dying", out, check=False)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    folder = out / "dying"
+    assert not (out / "dying-0.pt").exists()
+    assert (folder / "checkpoint-4" / "model.safetensors").exists()  # written, but not to the end
+    for step in (2, 4):
+        loaded = NeMoForImageClassification.from_pretrained(folder / f"checkpoint-{step}")
+        assert loaded.config.relevance_source == "running"
+    with pytest.raises(ValueError, match=r"checkpoint-4.*written last") as error:
+        worker.resumed(folder, folder / "checkpoint-4")
+    check_message(error, "trainer_state.json")
+    got = worker.resumed(folder, True)
     assert_close(got, {name: expected[name] for name in ("losses", "state")}, atol=3e-6)
