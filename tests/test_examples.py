@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from accelerate.commands.config.config_args import ClusterConfig
 from conftest import fresh
 from PIL import Image
 from test_modeling import tokenizer
@@ -68,6 +69,31 @@ def test_image_example(image_folder, tmp_path):
     assert results["command"][:2] == ["python", "examples/train_image_classification.py"]
     assert "cat,ship" in table
     assert (tmp_path / "out" / "modules" / "dog+cat" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_image_example_on_two_processes(name, image_folder, tmp_path):
+    config = ROOT / "examples" / "accelerate_configs" / f"{name}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    words = ["--dataset", str(image_folder), "--output_dir", "out", "--modules", "cat+ship", "--bf16", "true"]
+    words += ["--hidden_size", "32", "--layers", "2", "--activation_checkpointing", "true"]
+    table = run("train_image_classification.py", *words, cwd=tmp_path, launcher=launcher)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["modules"][0]["samples"] == 12
+    assert table.count("cat,ship") == 1
+    report = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert report["training"]["processes"] == 2
+
+
+def test_the_accelerate_configurations_are_read():
+    for file in sorted((ROOT / "examples" / "accelerate_configs").iterdir()):
+        config = ClusterConfig.from_yaml_file(yaml_file=str(file))
+        assert config.mixed_precision == "bf16"
+        assert config.num_processes == 8 * config.num_machines
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
 
 
 @pytest.mark.slow

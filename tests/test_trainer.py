@@ -752,7 +752,19 @@ class TestRefusals:
         monkeypatch.setattr(args, "_n_gpu", 2)
         with pytest.raises(ValueError, match="2 GPUs") as error:
             NeMoTrainer(vit, args, train_dataset=image_samples())
-        check_message(error, "accelerate launch")
+        check_message(error, "accelerate launch --num_processes 2")
+
+    def test_a_model_on_several_gpus_of_one_process(self, vit, tmp_path):
+        wrapped = torch.nn.DataParallel(vit)
+        with pytest.raises(ValueError, match=r"nn\.DataParallel") as error:
+            NeMoTrainer(wrapped, arguments(tmp_path), train_dataset=image_samples())
+        check_message(error, "accelerate launch --num_processes")
+
+    def test_a_replica_of_a_parent_does_not_run(self, tmp_path):
+        replica = lively_parent("vit")._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match=r"nn\.DataParallel") as error:
+            replica(pixel_values=batch_of(image_samples(2))["pixel_values"])
+        check_message(error, "accelerate launch --num_processes")
 
     def test_extraction_of_an_unknown_label(self, tmp_path):
         trainer = NeMoTrainer(lively_parent("vit"), arguments(tmp_path))

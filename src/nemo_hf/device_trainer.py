@@ -145,6 +145,23 @@ def refuse_empty_weights() -> None:
         )
 
 
+def refuse_data_parallel(model: Any) -> None:
+    """Refuses a model that runs on several GPUs from one process.
+
+    Args:
+        model: What was given to train.
+
+    Raises:
+        ValueError: With the line that starts one process a GPU.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "Got a model in nn.DataParallel; expected the model itself and one process a GPU, since masks are one "
+            f"state a process. Launch with: accelerate launch --num_processes {max(1, len(model.device_ids))} "
+            "your_script.py"
+        )
+
+
 def _whole_copy(parent: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
     state = whole_state(parent)
     plain_class = type(parent).__bases__[-1]  # `fully_shard` puts a class of its own before it

@@ -1,5 +1,7 @@
 """Several processes as one: gathered masks, means over all samples, and what sharded models need."""
 
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .losses import GatheredMasks
+
+logger = logging.getLogger(__name__)
 
 
 def processes() -> int:
@@ -222,6 +226,8 @@ def check_parallelism(args: Any, accelerator: Any) -> None:
             "Got FSDP of version 1, which flattens the generators into one parameter; expected version 2. Set "
             "fsdp_version: 2 in the accelerate configuration, as examples/accelerate_configs/fsdp2.yaml does."
         )
+    if plugin is None and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")):
+        logger.warning("Got FSDP on CPUs, which accelerate leaves out there: every process holds the whole model.")
     split = getattr(accelerator, "parallelism_config", None)
     named = [n for n in ("tp", "cp", "sp") if split is not None and getattr(split, f"{n}_enabled", False)]
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:

@@ -222,6 +222,11 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         return_dict: bool | None,
         kwargs: Mapping[str, Any],
     ) -> NeMoOutput | tuple[Any, ...]:
+        if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share one state
+            raise ValueError(
+                "Got a parent or module in nn.DataParallel; expected one process a GPU. "
+                "Launch with: accelerate launch --num_processes 2 your_script.py, with the number of GPUs."
+            )
         given = {name: value for name, value in inputs.items() if value is not None}
         collected: dict[str, list[Tensor]] = {}
         if self.masks is None:

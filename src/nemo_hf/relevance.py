@@ -48,7 +48,7 @@ class OpenCounts:
         self.samples = torch.zeros(self._groups, device=device)
         self.labels = torch.zeros(len(self._group_of_label), device=device)
         self.opened = torch.zeros(self._groups, width, device=device)
-        self.values = torch.zeros(self._groups, width, device=device)
+        self.values = torch.zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, device=device)
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
@@ -69,16 +69,18 @@ class OpenCounts:
 
     def tensors(self) -> list[Tensor]:
         """The sums that add up over processes, to be reduced in place."""
-        return [self.samples, self.labels, self.opened, self.values]
+        return [counts for counts in (self.samples, self.labels, self.opened, self.values) if counts.numel()]
 
     def write(self) -> None:
         """Replaces the masks' relevance by the counted shares."""
         total = self.samples.clamp(min=1)[:, None]
         share = (self.opened / total).float()
         self._store((share * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
+        if not self.values.numel():
+            return
         for mask, mean in zip(self._masks, (self.values / total).float().split(self._neurons, -1), strict=True):
-            if mask.mean_mask is not None:
-                mask.mean_mask.copy_(mean)
+            assert mask.mean_mask is not None
+            mask.mean_mask.copy_(mean)
 
     def blend(self, step: int) -> None:
         """Moves the masks' relevance towards the counted shares, of the groups that were counted.

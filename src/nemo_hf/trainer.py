@@ -16,7 +16,7 @@ from .calibration import calibrate_rejection
 from .config import LabelLike, NeMoConfig
 from .configuration import SEVERAL_LABELS
 from .data import check_columns, check_label_shape, check_labels, column_values, groups_from_column
-from .device_trainer import DeviceTrainer, refuse_empty_weights
+from .device_trainer import DeviceTrainer, refuse_data_parallel, refuse_empty_weights
 from .distributed import gather_masks, mean_over_processes, processes, share_of_samples
 from .evaluation import ModuleReport, evaluate_module, measure_modularity
 from .losses import (
@@ -87,6 +87,7 @@ class NeMoTrainer(DeviceTrainer):
         **trainer_kwargs: Any,
     ) -> None:
         refuse_empty_weights()
+        refuse_data_parallel(model)
         self._given_config = nemo_config
         self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
         check_columns(train_dataset, is_counted=self._relevance_dataset is train_dataset)
