@@ -1,9 +1,11 @@
 """Two processes on one machine compute what one process computes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed_worker as worker
 import pytest
@@ -11,11 +13,17 @@ import torch
 from test_trainer import (
     assert_same_state,
     check_message,
+    lively_parent,
     quick_collection,  # noqa: F401 - a fixture
 )
+from transformers import ViTConfig, ViTForImageClassification
 
-from nemo_hf import NeMoForImageClassification
+import nemo_hf.distributed
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
 from nemo_hf.config import OBJECTIVES
+from nemo_hf.described import model_sites
+from nemo_hf.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
+from nemo_hf.masking import build_masks
 
 HERE = Path(__file__).parent
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -129,6 +137,89 @@ def test_one_process_resumes_what_two_began(one, two):
     out, expected = one
     got = worker.resumed(out / "one again", out / "two" / "checkpoint-2")
     assert_close(got, {name: expected[name] for name in ("losses", "state")}, atol=3e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("samples", [1, 7, 12, 20])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_real_samples_of_the_last_batches_are_all_there_are(processes, samples, resumed, monkeypatch):
+    monkeypatch.setattr(nemo_hf.distributed, "processes", lambda: processes)
+    left = samples % (2 * processes)
+    shard = SimpleNamespace(batch_size=2, num_processes=processes, split_batches=False, drop_last=False)
+    loader = SimpleNamespace(dataset=range(samples), batch_sampler=SimpleNamespace(batch_sampler=shard))
+    gradient_state = SimpleNamespace(
+        end_of_dataloader=True, remainder=-1 if resumed else left, active_dataloader=loader if resumed else None
+    )
+    kept = [real_samples(2, gradient_state, rank) for rank in range(processes)]
+    assert sum(kept) == (left or 2 * processes)
+    assert kept == sorted(kept, reverse=True)
+    gradient_state.end_of_dataloader = False
+    assert real_samples(2, gradient_state, processes - 1) == 2
+
+
+def test_a_batch_over_the_capacity_is_refused():
+    with pytest.raises(ValueError, match="batch of 3 samples") as error:
+        gather_masks([torch.rand(3, 4)], torch.tensor([0, 0, 1]), 2)
+    check_message(error, "gather_across_devices=False")
+
+
+@pytest.mark.parametrize(
+    ("args", "state", "split", "word"),
+    [
+        ({"n_gpu": 4}, {}, None, "--num_processes 4"),
+        ({}, {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, None, "fsdp2.yaml"),
+        ({}, {"deepspeed_plugin": object()}, None, "DeepSpeed"),
+        ({}, {}, SimpleNamespace(tp_enabled=True, cp_enabled=True), "tp and cp"),
+    ],
+)
+def test_other_ways_to_spread_a_model_are_refused(args, state, split, word):
+    accelerator = SimpleNamespace(state=SimpleNamespace(**state), parallelism_config=split)
+    with pytest.raises(ValueError, match="Got") as error:
+        check_parallelism(SimpleNamespace(**{"n_gpu": 0, "fsdp": None} | args), accelerator)
+    check_message(error, word)
+
+
+def test_weights_in_one_process_only_are_refused(vit, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
+    with pytest.raises(ValueError, match="ram_efficient") as error:
+        NeMoTrainer(vit)
+    check_message(error, "expected false")
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_the_units_of_sharding_are_the_blocks(family):
+    parent = lively_parent(family)
+    names = sharded_layers(parent)
+    assert names == [{"vit": "ViTLayer", "bert": "BertLayer"}[family]]
+
+
+def test_whole_models_don_t_wait_for_each_other():
+    batches = [{"labels": torch.zeros(1)}] * 3
+    assert list(in_step(batches, torch.nn.Linear(1, 1))) == [(batch, True) for batch in batches]
+
+
+def test_the_page_counts_as_the_library_does():
+    page = (HERE.parent / "docs" / "many_devices.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\((\d+) x (\d+)\) \| ([\d.,]+) M \| ([\d.]+) M \| ([\d.]+) % \| ([\d,]+) \|", page)
+    assert len(rows) == 5
+    for width, layers, parameters, generators, share, neurons in rows:
+        size = int(width)
+        heads = size // 64
+        with torch.device("meta"):
+            config = ViTConfig(
+                hidden_size=size, num_hidden_layers=int(layers), num_attention_heads=heads, intermediate_size=4 * size,
+                num_labels=100,
+            )  # fmt: skip
+            model = ViTForImageClassification(config)
+            sites = model_sites(model, NeMoConfig())
+            masks = build_masks(sites, NeMoConfig(), model.num_parameters(), 100)
+        counted = [model.num_parameters() / 1e6, sum(parameter.numel() for parameter in masks.parameters()) / 1e6]
+        assert [float(f"{count:.3g}") for count in counted] == [
+            float(f"{float(value.replace(',', '')):.3g}") for value in (parameters, generators)
+        ]
+        assert f"{100 * counted[1] / counted[0]:.1f}" == share
+        assert sum(site.neurons for site in sites) == int(neurons.replace(",", ""))
 
 
 @pytest.mark.slow  # starts two interpreters
