@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import distributed_worker as worker
 import pytest
 import torch
+from filelock import FileLock
 from test_trainer import (
     assert_same_state,
     check_message,
@@ -39,23 +40,35 @@ def launch(script, *words, check=True, **variables):
     return done
 
 
+def once(path, compute):
+    """What was computed, by whichever of the processes that run the tests came first."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            torch.save(compute(), path)
+    return torch.load(path)
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """What one process computes, and the directory of its files."""
-    out = tmp_path_factory.mktemp("processes")
-    return out, worker.trained(out / "one", save_strategy="steps", save_steps=2)
+    root = tmp_path_factory.getbasetemp()
+    out = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "processes"
+    out.mkdir(exist_ok=True)
+    return out, once(out / "one.pt", lambda: worker.trained(out / "one", save_strategy="steps", save_steps=2))
 
 
 @pytest.fixture(scope="module")
 def two(one):
     """What each of two processes computed."""
-    out, _ = one
-    return run_of_two("replicated", out)
+    return run_of_two("replicated", one[0])
 
 
 def run_of_two(name, out):
-    launch(HERE / "distributed_worker.py", name, out)
-    return [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)]
+    def run():
+        launch(HERE / "distributed_worker.py", name, out)
+        return [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)]
+
+    return once(out / f"{name}.pt", run)
 
 
 def assert_close(got, expected, rtol=1e-4, atol=1e-6):
