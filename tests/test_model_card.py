@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.model_card import KEPT_BELOW, CardFacts, own_text, render_model_card
+from nemo_hf.model_card import KEPT_BELOW, CardFacts, license_of, own_text, render_model_card
 
 ROOT = Path(__file__).parents[1]
 REPORT = {
@@ -50,6 +50,8 @@ MODULE = CardFacts(
     parent="me/parent",
     license="mit",
     datasets=["org/data"],
+    measured_on="org/data",
+    split="test",
     tags=["small"],
     retained_neurons=0.25,
     threshold=0.5,
@@ -99,7 +101,7 @@ def test_the_header_finds_the_card():
     assert found["tags"] == ["nemo-hf", "module", "small"]
     (result,) = found["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == 0.9876
-    assert result["dataset"]["type"] == "org/data"
+    assert (result["dataset"]["type"], result["dataset"]["split"]) == ("org/data", "test")
     assert header(card(PARENT))["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.9321
     assert header(card(PARENT))["base_model"] == "org/base"
 
@@ -123,7 +125,21 @@ def test_nothing_is_said_that_was_not_handed_in():
     assert set(header(text)) == {"library_name", "tags", "pipeline_tag"}
     for absent in ("## Results", "Milliseconds", "## Inputs of other labels", "Versions", "seed", "!["):
         assert absent not in text, absent
-    assert "model-index" not in header(card(datasets=[]))
+    assert "model-index" not in header(card(measured_on=None))
+
+
+def test_what_was_trained_further_says_so():
+    assert "without retraining" in card()
+    tuned = card(is_tuned=True)
+    assert "without" not in tuned.split("## Labels")[0]
+    assert "trained further since" in tuned
+    assert "without fine-tuning" not in tuned.split("## How it was made")[0]
+
+
+def test_versions_of_training_and_of_writing_are_told_apart():
+    text = card(versions={"torch": "10.0"})
+    assert "Trained with torch 9.9." in text
+    assert "Written and tried with torch 10.0." in text
 
 
 def test_the_extraction_command_reads_back_as_its_words():
@@ -152,7 +168,9 @@ def test_text_of_the_owner_is_found():
     assert text.endswith(f"{KEPT_BELOW}\n")
     assert own_text(text) == ""
     assert own_text(f"{text}\nMine.\n") == "Mine."
-    assert own_text("# A card of another kind") == ""
+    assert own_text("---\nlicense: mit\n---\n# A card of another kind\n") == "# A card of another kind"
+    assert license_of("---\nlicense: mit\n---\n# X") == "mit"
+    assert license_of("# X") is None
 
 
 NASTY = [

@@ -15,11 +15,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageClassification, TrainingArguments, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from nemo_hf import NeMoTrainer, make_parent
+from nemo_hf import NeMoTrainer, evaluate_module, make_parent
 from nemo_hf.cli import main
-from nemo_hf.provenance import hub_name, safe_command
-from nemo_hf.publishing import CardOptions, module_repositories, push_modules, repository_name
+from nemo_hf.provenance import hub_name, safe_command, training_record
+from nemo_hf.publishing import CardOptions
+from nemo_hf.repositories import module_repositories, push_modules, repository_name
 
+RECORD = {"arguments": {"seed": 1}, "processes": 1, "samples": 5, "base_model": None, "versions": {"torch": "9.9"}}
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
@@ -141,10 +143,55 @@ def test_text_of_the_owner_is_not_lost_when_it_cannot_be_read(hub, parent):
     assert hub.files("me/p")["README.md"] == card
 
 
+def test_a_card_of_another_kind_is_not_thrown_away(hub, parent, tmp_path):
+    HfApi().create_repo("me/p")
+    HfApi().upload_file(
+        repo_id="me/p", path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\n# Hand written\n"
+    )
+    for _ in range(2):
+        parent.push_to_hub("me/p")
+        text, metadata = card_of(hub, "me/p")
+        assert text.count("# Hand written") == 1
+        assert metadata["license"] == "mit"
+    parent.save_pretrained(tmp_path / "p")
+    (tmp_path / "p" / "README.md").write_text(text + "\nMine.\n")
+    assert main(["push", str(tmp_path / "p"), "--repo_id", "me/p", "--dry_run", "true"]) == 0
+    assert "Mine." in (tmp_path / "p" / "README.md").read_text()
+
+
+def test_a_module_that_was_trained_further_claims_no_law(hub, parent):
+    module = parent.extract_module(["dog", "cat"])
+    module.train()
+    module.push_to_hub("me/m")
+    text = card_of(hub, "me/m")[0]
+    assert "verified" not in text
+    assert "trained further" in text
+    assert AutoModelForImageClassification.from_pretrained("me/m").config.is_tuned
+
+
+def test_a_branch_is_made_when_it_is_missing_and_nothing_before_all_is_written(hub, parent):
+    parent.push_to_hub("me/p", revision="next")
+    assert "config.json" in hub.files("me/p", "next")
+    with pytest.raises(ValueError, match="parent"):
+        parent.push_to_hub("me/q", with_code=True)
+    assert not HfApi().repo_exists("me/q")
+
+
+def test_a_module_is_credited_to_the_data_that_measured_it(hub, parent):
+    parent.config.training = {**RECORD, "datasets": ["org/train"]}
+    module = parent.extract_module(["dog", "cat"])
+    evaluate_module(parent, ["dog", "cat"], batches(), module, show_progress=False)
+    module.push_to_hub("me/m")
+    metadata = card_of(hub, "me/m")[1]
+    assert metadata["datasets"] == ["org/train"]
+    assert "model-index" not in metadata
+    module.push_to_hub("me/m", datasets=["org/test"])
+    assert card_of(hub, "me/m")[1]["model-index"][0]["results"][0]["dataset"]["type"] == "org/test"
+
+
 def test_a_repository_is_private_and_on_a_branch_when_asked(hub, parent):
     module = parent.extract_module(["dog", "cat"])
     module.push_to_hub("me/m", private=True)
-    HfApi().create_branch("me/m", branch="next")
     parent.extract_module(["dog", "car"]).push_to_hub("me/m", revision="next")
     assert HfApi().model_info("me/m").private
     names = [AutoModelForImageClassification.from_pretrained("me/m", revision=r).config.names for r in ("main", "next")]
@@ -153,7 +200,11 @@ def test_a_repository_is_private_and_on_a_branch_when_asked(hub, parent):
 
 def test_save_pretrained_pushes_the_same(hub, parent, tmp_path):
     module = parent.extract_module(["dog", "cat"])
-    module.save_pretrained(tmp_path / "m", push_to_hub=True, repo_id="me/m")
+    options = {"private": True, "commit_message": "First", "license": "mit"}
+    module.save_pretrained(tmp_path / "m", push_to_hub=True, repo_id="me/m", **options)
+    assert HfApi().model_info("me/m").private
+    assert hub.commits("me/m")[-1].title == "First" or hub.commits("me/m")[0].title == "First"
+    assert card_of(hub, "me/m")[1]["license"] == "mit"
     assert card_of(hub, "me/m")[1]["library_name"] == "nemo-hf"
     assert hub.files("me/m")["model.safetensors"] == (tmp_path / "m" / "model.safetensors").read_bytes()
 
@@ -216,16 +267,19 @@ def test_a_collection_ties_a_parent_and_its_modules(hub, parent):
 
 def test_a_collection_that_died_half_way_is_finished_by_the_same_call(hub, parent):
     modules = {"cat": ["cat"], "dog": ["dog"]}
+    data = batches()
     broken = hub.misbehave(method="POST", path="me/dog/commit/", kind="status", times=None)
     with pytest.raises(HfHubHTTPError):
-        push_modules(parent, modules, "me", "animals")
+        push_modules(parent, modules, "me", "animals", data, private=True)
     hub.rules.remove(broken)
     commits = {repo: len(hub.commits(repo)) for repo in ("me/animals", "me/cat")}
     for _ in range(2):
-        push_modules(parent, modules, "me", "animals")
+        push_modules(parent, modules, "me", "animals", data, private=True)
         assert {repo: len(hub.commits(repo)) for repo in commits} == commits
         (collection,) = HfApi().list_collections(owner="me")
         assert len(HfApi().get_collection(collection.slug).items) == 3
+        assert collection.private
+        assert HfApi().model_info("me/animals").private
 
 
 def test_the_command_line_pushes_parent_and_modules(hub, parent, tmp_path, capsys):
@@ -273,6 +327,7 @@ def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, 
     assert stored_parameters(files["model.safetensors"])[0] in numbers(text)
     for content in files.values():
         assert b"hf_me" not in content
+    assert "report.json" not in files
     loaded = AutoModelForImageClassification.from_pretrained("me/p")
     assert loaded.is_parent
     for name, tensor in trainer.parent.state_dict().items():
@@ -283,9 +338,24 @@ def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, 
 def test_no_token_is_recorded(hub, tmp_path):
     words = ["nemo-hf", "train", "--hub_token", "secret", "--hub_token=hf_abcdefghij", "--model", "org/m"]
     line = safe_command([*words, "hf_ABCDEFGHIJKL", "--x", "token=abc"])
-    for secret in ("secret", "hf_abcdefghij", "hf_ABCDEFGHIJKL", "abc"):
+    for secret in ("secret", "hf_abcdefghij", "hf_ABCDEFGHIJKL"):
         assert secret not in line
     assert "--model org/m" in line
+    words = ["--include_tokens_per_second", "--learning_rate", "1e-3", "--include_num_input_tokens_seen", "all"]
+    assert safe_command(words) == " ".join(words)
+    assert safe_command(["--output_dir", "/home/me/out", "--dataset=/me/data"]) == "--output_dir out --dataset=data"
+    # An abbreviation would be kept in clear, so there are none.
+    words = ["train", "--model", "x", "--dataset", "y", "--output_dir", str(tmp_path), "--hub_tok", "secret"]
+    assert main(words) == 2
+
+
+def test_a_training_is_recorded_whole(tmp_path):
+    given = {"adam_epsilon": 1e-4, "lr_scheduler_type": "cosine", "data_seed": 7, "warmup_steps": 3, "bf16": True}
+    args = TrainingArguments(str(tmp_path), **given, save_steps=7, logging_steps=3, hub_token="hf_me", use_cpu=True)
+    record = training_record(args, None, 5)
+    always = {"num_train_epochs": 3.0, "learning_rate": 5e-5, "per_device_train_batch_size": 8, "seed": 42}
+    assert record["arguments"] == {**always, **given}
+    assert record == json.loads(json.dumps(record))
 
 
 def test_only_names_of_the_hub_are_recorded(tmp_path, monkeypatch):
@@ -294,3 +364,33 @@ def test_only_names_of_the_hub_are_recorded(tmp_path, monkeypatch):
     for local in (str(tmp_path), "models/mine", "./x", "/nowhere/x", "a/b/c", "", None):
         assert hub_name(local) is None
     assert hub_name("org/model") == "org/model"
+
+
+def test_a_trainers_second_push_leaves_no_old_report_and_keeps_the_owners_text(hub, tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), hub_model_id="me/p", hub_token="hf_me", max_steps=1, report_to=[], use_cpu=True,
+        save_strategy="no",
+    )  # fmt: skip
+    data = image_samples()
+    trainer = NeMoTrainer(fresh("vit"), arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub()
+    assert "report.json" in hub.files("me/p")
+    card = hub.files("me/p")["README.md"] + b"\nMine.\n"
+    HfApi().upload_file(repo_id="me/p", path_in_repo="README.md", path_or_fileobj=card)
+    trainer.train()
+    trainer.push_to_hub()
+    assert "report.json" not in hub.files("me/p")
+    assert card_of(hub, "me/p")[0].count("Mine.") == 1
+
+
+def test_the_best_checkpoints_weights_go_without_the_last_ones_report(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, eval_strategy="steps", eval_steps=1, save_steps=1, report_to=[],
+        use_cpu=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    data = image_samples()
+    trainer = NeMoTrainer(fresh("vit"), arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.parent.report is None

@@ -19,6 +19,7 @@ LEVELS = (
     ("extraction", "standalone", "tracing"),
     ("evaluation", "probing", "exporting"),
     ("publishing",),
+    ("repositories",),
     ("hub_trainer",),
     ("device_trainer",),
     ("trainer",),

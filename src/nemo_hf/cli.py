@@ -38,7 +38,8 @@ from .modeling import NeMoPreTrainedModel, base_parameters
 from .probing import make_parent
 from .proposing import propose_sites
 from .provenance import hub_name, safe_command
-from .publishing import CARD_NAME, CardOptions, push_model, push_modules, write_companions
+from .publishing import CARD_NAME, CardOptions, push_model, write_companions
+from .repositories import push_modules
 from .trainer import NeMoTrainer
 
 AUTO_CLASSES = {
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {name:10}{kinds[0].__doc__}")
         return 0 if not words or words[0] in ("-h", "--help") else 2
     kinds, run = commands[words[0]]
-    parser = HfArgumentParser(kinds, prog=f"nemo-hf {words[0]}", description=kinds[0].__doc__)
+    parser = HfArgumentParser(kinds, prog=f"nemo-hf {words[0]}", description=kinds[0].__doc__, allow_abbrev=False)
     logging.basicConfig(level=logging.WARNING)
     positional = _with_option_names(words[1:], kinds[0])
     try:
@@ -211,13 +212,17 @@ def _evaluate(command: EvaluateCommand) -> None:
 
 
 def _push(command: PushCommand) -> None:
-    options = CardOptions(command.parent_repo, command.license, command.datasets)
+    measured_on = hub_name(command.dataset)
+    split = command.split if measured_on else None
+    options = CardOptions(command.parent_repo, command.license, command.datasets, (), measured_on, split)
     pushed: dict[str, Any] = {"private": command.private or None, "with_code": command.with_code}
     if command.path and command.repo_id and not command.parent:
         model = _load(command.path)
         if command.dry_run:
-            write_companions(model, command.path, command.repo_id, options)
-            print(f"{Path(command.path) / CARD_NAME} written; nothing uploaded")
+            card = Path(command.path, CARD_NAME)
+            before = card.read_text(encoding="utf-8") if card.is_file() else None
+            write_companions(model, command.path, command.repo_id, options, before, command.with_code)
+            print(f"{card} written; nothing uploaded")
         else:
             print(push_model(model, command.repo_id, options, **pushed))
         return

@@ -49,6 +49,7 @@ class NeMoModelConfig(PreTrainedConfig):
             `retained_neurons`: its neuron retention rate.
         law: Result of the last check of the extraction law, or `None`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
+        is_tuned: Module: whether it was trained further since it was cut.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
     """
 
@@ -70,6 +71,7 @@ class NeMoModelConfig(PreTrainedConfig):
     retained_neurons: float | None = None
     law: dict | None = None  # type: ignore[type-arg]
     rejection: dict | None = None  # type: ignore[type-arg]
+    is_tuned: bool = False
     training: dict | None = None  # type: ignore[type-arg]
 
     @property

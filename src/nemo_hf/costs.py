@@ -1,9 +1,12 @@
 """What a module costs to run: operations and latency, beside the plain model inside its parent."""
 
 import copy
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,19 @@ from .modeling import NeMoPreTrainedModel
 
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_RUNS = 15
+
+
+def device_name(device: torch.device) -> str:
+    """Names a device as its maker does, a CPU with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if device.type == "cpu" and info.is_file():
+        models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        name = models[0] if models else name
+    threads = torch.get_num_threads()
+    return f"{device.type} ({name}, {threads} thread{'' if threads == 1 else 's'})"
 
 
 def count_macs(model: NeMoPreTrainedModel) -> int:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .calibration import own_samples
 from .config import LabelLike
-from .costs import count_macs, measure_latency
+from .costs import count_macs, device_name, measure_latency
 from .data import check_label_shape
 from .extraction import extract_module, make_plan
 from .inputs import random_inputs
@@ -48,7 +48,8 @@ class ModuleReport:
             the parent's.
         latency_ms: Median milliseconds of a batch by its size; `parent_latency_ms`: of the plain model
             inside the parent, without masks.
-        device: Device of the latency. `input_shape`: of the sample whose latency and operations these are.
+        device: Name of the device of the latency, a CPU's with its threads.
+        input_shape: Shape of the sample whose latency and operations these are.
             `threshold`: of the module's plan. `seed`: of the controls.
         rejection: `auroc` of telling samples of the module's labels from all others by its energy (`None` if
             there are no others); after `calibrate_rejection`, shares of own samples `accepted` and of others
@@ -150,7 +151,7 @@ def evaluate_module(
         weight_retention_rate=parameters[0] / parameters[1],
         latency_ms=latencies[0],
         parent_latency_ms=latencies[1],
-        device=str(parent.device),
+        device=device_name(parent.device),
         input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
         threshold=plan.threshold,
         seed=seed,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .costs import LATENCY_BATCHES, median_times
+from .costs import LATENCY_BATCHES, device_name, median_times
 from .doors import PlainExport
 from .files import replaced_directory
 from .inputs import random_inputs
@@ -179,7 +179,7 @@ def compare_latency(
         batch_sizes: Sizes of the random batches.
 
     Returns:
-        `device`; `threads` of torch and onnxruntime; `latency_ms`: median milliseconds by batch size (a
+        `device`, whose threads are those of torch and onnxruntime; `latency_ms`: median milliseconds by batch size (a
         string) of `"parent"`, `"module"`, `"plain"` and `"onnx"`. A format that the module can't have is left
         out, and so is ONNX on another device than the CPU or without its packages.
 
@@ -202,4 +202,4 @@ def compare_latency(
                 logger.info("No ONNX model to time: %s", error)
         sample = {name: value.to(module.device) for name, value in sample.items()}
         latency = median_times(runners, sample, batch_sizes)
-    return {"device": str(module.device), "threads": torch.get_num_threads(), "latency_ms": latency}
+    return {"device": device_name(module.device), "latency_ms": latency}

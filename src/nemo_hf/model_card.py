@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 LIBRARY_NAME = "nemo-hf"
@@ -56,16 +56,18 @@ class CardFacts:
         base_model: Parent: repository of the model that its training started from, or `None`.
         license: Identifier of the license, or `None`.
         datasets: Hub data sets that it was trained and measured on.
+        measured_on: Hub data set that the report is of, or `None`. `split`: its split.
         tags: Further tags.
         retained_neurons: Module: kept share of the parent's neurons.
         threshold: Module: relevance threshold of its plan.
         round_to: Module: what widths were filled up to, or `None`.
         law: Result of the extraction law's check, or `None`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
+        is_tuned: Module: whether it was trained further since it was cut.
         report: Module: what `ModuleReport.to_dict` gives; parent: `metrics` by name; or `None`.
         training: What the trainer recorded of the training: see `provenance.training_record`; or `None`.
         nemo_config: Options of `NeMoConfig` that are not the defaults.
-        versions: Version by package.
+        versions: Version by package, where the card was written.
         picture: Name of the picture file in the repository, or `None`.
         has_code: Whether the repository loads without nemo_hf, through `trust_remote_code`.
     """
@@ -85,12 +87,15 @@ class CardFacts:
     base_model: str | None = None
     license: str | None = None
     datasets: Sequence[str] = ()
+    measured_on: str | None = None
+    split: str | None = None
     tags: Sequence[str] = ()
     retained_neurons: float | None = None
     threshold: float | None = None
     round_to: int | None = None
     law: Mapping[str, Any] | None = None
     rejection: Mapping[str, Any] | None = None
+    is_tuned: bool = False
     report: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     nemo_config: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +127,8 @@ def render_model_card(facts: CardFacts) -> str:
         example=EXAMPLE_INPUTS[facts.task],
         command=extraction_command(facts),
         fence=_fence(facts),
+        source=_source(facts),
+        versions=_versions(facts),
         kept_below=KEPT_BELOW,
         escaped=_escaped,
         repr=repr,
@@ -130,8 +137,19 @@ def render_model_card(facts: CardFacts) -> str:
 
 
 def own_text(card: str) -> str:
-    """Returns what a repository's owner wrote below the line that says so, or nothing."""
-    return card.partition(KEPT_BELOW)[2].strip("\n")
+    """Returns what an owner wrote: all below the line that says so, or the whole text of a card that lacks it."""
+    if KEPT_BELOW in card:
+        return card.partition(KEPT_BELOW)[2].strip("\n")
+    return re.sub(r"\A---\n.*?\n---\n", "", card.replace("\r\n", "\n"), flags=re.DOTALL).strip("\n")
+
+
+def license_of(card: str) -> str | None:
+    """Returns the license that a card's header names, or `None`."""
+    try:
+        found = ModelCard(card).data.get("license")
+    except Exception:  # a header that is no YAML names none
+        return None
+    return found if isinstance(found, str) else None
 
 
 def extraction_command(facts: CardFacts) -> str | None:
@@ -160,14 +178,15 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     results = [
         EvalResult(
             task_type=facts.task,
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=facts.measured_on,
+            dataset_name=facts.measured_on,
+            dataset_split=facts.split,
             metric_type="accuracy",
             metric_name=name,
             metric_value=value,
         )
         for name, value in _metrics(facts).items()
-        for dataset in facts.datasets[:1]
+        if facts.measured_on
     ]
     return ModelCardData(
         library_name=LIBRARY_NAME,
@@ -185,7 +204,8 @@ def _metrics(facts: CardFacts) -> dict[str, float]:
     """Accuracies for the model index."""
     report = facts.report or {}
     if facts.role == "module":
-        return {"accuracy without fine-tuning": report["accuracy"]} if "accuracy" in report else {}
+        name = "accuracy" if facts.is_tuned else "accuracy without fine-tuning"
+        return {name: report["accuracy"]} if "accuracy" in report else {}
     accuracy = (report.get("metrics") or {}).get("eval_accuracy")
     return {} if accuracy is None else {"accuracy": accuracy}
 
@@ -237,17 +257,26 @@ def _latency_rows(facts: CardFacts) -> tuple[str, list[str], list[tuple[str, lis
     if not report:
         return "", [], []
     formats = report.get("formats")
-    place = f"{formats['device']} with {_count(formats['threads'], 'thread')}" if formats else report["device"]
+    place = formats["device"] if formats else report["device"]
     timed = (
         formats["latency_ms"] if formats else {"module": report["latency_ms"], "parent": report["parent_latency_ms"]}
     )
     named = [(title, timed[name]) for name, title in FORMAT_NAMES.items() if name in timed]
     sizes = list(named[0][1])
-    return place, sizes, [(title, [f"{by_size[size]:.1f}" for size in sizes]) for title, by_size in named]
+    return _escaped(place), sizes, [(title, [f"{by_size[size]:.1f}" for size in sizes]) for title, by_size in named]
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
+def _source(facts: CardFacts) -> str:
+    """Where the samples of the report come from, if that is known."""
+    if not facts.measured_on:
+        return ""
+    return f" of {_escaped(facts.measured_on)}" + (f" ({_escaped(facts.split)})" if facts.split else "")
+
+
+def _versions(facts: CardFacts) -> list[tuple[str, Mapping[str, str]]]:
+    trained = (facts.training or {}).get("versions")
+    found = [("Trained", trained), ("Written and tried", facts.versions)]
+    return [(what, by_package) for what, by_package in found if by_package]
 
 
 def _training_code(facts: CardFacts) -> str | None:

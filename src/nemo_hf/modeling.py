@@ -29,6 +29,8 @@ from .sites import find_heads
 from .slicing import ScatterLinear, resize, resize_head
 from .sources import REPORT_NAME, read_companions
 
+PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
+                "create_pr")  # fmt: skip
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -165,6 +167,8 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         """Switches between training and eval mode; training drops what was measured of the old weights."""
         if mode:
             self.report = self.config.rejection = None
+            if not self.is_parent:
+                self.config.law, self.config.is_tuned = None, True
         super().train(mode)
         return self
 
@@ -286,11 +290,14 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         Args:
             save_directory: Where to.
             with_code: Modules: whether to add the code with which they load without nemo_hf, see `write_code`.
-            **kwargs: As in `transformers`. `save_original_format` defaults to `False`, because `Trainer`
+            **kwargs: As in `transformers`; with `push_to_hub=True` also the options of that method.
+                `save_original_format` defaults to `False`, because `Trainer`
                 resumes and loads its best model by the names that the weights have in memory.
         """
         kwargs.setdefault("save_original_format", False)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
         base_config = self.config.base_config
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
@@ -306,7 +313,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
 
                     write_code(self, temporary)
         if push:
-            self.push_to_hub(repo_id or Path(save_directory).name, with_code=with_code, token=kwargs.get("token"))
+            self.push_to_hub(repo_id or Path(save_directory).name, with_code=with_code, **pushed)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

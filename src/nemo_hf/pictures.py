@@ -80,7 +80,8 @@ def _draw(figure: Any, axes: Any, values: Any, columns: Sequence[str], rows: Seq
     ):
         step = -(-len(names) // NAMED_GROUPS)
         # A dollar sign would start a formula, and a name may be long.
-        shown = [" ".join(name.split())[:24].replace("$", r"\$") for name in names[::step]]
+        printable = ["".join(c if c.isprintable() else " " for c in name) for name in names[::step]]
+        shown = [" ".join(name.split())[:24].replace("$", r"\$") for name in printable]
         place(range(0, len(names), step), shown, rotation=rotation)
     axes.set_xlabel("label group")
     for row, column in np.ndindex(values.shape) if values.size <= NUMBERED_CELLS else ():

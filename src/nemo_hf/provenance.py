@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from transformers import TrainingArguments
 
 PACKAGES = ("nemo-hf", "transformers", "torch", "safetensors")
 ALWAYS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
-RECORDED = (
-    *ALWAYS,
-    *("max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
-    *("adam_beta1", "adam_beta2", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "gradient_checkpointing"),
+WITHOUT_EFFECT = re.compile(
+    r"(output_dir|log|report_to|run_name|project|trackio|disable_tqdm|eval_|per_device_eval|prediction_loss|include_"
+    r"|batch_eval|save_|enable_jit|push_to_hub|hub_|restore_callback|ignore_data_skip|use_cpu|dataloader_(?!drop_last)"
+    r"|accelerator_config|remove_unused|ddp_|debug|skip_memory|do_|resume|local_rank|torch_empty|torch_compile_).*"
 )
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=token=)\S+", re.IGNORECASE)
+"""Arguments of a training that say where and how often something is written, and not what is trained."""
+SECRETS = ("--hub_token", "--push_to_hub_token")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
 def training_record(args: TrainingArguments, base_model: str | None, samples: int | None) -> dict[str, Any]:
@@ -31,17 +33,18 @@ def training_record(args: TrainingArguments, base_model: str | None, samples: in
         samples: Number of training samples, if it is known.
 
     Returns:
-        `arguments` (those that say how it is trained, if they are not the defaults, and always epochs, learning rate,
-        batch size and seed), `processes`, `samples`, `base_model` and `versions`.
+        `arguments` (all that are not the defaults and have an effect on what is trained, and always epochs, learning
+        rate, batch size and seed), `processes`, `samples`, `base_model` and `versions`.
     """
-    defaults = {field.name: field.default for field in fields(TrainingArguments)}
-    values = {name: getattr(args, name, None) for name in RECORDED}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}
-    kept = {
-        name: value
-        for name, value in plain.items()
-        if name in ALWAYS or value not in (defaults.get(name), getattr(defaults.get(name), "value", None), None)
-    }
+    kept = {}
+    for field in fields(TrainingArguments):
+        value, default = getattr(args, field.name), field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        value, default = (getattr(each, "value", each) for each in (value, default))  # of an enumeration
+        is_default = value == default or not (value or default)
+        if field.name in ALWAYS or not (is_default or WITHOUT_EFFECT.fullmatch(field.name)):
+            kept[field.name] = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
     return {
         "arguments": kept,
         "processes": args.world_size,
@@ -68,16 +71,19 @@ def hub_name(source: str | None) -> str | None:
 
 
 def safe_command(words: Sequence[str]) -> str:
-    """Joins the words of a command line, without tokens.
+    """Joins the words of a command line, without tokens and without where on a machine things lie.
 
     Args:
         words: The command's words.
 
     Returns:
-        One line that a shell reads as these words; the values of options with "token" in their name are replaced.
+        One line that a shell reads as these words; tokens are `TOKEN`, and of absolute paths the last part is left.
     """
     kept: list[str] = []
     for word in words:
-        is_secret = bool(kept) and kept[-1].startswith("--") and "token" in kept[-1] and "=" not in kept[-1]
-        kept.append("TOKEN" if is_secret else TOKEN.sub("TOKEN", word))
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_secret = (name if equals else kept[-1] if kept else "") in SECRETS
+        value = "TOKEN" if is_secret else TOKEN.sub("TOKEN", value)
+        value = Path(value).name if Path(value).is_absolute() else value
+        kept.append(f"{name}{equals}{value}")
     return shlex.join(kept)
