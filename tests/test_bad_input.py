@@ -14,8 +14,8 @@ from transformers import (
     BertConfig,
     BertForTokenClassification,
     BertModel,
-    ResNetConfig,
-    ResNetForImageClassification,
+    BitConfig,
+    BitForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -213,12 +213,12 @@ def test_other_problems_than_labels_of_a_sample_are_refused(vit):
 
 
 def test_a_model_without_sites_is_refused():
-    model = ResNetForImageClassification(
-        ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = BitForImageClassification(
+        BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4, num_labels=3)
     )
-    with told(
-        UnsupportedArchitectureError, "'resnet', in which no neuron sites", "attention", "NeMoConfig.sites=.*choose a"
-    ):
+    sites = "'bit', in which no neuron sites"
+    reason = "'bit.embedder.convolution' are read by .*BitGroupNorm.*, which mixes"
+    with told(UnsupportedArchitectureError, sites, "attention", f"{reason}.*NeMoConfig.sites=.*choose a"):
         make_parent(model)
 
 

@@ -233,7 +233,11 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
 
 
 BAD = [
-    ({"kind": "conv", "output": "a"}, "expected a mapping with 'kind'"),
+    ({"kind": "pooling", "output": "a"}, "expected a mapping with 'kind'"),
+    ({"kind": "conv", "output": "a"}, "expected the keys"),
+    ({"kind": "conv", "producers": ["a"], "readers": []}, "expected a list of layers"),
+    ({"kind": "conv", "producers": ["a"], "readers": "b"}, "expected a list of layers"),
+    ({"kind": "conv", "producers": ["a"], "readers": ["b"], "passing": [1]}, "expected paths of layers"),
     ("vit.layers.0", "expected a mapping with 'kind'"),
     ({"kind": "ffn", "output": "a"}, "expected the keys"),
     ({"kind": "ffn", "producers": "a", "output": "b"}, "expected a list of layers"),

@@ -9,9 +9,20 @@ import nemo_hf
 
 SOURCE = Path(nemo_hf.__file__).parent
 LEVELS = (
-    ("config", "commands", "neurons", "generators", "inputs", "losses", "model_card", "provenance", "schema"),
+    (
+        "config",
+        "commands",
+        "neurons",
+        "resizing",
+        "generators",
+        "inputs",
+        "losses",
+        "model_card",
+        "provenance",
+        "schema",
+    ),
     ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors", "sources"),
-    ("sites", "weights", "rehearsal", "distributed"),
+    ("sites", "weights", "rehearsal", "distributed", "calls", "convolutions"),
     ("described", "files", "restoring"),
     ("loading",),
     ("modeling", "proposing"),

@@ -299,7 +299,7 @@ def _neurons(model: NeMoPreTrainedModel, index: int) -> int:
     widths = (model.config.sites or [])[index]["widths"]
     if "head_dim" in widths:
         return int(2 * widths["key_value_heads"] * widths["head_dim"])
-    return int(widths["intermediate"] if "intermediate" in widths else widths["key"] + widths["value"])
+    return sum(int(width) for name, width in widths.items() if name not in ("query", "output"))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-TARGETS = ("attention", "ffn")
+TARGETS = ("attention", "ffn", "conv")
 SITE_KEYS = {
     "ffn": ({"producers", "output"}, {"pooled"}),
     "attention": ({"query", "key", "value", "output"}, {"heads", "layer", "pooled", "is_rotary"}),
+    "conv": ({"producers", "readers"}, {"passing"}),
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
 """What describes a site of one's own: needed keys, and others that may be given."""
+LAYER_LISTS = ("producers", "passing", "readers")
+"""Keys of a description that name several layers."""
 OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling")
 LAYOUTS = ("one after another", "by key/value head")
 LabelLike = int | str
@@ -25,7 +28,8 @@ class NeMoConfig:
     The symbols in brackets are those of the NeMo paper (arXiv 2508.11348) and of module rehearsal.
 
     Args:
-        targets: Kinds of neurons that get masks, any of `"attention"` and `"ffn"`.
+        targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels
+            of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank whose
             generators stay within 10 % of the base model's parameters (6 % from hidden size 384 up),
             at most 64.
@@ -68,7 +72,9 @@ class NeMoConfig:
             "output": ..., "heads": 12}`, or `"fused": ...` with `"layout"` (`"one after another"`, the
             default, or `"by key/value head"`) in place of the three. Optional: `layer`, the attention layer
             whose attribute holds the width of a head; `is_rotary`, whether q and k are rotated as a whole;
-            and `pooled`, the layer whose input is pooled.
+            and `pooled`, the layer whose input is pooled. Channels: `{"kind": "conv", "producers": [...],
+            "passing": [...], "readers": [...]}`: layers that make the channels, norms and grouped convolutions
+            that they pass through, and layers that read them.
             `nemo-hf inspect --propose` and `propose_sites` write such descriptions.
 
     Raises:
@@ -115,7 +121,7 @@ class NeMoConfig:
         if self.sites is not None:
             if isinstance(self.sites, (str, Mapping)) or not isinstance(self.sites, Sequence) or not self.sites:
                 raise TypeError(f"Got sites={self.sites!r}; expected a list of descriptions, or None to find them.")
-            self.sites = [_checked_site(site) for site in self.sites]
+            self.sites = [checked_site(site) for site in self.sites]
 
     def _check_numbers(self) -> None:
         for name in ("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"):
@@ -217,29 +223,34 @@ def _checked_groups(groups: Mapping[str, Sequence[LabelLike]]) -> dict[str, list
     return checked
 
 
-def _checked_site(site: Any) -> dict[str, Any]:
+def checked_site(site: Any) -> dict[str, Any]:
+    """Checks the keys and values of one description, as `NeMoConfig.sites` holds them, and returns a copy."""
     if not isinstance(site, Mapping) or site.get("kind") not in TARGETS:
         raise ValueError(f"Got the site {site!r}; expected a mapping with 'kind', one of {list(TARGETS)}.")
     needed, optional = SITE_KEYS["fused attention" if "fused" in site else str(site["kind"])]
     keys = set(site) - {"kind"}
-    if (site["kind"] == "ffn" and "fused" in site) or not needed <= keys <= needed | optional:
+    if (site["kind"] != "attention" and "fused" in site) or not needed <= keys <= needed | optional:
         raise ValueError(
             f"Got the site {dict(site)!r}; expected the keys {sorted(needed)} and perhaps {sorted(optional)}. "
             "Correct the description; `nemo-hf inspect --propose` writes ones that are right."
         )
-    heads, producers = site.get("heads"), site.get("producers", ["-"])
+    heads = site.get("heads")
     if not isinstance(site.get("is_rotary", True), bool):
         raise ValueError(f"Got is_rotary={site['is_rotary']!r} in the site {dict(site)!r}; expected True or False.")
     if heads is not None and (not _is_number(heads, integer=True) or heads < 1):
         raise ValueError(f"Got heads={heads!r} in the site {dict(site)!r}; expected a positive integer.")
     if site.get("layout", LAYOUTS[0]) not in LAYOUTS:
         raise ValueError(f"Got layout={site['layout']!r} in the site {dict(site)!r}; expected one of {list(LAYOUTS)}.")
-    if isinstance(producers, str) or not isinstance(producers, Sequence) or not producers:
-        raise ValueError(f"Got producers={producers!r} in the site {dict(site)!r}; expected a list of layers.")
-    paths = [site[key] for key in keys - {"heads", "producers", "is_rotary", "layout"}]
-    if not all(isinstance(path, str) and path for path in (*paths, *producers)):
+    lists = {key: site[key] for key in LAYER_LISTS if key in site}
+    for key, layers in lists.items():
+        if isinstance(layers, str) or not isinstance(layers, Sequence) or not (layers or key == "passing"):
+            raise ValueError(f"Got {key}={layers!r} in the site {dict(site)!r}; expected a list of layers.")
+    paths = [site[key] for key in keys - {"heads", "is_rotary", "layout", *LAYER_LISTS}]
+    if not all(
+        isinstance(path, str) and path for path in [*paths, *(path for layers in lists.values() for path in layers)]
+    ):
         raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
-    return {**site, "producers": list(producers)} if "producers" in site else dict(site)
+    return {**site, **{key: list(layers) for key, layers in lists.items()}}
 
 
 def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .config import LAYOUTS, NeMoConfig
-from .layouts import attention_site, feed_forward_site, fused_rows, head_count, inputs_of, separate_rows
+from .config import LAYER_LISTS, LAYOUTS, NeMoConfig, checked_site
+from .layouts import attention_site, channel_site, feed_forward_site, fused_rows, head_count, inputs_of, separate_rows
 from .neurons import NeuronSite, layer_features
 from .sites import find_sites
 
@@ -15,12 +15,16 @@ PATHS = ("output", "query", "key", "value", "fused", "layer", "pooled")
 """Keys of a description that name one layer."""
 
 
-def model_sites(model: PreTrainedModel, nemo_config: NeMoConfig) -> list[NeuronSite]:
-    """Returns a model's sites: those that the options describe, or else those that are found by name.
+def model_sites(
+    model: PreTrainedModel, nemo_config: NeMoConfig, traced: Sequence[Mapping[str, Any]] = (), reason: str = ""
+) -> list[NeuronSite]:
+    """Returns a model's sites: those that the options describe, or else those that are found.
 
     Args:
         model: A plain classification model; its weights may be on the meta device.
         nemo_config: The options.
+        traced: Descriptions of what was found by running the model, besides what is found by name.
+        reason: What to say besides if there is no site.
 
     Returns:
         The sites of the kinds in `targets`.
@@ -30,7 +34,8 @@ def model_sites(model: PreTrainedModel, nemo_config: NeMoConfig) -> list[NeuronS
         ValueError: If a description fits no layers, or layers of other widths.
     """
     if nemo_config.sites is None:
-        return find_sites(model, nemo_config.targets)
+        by_name = find_sites(model, nemo_config.targets, None if traced else reason)
+        return [*by_name, *(site for description in traced for site in described_sites(model, description))]
     sites = [
         site
         for description in nemo_config.sites
@@ -45,6 +50,22 @@ def model_sites(model: PreTrainedModel, nemo_config: NeMoConfig) -> list[NeuronS
             "expected each site once. Remove the description that repeats it, or name other targets."
         )
     return sites
+
+
+def described_entries(entries: Any) -> list[dict[str, Any]]:
+    """Returns the descriptions in a configuration's list of sites: those of sites that can't be found by name.
+
+    Args:
+        entries: The list as a file says it, or `None`.
+
+    Returns:
+        The descriptions.
+
+    Raises:
+        ValueError: If one of them is none of a site.
+    """
+    found = [entry["site"] for entry in entries or [] if isinstance(entry, dict) and "site" in entry]
+    return [checked_site(description) for description in found]
 
 
 def described_sites(model: PreTrainedModel, description: Mapping[str, Any]) -> list[NeuronSite]:
@@ -64,12 +85,13 @@ def described_sites(model: PreTrainedModel, description: Mapping[str, Any]) -> l
 
 
 def _expanded(model: PreTrainedModel, description: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    pattern = re.compile(re.escape(description["output"]).replace(r"\*", r"([^.]+)"))
+    anchor = description["output"] if "output" in description else description["readers"][0]
+    pattern = re.compile(re.escape(anchor).replace(r"\*", r"([^.]+)"))
     matches = [match for name, _ in model.named_modules() if (match := pattern.fullmatch(name))]
     if not matches:
         linear = [name for name, layer in model.named_modules() if layer_features(layer)]
         raise ValueError(
-            f"Got the path {description['output']!r} in NeMoConfig(sites=[...]), which no layer has; expected a linear "
+            f"Got the path {anchor!r} in NeMoConfig(sites=[...]), which no layer has; expected a linear "
             f"layer such as {linear[:6]}. Correct the path."
         )
     for match in matches:
@@ -80,12 +102,12 @@ def _expanded(model: PreTrainedModel, description: Mapping[str, Any]) -> Iterato
             return path
 
         concrete = {key: fill(value) if key in PATHS else value for key, value in description.items()}
-        if "producers" in concrete:
-            concrete["producers"] = [fill(path) for path in description["producers"]]
-        yield concrete
+        yield concrete | {key: [fill(path) for path in description[key]] for key in LAYER_LISTS if key in description}
 
 
 def _site(model: PreTrainedModel, described: Mapping[str, Any]) -> NeuronSite:
+    if described["kind"] == "conv":
+        return _channels(model, described["producers"], described.get("passing", []), described["readers"])
     named = [described[key] for key in ("query", "key", "value", "fused", "output") if key in described]
     named += described.get("producers", [])
     for path in (*named, *(described[key] for key in ("layer", "pooled") if key in described)):
@@ -109,6 +131,21 @@ def _site(model: PreTrainedModel, described: Mapping[str, Any]) -> NeuronSite:
         raise ValueError(
             f"Got the site {dict(described)!r} with layers of (inputs, outputs) {shapes}; expected outputs that are "
             "the inputs of 'output': units, or q, k and v of whole heads. Correct the paths, or give 'heads'."
+        )
+    return site
+
+
+def _channels(
+    model: PreTrainedModel, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
+) -> NeuronSite:
+    for path in (*producers, *passing, *readers):
+        _check_layer(model, path, is_linear=False)
+    site = channel_site(model, producers[0], producers, passing, readers)
+    if site is None:
+        raise ValueError(
+            f"Got channels made by {list(producers)}, passed on by {list(passing)} and read by {list(readers)}; "
+            "expected convolutions or linear layers that make and read the same number of channels, and norms by "
+            "channel or grouped convolutions of as many inputs as outputs in between. Correct the paths."
         )
     return site
 

@@ -173,7 +173,7 @@ def _module_config(
     config.parent = hub_name(parent.name_or_path)
     config.retained_neurons = plan.retained
     config.sites = [
-        {"key": site.key, "back_end": site.back_end, "widths": dict(width), "kept": plan.counts[site.key]}
+        {**site.entry, "widths": dict(width), "kept": plan.counts[site.key]}
         for site, width in zip(model.sites, widths, strict=True)
     ]
     return config

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .neurons import AttentionSite, FeedForwardSite, Rows, layer_features
+from .neurons import AttentionSite, ChannelSite, FeedForwardSite, Rows, layer_features
+from .resizing import CHANNEL_NORMS
 
 Projections = tuple[Rows, Rows, Rows, int]
 """Rows of q, k and v, and the number of query heads."""
@@ -18,6 +19,67 @@ HEAD_COUNT_ATTRIBUTES = ("num_attention_heads", "num_heads", "n_heads", "n_head"
 WIDTH_ATTRIBUTES = ("all_head_size", "split_size", "inner_dim")
 LATENT_ATTRIBUTES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 HEAD_NORM = re.compile(r"([qk](uery|ey)?_?(layer_?)?norm)|(norm_[qk])")
+
+
+def channel_site(
+    model: nn.Module, name: str, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
+) -> ChannelSite | None:
+    """Builds the site of a convolution's channels.
+
+    Args:
+        model: The model.
+        name: Name of the site.
+        producers: Paths of the convolutions or linear layers that make the channels.
+        passing: Paths of the batch norms and grouped convolutions that they pass through.
+        readers: Paths of the convolutions and linear layers that read them, in the order in which they run.
+
+    Returns:
+        The site, or `None` if these are other layers, or their widths are not those of the same channels.
+    """
+    channels, width = (_made(model.get_submodule(producers[0])) or (0, 1))[0], 1
+    for path in (*producers, *passing):
+        made = _made(model.get_submodule(path), may_be_grouped=path in passing)
+        if made is None or made[0] != channels or channels < 1:
+            return None
+        width = max(width, made[1])
+    size = channels // width
+    read_by = [(path, _read(model.get_submodule(path))) for path in readers]
+    widths = [_made(model.get_submodule(path), may_be_grouped=True) for path in passing]
+    if any(width % made[1] for made in widths if made) or any(not read or read % channels for _, read in read_by):
+        return None
+    return ChannelSite(
+        name=name,
+        pooled=readers[0],
+        in_features=channels,
+        output=readers[0],
+        least_width=1,  # torch has no convolution without outputs
+        channels=channels,
+        size=size,
+        producers=tuple(producers),
+        passing=tuple(passing),
+        read_by=tuple(read_by),
+    )
+
+
+def _made(layer: nn.Module, may_be_grouped: bool = False) -> tuple[int, int] | None:
+    """Number of channels that a layer makes or passes on, and how many of them it mixes."""
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups == 1 and not may_be_grouped:
+            return layer.out_channels, 1
+        if layer.groups > 1 and may_be_grouped and layer.in_channels == layer.out_channels:
+            return layer.out_channels, layer.out_channels // layer.groups
+        return None
+    if isinstance(layer, CHANNEL_NORMS):
+        return (layer.num_features, 1) if may_be_grouped else None
+    features = layer_features(layer)
+    return None if features is None or may_be_grouped or isinstance(layer, Conv1D) else (features[1], 1)
+
+
+def _read(layer: nn.Module) -> int:
+    """Number of inputs of a layer that may read channels, 0 for others."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels if layer.groups == 1 else 0
+    return (layer_features(layer) or (0, 0))[0] if isinstance(layer, nn.Linear) else 0
 
 
 def outputs_of(model: nn.Module, path: str) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .config import NeMoConfig
 from .generators import MaskGenerator
-from .neurons import NeuronSite
+from .neurons import NeuronSite, neuron_dim, spread
 
 LARGEST_RANK = 64
 
@@ -92,7 +92,7 @@ class SiteMask(nn.Module):
 
     def attach(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         """Registers the hooks on a model's layers and returns their handles."""
-        pooled, output = model.get_submodule(self.site.pooled), model.get_submodule(self.site.output)
+        pooled = model.get_submodule(self.site.pooled)
         handles = [
             pooled.register_forward_hook(self.pool_output)
             if self.site.pooled_output
@@ -104,18 +104,27 @@ class SiteMask(nn.Module):
         ]
         for layer, part in dict.fromkeys(gated):
             handles.append(model.get_submodule(layer).register_forward_hook(hooks[part]))
-        handles.append(output.register_forward_pre_hook(self.mask_output_inputs))
+        for reader in self.site.readers:
+            handles.append(model.get_submodule(reader).register_forward_pre_hook(self.mask_output_inputs))
         return handles
 
     def pool_input(self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the call's mask from a layer's first input."""
         if self.state.is_enabled:
-            self._make_mask(inputs[0] if inputs else kwargs[next(iter(inspect.signature(layer.forward).parameters))])
+            given = inputs[0] if inputs else kwargs[next(iter(inspect.signature(layer.forward).parameters))]
+            self._make_mask(self._positions_first(given, neuron_dim(layer)))
 
     def pool_output(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Makes the call's mask from a layer's (first) output."""
         if self.state.is_enabled:
             self._make_mask(output[0] if isinstance(output, tuple) else output)
+
+    def _positions_first(self, hidden_states: Tensor, dim: int) -> Tensor:
+        """Turns images (batch, channels, height, width) to (batch, positions, channels), flattened ones as well."""
+        features = self.site.in_features
+        if dim != 1 and hidden_states.shape[-1] == features:
+            return hidden_states
+        return hidden_states.reshape(len(hidden_states), features, -1).mT
 
     def _make_mask(self, hidden_states: Tensor) -> None:
         state = self.state
@@ -208,15 +217,17 @@ class SiteMask(nn.Module):
         """
         if not self.state.is_enabled or self._is_shared(inputs[0]):
             return None
-        return (_times(inputs[0], self.site.read_mask(self._current())), *inputs[1:])
+        return (_times(inputs[0], self.site.read_mask(self._current()), neuron_dim(layer)), *inputs[1:])
 
 
-def _times(hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Multiplies (batch or windows, ..., neurons) by a sample's mask (batch, neurons)."""
+def _times(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """Multiplies (batch or windows, ..., neurons) by a sample's mask (batch, neurons); `dim` counts the neurons."""
     windows = hidden_states.shape[0] // mask.shape[0]
     if windows > 1:
         mask = mask.repeat_interleave(windows, 0)
-    shape = (mask.shape[0], *(1,) * (hidden_states.ndim - 2), mask.shape[1])
+    mask = spread(mask, hidden_states.shape[dim])
+    shape = [1] * hidden_states.ndim
+    shape[0], shape[dim] = mask.shape
     return hidden_states * mask.to(hidden_states.dtype).view(shape)
 
 

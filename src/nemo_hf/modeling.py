@@ -17,7 +17,7 @@ from transformers.utils.hub import resolve_revision
 from .config import LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
-from .described import model_sites
+from .described import described_entries, model_sites
 from .doors import Doors
 from .files import CODE_NAME, processor_files, replaced_directory, write_json
 from .generators import MaskGenerator
@@ -86,7 +86,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         """What was measured of these weights; it is saved beside them."""
         self.main_input_name = self.model.main_input_name
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
-        found = model_sites(self.model, nemo_config)
+        found = model_sites(self.model, nemo_config, described_entries(config.sites))
         self.sites = found if config.sites is None and not is_from_config else self._chosen_sites(found)
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)
         self.masks: NeuronMasks | None = None
@@ -180,7 +180,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
             mask.site = site
         masks.detach()
         masks.attach(self.model)  # a back end says which layers the masks reach
-        self.config.sites = [{"key": site.key, "back_end": site.back_end} for site in sites]
+        self.config.sites = [site.entry for site in sites]
 
     def set_nemo_config(self, nemo_config: NeMoConfig) -> None:
         """Sets the options of a parent for further training.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ class NeuronSite:
         output: Path of the layer that reads the neurons.
         back_end: How modules are cut here, one of `back_ends`.
         is_gated_only: Whether a structure between producers and `output` rules out all but gated back ends.
+        least_width: 1 where a layer of a dense cut can't have no neurons, else 0.
     """
 
     name: str
@@ -114,6 +116,7 @@ class NeuronSite:
     pooled_output: bool = field(default=False, kw_only=True)
     back_end: str = field(default="", kw_only=True)
     is_gated_only: bool = field(default=False, kw_only=True)
+    least_width: int = field(default=0, kw_only=True)
 
     kind = ""
 
@@ -146,9 +149,23 @@ class NeuronSite:
         """The back end."""
         return BACK_ENDS[self.back_end]
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Paths of all layers that read the neurons, in the order in which they run."""
+        return (self.output,)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a configuration says of the site: key and back end, and what can't be found by name."""
+        return {"key": self.key, "back_end": self.back_end}
+
     def read_mask(self, mask: Tensor) -> Tensor:
         """Spreads a mask (..., neurons) over what `output` reads: (..., its in_features)."""
         return mask
+
+    def input_scale(self, reader: str, mask: Tensor) -> Tensor:
+        """Spreads a mask (neurons,) over all inputs of one of `readers`."""
+        return self.read_mask(mask)
 
     def produced(self) -> tuple[tuple[Rows, str], ...]:
         """The outputs that hold neurons, each with its part: `"query"`, `"key"`, `"value"` or `"units"`."""
@@ -157,7 +174,7 @@ class NeuronSite:
     @property
     def layers(self) -> set[str]:
         """Paths of all layers that the site names."""
-        return {self.pooled, self.output, *(rows.layer for rows, _ in self.produced())}
+        return {self.pooled, *self.readers, *(rows.layer for rows, _ in self.produced())}
 
     def part_mask(self, part: str, mask: Tensor) -> Tensor:
         """Spreads a mask (..., neurons) over the rows of a part of `produced`."""
@@ -170,11 +187,9 @@ class FeedForwardSite(NeuronSite):
 
     Args:
         producers: Rows of the layers that make the units.
-        least_width: 1 where the layer that reads the units can't have no inputs, else 0.
     """
 
     producers: tuple[Rows, ...] = ()
-    least_width: int = 0
 
     kind = "ffn"
 
@@ -188,6 +203,71 @@ class FeedForwardSite(NeuronSite):
 
     def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
         return tuple((rows, "units") for rows in self.producers)
+
+
+@dataclass(frozen=True)
+class ChannelSite(NeuronSite):
+    """Channels of convolutions, which some layers make, others pass on one by one, and others read.
+
+    A neuron is a channel, or a whole group of them where a grouped convolution lies between. Masks close it where
+    it is read, behind norms and activations: a norm's bias would revive a channel that is closed before it.
+
+    Args:
+        channels: Number of channels.
+        size: Number of neurons.
+        producers: Paths of the convolutions (or linear layers) that make the channels; several where their
+            results are added, or multiplied (squeeze-and-excite).
+        passing: Paths of the norms and grouped convolutions that the channels pass through.
+        read_by: Paths of the layers that read the channels, each with its number of inputs.
+    """
+
+    channels: int = 0
+    size: int = 0
+    producers: tuple[str, ...] = ()
+    passing: tuple[str, ...] = ()
+    read_by: tuple[tuple[str, int], ...] = ()
+
+    kind = "conv"
+
+    @property
+    def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
+        return {"channels": self.size}
+
+    @property
+    def back_ends(self) -> tuple[BackEnd, ...]:  # noqa: D102 - inherited
+        return (DENSE,)
+
+    @property
+    def readers(self) -> tuple[str, ...]:  # noqa: D102 - inherited
+        return tuple(path for path, _ in self.read_by)
+
+    @property
+    def entry(self) -> dict[str, Any]:  # noqa: D102 - inherited
+        described = {"producers": list(self.producers), "passing": list(self.passing), "readers": list(self.readers)}
+        return {**super().entry, "site": {"kind": self.kind, **described}}
+
+    @property
+    def layers(self) -> set[str]:  # noqa: D102 - inherited
+        return {*super().layers, *self.passing}
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
+        return tuple((Rows(path, 0, self.channels), "units") for path in self.producers)
+
+    def part_mask(self, part: str, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        return spread(mask, self.channels)
+
+    def input_scale(self, reader: str, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        return spread(mask, dict(self.read_by)[reader])
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Layers whose outputs are the channels, and how many outputs belong to a neuron."""
+        return dict.fromkeys((*self.producers, *self.passing), self.channels // self.size)
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Layers whose inputs are the channels, and how many inputs belong to a neuron."""
+        return {path: width // self.size for path, width in self.read_by}
 
 
 @dataclass(frozen=True)
@@ -293,6 +373,16 @@ def with_back_ends(sites: Sequence[NeuronSite], back_ends: Mapping[str, str]) ->
             )
         changed.append(replace(site, back_end=wanted))
     return changed
+
+
+def spread(values: Tensor, width: int) -> Tensor:
+    """Repeats each of (..., neurons) values for its share of consecutive inputs or outputs: (..., width)."""
+    return values if values.shape[-1] == width else values.repeat_interleave(width // values.shape[-1], -1)
+
+
+def neuron_dim(layer: nn.Module) -> int:
+    """Dimension that counts the neurons in what a layer reads: of images (batch, channels, height, width) that is 1."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 def layer_features(layer: nn.Module) -> tuple[int, int] | None:

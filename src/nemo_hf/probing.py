@@ -13,18 +13,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import LabelLike, NeMoConfig
-from .described import model_sites
+from .calls import check_runs, first_line, reached_sites
+from .config import TARGETS, LabelLike, NeMoConfig
+from .convolutions import find_channels
+from .described import described_sites, model_sites
 from .extraction import ModulePlan, build_module, read_tensor
 from .inputs import random_inputs
 from .law import EFFECT_FACTOR, LAW_TOLERANCE, check_law, exact_float32
 from .modeling import NeMoPreTrainedModel
 from .neurons import SCATTER_GATED, AttentionSite, NeuronSite, UnsupportedArchitectureError, with_back_ends
 from .planning import static_masks
-from .sites import find_heads
+from .sites import find_heads, find_sites
 from .tasks import attach_masks, check_plain
 
 logger = logging.getLogger(__name__)
@@ -70,9 +72,42 @@ def make_parent(
     nemo_config = nemo_config or NeMoConfig()
     check_plain(model, nemo_config.hard_masks)
     find_heads(model, model.config.num_labels or 0)
-    found = model_sites(model, nemo_config)
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
-    reached = _reached_sites(model, found, inputs)
+    check_runs(model, inputs)
+    traced, reason = _traced_sites(model, nemo_config, inputs)
+    try:
+        parent, found = _tried(model, nemo_config, label_groups, inputs, traced, reason)
+    except UnsupportedArchitectureError as error:
+        exact = [one for one in traced if _is_exact_alone(model, nemo_config, inputs, one)]
+        if len(exact) == len(traced):
+            raise
+        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, len(traced) - len(exact))
+        parent, found = _tried(model, nemo_config, label_groups, inputs, exact, reason)
+    gated = [site.key for site in parent.sites if site.back_end == SCATTER_GATED.name and not site.is_gated_only]
+    if nemo_config.sites is not None and gated:
+        logger.warning(
+            "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
+            "where something between source and output reads them all; else look for a layer in the wrong place.",
+            gated,
+        )
+    kinds = {site.kind for site in parent.sites}
+    # No model has all kinds of neurons; those that were asked for by name, or found, are missed.
+    if kinds != ({site.kind for site in found} if tuple(nemo_config.targets) == TARGETS else set(nemo_config.targets)):
+        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
+    return parent
+
+
+def _tried(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None,
+    inputs: Mapping[str, Tensor],
+    traced: Sequence[Mapping[str, Any]],
+    reason: str,
+) -> tuple[NeMoPreTrainedModel, list[NeuronSite]]:
+    """The parent with back ends that are exact, and all sites that were found."""
+    found = model_sites(model, nemo_config, traced, reason)
+    reached = reached_sites(model, found, inputs)
     if not reached:
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
@@ -90,60 +125,28 @@ def make_parent(
     except Exception:
         parent.detach_masks()
         raise
-    gated = [site.key for site in parent.sites if site.back_end == SCATTER_GATED.name and not site.is_gated_only]
-    if nemo_config.sites is not None and gated:
-        logger.warning(
-            "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
-            "where something between source and output reads them all; else look for a layer in the wrong place.",
-            gated,
-        )
-    kinds = {site.kind for site in parent.sites}
-    if kinds != set(nemo_config.targets):
-        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
-    return parent
+    return parent, found
 
 
-def _reached_sites(
-    model: PreTrainedModel, sites: Sequence[NeuronSite], inputs: Mapping[str, Tensor]
-) -> list[NeuronSite]:
-    """Sites all of whose layers run; a text model with an image encoder runs without it, for example."""
-    called: set[str] = set()
-    samples = len(next(iter(inputs.values())))
-    paths = {path for site in sites for path in site.layers}
-
-    def note(path: str, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        values = output if isinstance(output, (tuple, list)) else [output]
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        # Not what all samples share, such as relative positions.
-        if not tensors or tensors[0].shape[0] % samples == 0:
-            called.add(path)
-
-    handles = [model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]
-    was_training = model.training
+def _is_exact_alone(
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], traced: Mapping[str, Any]
+) -> bool:
+    """Whether channels that were found can be cut when nothing else is."""
+    parent = attach_masks(model, nemo_config, None, described_sites(model, traced))
     try:
-        with torch.no_grad():
-            given = {name: value.to(model.device) for name, value in inputs.items()}
-            outputs, again = model.eval()(**given), model(**given)
-    except Exception as error:
-        raise ValueError(
-            f"Got {type(model).__name__}, which does not run on {_shapes(inputs)}: {_first_line(error)}. Expected a "
-            "few samples as it takes them: pass NeMoTrainer the parent make_parent(model, inputs=...)."
-        ) from error
+        return _trial(_lively_twin(parent, inputs), inputs, parent.sites)[0] <= LARGEST_SHARE
     finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    if not hasattr(outputs, "logits"):
-        raise UnsupportedArchitectureError(
-            f"Got {type(model).__name__}, whose output has {list(outputs)} and no logits; expected logits, which "
-            "modules are compared by. Wrap the model so that it returns an output with logits."
-        )
-    if not torch.equal(outputs.logits, again.logits):
-        raise UnsupportedArchitectureError(
-            f"Got {type(model).__name__}, whose logits differ from call to call in eval mode; expected the same, or no "
-            "cut can be checked. Choose an architecture without random hashing or sampling."
-        )
-    return [site for site in sites if site.layers <= called]
+        parent.detach_masks()
+
+
+def _traced_sites(
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor]
+) -> tuple[list[dict[str, Any]], str]:
+    """Descriptions of channels that can be cut, as far as they are wanted, and why others can't."""
+    if "conv" not in nemo_config.targets or nemo_config.sites is not None:
+        return [], ""
+    found = find_channels(model, inputs, find_sites(model, nemo_config.targets, None))
+    return found.sites, found.told
 
 
 def _lively_twin(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
@@ -153,7 +156,8 @@ def _lively_twin(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> N
     """
     best: tuple[float, NeMoPreTrainedModel] | None = None
     for spread in SPREADS:
-        twin: NeMoPreTrainedModel = copy.deepcopy(parent).float().eval()
+        # Through training mode, in which models drop what they keep of their weights (LeViT's position biases).
+        twin: NeMoPreTrainedModel = copy.deepcopy(parent).float().train().eval()
         generator = torch.Generator().manual_seed(0)
         for parameter in twin.model.parameters():
             width = parameter[0].numel() if parameter.ndim > 1 else 1
@@ -239,7 +243,7 @@ def _trial_of_part(
         module.to(parent.device)  # type: ignore[arg-type]
         check = check_law(parent, module, plan.static, inputs)
     except Exception as error:
-        return math.inf, _first_line(error)
+        return math.inf, first_line(error)
     if len(sites) == len(parent.sites) and part is None:
         parent.config.law = asdict(check)
     # A mask without effect shows nothing; the law's status then says so.
@@ -336,12 +340,3 @@ def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> Unsu
         f"Got model type {model_type!r}, whose {site.kind} neurons in {site.name!r} can't be cut: {reason}. "
         + (f"Leave them whole with NeMoConfig(targets={other})." if other else "Choose another architecture.")
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _shapes(inputs: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())

@@ -86,7 +86,7 @@ def _same_cut(site: NeuronSite, widths: Mapping[str, int], state: State) -> Site
         cuts = {path: _scattered_cut(state, path) for path in paths}
         return SiteCut({}, cuts)
     if not isinstance(site, AttentionSite):
-        return site_cut(site, {"intermediate": torch.arange(widths["intermediate"])})
+        return site_cut(site, {part: torch.arange(widths[part]) for part in site.parts})
     heads = site.head_dim * torch.arange(widths["key_value_heads"]).unsqueeze(-1)
     dims = (heads + torch.arange(widths["head_dim"])).flatten()
     if not site.is_rotary:

@@ -96,12 +96,13 @@ HEAD_NAMES = re.compile(
 """Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
 
 
-def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list[NeuronSite]:
-    """Finds a model's neuron sites by the structure of its layers.
+def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason: str | None = "") -> list[NeuronSite]:
+    """Finds a model's attention and feed-forward sites by the structure of its layers.
 
     Args:
         model: A plain classification model; its weights may be on the meta device.
-        targets: Kinds of sites to find, of `"attention"` and `"ffn"`.
+        targets: Kinds of sites to find; channels of convolutions (`"conv"`) are found by running the model, not here.
+        reason: What to say besides if there is none, such as why channels can't be cut; `None` allows none.
 
     Returns:
         The sites in the order of the model's layers.
@@ -115,12 +116,12 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list
             sites.extend(_attention_sites(model, name, layer))
         if "ffn" in targets:
             sites.extend(_feed_forward_sites(model, name, layer))
-    if not sites:
+    if not sites and reason is not None:
         linear = [name for name, layer in model.named_modules() if layer_features(layer)]
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, in which no neuron sites of kind {list(targets)} are known; "
-            "expected attention with separate q, k, v and output projections or a feed-forward part of two linear "
-            f"layers. Linear layers found: {linear[:8]}{' ...' if len(linear) > 8 else ''}. "
+            "expected attention with separate q, k, v and output projections, a feed-forward part of two linear "
+            f"layers, or convolutions. Linear layers found: {linear[:8]}{' ...' if len(linear) > 8 else ''}. {reason}"
             "Name its layers in NeMoConfig(sites=[...]), which `nemo-hf inspect --propose` and propose_sites write, or "
             "choose a Transformer classifier such as ViT or BERT."
         )

@@ -6,16 +6,16 @@ old places, so that whatever happens between the layers keeps its shape (rotary 
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .neurons import PAD, AttentionSite, FeedForwardSite, NeuronSite, Rows, layer_features
+from .neurons import PAD, AttentionSite, ChannelSite, FeedForwardSite, NeuronSite, Rows
+from .resizing import ScatterLinear as ScatterLinear
+from .resizing import resize_layer
 
 Keep = Mapping[str, Tensor]
 """Kept neurons of a site by part: sorted indices, int64."""
@@ -56,42 +56,6 @@ class SiteCut:
     layers: dict[str, LayerCut]
     head_tensors: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
-
-
-class ScatterLinear(nn.Module):
-    """A linear layer that reads some inputs and writes some outputs of a layer of the old outer shape.
-
-    Args:
-        in_features: Number of inputs that are read.
-        out_features: Number of outputs that are computed.
-        full_outputs: Width of the result, zeros elsewhere; `None` if all outputs are computed.
-        full_inputs: Width of what is given, of which `input_indices` says what is read; `None` if all is read.
-        has_bias: Whether there is a bias.
-    """
-
-    input_indices: Tensor | None
-    output_indices: Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, full_outputs: int | None, full_inputs: int | None, has_bias: bool
-    ) -> None:
-        super().__init__()
-        self.full_outputs, self.full_inputs = full_outputs, full_inputs
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
-        reads_some, computes_some = full_inputs is not None, full_outputs is not None
-        self.register_buffer("input_indices", torch.zeros(in_features, dtype=torch.long) if reads_some else None)
-        self.register_buffer("output_indices", torch.zeros(out_features, dtype=torch.long) if computes_some else None)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps (..., inputs) to (..., full outputs)."""
-        if self.input_indices is not None:
-            hidden_states = hidden_states.index_select(-1, self.input_indices)
-        outputs = nn.functional.linear(hidden_states, self.weight, self.bias)
-        if self.output_indices is None or self.full_outputs is None:
-            return outputs
-        full = outputs.new_zeros(*outputs.shape[:-1], self.full_outputs)
-        return full.index_copy(-1, self.output_indices, outputs)
 
 
 class RotaryAngles(nn.Module):
@@ -138,6 +102,8 @@ def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> Site
         cut = _scattered_cut(site, keep)
     elif isinstance(site, AttentionSite):
         cut = _dense_attention(site, keep)
+    elif isinstance(site, ChannelSite):
+        cut = _dense_channels(site, keep)
     else:
         cut = _dense_feed_forward(site, keep)
     for rows, part in site.produced():
@@ -150,7 +116,8 @@ def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> Site
         if not bool((scale == 1).all()):
             _scale_outputs(cut, rows.layer, rows.spread(scale))
     if static is not None:
-        cut.layers[site.output] = replace(cut.layers[site.output], input_scale=site.read_mask(static))
+        for reader in site.readers:
+            cut.layers[reader] = replace(cut.layers[reader], input_scale=site.input_scale(reader, static))
     return cut
 
 
@@ -166,6 +133,20 @@ def _dense_feed_forward(site: NeuronSite, keep: Keep) -> SiteCut:
         kept = _padded(kept, site.least_width)
     layers = _by_layer([(rows, kept) for rows in site.producers])
     return SiteCut({"intermediate": len(kept)}, {**layers, site.output: LayerCut(inputs=kept)})
+
+
+def _dense_channels(site: ChannelSite, keep: Keep) -> SiteCut:
+    kept = _padded(keep["channels"], max(site.least_width, len(keep["channels"])))
+    layers = {path: LayerCut(outputs=_shares(kept, each)) for path, each in site.outputs.items()}
+    for path, each in site.inputs.items():  # a layer may add to the channels that it reads
+        layers[path] = replace(layers.get(path, LayerCut()), inputs=_shares(kept, each))
+    return SiteCut({"channels": len(kept)}, layers)
+
+
+def _shares(kept: Tensor, each: int) -> Tensor:
+    """Indices of kept neurons' consecutive outputs or inputs, `each` of a neuron."""
+    places = kept[:, None] * each + torch.arange(each)
+    return torch.where(kept[:, None] == PAD, PAD, places).flatten()
 
 
 def _dense_attention(site: AttentionSite, keep: Keep) -> SiteCut:
@@ -272,8 +253,7 @@ def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
             "The config.json is damaged or belongs to another base model: save or download the module again."
         )
     is_dense = not site.cut_by.is_scattered
-    least = site.least_width if isinstance(site, FeedForwardSite) and is_dense else 0
-    least = 1 if isinstance(site, AttentionSite) and is_dense else least
+    least = max(site.least_width, int(isinstance(site, AttentionSite))) if is_dense else 0
     for name, width in widths.items():
         if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:
             raise ValueError(
@@ -304,6 +284,12 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
     """
     check_widths(site, widths)
     is_scattered = site.cut_by.is_scattered
+    if isinstance(site, ChannelSite):
+        for path, each in site.outputs.items():
+            resize_layer(model, path, outputs=widths["channels"] * each)
+        for path, each in site.inputs.items():
+            resize_layer(model, path, inputs=widths["channels"] * each)
+        return
     if isinstance(site, AttentionSite) and not is_scattered:
         _resize_dense(model, site, widths["key_value_heads"], widths["head_dim"])
         return
@@ -313,10 +299,9 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
         others = 0 if rows.layer in counts or not is_scattered else rows.layer_outputs
         kept = widths["intermediate"] if part == "units" else widths[part]
         counts[rows.layer] = counts.get(rows.layer, others) + kept - (rows.size if is_scattered else 0)
-    change = _scattered if is_scattered else _resized
     for path, count in counts.items():
-        _replace(model, path, partial(change, outputs=count))
-    _replace(model, site.output, partial(change, inputs=read))
+        resize_layer(model, path, outputs=count, is_scattered=is_scattered)
+    resize_layer(model, site.output, inputs=read, is_scattered=is_scattered)
 
 
 def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, head_dim: int) -> None:
@@ -326,8 +311,8 @@ def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, h
         count = heads if part == "query" else key_value_heads
         counts[rows.layer] = counts.get(rows.layer, 0) + count * head_dim
     for path, count in counts.items():
-        _replace(model, path, partial(_resized, outputs=count))
-    _replace(model, site.output, partial(_resized, inputs=heads * head_dim))
+        resize_layer(model, path, outputs=count)
+    resize_layer(model, site.output, inputs=heads * head_dim)
     attention = model.get_submodule(site.name)
     if site.head_dim_attribute is not None:
         setattr(attention, site.head_dim_attribute, head_dim)
@@ -346,47 +331,4 @@ def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, h
 
 def resize_head(model: nn.Module, path: str, num_labels: int) -> None:
     """Gives the head at `path` one output a label, in place; the new weights are not filled in."""
-    _replace(model, path, partial(_resized, outputs=num_labels))
-
-
-def _replace(model: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> None:
-    layer = model.get_submodule(path)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    with weight.device:
-        made = make(layer)
-    model.set_submodule(path, made.to(weight.device, weight.dtype).train(layer.training))
-
-
-def _resized(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
-    old_inputs, old_outputs = _features(layer)
-    inputs, outputs = old_inputs if inputs is None else inputs, old_outputs if outputs is None else outputs
-    # Made at width 1 and given empty weights: torch warns when it initialises a layer of no neurons.
-    if isinstance(layer, Conv1D):
-        conv = Conv1D(1, 1)
-        conv.nx, conv.nf = inputs, outputs
-        conv.weight, conv.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
-        return conv
-    linear = nn.Linear(1, 1, bias=layer.bias is not None)
-    linear.in_features, linear.out_features = inputs, outputs
-    linear.weight = nn.Parameter(torch.empty(outputs, inputs))
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(torch.empty(outputs))
-    return linear
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    features = layer_features(layer)
-    assert features is not None
-    return features
-
-
-def _scattered(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
-    full_inputs, full_outputs = _features(layer)
-    return ScatterLinear(
-        full_inputs if inputs is None else inputs,
-        full_outputs if outputs is None else outputs,
-        full_outputs=None if outputs is None else full_outputs,
-        full_inputs=None if inputs is None else full_inputs,
-        has_bias=layer.bias is not None,
-    )
+    resize_layer(model, path, outputs=num_labels)

@@ -156,13 +156,13 @@ def find_changes(
         resized: The model inside the module, likewise.
 
     Returns:
-        By path of the layer: the parameters of another shape (shapes as tuples) and the numbers among its attributes
+        By path of the layer: the tensors of another shape (shapes as tuples) and the numbers among its attributes
         that differ; the arguments of each `ScatterLinear`; the number of angles of each attention layer that has
         `RotaryAngles`.
 
     Raises:
-        UnsupportedArchitectureError: If a layer is neither of the plain model nor of these two kinds, or a buffer has
-            another shape.
+        UnsupportedArchitectureError: If a layer is neither of the plain model nor of these two kinds, or has other
+            tensors.
     """
     changes: dict[str, dict[str, Any]] = {}
     scattered: dict[str, dict[str, Any]] = {}
@@ -173,7 +173,7 @@ def find_changes(
             scattered[path] = _scatter_arguments(layer)
         elif isinstance(layer, RotaryAngles):
             rotary[path.removesuffix(f".{ROTARY_NAME}")] = len(layer.angle_indices)
-        elif path not in before or not _have_equal_buffers(before[path], layer):
+        elif path not in before or _tensors(before[path]).keys() != _tensors(layer).keys():
             raise UnsupportedArchitectureError(
                 f"Got a module whose layer {path!r} ({type(layer).__name__}) is none of the plain model with smaller "
                 "parameters; expected no other. Save the module without code."
@@ -194,19 +194,15 @@ def _scatter_arguments(layer: ScatterLinear) -> dict[str, Any]:
     }
 
 
-def _have_equal_buffers(before: nn.Module, after: nn.Module) -> bool:
-    shapes = [{name: value.shape for name, value in layer.named_buffers(recurse=False)} for layer in (before, after)]
-    names = [{name for name, _ in layer.named_parameters(recurse=False)} for layer in (before, after)]
-    return shapes[0] == shapes[1] and names[0] == names[1]
+def _tensors(layer: nn.Module) -> dict[tuple[str, bool], tuple[int, ...]]:
+    """Shapes of a layer's own tensors by name and whether it is a parameter."""
+    parameters = {(name, True): tuple(value.shape) for name, value in layer.named_parameters(recurse=False)}
+    return parameters | {(name, False): tuple(value.shape) for name, value in layer.named_buffers(recurse=False)}
 
 
 def _layer_changes(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    shapes = dict(before.named_parameters(recurse=False))
-    found: dict[str, Any] = {
-        name: tuple(parameter.shape)
-        for name, parameter in after.named_parameters(recurse=False)
-        if parameter.shape != shapes[name].shape
-    }
+    shapes = _tensors(before)
+    found: dict[str, Any] = {key[0]: shape for key, shape in _tensors(after).items() if shape != shapes[key]}
     values = vars(before)
     found.update(
         {

@@ -173,7 +173,7 @@ def attach_masks(
         label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
-        sites=None if sites is None else [{"key": site.key, "back_end": site.back_end} for site in sites],
+        sites=None if sites is None else [site.entry for site in sites],
         problem_type=base_config.problem_type or "single_label_classification",
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]

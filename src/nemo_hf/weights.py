@@ -1,12 +1,13 @@
 """Cuts of named tensors: how each of a module's tensors comes from the parent's, in memory or in a file."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .neurons import PAD
+from .resizing import CHANNEL_NORMS, NORM_TENSORS
 from .slicing import LayerCut, SiteCut
 
 
@@ -41,17 +42,30 @@ def tensor_cuts(model: nn.Module, cuts: Sequence[SiteCut], heads: Mapping[str, T
     tensors: dict[str, TensorCut] = {}
     for cut in cuts:
         for path, layer_cut in cut.layers.items():
-            tensors.update(_layer_tensors(model, path, layer_cut))
+            _add(tensors, _layer_tensors(model, path, layer_cut))
         for path, index in cut.head_tensors.items():
             tensors[path] = TensorCut({model.get_parameter(path).ndim - 1: index})
         tensors.update({name: TensorCut(constant=tensor) for name, tensor in cut.constants.items()})
     for path, index in heads.items():
-        tensors.update(_layer_tensors(model, path, LayerCut(outputs=index)))
+        _add(tensors, _layer_tensors(model, path, LayerCut(outputs=index)))
     return tensors
+
+
+def _add(tensors: dict[str, TensorCut], more: Mapping[str, TensorCut]) -> None:
+    """Adds cuts; a layer that reads the neurons of one site and makes those of another is cut on both sides."""
+    for name, cut in more.items():
+        before = tensors.get(name)
+        if before is not None:
+            cut = replace(cut, indices={**before.indices, **cut.indices}, scales={**before.scales, **cut.scales})
+        tensors[name] = cut
 
 
 def _layer_tensors(model: nn.Module, path: str, cut: LayerCut) -> dict[str, TensorCut]:
     layer = model.get_submodule(path)
+    if isinstance(layer, CHANNEL_NORMS):
+        assert cut.outputs is not None
+        names = [name for name in NORM_TENSORS if getattr(layer, name) is not None]
+        return {f"{path}.{name}": TensorCut({0: cut.outputs}) for name in names}
     is_transposed = isinstance(layer, Conv1D)  # its weight is (inputs, outputs)
     output_dim, input_dim = (1, 0) if is_transposed else (0, 1)
     sides = ((output_dim, cut.outputs, cut.output_scale), (input_dim, cut.inputs, cut.input_scale))
