@@ -153,3 +153,20 @@ def test_the_custom_model_comes_apart(tmp_path):
     assert "'body.0.back:ffn': 'dense'" in printed
     assert "['0', '1'] cut on load" in printed
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("model", "objective"), [("simcnn", "ours"), ("rescnn", "plain")])
+def test_the_papers_models_are_trained_on_local_files(model, objective, tmp_path):
+    generator = np.random.default_rng(0)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "ship"])})
+    for split, count in (("train", 40), ("test", 12)):
+        pictures = [Image.fromarray(pixels) for pixels in generator.integers(0, 255, (count, 32, 32, 3), np.uint8)]
+        rows = {"img": pictures, "label": [index % 3 for index in range(count)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}-00000.parquet")
+    words = ["--model", model, "--objective", objective, "--data", str(tmp_path), "--width", "4", "--output_dir", "out"]
+    out = run("paper/train.py", *words, "--modules", "cat+dog", "--learning_rate", "1e-3", cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 <= results["metrics"]["eval_accuracy"] <= 1
+    assert len(results["modules"]) == (objective != "plain")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert ("cat,dog" in out) == (objective != "plain")

@@ -1,7 +1,7 @@
 """Tries every classification family of transformers: masks, exact cuts, files, training. Writes the support table.
 
     python examples/benchmarks/families.py                      # all of them, about eight minutes on one core
-    python examples/benchmarks/families.py --families bert vit  # prints these, writes nothing
+    python examples/benchmarks/families.py --families bert vit  # prints these, writes nothing; with --update their rows
     python examples/benchmarks/families.py --render             # the table from the JSON alone
 
 Writes docs/supported_models.json and, from it, docs/supported_models.md.
@@ -31,7 +31,8 @@ from nemo_hf.probing import random_keep
 from nemo_hf.sites import find_sites
 
 DOCS = Path(__file__).parents[2] / "docs"
-KINDS = ("attention", "ffn")
+KINDS = ("attention", "ffn", "conv")
+TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
 SPREADS = (0.15, 0.3, 0.6)
 """Spreads of the random weights, tried until the masks of each kind move the logits visibly."""
 
@@ -55,7 +56,7 @@ def effects(parent) -> dict[str, dict[str, float]]:
 def attach(model: PreTrainedModel) -> tuple:
     """The parent of as many kinds of neurons as can be cut exactly, or none, and why others can't."""
     reasons = {}
-    for targets in (KINDS, ("ffn",), ("attention",)):
+    for targets in TRIED:
         try:
             parent = make_parent(copy.deepcopy(model), NeMoConfig(targets=targets, relevance_threshold=0.6))
         except UnsupportedArchitectureError as error:
@@ -75,6 +76,10 @@ def whole(model: PreTrainedModel, parent, reasons: dict[str, str]) -> dict[str, 
     remarks = {"ffn": "experts in one tensor, to which tokens of all samples go"} if has_experts(model) else {}
     for kind in KINDS:
         if parent is not None and any(site.kind == kind for site in parent.sites):
+            continue
+        if kind == "conv":
+            if parent is None and any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules()):
+                remarks[kind] = reasons[kind]
             continue
         if kind not in str(reasons) and "no neuron sites" not in str(reasons):
             if kind in remarks:
@@ -171,6 +176,7 @@ def check(task: str, model_type: str, class_name: str) -> dict:
 
 REMARKS = (
     ("no such layers by name", "none known"),
+    ("Channels of convolutions stay whole", "channels are mixed by norms"),
     ("leaves all logits as they are", "without effect here"),
     ("experts", "routed experts stay whole"),
     ("its layers are never called", "weights read without a call"),
@@ -189,12 +195,13 @@ def remark(text: str) -> str:
 def rendered(data: dict) -> str:
     """The support table, from the sweep's data."""
     rows = data["families"]
-    header = ["model type", "class", "attention", "feed-forward", "remark"]
+    header = ["model type", "class", "attention", "feed-forward", "channels", "remark"]
     lines = [header, ["---"] * len(header)]
     for row in sorted(rows, key=lambda row: (row["model_type"], row["class"])):
         cells = [", ".join(row[kind]["back_ends"]) if kind in row else "-" for kind in KINDS]
         reasons = row.get("whole", {})
-        remarks = [f"{kind}: {remark(text)}" for kind, text in reasons.items()]
+        # Most models have some convolution, such as that of their patches, whose channels are no neurons.
+        remarks = [f"{kind}: {remark(text)}" for kind, text in reasons.items() if kind != "conv"]
         if row["status"] != "supported":
             words = {remark(text) for text in reasons.values()} or {row.get("remark", "")}
             remarks = [f"{row['status']}: {', '.join(sorted(words))}"]
@@ -215,6 +222,7 @@ def summary(rows: list[dict]) -> dict[str, int]:
         "feed_forward": sum("ffn" in row for row in supported),
         "attention": sum("attention" in row for row in supported),
         "dense": len(dense),
+        "channels": sum("conv" in row for row in supported),
     }
 
 
@@ -222,6 +230,7 @@ def main() -> None:
     """Runs the sweep and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=[])
+    parser.add_argument("--update", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     path = DOCS / "supported_models.json"
@@ -240,7 +249,11 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(class_name, *(rows[-1].get(k, {}).get("back_ends", "-") for k in KINDS), rows[-1]["status"],
                   f"{seconds:.1f} s", flush=True)  # fmt: skip
-        if options.families:
+        if options.families and options.update:
+            tried = {(row["task"], row["class"]): row for row in rows}
+            written = json.loads(path.read_text())["families"]
+            rows = [tried.get((row["task"], row["class"]), row) for row in written]
+        elif options.families:
             print(json.dumps(rows, indent=1))
             return
         made_with = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
