@@ -200,8 +200,10 @@ def rendered(data: dict) -> str:
     for row in sorted(rows, key=lambda row: (row["model_type"], row["class"])):
         cells = [", ".join(row[kind]["back_ends"]) if kind in row else "-" for kind in KINDS]
         reasons = row.get("whole", {})
-        # Most models have some convolution, such as that of their patches, whose channels are no neurons.
-        remarks = [f"{kind}: {remark(text)}" for kind, text in reasons.items() if kind != "conv"]
+        # Most models have some convolution, such as that of their patches, whose channels are no neurons; and those of
+        # convolutions have nothing else.
+        told = {kind: remark(text) for kind, text in reasons.items() if kind != "conv"}
+        remarks = [f"{kind}: {text}" for kind, text in told.items() if "conv" not in row or text != "none known"]
         if row["status"] != "supported":
             words = {remark(text) for text in reasons.values()} or {row.get("remark", "")}
             remarks = [f"{row['status']}: {', '.join(sorted(words))}"]

@@ -79,8 +79,8 @@ def support_line() -> str:
     dense = [row for row in found["attention"] if "scatter" not in str(row["attention"]["back_ends"])]
     return (
         f"Of {len(families)} families, feed-forward neurons are cut exactly in {len(found['ffn'])} and attention in "
-        f"{len(found['attention'])}, of these {len(dense)} dense throughout; channels of convolutions in "
-        f"{len(found['conv'])}."
+        f"{len(found['attention'])}, of these {len(dense)} dense throughout;\n"
+        f"channels of convolutions in {len(found['conv'])}."
     )
 
 
