@@ -393,6 +393,11 @@ def test_other_layers_than_those_of_the_same_channels_are_refused(change, messag
         (lambda entry: entry["site"].update(kind="pooling"), "expected a mapping with 'kind'"),
         (lambda entry: entry["site"].update(readers=["classifier.weight"]), "which the model has not|no layer has"),
         (lambda entry: entry["site"].update(readers=entry["site"]["producers"]), "the same number of channels|widths"),
+        (lambda entry: entry["site"].update(readers=["*" * 30]), "whole paths there"),
+        (
+            lambda entry: entry["site"].update(readers=["features.7"]),
+            "two sites of the channels that 'features.7' .* reads",
+        ),
     ],
 )
 def test_a_damaged_list_of_sites_is_told(damage, message, tmp_path):
@@ -410,6 +415,14 @@ def test_transformers_have_no_other_sites_than_before(vit):
     parent = make_parent(vit)
     assert {site.kind for site in parent.sites} == {"attention", "ffn"}
     assert all(set(entry) == {"key", "back_end"} for entry in parent.config.sites)
+
+
+def test_kinds_that_a_parent_has_not_may_be_asked_for_again(vit):
+    parent = make_parent(vit, NeMoConfig(targets=["attention", "ffn"]))
+    parent.set_nemo_config(NeMoConfig(warmup_ratio=0.3))
+    assert parent.nemo_config.warmup_ratio == 0.3
+    with pytest.raises(ValueError, match="targets"):
+        parent.set_nemo_config(NeMoConfig(targets=["ffn", "conv"]))
 
 
 def test_channels_and_other_neurons_live_in_one_model():

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .config import LAYER_LISTS, LAYOUTS, NeMoConfig, checked_site
 from .layouts import attention_site, channel_site, feed_forward_site, fused_rows, head_count, inputs_of, separate_rows
-from .neurons import NeuronSite, layer_features
+from .neurons import ChannelSite, NeuronSite, layer_features
 from .sites import find_sites
 
 PATHS = ("output", "query", "key", "value", "fused", "layer", "pooled")
@@ -35,7 +35,7 @@ def model_sites(
     """
     if nemo_config.sites is None:
         by_name = find_sites(model, nemo_config.targets, None if traced else reason)
-        return [*by_name, *(site for description in traced for site in described_sites(model, description))]
+        return _apart([*by_name, *(site for one in traced for site in described_sites(model, one))])
     sites = [
         site
         for description in nemo_config.sites
@@ -49,6 +49,19 @@ def model_sites(
             f"Got NeMoConfig(sites=[...]) with {repeated[0] + ' twice' if repeated else 'no site of these targets'}; "
             "expected each site once. Remove the description that repeats it, or name other targets."
         )
+    return _apart(sites)
+
+
+def _apart(sites: list[NeuronSite]) -> list[NeuronSite]:
+    """The sites, if no layer makes, or reads, the channels of two of them."""
+    channels = [site for site in sites if isinstance(site, ChannelSite)]
+    for paths in ([path for site in channels for path in site.outputs], [p for site in channels for p in site.inputs]):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        if twice:
+            raise ValueError(
+                f"Got two sites of the channels that {twice[0]!r} makes or reads; expected one for each layer. "
+                "Put its channels into one description."
+            )
     return sites
 
 
@@ -65,7 +78,13 @@ def described_entries(entries: Any) -> list[dict[str, Any]]:
         ValueError: If one of them is none of a site.
     """
     found = [entry["site"] for entry in entries or [] if isinstance(entry, dict) and "site" in entry]
-    return [checked_site(description) for description in found]
+    checked = [checked_site(description) for description in found]
+    if any("*" in path for site in checked for key in LAYER_LISTS for path in site.get(key, [])):
+        raise ValueError(
+            "Got '*' in the paths of a site in config.json; expected whole paths there. The file is damaged: save the "
+            "model again."
+        )
+    return checked
 
 
 def described_sites(model: PreTrainedModel, description: Mapping[str, Any]) -> list[NeuronSite]:
