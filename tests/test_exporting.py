@@ -315,6 +315,21 @@ def test_a_wrong_onnx_file_is_not_moved_into_place(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_onnx_file_that_gives_no_numbers_is_refused(monkeypatch, tmp_path):
+    module = cut_module("vit")
+
+    def runs(**inputs):
+        with torch.no_grad():
+            right = module(**inputs).logits
+        return [torch.full_like(right, torch.nan) if len(right) == 1 else right]
+
+    monkeypatch.setattr("nemo_hf.tracing._trace", lambda *arguments: None)
+    monkeypatch.setattr("nemo_hf.tracing.OnnxRunner", lambda path, threads: runs)
+    with pytest.raises(UnsupportedArchitectureError, match=r"differ from the module's by nan; expected at most"):
+        module.export_onnx(tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_what_can_not_be_traced_says_so(monkeypatch, tmp_path):
     def fails(*arguments, **options):
         raise RuntimeError("a branch on data\nwith details")
