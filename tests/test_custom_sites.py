@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,9 @@ BAD = [
     ({"kind": "attention", "fused": "a", "output": "c", "heads": 0}, "expected a positive integer"),
     ({"kind": "attention", "fused": "a", "output": "c", "layout": "mixed"}, "expected one of"),
     ({"kind": "attention", "fused": "a", "output": "c", "colour": "red"}, "expected the keys"),
+    ({"kind": "ffn", "producers": ["a"], "output": "*" * 9 + ".@"}, "one whole part of a path"),
+    ({"kind": "ffn", "producers": ["a.*_b"], "output": "a.*.b"}, "one whole part of a path"),
+    ({"kind": "ffn", "producers": ["a"], "output": "b", "pooled": "c.**"}, "one whole part of a path"),
 ]
 
 
@@ -276,6 +280,20 @@ def test_sites_must_be_a_list(sites):
 def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
     with pytest.raises(ValueError, match=message.replace("*.", r"\*\.") if "no layer" in message else message):
         make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[1], **changes}]))
+
+
+@pytest.mark.parametrize("output", ["*." * 5_000 + "fc2", "*.*.*.*.nothing", "vit.layers.*", "*"])
+def test_a_star_is_one_part_and_is_sought_in_little_time(vit, output):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"which no layer has|expected a linear layer"):
+        described_sites(vit, {**VIT_SITES[1], "output": output})
+    assert time.monotonic() - start < 5
+
+
+def test_stars_are_filled_in_order(vit):
+    description = {"kind": "ffn", "producers": ["*.layers.*.mlp.fc1"], "output": "*.layers.*.mlp.fc2"}
+    expected = described_sites(vit, VIT_SITES[1])
+    assert [site.key for site in described_sites(vit, description)] == [site.key for site in expected]
 
 
 def test_heads_that_don_t_divide_the_width_are_refused(vit):

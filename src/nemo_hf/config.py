@@ -66,8 +66,8 @@ class NeMoConfig:
         group_column: Name of a training data set column that holds each sample's group. It must be a
             function of the label.
         sites: Where neurons are, for architectures that are not known by the names of their layers: one
-            description a site, in place of those that would be found. `"*"` stands for one part of a path, so
-            that one description serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
+            description a site, in place of those that would be found. `"*"` stands for one whole part of a path,
+            so that one description serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
             "output": ...}`. Attention: `{"kind": "attention", "query": ..., "key": ..., "value": ...,
             "output": ..., "heads": 12}`, or `"fused": ...` with `"layout"` (`"one after another"`, the
             default, or `"by key/value head"`) in place of the three. Optional: `layer`, the attention layer
@@ -250,6 +250,12 @@ def checked_site(site: Any) -> dict[str, Any]:
         isinstance(path, str) and path for path in [*paths, *(path for layers in lists.values() for path in layers)]
     ):
         raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
+    for path in [*paths, *(path for layers in lists.values() for path in layers)]:
+        if any("*" in part and part != "*" for part in path.split(".")):
+            raise ValueError(
+                f"Got the path {path[:200]!r} in a site; expected each '*' to stand for one whole part of a path, as "
+                "in 'blocks.*.fc1'. Put a dot around it, or write a description for each layer."
+            )
     return {**site, **{key: list(layers) for key, layers in lists.items()}}
 
 

@@ -1,6 +1,5 @@
 """Sites that a user describes, for architectures whose layers have other names than those in `sites`."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ def described_sites(model: PreTrainedModel, description: Mapping[str, Any]) -> l
 
     Args:
         model: A plain classification model.
-        description: The description; `"*"` in its paths stands for one part of a path.
+        description: The description; `"*"` in its paths stands for one whole part of a path.
 
     Returns:
         One site for each way in which the paths fit.
@@ -105,8 +104,13 @@ def described_sites(model: PreTrainedModel, description: Mapping[str, Any]) -> l
 
 def _expanded(model: PreTrainedModel, description: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     anchor = description["output"] if "output" in description else description["readers"][0]
-    pattern = re.compile(re.escape(anchor).replace(r"\*", r"([^.]+)"))
-    matches = [match for name, _ in model.named_modules() if (match := pattern.fullmatch(name))]
+    wanted = anchor.split(".")
+    names = [name.split(".") for name, _ in model.named_modules() if name]
+    matches = [
+        [part for part, want in zip(parts, wanted, strict=True) if want == "*"]
+        for parts in names
+        if len(parts) == len(wanted) and all(want in ("*", part) for part, want in zip(parts, wanted, strict=True))
+    ]
     if not matches:
         linear = [name for name, layer in model.named_modules() if layer_features(layer)]
         raise ValueError(
@@ -115,10 +119,9 @@ def _expanded(model: PreTrainedModel, description: Mapping[str, Any]) -> Iterato
         )
     for match in matches:
 
-        def fill(path: str, parts: Sequence[str] = match.groups()) -> str:
-            for part in parts if "*" in path else ():
-                path = path.replace("*", part, 1)
-            return path
+        def fill(path: str, stars: Sequence[str] = match) -> str:
+            left = iter(stars)
+            return ".".join(next(left, part) if part == "*" else part for part in path.split("."))
 
         concrete = {key: fill(value) if key in PATHS else value for key, value in description.items()}
         yield concrete | {key: [fill(path) for path in description[key]] for key in LAYER_LISTS if key in description}

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def save_plain(
     module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
 ) -> PlainExport:
-    """Does what `ExportMixin.save_plain` says, as a function of the module."""
+    """Does what `Doors.save_plain` says, as a function of the module."""
     check_is_module(module)
     plain_class = module.config.plain_class
     if getattr(transformers, plain_class.__name__, None) is not plain_class:
