@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from nemo_hf.files import WeightFiles, processor_files, replaced_directory, write_json
 from nemo_hf.slicing import PAD
-from nemo_hf.sources import find_file, read_companions
+from nemo_hf.sources import find_file, read_companions, recorded_names
 from nemo_hf.tasks import attach_masks
 from nemo_hf.weights import TensorCut
 
@@ -208,3 +208,20 @@ def test_a_processor_s_files_travel_by_name(tmp_path):
     assert read_companions(tmp_path, {}) == (files, None)
     write_json(tmp_path / "report.json", {"accuracy": 1.0})
     assert read_companions(tmp_path, {}) == (files, {"accuracy": 1.0})
+
+
+def test_files_of_a_processor_are_read_by_the_names_that_are_recorded(tmp_path):
+    files = {"dict.txt": b"a", "spm_char.model": b"b", "entity_vocab.json": b"{}"}
+    for name, content in {**files, "vocab.txt": b"c"}.items():
+        (tmp_path / name).write_bytes(content)
+    names = recorded_names(files)
+    assert names == sorted(files)
+    assert read_companions(tmp_path, {}, names) == (files, None)
+    assert read_companions(tmp_path, {}, [*names, "bpe.codes"]) == (files, None)
+    assert read_companions(tmp_path, {}) == ({"vocab.txt": b"c"}, None)
+    assert read_companions(tmp_path, {}, []) == ({}, None)
+
+
+def test_code_and_weights_are_no_files_of_a_processor():
+    assert recorded_names({"tokenization_own.py": b"", "vocab.txt": b"", "model.safetensors": b""}) == ["vocab.txt"]
+    assert recorded_names({}) is None

@@ -196,6 +196,13 @@ WRONG = {
     ("base_class",): (3, None, [], "ViTModel", "BertForSequenceClassification"),
     ("parent",): (3, ["me/parent"]),
     ("training",): (3, []),
+    ("processor_files",): (
+        *(3, "vocab.txt", {"vocab.txt": 1}, [3], [None], [""], ["vocab.txt"] * 2, ["vocab.txt", "VOCAB.TXT"]),
+        *(["../vocab.txt"], ["a/b.txt"], ["/etc/passwd"], ["a\\b.txt"], [".."], [".hidden"], ["a\nb"], ["n" * 101]),
+        *(["config.json"], ["Config.JSON"], ["report.json"], ["README.md"], ["adapter_config.json"], ["code.py"]),
+        *(["model.safetensors"], ["model.safetensors.index.json"], ["pytorch_model.bin"], ["a.pkl"]),
+        [f"file{index}" for index in range(33)],
+    ),
     ("round_to",): ("8", -1, 2.5),
     ("role",): (3, None, "both"),
     ("nemo_config",): (3, [], {"targets": 3}, {"temperature": float("nan")}, {"sites": [3]}, {"sites": 3}),

@@ -1,6 +1,7 @@
 """Parents and modules as transformers models: pipelines, processors, Auto classes, fine-tuning."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,30 @@ def test_processor_and_report_are_saved_restored_and_saved_alike(family, tmp_pat
     assert set(parent.processor_files) < set(files)
     assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in files)
+
+
+class OddTokenizer:
+    """Writes files of other names than most."""
+
+    names = ("bpe.codes", "byte_maps.json", "dict.txt", "entity_vocab.json", "prophetnet.tokenizer", "spm_char.model")
+
+    def save_pretrained(self, directory):
+        for name in self.names:
+            Path(directory, name).write_bytes(name.encode())
+
+
+def test_files_of_any_processor_come_back(vit, tmp_path):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path / "none")
+    assert json.loads((tmp_path / "none" / "config.json").read_text())["processor_files"] is None
+    parent.attach_processor(OddTokenizer())
+    parent.save_pretrained(tmp_path / "parent")
+    expected = {name: name.encode() for name in OddTokenizer.names}
+    for options in ({}, {"labels": [0, 1]}):
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", **options)
+        assert loaded.processor_files == expected
+        loaded.save_pretrained(tmp_path / "again")
+        assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").processor_files == expected
 
 
 def test_saved_directories_hold_safetensors_and_json_only(vit, tmp_path):

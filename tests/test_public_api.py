@@ -84,7 +84,7 @@ FIELDS = {
     "NeMoModelConfig": [
         *["base_config", "base_class", "role", "nemo_config", "label_groups", "label_ids", "sites"],
         *["relevance_source", "parent", "relevance_threshold", "round_to", "retained_neurons", "law", "rejection"],
-        *["is_tuned", "training"],
+        *["is_tuned", "training", "processor_files"],
     ],
 }
 ROOMS = [

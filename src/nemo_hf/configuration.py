@@ -51,6 +51,7 @@ class NeMoModelConfig(PreTrainedConfig):
         rejection: Module: what `calibrate_rejection` found, or `None`.
         is_tuned: Module: whether it was trained further since it was cut.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
+        processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
     """
 
     model_type = "nemo_hf"
@@ -73,6 +74,7 @@ class NeMoModelConfig(PreTrainedConfig):
     rejection: dict | None = None  # type: ignore[type-arg]
     is_tuned: bool = False
     training: dict | None = None  # type: ignore[type-arg]
+    processor_files: list | None = None  # type: ignore[type-arg]
 
     @property
     def names(self) -> dict[int, str]:

@@ -238,7 +238,7 @@ def cut_on_load(
     if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":
         dtype = kwargs["dtype"]
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    module.processor_files, _ = read_companions(source, hub_options)
+    module.processor_files, _ = read_companions(source, hub_options, config.processor_files)
     # Checked when the parent was made, on another cut of the same structure.
     module.config.law = {**config.law, "source": "parent"} if config.law else None
     if verify:

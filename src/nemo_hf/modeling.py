@@ -27,7 +27,7 @@ from .neurons import NeuronSite, with_back_ends
 from .rejection import rejection_scores
 from .sites import find_heads
 from .slicing import ScatterLinear, resize, resize_head
-from .sources import REPORT_NAME, read_companions
+from .sources import REPORT_NAME, read_companions, recorded_names
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -308,6 +308,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         base_config = self.config.base_config
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
+        self.config.processor_files = recorded_names(self.processor_files)
         if kwargs.get("is_main_process", True):
             with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME, CODE_NAME)) as temporary:
                 super().save_pretrained(temporary, **kwargs)
@@ -379,7 +380,7 @@ class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
         check_loaded(str(source), info)
         check_values(model)
         if source is not None:
-            model.processor_files, model.report = read_companions(source, hub_options)
+            model.processor_files, model.report = read_companions(source, hub_options, model.config.processor_files)
         result: Self = loaded if wants_info else model
         return result
 

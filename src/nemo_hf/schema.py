@@ -31,6 +31,19 @@ LOADING_KEYS = (
 PROBLEMS = ("single_label_classification", "multi_label_classification")
 SOURCES = ("initial", "running", "exact")
 REJECTION_KEYS = {"weight", "bias", "threshold"}
+MOST_COMPANIONS = 32
+COMPANION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+NO_COMPANIONS = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "report.json",
+    "readme.md",
+    "neurons.png",
+)
+"""Names in a model's directory, in lower case, that no file of a processor has."""
+NO_COMPANION_ENDS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pkl", ".py")
+"""Ends of the names of weights and code."""
 REMEDY = "The config.json is damaged or of another version: save or download the model again."
 
 
@@ -160,6 +173,22 @@ def _is_rejection(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) >= REJECTION_KEYS and all(map(_is_finite, value.values()))
 
 
+def is_companion(name: Any) -> bool:
+    """Tells whether a file name can be that of a processor's file: no path, no weights, no code, no file of ours."""
+    if not isinstance(name, str) or not COMPANION_NAME.fullmatch(name):
+        return False
+    return name.lower() not in NO_COMPANIONS and not name.lower().endswith(NO_COMPANION_ENDS)
+
+
+def _are_companions(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_COMPANIONS
+        and all(map(is_companion, value))
+        and len({name.lower() for name in value}) == len(value)
+    )
+
+
 def _is_law(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(entry, (str, int, float)) for entry in value.values())
 
@@ -184,6 +213,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "relevance_threshold": (_is_share, "a number in [0, 1]"),
     "round_to": (_is_index, "a positive integer"),
     "training": (lambda value: isinstance(value, Mapping), "a mapping"),
+    "processor_files": (_are_companions, f"at most {MOST_COMPANIONS} different names of a processor's files"),
     "retained_neurons": (_is_share, "a number in [0, 1]"),
     "law": (_is_law, "a mapping of numbers"),
     "rejection": (_is_rejection, f"finite numbers for {sorted(REJECTION_KEYS)}"),

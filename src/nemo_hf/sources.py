@@ -7,14 +7,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils.hub import cached_file
 
-from .schema import leaves
+from .schema import is_companion, leaves
 
 REPORT_NAME = "report.json"
 PROCESSOR_FILES = (
@@ -32,7 +32,7 @@ PROCESSOR_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-"""Files that `save_pretrained` of tokenizers, image processors and feature extractors writes."""
+"""Usual files of tokenizers, image processors and feature extractors, where a configuration names none."""
 LARGEST_JSON = 16 * 2**20
 LARGEST_COMPANION = 512 * 2**20
 """Bytes of a tokenizer or image processor's file."""
@@ -145,11 +145,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
+    """Names of a processor's files that a configuration records, so that loading reads just these.
+
+    Args:
+        files: The files by name.
+
+    Returns:
+        The names in order, without those of code, weights and the model's own files; `None` if there are no files.
+    """
+    return sorted(filter(is_companion, files)) if files else None
+
+
 def read_companions(
-    source: str | Path, hub_options: Mapping[str, Any]
+    source: str | Path, hub_options: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """Reads the processor's files and the report that lie beside a model's weights."""
-    paths = {name: find_file(source, name, hub_options) for name in PROCESSOR_FILES}
+    """Reads the processor's files and the report that lie beside a model's weights.
+
+    Args:
+        source: Directory or Hub repository.
+        hub_options: Options of the Hub, such as `revision`.
+        names: Names of the processor's files; `None` looks for the usual ones.
+
+    Returns:
+        The content of the processor's files by name, without those that are missing, and the report or `None`.
+
+    Raises:
+        OSError: If a file is too large, can't be fetched or arrives damaged, or the report is no JSON mapping.
+    """
+    names = PROCESSOR_FILES if names is None else names
+    paths = {name: find_file(source, name, hub_options) for name in names}
     for name, path in paths.items():
         if path and path.stat().st_size > LARGEST_COMPANION:
             raise OSError(
