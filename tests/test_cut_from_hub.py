@@ -38,7 +38,7 @@ def saved(tmp_path_factory) -> Path:
         with torch.no_grad():
             next(iter(parent.model.parameters())).add_(seed)
         randomize_relevance(parent, seed)
-        parent.report = {"seed": seed}
+        parent.report = {"metrics": {"seed": seed}}
         parent.save_pretrained(root / name, **options)
     return root
 
@@ -119,7 +119,7 @@ def test_a_revision_is_that_commit_in_all_files(hub, api, saved):
     for revision, expected, report in ((first, before, 0), ("old", before, 0), ("main", after, 1), (None, after, 1)):
         assert_same(cut(REPO, revision=revision), expected)
         whole = NeMoForImageClassification.from_pretrained(REPO, revision=revision)
-        assert whole.report == {"seed": report}
+        assert whole.report == {"metrics": {"seed": report}}
     with pytest.raises(OSError, match="absent"):
         cut(REPO, revision="absent")
 

@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from nemo_hf.evaluation import ModuleReport
 from nemo_hf.files import WeightFiles, processor_files, replaced_directory, write_json
+from nemo_hf.schema import _MODULE_REPORT
 from nemo_hf.slicing import PAD
 from nemo_hf.sources import find_file, read_companions, recorded_names
 from nemo_hf.tasks import attach_masks
@@ -206,8 +209,8 @@ def test_a_processor_s_files_travel_by_name(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert read_companions(tmp_path, {}) == (files, None)
-    write_json(tmp_path / "report.json", {"accuracy": 1.0})
-    assert read_companions(tmp_path, {}) == (files, {"accuracy": 1.0})
+    write_json(tmp_path / "report.json", {"metrics": {"eval_accuracy": 1.0}})
+    assert read_companions(tmp_path, {}) == (files, {"metrics": {"eval_accuracy": 1.0}})
 
 
 def test_files_of_a_processor_are_read_by_the_names_that_are_recorded(tmp_path):
@@ -225,3 +228,57 @@ def test_files_of_a_processor_are_read_by_the_names_that_are_recorded(tmp_path):
 def test_code_and_weights_are_no_files_of_a_processor():
     assert recorded_names({"tokenization_own.py": b"", "vocab.txt": b"", "model.safetensors": b""}) == ["vocab.txt"]
     assert recorded_names({}) is None
+
+
+MODULE_REPORT = {
+    "labels": ["cat"],
+    "groups": ["cat"],
+    "accuracy": 0.5,
+    "parent_restricted_accuracy": 0.5,
+    "samples": 4,
+    "controls": {"empty": 0.5, "other": None},
+    "parameters": 1,
+    "parent_parameters": 2,
+    "megabytes": 0.1,
+    "parent_megabytes": 0.2,
+    "macs": 1,
+    "parent_macs": 2,
+    "neuron_retention_rate": 0.5,
+    "threshold": 0.5,
+    "weight_retention_rate": 0.5,
+    "latency_ms": {"1": 1.0},
+    "parent_latency_ms": {"1": 2.0},
+    "device": "cpu",
+    "input_shape": [3, 8, 8],
+    "seed": 0,
+    "rejection": {"auroc": None},
+}
+FORMATS = {"device": "cpu", "threads": 2, "latency_ms": {"plain": {"1": 1.0}}}
+
+
+def test_the_fields_of_a_report_are_those_of_the_class():
+    assert set(MODULE_REPORT) == set(_MODULE_REPORT) == {field.name for field in fields(ModuleReport)}
+
+
+@pytest.mark.parametrize("report", [MODULE_REPORT, {**MODULE_REPORT, "formats": FORMATS}, {"metrics": {}}])
+def test_right_reports_are_read(tmp_path, report, caplog):
+    write_json(tmp_path / "report.json", report)
+    assert read_companions(tmp_path, {})[1] == report
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        *({}, {"accuracy": 1.0}, {"metrics": 3}, {"metrics": {"a |\n\n# BUY": 1}}, {"metrics": {"a": 10**400}}),
+        *({name: value for name, value in MODULE_REPORT.items() if name != gone} for gone in MODULE_REPORT),
+        *({**MODULE_REPORT, name: wrong} for name in MODULE_REPORT for wrong in ("# BUY\n", [[3]], None)),
+        *({**MODULE_REPORT, "formats": wrong} for wrong in (3, {}, {**FORMATS, "latency_ms": {"plain": [1]}})),
+        {**MODULE_REPORT, "macs": 10**400},
+    ],
+    ids=lambda report: str(report)[:40],
+)
+def test_other_reports_are_left_out_with_a_warning(tmp_path, report, caplog):
+    write_json(tmp_path / "report.json", report)
+    assert read_companions(tmp_path, {}) == ({}, None)
+    assert "no report of a parent or module; expected" in caplog.text

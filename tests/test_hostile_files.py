@@ -181,6 +181,8 @@ def test_computed_tables_beyond_the_files_are_refused(saved, monkeypatch):
         refused(saved / kind, r"a model of 4\d{9} bytes", kind=kind)
 
 
+LAW = {"status": "verified", "difference": 1e-7, "tolerance": 1e-5, "effect": 0.5, "samples": 4}
+RUN = {"arguments": {"seed": 1, "lr_scheduler_kwargs": {"num_cycles": 2}}, "processes": 1, "samples": None}
 WRONG = {
     ("base_config",): (3, [], "x"),
     ("base_config", "model_type"): (3, None, ["vit"], {}),
@@ -195,7 +197,13 @@ WRONG = {
     ("base_config", "__dict__"): ({},),
     ("base_class",): (3, None, [], "ViTModel", "BertForSequenceClassification"),
     ("parent",): (3, ["me/parent"]),
-    ("training",): (3, []),
+    ("training",): (
+        *(3, [], {"processes": 1}, {"arguments": {}}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a b": 1}}),
+        *({**RUN, "arguments": {"seed": wrong}} for wrong in ("1\n\n# BUY", list(range(300)), {"a\n": 1})),
+        *({**RUN, "processes": "2"}, {**RUN, "processes": True}, {**RUN, "samples": "x"}, {**RUN, "samples": 10**400}),
+        *({**RUN, "base_model": 3}, {**RUN, "base_model": "a\nb"}, {**RUN, "command": ["x"]}),
+        *({**RUN, "datasets": "x"}, {**RUN, "datasets": [3]}, {**RUN, "versions": {"torch": 3}}),
+    ),
     ("processor_files",): (
         *(3, "vocab.txt", {"vocab.txt": 1}, [3], [None], [""], ["vocab.txt"] * 2, ["vocab.txt", "VOCAB.TXT"]),
         *(["../vocab.txt"], ["a/b.txt"], ["/etc/passwd"], ["a\\b.txt"], [".."], [".hidden"], ["a\nb"], ["n" * 101]),
@@ -210,7 +218,11 @@ WRONG = {
     ("id2label",): (3, {}, {"0": None}, {"1": "a", "2": "b"}, {"a": "b"}),
     ("label2id",): (3, {"a": "b"}),
     ("sites",): (3, [], [3], [{}], {"key": 1}),
-    ("law",): (3, [], {"difference": [1]}),
+    ("law",): (
+        *(3, [], {"difference": [1]}, {"status": "x"}, {"status": "verified"}, {**LAW, "status": "fine"}),
+        *({**LAW, "status": "verified |\n\n# BUY"}, {**LAW, "difference": "1"}, {**LAW, "effect": float("inf")}),
+        *({**LAW, "source": "# BUY"}, {**LAW, "samples": True}, {**LAW, "note": "# BUY"}),
+    ),
     ("rejection",): (3, {}, {"weight": 1.0}, {"weight": "1", "bias": 0, "threshold": 0.5}),
     ("relevance_source",): (3, None, "guessed"),
     ("relevance_threshold",): ("x", 3, -1, float("nan")),
@@ -232,6 +244,15 @@ WRONG = {
 def test_values_of_wrong_types_or_ranges_are_refused(saved, kind, keys, value):
     with changed(saved / kind, keys, value) as directory, pytest.raises(REFUSALS):
         load(directory, **LOADS[kind][-1])
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("key", "value"), [("law", LAW), ("law", {**LAW, "source": "parent"}), ("training", RUN), ("training", {})]
+)
+def test_right_records_are_read(saved, kind, key, value):
+    with changed(saved / kind, (key,), value) as directory:
+        assert getattr(load(directory)[0].config, key) == value
 
 
 @pytest.mark.parametrize("value", [[0, 0], [-1, 0], [0, 5], ["cat", "dog"], [True, False], [0], [0, 2], 3, None])
@@ -409,7 +430,7 @@ def test_mean_masks_that_are_no_shares_are_refused(saved, tmp_path, value):
 
 
 def test_a_record_of_training_may_hold_what_sizes_may_not(saved):
-    record = {"arguments": {"max_steps": 10**12, "push_to_hub": False, "eps": 3}, "loss": float("nan")}
+    record = {"processes": 1, "arguments": {"max_steps": 10**12, "push_to_hub": False, "eps": 3}, "loss": float("nan")}
     for kind in LOADS:
         with changed(saved / kind, ("training",), record) as directory:
             load(directory)

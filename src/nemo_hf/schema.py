@@ -30,6 +30,11 @@ LOADING_KEYS = (
 """Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice."""
 PROBLEMS = ("single_label_classification", "multi_label_classification")
 SOURCES = ("initial", "running", "exact")
+LAW_STATUSES = ("verified", "unverified")
+LAW_KEYS = {"status", "difference", "tolerance"}
+LONGEST_TEXT = 10_000
+MOST_VALUES = 200
+"""Options of a training, and values in one of them."""
 REJECTION_KEYS = {"weight", "bias", "threshold"}
 MOST_COMPANIONS = 32
 COMPANION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -58,7 +63,7 @@ def check_config(data: Mapping[str, Any]) -> None:
     """
     repeats: dict[str, int] = {}
     for path, value in leaves(data):
-        if path[:1] == ("training",):  # a record, from which nothing is built
+        if path[:1] == ("training",):  # a record, from which nothing is built; it has a check of its own
             continue
         _check_leaf(path, value)
         if path and REPEATED.search(path[-1]) and isinstance(value, int):
@@ -189,14 +194,119 @@ def _are_companions(value: Any) -> bool:
     )
 
 
+def _is_number(value: Any) -> bool:
+    """A number that can be computed with and shown; whole ones have no bound in JSON."""
+    return _is_finite(value) if isinstance(value, float) else _is_whole(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**63
+
+
+def _is_line(value: Any) -> bool:
+    """Text on one line, of a sane length."""
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
+
+
+def _are_lines(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_line, value))
+
+
+def _maps(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    """A mapping of lines of text to values that are right."""
+    return isinstance(value, Mapping) and all(_is_line(key) and is_right(entry) for key, entry in value.items())
+
+
 def _is_law(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(entry, (str, int, float)) for entry in value.values())
+    if not isinstance(value, Mapping) or not set(value) >= LAW_KEYS or value["status"] not in LAW_STATUSES:
+        return False
+    if value.get("source", "parent") != "parent":
+        return False
+    return all(_is_number(entry) for key, entry in value.items() if key not in ("status", "source"))
+
+
+def _is_option(value: Any) -> bool:
+    """What an option of a training may be: a plain value, or a few of them."""
+    if isinstance(value, (list, Mapping)):
+        entries = [entry for _, entry in leaves(value)]
+        names = value if isinstance(value, Mapping) else ()
+        return len(entries) <= MOST_VALUES and all(map(_is_line, names)) and all(map(_is_plain, entries))
+    return _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, Mapping)):  # its entries are values of their own among the leaves
+        return all(map(_is_line, value)) if isinstance(value, Mapping) else True
+    return value is None or isinstance(value, (bool, float)) or _is_whole(value) or _is_line(value)
+
+
+def _are_options(value: Any) -> bool:
+    return _maps(value, _is_option) and len(value) <= MOST_VALUES and all(name.isidentifier() for name in value)
+
+
+def _is_training(value: Any) -> bool:
+    if not isinstance(value, Mapping) or (value and not set(value) >= {"arguments", "processes"}):
+        return False
+    return all(is_right(value[name]) for name, is_right in _TRAINING.items() if name in value)
+
+
+def is_report(value: Mapping[str, Any]) -> bool:
+    """Tells whether a mapping can be the report of a parent or of a module.
+
+    Args:
+        value: What a report.json holds.
+
+    Returns:
+        Whether all that `ModuleReport.to_dict` gives is there, or the `metrics` of a parent, each of its type; entries
+        of other names may be anything.
+    """
+    if "metrics" in value:
+        return isinstance(value["metrics"], Mapping) and all(
+            _is_line(name) and not set("`|") & set(name) and (not isinstance(entry, int) or abs(entry) <= 2**63)
+            for name, entry in value["metrics"].items()
+        )
+    needed = all(name in value and is_right(value[name]) for name, is_right in _MODULE_REPORT.items())
+    return needed and ("formats" not in value or _are_formats(value["formats"]))
+
+
+def _are_formats(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and _is_line(value.get("device"))
+        and _is_whole(value.get("threads", 1))
+        and _maps(value.get("latency_ms"), lambda times: _maps(times, _is_number))
+    )
+
+
+def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_right(value)
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+_TRAINING: dict[str, Callable[[Any], bool]] = {
+    "arguments": _are_options,
+    "processes": lambda value: _is_whole(value) and value > 0,
+    "samples": _or_none(lambda value: _is_whole(value) and value >= 0),
+    "base_model": _or_none(_is_line),
+    "command": _or_none(_is_text),
+    "datasets": _are_lines,
+    "versions": lambda value: _maps(value, _is_line),
+}
+"""What a record of a training may hold; `provenance.training_record` makes it."""
+_MODULE_REPORT: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("labels", "groups"), lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    **dict.fromkeys(("accuracy", "parent_restricted_accuracy", "megabytes", "parent_megabytes"), _is_number),
+    **dict.fromkeys(("neuron_retention_rate", "weight_retention_rate", "threshold"), _is_number),
+    **dict.fromkeys(("samples", "parameters", "parent_parameters", "macs", "parent_macs", "seed"), _is_whole),
+    **dict.fromkeys(("controls", "rejection"), lambda value: _maps(value, _or_none(_is_number))),
+    **dict.fromkeys(("latency_ms", "parent_latency_ms"), lambda value: _maps(value, _is_number)),
+    "device": _is_line,
+    "input_shape": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+}
+"""What the report of a module holds; `ModuleReport` makes it."""
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_config": (lambda value: isinstance(value, Mapping) or hasattr(value, "model_type"), "a mapping"),
     "base_class": (_is_text, "the name of a class"),
@@ -212,9 +322,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "relevance_source": (lambda value: value in SOURCES, f"one of {list(SOURCES)}"),
     "relevance_threshold": (_is_share, "a number in [0, 1]"),
     "round_to": (_is_index, "a positive integer"),
-    "training": (lambda value: isinstance(value, Mapping), "a mapping"),
+    "training": (_is_training, f"a record of a training with {', '.join(_TRAINING)} of the right types"),
     "processor_files": (_are_companions, f"at most {MOST_COMPANIONS} different names of a processor's files"),
     "retained_neurons": (_is_share, "a number in [0, 1]"),
-    "law": (_is_law, "a mapping of numbers"),
+    "law": (_is_law, f"finite numbers for {sorted(LAW_KEYS - {'status'})} and a status, one of {list(LAW_STATUSES)}"),
     "rejection": (_is_rejection, f"finite numbers for {sorted(REJECTION_KEYS)}"),
 }

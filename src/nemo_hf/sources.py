@@ -5,6 +5,7 @@ They may come from a stranger. Paths don't leave their folder, and nothing is un
 
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils.hub import cached_file
 
-from .schema import is_companion, leaves
+from .schema import is_companion, is_report, leaves
+
+logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
 PROCESSOR_FILES = (
@@ -169,6 +172,7 @@ def read_companions(
 
     Returns:
         The content of the processor's files by name, without those that are missing, and the report or `None`.
+        A report that is none of a parent or module is left out with a warning: the model runs without.
 
     Raises:
         OSError: If a file is too large, can't be fetched or arrives damaged, or the report is no JSON mapping.
@@ -181,5 +185,14 @@ def read_companions(
                 f"Got {name!r} of {path.stat().st_size} bytes in {str(source)!r}; expected {LARGEST_COMPANION} "
                 "at most. Save the processor again."
             )
-    report = find_file(source, REPORT_NAME, hub_options)
-    return {name: path.read_bytes() for name, path in paths.items() if path}, read_json(report) if report else None
+    path = find_file(source, REPORT_NAME, hub_options)
+    report = read_json(path) if path else None
+    if report is not None and not is_report(report):
+        logger.warning(
+            "Got a %s in %r that is no report of a parent or module; expected the numbers that evaluation writes. "
+            "It is left out: evaluate the model again.",
+            REPORT_NAME,
+            str(source),
+        )
+        report = None
+    return {name: found.read_bytes() for name, found in paths.items() if found}, report
