@@ -20,7 +20,9 @@ class PlainExport:
         full_parameters: Number of parameters of the plain model at full width, with the module's labels.
         changes: Widths that differ from the parent's configuration, by attribute; `text_config.head_dim` is
             an attribute of a part.
-        difference: Largest difference between the logits of the two, in float32.
+        difference: Largest difference between the logits of the two, both in float32: of the plain model before its
+            weights are rounded to the module's dtype. It says whether the two compute the same function. Weights in
+            which a scale is folded are rounded once more in a half-precision file, and its logits differ by that too.
         tolerance: Largest difference that was allowed: 1e-5 times max(1, largest logit).
     """
 
