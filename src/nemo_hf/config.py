@@ -246,17 +246,19 @@ def checked_site(site: Any) -> dict[str, Any]:
         if isinstance(layers, str) or not isinstance(layers, Sequence) or not (layers or key == "passing"):
             raise ValueError(f"Got {key}={layers!r} in the site {dict(site)!r}; expected a list of layers.")
     paths = [site[key] for key in keys - {"heads", "is_rotary", "layout", *LAYER_LISTS}]
-    if not all(
-        isinstance(path, str) and path for path in [*paths, *(path for layers in lists.values() for path in layers)]
-    ):
+    _check_paths(site, [*paths, *(path for layers in lists.values() for path in layers)])
+    return {**site, **{key: list(layers) for key, layers in lists.items()}}
+
+
+def _check_paths(site: Mapping[str, Any], paths: Sequence[Any]) -> None:
+    if not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
-    for path in [*paths, *(path for layers in lists.values() for path in layers)]:
+    for path in paths:
         if any("*" in part and part != "*" for part in path.split(".")):
             raise ValueError(
                 f"Got the path {path[:200]!r} in a site; expected each '*' to stand for one whole part of a path, as "
                 "in 'blocks.*.fc1'. Put a dot around it, or write a description for each layer."
             )
-    return {**site, **{key: list(layers) for key, layers in lists.items()}}
 
 
 def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
