@@ -11,13 +11,13 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from .files import PROCESSOR_FILES, REPORT_NAME
+from .files import REPORT_NAME
 from .modeling import NeMoPreTrainedModel
 from .publishing import CARD_NAME, STALE, CardOptions, fetch_text, write_companions
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", REPORT_NAME, "config.json", *PROCESSOR_FILES)
+MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", REPORT_NAME, "config.json")
 
 
 class HubTrainer(Trainer):
@@ -118,7 +118,7 @@ class HubTrainer(Trainer):
         except OSError as error:  # training goes on without the Hub; the next push has all of it
             logger.warning("Got no answer of the Hub, so this checkpoint is not pushed: %s", error)
             return
-        for pattern in MODEL_FILES:
+        for pattern in (*MODEL_FILES, *self.parent.processor_files):
             for old in output.glob(pattern):
                 old.unlink()
             for file in checkpoint.glob(pattern):
