@@ -393,7 +393,7 @@ def test_other_layers_than_those_of_the_same_channels_are_refused(change, messag
         (lambda entry: entry["site"].update(kind="pooling"), "expected a mapping with 'kind'"),
         (lambda entry: entry["site"].update(readers=["classifier.weight"]), "which the model has not|no layer has"),
         (lambda entry: entry["site"].update(readers=entry["site"]["producers"]), "the same number of channels|widths"),
-        (lambda entry: entry["site"].update(readers=["*" * 30]), "whole paths there"),
+        (lambda entry: entry["site"].update(readers=["*" * 30]), "one whole part of a path"),
         (
             lambda entry: entry["site"].update(readers=["features.7"]),
             "two sites of the channels that 'features.7' .* reads",

@@ -132,7 +132,10 @@ def test_train_command_and_evaluate_command(text_folder, tmp_path, capsys, monke
     data = ["--dataset", str(text_folder), "--label_column", "intent", "--input_column", "text"]
     words = ["train", *data, "--model", str(tmp_path / "bert"), "--output_dir", str(tmp_path / "parent"), *COMMON]
     assert main([*words, "--nemo_config", '{"group_column": "domain"}']) == 0
-    assert json.loads((tmp_path / "parent" / "report.json").read_text())["nemo_config"]["group_column"] == "domain"
+    config = json.loads((tmp_path / "parent" / "config.json").read_text())
+    assert config["nemo_config"]["group_column"] == "domain"
+    assert config["training"]["command"].startswith("nemo-hf train --dataset")
+    assert "eval_accuracy" in json.loads((tmp_path / "parent" / "report.json").read_text())["metrics"]
     capsys.readouterr()
     output = tmp_path / "reports.json"
     words = ["evaluate", *data, "--parent", str(tmp_path / "parent"), "--labels", "one", "a+e", "--output", str(output)]

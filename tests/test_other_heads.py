@@ -134,6 +134,7 @@ def test_nemo_loss_takes_several_labels_a_sample():
 
 
 def test_relevance_counts_a_sample_in_each_of_its_groups():
+    torch.manual_seed(0)
     parent = make_parent(several_labels_vit(), NeMoConfig(label_groups=GROUPS)).eval()
     samples = several_label_samples()
     with torch.no_grad():  # close about half of the neurons
@@ -205,7 +206,7 @@ def test_a_rehearsed_step_runs_every_sample_as_the_module(tmp_path, monkeypatch)
         assert torch.equal(seen["static_masks"][mask.site.key] > 0, opened)
     allowed = torch.zeros(5, dtype=torch.bool).index_fill(0, rehearsed, True)
     task = restricted_binary_cross_entropy(output.logits, batch["labels"], allowed)
-    terms = trainer._mask_terms(output.neuron_masks, batch["labels"], task)
+    terms = trainer._mask_terms(output.neuron_masks, batch["labels"], len(batch["labels"]), task, 1.0)
     assert loss.item() == pytest.approx((task + terms).item(), rel=1e-5)
 
 

@@ -103,7 +103,7 @@ def test_a_step_that_keeps_others_ignorant_runs_every_sample_as_the_module(tmp_p
     assert seen.get("static_samples") is None
     in_module = torch.zeros(5, dtype=torch.bool).index_fill(0, trainer._rehearsed_groups(), True)
     task = specific_cross_entropy(output.logits, batch["labels"], in_module, 0.5)
-    terms = trainer._mask_terms(output.neuron_masks, batch["labels"], task)
+    terms = trainer._mask_terms(output.neuron_masks, batch["labels"], len(batch["labels"]), task, 1.0)
     assert loss.item() == pytest.approx((task + terms).item(), rel=1e-5)
 
 

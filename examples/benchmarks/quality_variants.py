@@ -147,14 +147,14 @@ class Budgets(NeMoTrainer):
 
     attention, ffn = 1.6, 0.4
 
-    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, *rest: Any) -> Tensor:
         for site in self.parent.sites:
             mask = neuron_masks[site.key]
             factor = self.attention if "query_key" in site.parts else self.ffn
             if mask.requires_grad:
                 mask = Scaled.apply(mask, factor)
             neuron_masks[site.key] = mask
-        return super()._mask_terms(neuron_masks, labels, task_loss)
+        return super()._mask_terms(neuron_masks, labels, *rest)
 
 
 class Scaled(torch.autograd.Function):
@@ -183,8 +183,8 @@ class PrototypeContrast(NeMoTrainer):
 
     weight = 1.0
 
-    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
-        terms = super()._mask_terms(neuron_masks, labels, task_loss)
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, *rest: Any) -> Tensor:
+        terms = super()._mask_terms(neuron_masks, labels, *rest)
         member = group_membership(labels, self._group_of_label, len(self.parent.config.groups)).float()
         member = member[:, member.sum(0) > 0]
         overlap = []
@@ -205,10 +205,10 @@ class Advantage(NeMoTrainer):
         """Root mean square over the batch of logits of shape (batch, labels)."""
         return centred.square().mean().add(1e-6).sqrt()
 
-    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, kept: int) -> Tensor:
         """As in `NeMoTrainer`, with another penalty on the samples of other labels."""
         if in_module is None or not bool((~in_module[labels]).any()):
-            return super()._task_loss(outputs, labels, in_module)
+            return super()._task_loss(outputs, labels, in_module, kept)
         own = in_module[labels]
         total = outputs.logits.sum() * 0.0
         if bool(own.any()):
@@ -238,8 +238,8 @@ class Exclusive(NeMoTrainer):
 
     least = 0.1
 
-    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, task_loss: Tensor) -> Tensor:
-        terms = super()._mask_terms(neuron_masks, labels, task_loss)
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, *rest: Any) -> Tensor:
+        terms = super()._mask_terms(neuron_masks, labels, *rest)
         groups = self._group_of_label[labels]
         change = []
         for mask in self.parent.masks.site_masks():
@@ -254,10 +254,10 @@ class Exclusive(NeMoTrainer):
 class OwnLabels(NeMoTrainer):
     """Rehearsed samples choose among the labels of the module only and not among all."""
 
-    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None) -> Tensor:
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, kept: int) -> Tensor:
         """As in `NeMoTrainer`, restricted."""
         if in_module is None:
-            return super()._task_loss(outputs, labels, in_module)
+            return super()._task_loss(outputs, labels, in_module, kept)
         allowed = in_module[None, :] | ~in_module[labels][:, None]
         return F.cross_entropy(outputs.logits.masked_fill(~allowed, float("-inf")), labels)
 
