@@ -20,7 +20,7 @@ from pathlib import Path
 from nemo_hf.cli import AUTO_CLASSES
 from nemo_hf.configuration import NeMoModelConfig, task_of
 from nemo_hf.exporting import compare_latency
-from nemo_hf.files import write_json
+from nemo_hf.files import write_json, write_text
 from nemo_hf.model_card import CardFacts, render_model_card
 from nemo_hf.modeling import NeMoPreTrainedModel
 from nemo_hf.publishing import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons
@@ -70,7 +70,7 @@ def main() -> None:
         options = CardOptions(given.parent, given.license, given.datasets)
         add(given.add, given.repo_id, options, given.parent_directory)
     for folder, card in rendered().items():
-        (CARDS / folder / CARD_NAME).write_text(card, encoding="utf-8")
+        write_text(CARDS / folder / CARD_NAME, card)
 
 
 if __name__ == "__main__":

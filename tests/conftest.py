@@ -1,7 +1,10 @@
 """Tiny random models of the nine families, and small data; everything offline."""
 
 import copy
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -164,3 +167,31 @@ def text_samples(count: int = 40, seed: int = 0) -> list[dict]:
         padded = torch.cat([ids, torch.zeros(12 - length, dtype=torch.long)])
         samples.append({"input_ids": padded, "attention_mask": (padded != 0).long(), "labels": index % 5})
     return samples
+
+
+def image_processor():
+    """Of the tiny image models."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+def tokenizer():
+    """Of the tiny text models: words w0 to w117."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(118))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def benchmark_script(name: str):
+    """A script of examples/benchmarks, as a module."""
+    folder = str(Path(__file__).parents[1] / "examples" / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)

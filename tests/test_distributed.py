@@ -20,7 +20,7 @@ from test_trainer import (
 from transformers import ViTConfig, ViTForImageClassification
 
 import nemo_hf.distributed
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
 from nemo_hf.config import OBJECTIVES
 from nemo_hf.described import model_sites
 from nemo_hf.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
@@ -233,6 +233,37 @@ def test_the_page_counts_as_the_library_does():
         ]
         assert f"{100 * counted[1] / counted[0]:.1f}" == share
         assert sum(site.neurons for site in sites) == int(neurons.replace(",", ""))
+
+
+def kept_for_backward(model) -> int:
+    """Bytes that a training step keeps beside the parameters, each tensor once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.train()(pixel_values=torch.zeros(4, 3, 224, 224), labels=torch.zeros(4, dtype=torch.long))
+    assert output.loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.slow  # a model of real size
+def test_the_page_measures_as_the_library_does():
+    config = ViTConfig(
+        hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=100,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    plain = ViTForImageClassification(config)
+    without = kept_for_backward(plain) / 4e6
+    masked = kept_for_backward(make_parent(plain)) / 4e6
+    page = (HERE.parent / "docs" / "many_devices.md").read_text(encoding="utf-8")
+    said = re.search(r"keeps ([\d.]+) MB a sample .*? and ([\d.]+) MB with.*?measured are ([\d.]+) MB", page, re.DOTALL)
+    assert [f"{without:.1f}", f"{masked:.1f}", f"{masked - without:.1f}"] == list(said.groups())
 
 
 @pytest.mark.slow  # starts two interpreters

@@ -6,33 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fresh, image_samples, randomize_relevance
+from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     pipeline,
 )
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent, nemo_loss
 from nemo_hf.inputs import random_inputs
-
-
-def image_processor():
-    return ViTImageProcessorPil(size={"height": 16, "width": 16})
-
-
-def tokenizer():
-    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(118))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
 def parent_of(plain, **options):

@@ -1,14 +1,12 @@
 """The experiment on ranged reads: its page, its arithmetic, and one small parent that is really read by ranges."""
 
-import importlib
 import json
 import struct
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import fresh
+from conftest import benchmark_script, fresh
 from hub_server import hub as hub
 from huggingface_hub import HfApi
 from huggingface_hub.utils import build_hf_headers, get_session
@@ -26,11 +24,7 @@ REPO = "me/parent"
 @pytest.fixture(scope="module")
 def script():
     """The script that makes the page, as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("ranged_reads")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return benchmark_script("ranged_reads")
 
 
 def prepared(script, layout: str, share: float = 0.3):

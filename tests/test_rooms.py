@@ -21,7 +21,18 @@ LEVELS = (
         "provenance",
         "schema",
     ),
-    ("layouts", "masking", "slicing", "planning", "data", "configuration", "metrics", "rejection", "doors", "sources"),
+    (
+        "layouts",
+        "masking",
+        "slicing",
+        "planning",
+        "data",
+        "configuration",
+        "metrics",
+        "rejection",
+        "export_mixin",
+        "sources",
+    ),
     ("sites", "weights", "rehearsal", "distributed", "calls", "convolutions"),
     ("described", "files", "restoring"),
     ("loading",),
@@ -42,7 +53,7 @@ LEVEL["__init__"] = LEVEL["__main__"] = len(LEVELS)
 # Methods of a model that lead to rooms above it.
 ALLOWED = {
     *(("modeling", room) for room in ("extraction", "standalone")),
-    *(("doors", room) for room in ("extraction", "publishing", "exporting", "tracing")),
+    *(("export_mixin", room) for room in ("extraction", "publishing", "exporting", "tracing")),
 }
 ROOMS = sorted(path.stem for path in SOURCE.rglob("*.py"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE, LABELS, fresh, randomize_relevance
+from conftest import IMAGE, LABELS, fresh, image_processor, randomize_relevance, tokenizer
 from hub_server import hub as hub
 from PIL import Image
 from torch import nn
@@ -76,22 +76,6 @@ def cut(plain, back_end=None, labels=("ship", "dog"), drop_head=False):
         chosen = {site.key: back_end for site in parent.sites if back_end in {b.name for b in site.back_ends}}
         parent.set_sites(with_back_ends(parent.sites, chosen))
     return parent.extract_module(list(labels))
-
-
-def image_processor():
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    return ViTImageProcessorPil(size={"height": 16, "width": 16})
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(118))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
 def calibrated(module):

@@ -1,10 +1,8 @@
 """Every classification family of transformers: what the support table says is so, and none is silently wrong."""
 
-import importlib
 import json
 import math
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import benchmark_script
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -46,11 +45,7 @@ ONE_OF_EACH_STRUCTURE = [
 @pytest.fixture(scope="module")
 def sweep():
     """The script that makes the table, as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("families")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return benchmark_script("families")
 
 
 def assert_sound(row: dict) -> None:

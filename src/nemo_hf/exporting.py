@@ -3,8 +3,7 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from .calls import first_line
 from .costs import LATENCY_BATCHES, device_name, median_times
-from .doors import PlainExport
+from .export_mixin import PlainExport
 from .files import replaced_directory
 from .inputs import random_inputs
 from .law import LAW_TOLERANCE, exact_float32
+from .loading import hidden_progress
 from .modeling import NeMoPreTrainedModel, base_parameters
 from .neurons import UnsupportedArchitectureError
 from .restoring import Narrowing, narrowings, restored_state
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 def save_plain(
     module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
 ) -> PlainExport:
-    """Does what `Doors.save_plain` says, as a function of the module."""
+    """Does what `ExportMixin.save_plain` says, as a function of the module."""
     check_is_module(module)
     plain_class = module.config.plain_class
     if getattr(transformers, plain_class.__name__, None) is not plain_class:
@@ -107,7 +108,7 @@ def _smallest_equal(
                 plain.to(module.device)  # type: ignore[arg-type]
                 difference = (plain(**batch).logits - expected).abs().max().item()
             except Exception as error:  # likewise, when the model is called
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 continue
             if difference <= tolerance:
                 return narrowing, plain, difference, tolerance
@@ -145,7 +146,7 @@ def _filled(
 
 def _check_files(plain: PreTrainedModel, directory: Path) -> None:
     """Checks that the files give the same tensors through the plain class."""
-    with _quiet_loading():
+    with hidden_progress():
         loaded = type(plain).from_pretrained(directory, dtype="auto")
     state = loaded.state_dict()
     for name, tensor in plain.state_dict().items():
@@ -154,18 +155,6 @@ def _check_files(plain: PreTrainedModel, directory: Path) -> None:
                 f"Got the tensor {name!r} of a {type(plain).__name__} back from its files changed; expected it as it "
                 f"was. {OTHER_WAYS.format('export_onnx')}"
             )
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hides the progress bar of files that are read back only to be checked."""
-    shows = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shows:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def compare_latency(

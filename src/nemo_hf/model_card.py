@@ -171,7 +171,7 @@ def _is_word(name: str) -> bool:
 def _fence(facts: CardFacts) -> str:
     """Backticks around code: more than there are in any name."""
     runs = re.findall("`+", "\0".join([*facts.labels, facts.repo_id, str((facts.training or {}).get("command"))]))
-    return "`" * max(3, *(len(run) + 1 for run in runs), 3)
+    return "`" * max([3, *(len(run) + 1 for run in runs)])
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:

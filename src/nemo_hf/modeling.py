@@ -18,7 +18,7 @@ from .config import LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
 from .described import described_entries, model_sites
-from .doors import Doors
+from .export_mixin import ExportMixin
 from .files import CODE_NAME, processor_files, replaced_directory, write_json
 from .generators import MaskGenerator
 from .loading import build_on_meta, check_loaded, check_values, open_model
@@ -56,7 +56,7 @@ class NeMoOutput(ModelOutput):
     rejection_scores: Tensor | None = None
 
 
-class NeMoPreTrainedModel(Doors, PreTrainedModel):  # type: ignore[misc]
+class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
     """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
 
     config: NeMoModelConfig

@@ -122,7 +122,7 @@ def _tried(
         share, failure = _trial(parent, inputs, parent.sites)
         if share > LARGEST_SHARE:
             raise _refusal(parent, parent.sites[0], f"the model's own weights show an error ({failure})")
-    except Exception:
+    except BaseException:  # also when the user interrupts: the plain model is given back as it was
         parent.detach_masks()
         raise
     return parent, found

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .config import NeMoConfig
-from .files import CODE_NAME, REPORT_NAME, write_json
+from .files import CODE_NAME, REPORT_NAME, write_json, write_text
 from .model_card import CardFacts, license_of, own_text, render_model_card
 from .modeling import NeMoPreTrainedModel, base_parameters
 from .pictures import draw_neurons
@@ -156,10 +156,7 @@ def write_companions(
         options = replace(options, license=license_of(card_before))
     facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None, has_code)
     kept = own_text(card_before) if card_before else ""
-    card = render_model_card(facts) + (f"\n{kept}\n" if kept else "")
-    temporary = directory / f".{CARD_NAME}.tmp"
-    temporary.write_text(card, encoding="utf-8")
-    temporary.replace(directory / CARD_NAME)
+    write_text(directory / CARD_NAME, render_model_card(facts) + (f"\n{kept}\n" if kept else ""))
     return facts
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .doors import OnnxExport
+from .calls import first_line
+from .export_mixin import OnnxExport
 from .files import replaced_directory
 from .inputs import random_inputs
 from .law import as_saved
@@ -61,7 +62,7 @@ def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
 def export_onnx(
     module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
 ) -> OnnxExport:
-    """Does what `Doors.export_onnx` says, as a function of the module."""
+    """Does what `ExportMixin.export_onnx` says, as a function of the module."""
     check_is_module(module)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
@@ -143,10 +144,9 @@ def _trace(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever the model's code meets
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedArchitectureError(
             f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {_names(free)} "
-            f"({type(error).__name__}: {first}); expected one whose steps don't hang on the inputs' values. "
+            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't hang on values of inputs. "
             f"{OTHER_WAYS.format('save_plain')}"
         ) from error
 

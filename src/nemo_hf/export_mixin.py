@@ -52,7 +52,7 @@ class OnnxExport:
     tolerance: float
 
 
-class Doors:
+class ExportMixin:
     """What `NeMoPreTrainedModel` can do beyond being a model."""
 
     def extract_module(
