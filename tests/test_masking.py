@@ -19,12 +19,13 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
 )
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nemo_hf import NeMoConfig, nemo_loss
 from nemo_hf.generators import MaskGenerator
 from nemo_hf.inputs import random_inputs
-from nemo_hf.masking import build_masks, default_rank
+from nemo_hf.masking import build_masks, default_rank, untied_parameters
 from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows, with_back_ends
 from nemo_hf.sites import find_sites
 from nemo_hf.tasks import attach_masks
@@ -95,6 +96,16 @@ def test_the_rank_is_never_below_1_nor_above_64():
     sites = find_sites(fresh("vit"))
     assert default_rank(sites, 10) == 1
     assert default_rank(sites, 10**12) == 64
+
+
+def test_parameters_are_counted_alike_before_and_after_tying():
+    config = BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)  # fmt: skip
+    tied = BartForSequenceClassification(config)
+    with no_init_weights():
+        untied = BartForSequenceClassification(config)
+    assert untied.num_parameters() > tied.num_parameters()
+    assert untied_parameters(untied) == untied_parameters(tied) == tied.num_parameters()
 
 
 def test_the_rank_that_is_asked_for_is_taken(vit):

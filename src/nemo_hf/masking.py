@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .config import NeMoConfig
 from .generators import MaskGenerator
@@ -366,6 +367,16 @@ def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
     biases = sum(site.neurons for site in sites)
     per_rank = sum(site.in_features + site.neurons + 1 for site in sites)
     return int(max(1, min(LARGEST_RANK, (share * base_parameters - biases) // per_rank)))
+
+
+def untied_parameters(model: PreTrainedModel) -> int:
+    """Counts parameters, those that the configuration ties once, whether or not they are tied yet.
+
+    Models are loaded into builds without tying: the rank of the generators must be the same there.
+    """
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    own = {tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return sum(tensor.numel() for tensor in own)
 
 
 def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters: int, groups: int) -> NeuronMasks:

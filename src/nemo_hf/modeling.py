@@ -22,7 +22,7 @@ from .export_mixin import ExportMixin
 from .files import CODE_NAME, processor_files, replaced_directory, write_json
 from .generators import MaskGenerator
 from .loading import build_on_meta, check_loaded, check_values, open_model
-from .masking import NeuronMasks, build_masks
+from .masking import NeuronMasks, build_masks, untied_parameters
 from .neurons import NeuronSite, with_back_ends
 from .rejection import rejection_scores
 from .sites import find_heads
@@ -93,7 +93,7 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
         if config.role == "module":
             self._resize()
         else:
-            self.masks = build_masks(self.sites, nemo_config, self.model.num_parameters(), len(config.groups))
+            self.masks = build_masks(self.sites, nemo_config, untied_parameters(self.model), len(config.groups))
             self.masks.attach(self.model)
         with nullcontext() if is_from_config else no_init_weights():
             self.post_init()
