@@ -21,6 +21,7 @@ LEVELS = (
         "provenance",
         "schema",
     ),
+    ("products",),
     (
         "layouts",
         "masking",

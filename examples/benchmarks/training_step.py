@@ -1,0 +1,179 @@
+"""What masks cost in training: steps of NeMoTrainer beside steps of Trainer.
+
+    python examples/benchmarks/training_step.py
+
+Steps of both alternate in one process: forward and backward pass, clipping of gradients, optimizer. Peak memory is
+measured in a process each. Writes training_step.json beside this script. On one CPU thread, or on a GPU with bf16 if
+there is one; about ten minutes on a CPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import alternating, made_with, peak_memory, ratio
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from nemo_hf import NeMoConfig, NeMoTrainer
+from nemo_hf.files import write_json
+
+HERE = Path(__file__).parent
+LABELS = 10
+OPERATORS = 8
+"""Operators that the table of added time names."""
+
+
+def vit(hidden: int, layers: int, heads: int) -> PreTrainedModel:
+    """A vision transformer for images of 32 x 32 in patches of 4 x 4."""
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return ViTForImageClassification(
+        ViTConfig(image_size=32, patch_size=4, intermediate_size=4 * hidden, num_labels=LABELS, **sizes)
+    )
+
+
+def minilm() -> PreTrainedModel:
+    """A model of the shape of all-MiniLM-L6-v2."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    return BertForSequenceClassification(BertConfig(num_labels=LABELS, **sizes))
+
+
+def images(batch: int) -> dict[str, torch.Tensor]:
+    """Random images."""
+    return {"pixel_values": torch.randn(batch, 3, 32, 32), "labels": torch.arange(batch) % LABELS}
+
+
+def texts(batch: int) -> dict[str, torch.Tensor]:
+    """Random texts of 32 tokens."""
+    tokens = torch.randint(5, 30000, (batch, 32))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.arange(batch) % LABELS}
+
+
+SETTINGS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[int], dict[str, torch.Tensor]], int]] = {
+    "ViT-S/4, batch 16": (lambda: vit(384, 12, 6), images, 16),
+    "ViT-S/4, batch 64": (lambda: vit(384, 12, 6), images, 64),
+    "ViT 128 x 6, batch 64": (lambda: vit(128, 6, 4), images, 64),
+    "MiniLM, batch 32": (minilm, texts, 32),
+}
+KINDS: dict[str, dict | None] = {
+    "plain": None,
+    "masks": {"rehearsal_probability": 0.0},
+    "masks and rehearsal": {"rehearsal_probability": 1.0},
+}
+
+
+class Step:
+    """One step of a trainer at a time, as its training loop runs it."""
+
+    def __init__(self, setting: str, kind: str, is_compiled: bool = False) -> None:
+        build, draw, batch = SETTINGS[setting]
+        set_seed(0)
+        has_gpu = torch.cuda.is_available()
+        args = TrainingArguments(
+            output_dir=tempfile.gettempdir(), report_to=[], use_cpu=not has_gpu, bf16=has_gpu,
+            per_device_train_batch_size=batch, max_steps=10**6, disable_tqdm=True,
+            torch_compile=is_compiled,
+        )  # fmt: skip
+        options, data = KINDS[kind], draw(batch)
+        if options is None:
+            self.trainer = Trainer(build(), args)
+        else:
+            self.trainer = NeMoTrainer(build(), args, nemo_config=NeMoConfig(warmup_ratio=0.0, **options))
+        model = self.trainer.model.train()
+        self.trainer.create_optimizer_and_scheduler(args.max_steps)
+        self.model, self.optimizer = self.trainer.accelerator.prepare(model, self.trainer.optimizer)
+        self.trainer.model_wrapped = self.model
+        self.trainer.current_gradient_accumulation_steps = 1  # its training loop sets these
+        self.trainer.state.max_steps = args.max_steps
+        self.batch = {name: value.to(args.device) for name, value in data.items()}
+
+    def __call__(self) -> None:
+        """Runs a step."""
+        self.trainer.training_step(self.model, self.batch)
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.model.zero_grad()
+        self.trainer.state.global_step += 1
+
+
+def added_time(plain: Step, masked: Step, steps: int = 5) -> list[dict]:
+    """The operators that take more time with masks, and how much of a plain step each adds."""
+    totals = []
+    for step in (plain, masked):
+        on_gpu = torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=activities) as recorded:
+            for _ in range(steps):
+                step()
+        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        totals.append({event.key: getattr(event, own) for event in recorded.key_averages()})
+    before, after = totals
+    whole = sum(before.values())
+    added = {name: (time - before.get(name, 0.0)) / whole for name, time in after.items()}
+    named = sorted(added, key=added.__getitem__, reverse=True)[:OPERATORS]
+    return [{"operator": name, "added": round(added[name], 4)} for name in named]
+
+
+def measured_peak(setting: str, kind: str) -> float:
+    """Peak memory of three steps with everything that they need, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", setting, kind]
+    # Big tensors go back at once, as the difference of two allocators' habits is not what is asked for.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
+    return float(found.stdout.splitlines()[-1])
+
+
+def measure(setting: str, rounds: int) -> dict:
+    """One setting."""
+    steps = {kind: Step(setting, kind) for kind in KINDS}
+    seconds = alternating(steps, rounds)
+    plain, masked = steps["plain"].trainer.model, steps["masks"].trainer.model
+    base = sum(p.numel() for p in plain.parameters())
+    peaks = {kind: measured_peak(setting, kind) for kind in KINDS}
+    row = {"setting": setting, "parameters": base, "rank": masked.masks[0].generator.down.out_features}
+    row["generators"] = round(sum(p.numel() for p in masked.masks.parameters()) / base, 4)
+    for kind, own in seconds.items():
+        row[kind] = {**ratio(own, seconds["plain"]), "peak_mib": peaks[kind]}
+        row[kind]["peak_ratio"] = round(peaks[kind] / peaks["plain"], 4)
+    row["added time by operator"] = added_time(steps["plain"], steps["masks"])
+    return row
+
+
+def main() -> None:
+    """Measures all settings, or those that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=HERE / "training_step.json")
+    parser.add_argument("--peak", nargs=2, metavar=("SETTING", "KIND"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    if options.peak:
+        print(peak_memory(lambda: Step(*options.peak)))
+        return
+    rows = []
+    for setting in options.settings:
+        rows.append(measure(setting, options.rounds))
+        print(json.dumps(rows[-1], indent=1), flush=True)
+    write_json(options.output, {**made_with("training_step", sys.argv[1:]), "rounds": options.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
