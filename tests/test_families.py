@@ -14,6 +14,7 @@ from nemo_hf.inputs import random_inputs
 from nemo_hf.law import check_law
 from nemo_hf.modeling import base_parameters
 from nemo_hf.neurons import with_back_ends
+from nemo_hf.resizing import ClosedLinear
 from nemo_hf.tasks import attach_masks
 
 LABELS_CUT = ["ship", "dog"]
@@ -313,3 +314,48 @@ def test_groups_stand_for_their_labels():
     assert module.config.groups == {"pets": [0, 1], "frog": [4]}
     pets = make_plan(parent, ["cat"]).static
     assert all(torch.equal(mask, pets[key]) for key, mask in make_plan(parent, ["dog"]).static.items())
+
+
+# Attention of which nothing is left
+
+
+def with_empty_attention(plain):
+    """A parent whose first attention is of no use to any label."""
+    parent = make_parent(plain)
+    randomize_relevance(parent)
+    first = next(mask for mask in parent.masks.site_masks() if mask.site.kind == "attention")
+    first.relevance.zero_()
+    return parent, first.site
+
+
+def closed_layers(module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, ClosedLinear)]
+
+
+@torch.no_grad()
+def test_attention_without_neurons_computes_nothing_and_keeps_the_law(plain, tmp_path):
+    parent, site = with_empty_attention(plain)
+    inputs = random_inputs(parent)
+    module = parent.extract_module(LABELS[:2])
+    expected = parent(**inputs, static_masks=make_plan(parent, LABELS[:2]).static).logits[:, :2]
+    torch.testing.assert_close(module(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    is_plain = type(plain.get_submodule(site.output)) is torch.nn.Linear and not site.cut_by.is_scattered
+    assert (f"model.{site.output}" in closed_layers(module)) == is_plain
+    module.save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path)
+    assert closed_layers(loaded) == closed_layers(module)
+    assert torch.equal(loaded(**inputs).logits, module(**inputs).logits)
+
+
+def test_a_tuned_module_computes_what_it_may_have_learned(vit, tmp_path):
+    parent, _ = with_empty_attention(vit)
+    module = parent.extract_module(LABELS[:2])
+    inputs = random_inputs(parent)
+    module.train()
+    module(**inputs, labels=torch.arange(len(next(iter(inputs.values())))) % 2).loss.backward()
+    assert all(p.grad is not None for p in module.parameters())
+    module.eval().save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path)
+    assert closed_layers(module)
+    assert not closed_layers(loaded)
+    torch.testing.assert_close(loaded(**inputs).logits, module(**inputs).logits)

@@ -26,7 +26,7 @@ from .masking import NeuronMasks, build_masks, untied_parameters
 from .neurons import NeuronSite, with_back_ends
 from .rejection import rejection_scores
 from .sites import find_heads
-from .slicing import ScatterLinear, resize, resize_head
+from .slicing import ScatterLinear, close_attention, resize, resize_head
 from .sources import REPORT_NAME, read_companions, recorded_names
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
@@ -148,6 +148,10 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
         entries = {entry["key"]: entry for entry in self.config.sites or []}
         for site in self.sites:
             resize(self.model, site, entries[site.key].get("widths", {}))
+            kept = entries[site.key].get("kept")
+            is_empty = site.kind == "attention" and isinstance(kept, list) and kept[-1:] == [0]
+            if is_empty and not self.config.is_tuned:
+                close_attention(self.model, site)
         for head in self.heads:
             resize_head(self.model, head, self.config.num_labels or 0)
 

@@ -103,6 +103,26 @@ def _resized_norm(layer: nn.Module, outputs: int | None) -> nn.Module:
     return layer
 
 
+class ClosedLinear(nn.Linear):
+    """A linear layer of which only the bias matters: its weights are zeros, or what it reads is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Returns the bias, or zeros, for each input (..., in_features)."""
+        if self.training:  # a parameter without a gradient would stop DDP
+            return super().forward(hidden_states)
+        shape = (*hidden_states.shape[:-1], self.out_features)
+        if self.bias is None:
+            return hidden_states.new_zeros(1).expand(shape)
+        return self.bias.to(hidden_states.dtype).expand(shape)
+
+
+def close_layer(model: nn.Module, path: str) -> None:
+    """Makes a plain linear layer a `ClosedLinear`; any other layer stays."""
+    layer = model.get_submodule(path)
+    if type(layer) is nn.Linear:
+        layer.__class__ = ClosedLinear
+
+
 def _resized(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
     old_inputs, old_outputs = _widths(layer)
     inputs, outputs = old_inputs if inputs is None else inputs, old_outputs if outputs is None else outputs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .neurons import PAD, AttentionSite, ChannelSite, FeedForwardSite, NeuronSite, Rows
 from .resizing import ScatterLinear as ScatterLinear
-from .resizing import resize_layer
+from .resizing import close_layer, resize_layer
 
 Keep = Mapping[str, Tensor]
 """Kept neurons of a site by part: sorted indices, int64."""
@@ -302,6 +302,18 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
     for path, count in counts.items():
         resize_layer(model, path, outputs=count, is_scattered=is_scattered)
     resize_layer(model, site.output, inputs=read, is_scattered=is_scattered)
+
+
+def close_attention(model: nn.Module, site: NeuronSite) -> None:
+    """Spares a module the work of attention that no value is left of; its output is the bias alone.
+
+    Args:
+        model: A plain model that was resized; the weights that the site's layers get must be those of a cut.
+        site: A site of attention without values.
+    """
+    if not site.cut_by.is_scattered:
+        for path in dict.fromkeys([*(rows.layer for rows, _ in site.produced()), site.output]):
+            close_layer(model, path)
 
 
 def _resize_dense(model: nn.Module, site: AttentionSite, key_value_heads: int, head_dim: int) -> None:
