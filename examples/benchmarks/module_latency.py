@@ -42,7 +42,8 @@ def sample_of(model: NeMoPreTrainedModel) -> dict[str, Tensor]:
     """Inputs of one sample; texts have 32 tokens."""
     if model.main_input_name == "input_ids":
         tokens = torch.arange(5, 5 + TOKENS)[None]
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        ones = torch.ones_like(tokens)
+        return {"input_ids": tokens, "attention_mask": ones, "token_type_ids": 0 * ones}
     return {name: value[:1] for name, value in random_inputs(model).items()}
 
 
@@ -145,13 +146,12 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, object] = {"empty attention, ViT-S/4, batch 32, ms": empty_attention(options.rounds)}
     print(json.dumps(found), flush=True)
-    rows = []
+    result = {**made_with("module_latency", sys.argv[1:]), "rounds": options.rounds, **found, "rows": []}
     for name in options.models:
         for kept in KEPT:
-            rows.append(measure(name, kept, options.rounds, options.ways))
-            print(json.dumps(rows[-1]), flush=True)
-    result = {**made_with("module_latency", sys.argv[1:]), "rounds": options.rounds, **found, "rows": rows}
-    write_json(options.output, result)
+            result["rows"].append(measure(name, kept, options.rounds, options.ways))
+            print(json.dumps(result["rows"][-1]), flush=True)
+            write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -105,9 +105,8 @@ def latency_table() -> str:
         speedups = [f"{size['speedup']:.2f}" for size in row["eager"]]
         rows.append([f"{row['model']}, {row['kept']:.0%} of the neurons", f"{row['ideal']:.2f}", *speedups])
     batches = [f"batch {size['batch']}" for size in found["rows"][0]["eager"]]
-    return (
-        "Speedup of modules over their parent; *operations* is the parent's number over the module's:\n\n"
-        + table(["module", "operations", *batches], rows)
+    return "Speedup of modules over their parent; *operations* is the parent's number over the module's:\n\n" + table(
+        ["module", "operations", *batches], rows
     )
 
 
@@ -115,14 +114,13 @@ def afterwards_line() -> str:
     """What comes after training costs."""
     found = json.loads((BENCHMARKS / "relevance.json").read_text())
     read = max(row["ratio"] for row in found["cut on load, ViT-S"])
-    memory = max(row["peak_mib"] / row["weights_mib"] for row in found["memory of extraction, ViT-L"])
     passes = " and ".join(f"{found[f'pass, {name}']['ratio']:.2f}" for name in ("ViT-S/4", "MiniLM"))
     return (
         f"Relevance takes {passes} times a plain pass over the data (ViT-S, MiniLM), and "
         f"{found['pass, 1,000 groups over 10']['ratio']:.2f} times that with 1,000 label groups instead of 10.\n"
-        f"A module of a ViT-S is cut in {found['seconds of extraction, ViT-S']['cut']:.1f} s besides its check; cutting "
-        f"it on load reads {read:.2f} times its bytes;\nfor a ViT-L, memory peaks at {memory:.2f} times the parent's "
-        f"weights. Importing nemo_hf adds {found['import seconds']['added']:.2f} s to importing transformers' Trainer."
+        f"A module of a ViT-S is cut in {found['seconds of extraction, ViT-S']['cut']:.1f} s besides its check; "
+        f"cutting it on load reads {read:.2f} times its bytes.\n"
+        f"Importing nemo_hf adds {found['import seconds']['added']:.2f} s to importing Trainer."
     )
 
 

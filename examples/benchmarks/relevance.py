@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
-from timing import MEBIBYTE, alternating, made_with, peak_memory, ratio
+from timing import MEBIBYTE, alternating, fresh_process, made_with, peak_memory, ratio
 from training_step import images, minilm, texts, vit
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging as transformers_logging
@@ -32,7 +32,7 @@ from nemo_hf.modeling import NeMoPreTrainedModel
 HERE = Path(__file__).parent
 KEPT = (0.5, 0.25)
 """Shares of the neurons that modules keep; relevance is drawn at random."""
-BATCHES = 4
+BATCHES = 2
 
 
 def device() -> torch.device:
@@ -81,16 +81,16 @@ def memory_by_samples() -> dict[str, float]:
 
 
 def by_groups(rounds: int) -> dict:
-    """A pass over a model of 1,000 labels in 10 groups, and in 1,000."""
+    """A pass of a small ViT of 1,000 labels in 1,000 groups over one in 10."""
     runs = {}
     for groups in (10, 1000):
         set_seed(0)
-        config = ViTConfig(image_size=32, patch_size=4, hidden_size=384, num_hidden_layers=12, num_attention_heads=6,
-                           intermediate_size=1536, num_labels=1000)  # fmt: skip
+        config = ViTConfig(image_size=32, patch_size=4, hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
+                           intermediate_size=512, num_labels=1000)  # fmt: skip
         each = 1000 // groups
         named = {f"group {g}": list(range(g * each, g * each + each)) for g in range(groups)}
         parent = parent_of(ViTForImageClassification(config), label_groups=named)
-        batches = [{**images(64), "labels": torch.arange(64) * 15} for _ in range(BATCHES)]
+        batches = [{**images(100), "labels": torch.arange(100) + 100 * start} for start in range(10)]
         runs[str(groups)] = lambda p=parent, b=batches: compute_relevance(p, b, show_progress=False)
     seconds = alternating(runs, rounds)
     return ratio(seconds["1000"], seconds["10"])
@@ -111,8 +111,7 @@ def extraction_seconds(rounds: int) -> dict:
 
 def extraction_memory(kept: float) -> dict[str, float]:
     """Peak memory of a ViT-L while a module is cut out of it, over that of its weights; in a process of its own."""
-    found = subprocess.run([sys.executable, __file__, "--peak", str(kept)], check=True, capture_output=True, text=True)  # noqa: S603
-    return json.loads(found.stdout.splitlines()[-1])
+    return json.loads(fresh_process(__file__, "--peak", str(kept)))
 
 
 def print_extraction_memory(kept: float) -> None:
@@ -220,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=HERE / "relevance.json")
+    parser.add_argument("--parts", nargs="+", help="Measure these again, by their names in the result.")
     parser.add_argument("--peak", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -238,10 +238,12 @@ def main() -> None:
         "pass, MiniLM": lambda: one_pass(minilm, texts, 32, options.rounds),
         "pass, 1,000 groups over 10": lambda: by_groups(options.rounds),
     }
-    for name, part in parts.items():
-        found[name] = part()
+    for name in options.parts or parts:
+        found[name] = parts[name]()
         print(name, json.dumps(found[name]), flush=True)
-    write_json(options.output, {**made_with("relevance", sys.argv[1:]), "rounds": options.rounds, **found})
+    before = json.loads(options.output.read_text()) if options.parts and options.output.exists() else {}
+    made = {**made_with("relevance", ["--rounds", str(options.rounds)]), "rounds": options.rounds}
+    write_json(options.output, {**before, **made, **found})
 
 
 if __name__ == "__main__":

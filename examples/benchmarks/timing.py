@@ -1,8 +1,11 @@
 """What the timed benchmarks share: runs that alternate in one process, peak memory, and what a result was made with."""
 
 import gc
+import os
 import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +40,14 @@ def alternating(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def fresh_process(script: str, *arguments: str) -> str:
+    """Runs a script of one's own in a process whose memory goes back as soon as it is freed; returns its last line."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, script, *arguments]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
+    return found.stdout.splitlines()[-1]
 
 
 def synchronize() -> None:

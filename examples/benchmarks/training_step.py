@@ -9,15 +9,13 @@ there is one; about ten minutes on a CPU.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import alternating, made_with, peak_memory, ratio
+from timing import alternating, fresh_process, made_with, peak_memory, ratio
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     BertConfig,
@@ -132,11 +130,7 @@ def added_time(plain: Step, masked: Step, steps: int = 5) -> list[dict]:
 
 def measured_peak(setting: str, kind: str) -> float:
     """Peak memory of three steps with everything that they need, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", setting, kind]
-    # Big tensors go back at once, as the difference of two allocators' habits is not what is asked for.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
-    return float(found.stdout.splitlines()[-1])
+    return float(fresh_process(__file__, "--peak", setting, kind))
 
 
 def measure(setting: str, rounds: int) -> dict:
