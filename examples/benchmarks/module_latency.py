@@ -93,8 +93,7 @@ def measure(name: str, kept: float, rounds: int, ways: list[str]) -> dict:
     everything = whole.extract_module(list(range(parent.config.num_labels)))
     plain = {"parent": everything.model.eval(), "module": module.model.eval()}
     ideal = count_macs(parent) / count_macs(module)
-    neurons = [sum(site["kept"]) if isinstance(site["kept"], list) else site["kept"] for site in module.config.sites]
-    row = {"model": name, "kept": kept, "neurons": sum(neurons), "ideal": round(ideal, 3)}
+    row = {"model": name, "kept": kept, "neurons": module.config.retained_neurons, "ideal": round(ideal, 3)}
     sample, rest = sample_of(module), {"rounds": rounds, "ideal": ideal}
     if "eager" in ways:
         row["eager"] = times(plain, sample, BATCHES, **rest)

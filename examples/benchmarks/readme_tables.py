@@ -103,7 +103,7 @@ def latency_table() -> str:
     rows = []
     for row in found["rows"]:
         speedups = [f"{size['speedup']:.2f}" for size in row["eager"]]
-        rows.append([f"{row['model']}, {row['kept']:.0%} of the neurons", f"{row['ideal']:.2f}", *speedups])
+        rows.append([f"{row['model']}, {row['neurons']:.0%} of the neurons", f"{row['ideal']:.2f}", *speedups])
     batches = [f"batch {size['batch']}" for size in found["rows"][0]["eager"]]
     return "Speedup of modules over their parent; *operations* is the parent's number over the module's:\n\n" + table(
         ["module", "operations", *batches], rows

@@ -67,17 +67,19 @@ def one_pass(build: Callable[[], PreTrainedModel], draw: Callable, batch: int, r
 
 
 def memory_by_samples() -> dict[str, float]:
-    """Peak MiB of a pass over few and many samples."""
+    """Peak MiB of a pass over few and many samples, in a process each."""
+    return {str(64 * count): float(fresh_process(__file__, "--batches", str(count))) for count in (2, 64)}
 
-    def run(count: int) -> Callable[[], Callable[[], object]]:
-        def build() -> Callable[[], object]:
-            set_seed(0)
-            parent = parent_of(vit(128, 6, 4))
-            return lambda: compute_relevance(parent, (images(64) for _ in range(count)), show_progress=False)
 
-        return build
+def print_memory(count: int) -> None:
+    """Prints what `memory_by_samples` reads."""
 
-    return {str(64 * count): peak_memory(run(count), calls=1) for count in (2, 64)}
+    def build() -> Callable[[], object]:
+        set_seed(0)
+        parent = parent_of(vit(128, 6, 4))
+        return lambda: compute_relevance(parent, (images(64) for _ in range(count)), show_progress=False)
+
+    print(peak_memory(build, calls=1))
 
 
 def by_groups(rounds: int) -> dict:
@@ -221,11 +223,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "relevance.json")
     parser.add_argument("--parts", nargs="+", help="Measure these again, by their names in the result.")
     parser.add_argument("--peak", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--batches", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     if options.peak:
         print_extraction_memory(options.peak)
+        return
+    if options.batches:
+        print_memory(options.batches)
         return
     found: dict[str, object] = {}
     parts: dict[str, Callable[[], object]] = {

@@ -10,24 +10,6 @@ from torch.nn import functional as F
 from .neurons import spread
 
 
-class _Masked(torch.autograd.Function):
-    """Hidden states (batch, tokens, neurons) times masks (batch, neurons)."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_states, mask)
-        return hidden_states * mask[:, None]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_states, mask = ctx.saved_tensors
-        of_hidden, of_mask = ctx.needs_input_grad
-        return (
-            gradient * mask[:, None] if of_hidden else None,
-            (gradient * hidden_states).sum(1) if of_mask else None,
-        )
-
-
 class _MaskedLinear(torch.autograd.Function):
     """A linear layer of masked hidden states, which are computed again in the backward pass instead of kept."""
 
@@ -74,11 +56,9 @@ def for_all(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
 def times(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     """Multiplies hidden states by a mask; the arguments are those of `for_all`."""
     mask = for_all(hidden_states, mask, dim)
-    if dim == -1:
-        tokens = hidden_states.reshape(len(mask), -1, mask.shape[-1])
-        product: Tensor = _Masked.apply(tokens, mask)
-        return product.view(hidden_states.shape)
-    return hidden_states * mask.view(*mask.shape, *[1] * (hidden_states.ndim - 2))
+    shape = [1] * hidden_states.ndim
+    shape[0], shape[dim] = mask.shape
+    return hidden_states * mask.view(shape)
 
 
 class ForwardHandle:
