@@ -158,7 +158,7 @@ def test_the_custom_model_comes_apart(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("model", "objective"), [("simcnn", "ours"), ("rescnn", "plain")])
+@pytest.mark.parametrize(("model", "objective"), [("simcnn", "ours"), ("rescnn", "plain"), ("resnet18", "moda")])
 def test_the_papers_models_are_trained_on_local_files(model, objective, tmp_path):
     generator = np.random.default_rng(0)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "ship"])})

@@ -182,6 +182,7 @@ def test_an_objective_is_the_loss_of_its_name(objective):
         "contrastive": contrastive_loss([mask], groups, 0.3),
         "contrastive-authors": authors_contrastive_loss([mask], groups, 0.3),
         "cohesion-coupling": cohesion_coupling_loss([mask], groups, 2.0),
+        "moda": cohesion_coupling_loss([mask], groups, 2.0),
     }
     assert torch.equal(mask_objective(objective, [mask], groups, 0.3, 2.0), losses[objective])
 

@@ -22,6 +22,7 @@ LEVELS = (
         "schema",
     ),
     ("products",),
+    ("site_masks",),
     (
         "layouts",
         "masking",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Image, load_dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -40,6 +41,8 @@ class Split(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = {name: values[index] for name, values in self.inputs.items()}
+        if "attention_mask" in sample:
+            sample = {name: values[: sample["attention_mask"].sum()] for name, values in sample.items()}
         if self.is_augmented:
             sample["pixel_values"] = shifted(sample["pixel_values"])
         return {**sample, "labels": self.labels[index]}
@@ -72,8 +75,12 @@ def shifted(pixels: Tensor, room: int = 4) -> Tensor:
 
 
 def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks samples; texts are cut to the longest of them."""
-    return trimmed({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
+    """Stacks samples; texts are padded with zeros to the longest of them."""
+    inputs = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {
+        name: torch.stack(values) if name in ("labels", "pixel_values") else pad_sequence(values, batch_first=True)
+        for name, values in inputs.items()
+    }
 
 
 def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,13 +200,13 @@ def clinc150(data: str, model: str) -> Task:
     labels = {"id2label": dict(enumerate(intents)), "label2id": {name: i for i, name in enumerate(intents)}}
     build = partial(AutoModelForSequenceClassification.from_pretrained, model, ignore_mismatched_sizes=True, **labels)
     arguments = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "learning_rate": 2e-4,
-                 "lr_scheduler_type": "cosine"}  # fmt: skip
+                 "lr_scheduler_type": "cosine", "train_sampling_strategy": "group_by_length"}  # fmt: skip
     return Task(
         text="CLINC150, all-MiniLM-L6-v2 pretrained; 15,000 queries train, 3,000 choose, 4,500 test; by domain",
         splits=lambda seed: parts,
         trainer=partial(trainer_of, build, arguments),
         options={"contrastive_weight": 0.1, "rehearsal_probability": 0.5, "retention_target": 0.2},
-        epochs=5,
+        epochs=10,
         sets={
             "singles": [(group,) for group in range(10)],
             "pairs": drawn_sets(10, 2, 5),

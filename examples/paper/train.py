@@ -8,7 +8,8 @@
 
 `--data` names a local folder of parquet files in place of the Hub. Writes the model, `results.json`, and prints a
 table. The objectives: `plain` trains no masks; `mwt` (arXiv 2306.09376) and `nemo` (arXiv 2508.11348) as in the
-papers: soft masks, no rehearsal, modules cut at .9; `ours` are the defaults of `NeMoConfig`.
+papers: soft masks, no rehearsal, modules cut at .9; `moda` (arXiv 2411.01074) has no masks: it trains the activity of
+ReLU units, with the weights of its authors' code; `ours` are the defaults of `NeMoConfig`.
 """
 
 import json
@@ -33,7 +34,13 @@ PAPER = {
     "hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0, "retention_target": None,
     "relevance_threshold": 0.9, "detach_pooled": False,
 }  # fmt: skip
-OBJECTIVES = {"plain": None, "mwt": {**PAPER, "objective": "cohesion-coupling"}, "nemo": PAPER, "ours": {}}
+MODA = {
+    **PAPER, "objective": "moda", "hard_masks": True, "warmup_ratio": 0.0,
+    "contrastive_weight": 1.0, "coupling_weight": 1.0, "sparsity_weight": 0.3,
+}  # fmt: skip
+OBJECTIVES = {
+    "plain": None, "mwt": {**PAPER, "objective": "cohesion-coupling"}, "nemo": PAPER, "moda": MODA, "ours": {},
+}  # fmt: skip
 
 
 @dataclass

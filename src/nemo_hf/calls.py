@@ -1,5 +1,6 @@
 """What a plain model calls: whether it runs on some samples at all, and which of its layers do."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -80,6 +81,47 @@ def reached_sites(
         for handle in handles:
             handle.remove()
     return [site for site in sites if site.layers <= called]
+
+
+def rectified_sites(
+    model: PreTrainedModel, sites: Sequence[NeuronSite], inputs: Mapping[str, Tensor]
+) -> list[NeuronSite]:
+    """Finds the sites whose neurons are rectified units: what is read of them is 0 in places and nowhere negative.
+
+    Args:
+        model: A plain classification model.
+        sites: Some of its sites.
+        inputs: A few samples that it runs on.
+
+    Returns:
+        Those of the sites.
+
+    Raises:
+        UnsupportedArchitectureError: If there is none.
+    """
+    least: dict[str, float] = {}
+
+    def note(path: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        least[path] = min(least.get(path, math.inf), arguments[0].min().item())
+
+    paths = {path for site in sites for path in site.readers}
+    handles = [model.get_submodule(path).register_forward_pre_hook(partial(note, path)) for path in paths]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    # A mean over positions is seldom 0; another layer reads the same units before it.
+    found = [site for site in sites if min(least[path] for path in site.readers) == 0]
+    if not found:
+        raise UnsupportedArchitectureError(
+            f"Got objective='moda' for model type {model.config.model_type!r}, none of whose neurons are rectified "
+            "units, which are 0 for some samples; expected a network with ReLU. Choose another objective."
+        )
+    return found
 
 
 def first_line(error: Exception) -> str:

@@ -40,6 +40,7 @@ from .proposing import propose_sites
 from .provenance import hub_name, safe_command
 from .publishing import CARD_NAME, CardOptions, push_model, write_companions
 from .repositories import push_modules
+from .site_masks import GeneratedMask
 from .trainer import NeMoTrainer
 
 AUTO_CLASSES = {
@@ -288,8 +289,9 @@ def _inspect(command: InspectCommand) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\n{parent.config.base_class}: {base_parameters(parent):,} parameters")
     if parent.masks is not None:
-        rank = next(parent.masks.site_masks()).generator.down.out_features
-        print(f"mask generators: rank {rank}; extraction law: {(parent.config.law or {}).get('status')}")
+        first = next(parent.masks.site_masks())
+        made = f"generators: rank {first.generator.down.out_features}" if isinstance(first, GeneratedMask) else "none"
+        print(f"mask {made}; extraction law: {(parent.config.law or {}).get('status')}")
 
 
 def _neurons(model: NeMoPreTrainedModel, index: int) -> int:

@@ -16,7 +16,9 @@ SITE_KEYS = {
 """What describes a site of one's own: needed keys, and others that may be given."""
 LAYER_LISTS = ("producers", "passing", "readers")
 """Keys of a description that name several layers."""
-OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling")
+OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling", "moda")
+SHAPING_OPTIONS = ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column", "has_generators")
+"""Options by which the masks of a parent have their shape."""
 LAYOUTS = ("one after another", "by key/value head")
 LabelLike = int | str
 
@@ -35,13 +37,16 @@ class NeMoConfig:
             at most 64.
         objective: Which loss pulls the masks of one group together and those of others apart:
             `"contrastive"`, `"contrastive-authors"` (the NeMo authors' code, a baseline: see
-            `losses.authors_contrastive_loss`) or `"cohesion-coupling"` (MwT, arXiv 2306.09376).
-        contrastive_weight: Weight of that loss [alpha], at least 0.
-        coupling_weight: Weight of coupling relative to cohesion under `"cohesion-coupling"` [MwT's beta / alpha].
+            `losses.authors_contrastive_loss`), `"cohesion-coupling"` (MwT, arXiv 2306.09376) or `"moda"`
+            (arXiv 2411.01074): that loss over the activity of rectified units in place of masks, without
+            generators; a unit is open for a sample if it is not 0 at all positions.
+        contrastive_weight: Weight of that loss [alpha; MODA's affinity], at least 0.
+        coupling_weight: Weight of coupling relative to cohesion under `"cohesion-coupling"` [MwT's beta / alpha]
+            and `"moda"` [dispersion / affinity].
         temperature: Temperature of the contrastive loss [tau], above 0.
         gather_across_devices: Whether that loss compares a sample's mask with those of all processes' samples
             and not only with those of its own process.
-        sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper], at least 0.
+        sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper; MODA's compactness], at least 0.
         retention_target: Share of all neurons, in (0, 1], that the module of one group shall keep on
             average. `sparsity_weight` is then only where the weight starts; it rises while modules are
             larger and falls while they are smaller. `None` keeps the weight, and suits one task only: a weight
@@ -117,11 +122,18 @@ class NeMoConfig:
         for name in ("hard_masks", "detach_pooled", "gather_across_devices"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
+        if not self.has_generators and not self.hard_masks:
+            raise ValueError("Got hard_masks=False with objective='moda'; expected True: activity is no soft mask.")
         self._check_groups()
         if self.sites is not None:
             if isinstance(self.sites, (str, Mapping)) or not isinstance(self.sites, Sequence) or not self.sites:
                 raise TypeError(f"Got sites={self.sites!r}; expected a list of descriptions, or None to find them.")
             self.sites = [checked_site(site) for site in self.sites]
+
+    @property
+    def has_generators(self) -> bool:
+        """Whether networks make the masks; under `"moda"` the units' own activity takes their place."""
+        return self.objective != "moda"
 
     def _check_numbers(self) -> None:
         for name in ("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"):

@@ -229,7 +229,7 @@ def mask_objective(
     Returns:
         A float32 scalar.
     """
-    if objective == "cohesion-coupling":
+    if objective in ("cohesion-coupling", "moda"):
         sums, counts = _cohesion_coupling_sums(masks, groups, coupling_weight, gathered)
     else:
         sums_of = _contrastive_sums if objective == "contrastive" else _authors_sums

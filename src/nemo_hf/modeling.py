@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import resolve_revision
 
-from .config import LabelLike, NeMoConfig
+from .config import SHAPING_OPTIONS, LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
 from .described import described_entries, model_sites
@@ -200,7 +200,7 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
         Raises:
             ValueError: If an option that shapes the masks is not as before.
         """
-        for name in ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column"):
+        for name in SHAPING_OPTIONS:
             before, given = getattr(self.nemo_config, name), getattr(nemo_config, name)
             if name == "targets":  # kinds of neurons that the model has not make no difference
                 before, given = ([kind for kind in kinds if kind in self.kinds] for kinds in (before, given))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .calls import check_runs, first_line, reached_sites
+from .calls import check_runs, first_line, reached_sites, rectified_sites
 from .config import TARGETS, LabelLike, NeMoConfig
 from .convolutions import find_channels
 from .described import described_sites, model_sites
@@ -113,6 +113,8 @@ def _tried(
             f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
             "without calling these layers; expected layers that are called. Choose another architecture."
         )
+    if not nemo_config.has_generators:
+        found = reached = rectified_sites(model, reached, inputs)
     parent = attach_masks(model, nemo_config, label_groups, reached)
     try:
         twin = _lively_twin(parent, inputs)
@@ -320,7 +322,8 @@ def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> 
     others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
     masks, changed = (parent(**batch, output_neuron_masks=True).neuron_masks for batch in (given, others))
     for site in parent.sites:
-        if (masks[site.key][0] - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE:
+        own = masks[site.key][0]
+        if (own - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE * max(1.0, own.max().item()):
             raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")
 
 

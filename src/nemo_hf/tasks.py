@@ -16,9 +16,9 @@ from transformers import (
 
 from .config import LabelLike, NeMoConfig, resolve_groups
 from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, task_of
-from .masking import SiteMask
 from .modeling import NeMoOutput, NeMoPreTrainedModel
 from .neurons import NeuronSite, UnsupportedArchitectureError
+from .site_masks import SiteMask
 
 
 class NeMoForImageClassification(NeMoPreTrainedModel):
