@@ -4,6 +4,8 @@
     python examples/benchmarks/quality.py clinc150 --data path/to/clinc150 \
         --model sentence-transformers/all-MiniLM-L6-v2 --rows plain ours --seeds 0
     python examples/benchmarks/quality.py cifar10 --data path/to/cifar10 --seeds 0
+    python examples/benchmarks/quality.py cifar10-resnet18 --data path/to/cifar10 \
+        --rows plain mwt nemo moda ours --seeds 0
     python examples/benchmarks/quality_tables.py  # tables and pictures from the JSON
 
 Writes quality_digits.json and so on beside this script: rows are added as they come, one that is there is made anew
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from quality_tasks import Split, Task, cifar10, clinc150, collate, digits
+from quality_tasks import Split, Task, cifar10, cifar10_cnn, clinc150, collate, digits
 from quality_variants import VARIANTS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -91,7 +93,7 @@ def measured_set(task: Task, parent, data: Split, whole: Tensor, strangers: Spli
     static = answers(parent, data, plan.static)
     module = static[:, labels]
     found = {"labels": labels if len(task.groups) == len(data.labels.unique()) else list(groups)}
-    found |= {"neurons": plan.retained, "weights": attention_and_ffn(parent, plan.keep)}
+    found |= {"neurons": plan.retained, "weights": kept_weights(parent, labels, plan.keep)}
     found |= {
         "module": accuracy(module[inside], own.labels),
         "restricted": accuracy(whole[inside][:, labels], own.labels),
@@ -109,6 +111,13 @@ def measured_set(task: Task, parent, data: Split, whole: Tensor, strangers: Spli
         energies = torch.cat([module[inside], answers(parent, strangers, plan.static)[:, labels]]).logsumexp(-1)
         found["strangers"] = roc_auc_score(torch.arange(len(energies)) < len(own), energies)
     return found
+
+
+def kept_weights(parent, labels: Sequence[int], keep: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """Share of the weights of masked attention and feed-forward layers that a module keeps; of a CNN of them all."""
+    if parent.kinds != {"conv"}:
+        return attention_and_ffn(parent, keep)
+    return base_parameters(parent.extract_module(labels)) / base_parameters(parent)
 
 
 def attention_and_ffn(parent, keep: Mapping[str, Mapping[str, Tensor]]) -> float:
@@ -200,13 +209,17 @@ def by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
     """Masks of a plain model that keep as many neurons in each part, those whose weights have the largest norm."""
     masks = {}
     for site in plain.sites:
-        weights = {name: plain.model.get_submodule(rows.layer).weight.norm(dim=1) for rows, name in site.produced()}
-        if "query" in weights:
+        layers = [plain.model.get_submodule(rows.layer).weight.flatten(1) for rows, _ in site.produced()]
+        weights = {name: weight.norm(dim=1) for weight, (_, name) in zip(layers, site.produced(), strict=True)}
+        if site.kind == "conv":  # of all layers that make a channel
+            scores = {"channels": sum(weight.norm(dim=1).view(site.neurons, -1).sum(1) for weight in layers)}
+        elif "query" in weights:
             scores = {"query_key": weights["query"] * weights["key"], "value": weights["value"]}
         else:
             scores = {"intermediate": weights["units"]}
-        last = list(scores)[-1]
-        scores[last] = scores[last] * plain.model.get_submodule(site.output).weight.norm(dim=0)
+        if site.kind != "conv":
+            last = list(scores)[-1]
+            scores[last] = scores[last] * plain.model.get_submodule(site.output).weight.norm(dim=0)
         parts = []
         for name, score in scores.items():
             chosen = score.argsort(descending=True)[: len(keep[site.key][name])]
@@ -278,8 +291,8 @@ def command_of(options: argparse.Namespace, name: str, seed: int) -> str:
 def main() -> None:
     """Runs the rows that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=["digits", "clinc150", "cifar10"])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="Names, or options as JSON with --validation.")
+    parser.add_argument("task", choices=["digits", "clinc150", "cifar10", "cifar10-resnet18", "cifar10-vgg16"])
+    parser.add_argument("--rows", nargs="+", help="Names, or options as JSON with --validation; all if left out.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--data", help="Folder of parquet files, for clinc150 and cifar10.")
@@ -291,14 +304,18 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--validation", action="store_true")
     options = parser.parse_args()
-    unknown = [name for name in options.rows if name not in ROWS and not (options.validation and name[:1] == "{")]
-    if unknown:
-        parser.error(f"got the rows {unknown}; expected some of {list(ROWS)}, or options as JSON with --validation")
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     build = {"digits": digits, "clinc150": lambda: clinc150(options.data, options.model),
-             "cifar10": lambda: cifar10(options.data)}  # fmt: skip
+             "cifar10": lambda: cifar10(options.data),
+             "cifar10-resnet18": lambda: cifar10_cnn(options.data, "resnet18", 16, PAPER),
+             "cifar10-vgg16": lambda: cifar10_cnn(options.data, "vgg16", 16, PAPER)}  # fmt: skip
     task = build[options.task]()
+    known = {**ROWS, **task.own_rows}
+    options.rows = options.rows or list(known)
+    unknown = [name for name in options.rows if name not in known and not (options.validation and name[:1] == "{")]
+    if unknown:
+        parser.error(f"got the rows {unknown}; expected some of {list(known)}, or options as JSON with --validation")
     if options.validation:
         task = replace(task, sets={kind: sets[:: -(-len(sets) // 15)] for kind, sets in task.sets.items()}, draws=1)
     epochs = options.epochs or task.epochs
@@ -314,7 +331,7 @@ def main() -> None:
                 plain_row, plain = run(task, "plain", None, seed, epochs, None, options.validation, options.keep)
             row = plain_row if name == "plain" else None
             if row is None:
-                own = ROWS[name] if name in ROWS else json.loads(name)
+                own = known[name] if name in known else json.loads(name)
                 row, _ = run(task, name, own, seed, epochs, plain, options.validation, options.keep)
             print(f"{name}, seed {seed}: {row['accuracy']:.3f} in {row['seconds']} s", flush=True)
             row["command"] = command_of(options, name, seed)

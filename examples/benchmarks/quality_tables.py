@@ -11,8 +11,13 @@ from pathlib import Path
 from scipy.stats import t as student
 
 HERE = Path(__file__).parent
-TASKS = ("digits", "clinc150", "cifar10")
-TITLES = {"digits": "Digits", "clinc150": "CLINC150", "cifar10": "CIFAR-10"}
+TITLES = {
+    "digits": "Digits",
+    "clinc150": "CLINC150",
+    "cifar10": "CIFAR-10",
+    "cifar10-resnet18": "CIFAR-10, ResNet18",
+    "cifar10-vgg16": "CIFAR-10, VGG16",
+}
 FIGURES = ("neurons", "weights", "module", "restricted", "random", "other", "empty", "rejection")
 Rows = Sequence[dict]
 
@@ -135,7 +140,7 @@ def summary(stored: dict) -> str:
 
 def kinds_table(rows: Rows) -> str:
     """One line a method and kind of set."""
-    header = ["method", "sets", "neurons", "attention and FFN weights", "raw", "parent", "random", "other", "empty",
+    header = ["method", "sets", "neurons", "weights", "raw", "parent", "random", "other", "empty",
               "specificity", "rejection AUROC"]  # fmt: skip
     lines = []
     for name, own in by_method([row for row in rows if "sets" in row]).items():
@@ -207,17 +212,17 @@ def figure_of_strangers(own: Rows) -> float:
 
 def page(read: Callable[..., dict | None]) -> str:
     """The whole page, from what `read` returns for each task."""
-    found = {task: stored for task in TASKS if (stored := read(task)) is not None}
+    found = {task: stored for task in TITLES if (stored := read(task)) is not None}
     intro = (
         "# Modules against every rival\n\nMade by `python examples/benchmarks/quality_tables.py` from the JSON files "
         "that `quality.py` writes. Means over kinds of sets, sets and seeds; accuracy on test data, which chose "
         "nothing. *raw* is a module as it was cut; *parent* the whole model restricted to the module's labels; "
         "*random*, *other* and *empty* are other neurons in its place (as many at random; those of as many other "
-        "groups; none); *specificity* is raw minus other, in points. In brackets: upper bound of the one-sided 95 % "
-        "interval over seeds of a paired loss. Rejection: telling own samples from those of all other labels by the "
-        "energy of the module's logits."
+        "groups; none); *weights* are those of attention and feed-forward layers, of a CNN all; *specificity* is raw "
+        "minus other, in points. In brackets: upper bound of the one-sided 95 % interval over seeds of a paired "
+        "loss. Rejection: telling own samples from those of all other labels by the energy of the module's logits."
     )
-    tried = {task: stored for task in TASKS if (stored := read(task, "recipe")) is not None}
+    tried = {task: stored for task in TITLES if (stored := read(task, "recipe")) is not None}
     parts = [rendered(task, stored) for task, stored in found.items()]
     return "\n\n".join([intro, *parts, *(rendered_recipe(task, stored) for task, stored in tried.items())]) + "\n"
 
@@ -252,7 +257,7 @@ def stored_results(task: str, kind: str = "quality") -> dict | None:
 def main() -> None:
     """Writes the page and the pictures."""
     (HERE / "quality.md").write_text(page(stored_results))
-    for task in TASKS:
+    for task in TITLES:
         if stored := stored_results(task):
             draw(stored["rows"], HERE / f"quality_{task}.png")
 

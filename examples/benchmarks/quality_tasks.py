@@ -1,5 +1,6 @@
 """The data, models and sets of labels that `quality.py` measures methods on: digits, CLINC150, CIFAR-10."""
 
+import importlib.util
 import io
 import itertools
 import random
@@ -107,6 +108,7 @@ class Task:
         options: Options of `NeMoConfig` that are the task's own, in all rows.
         strangers: Inputs of no label, or `None`.
         draws: Number of masks of the random control.
+        own_rows: Rows by name and their options, in place of those of `quality.ROWS` and beside them.
     """
 
     text: str
@@ -121,6 +123,7 @@ class Task:
     options: Mapping[str, object] = field(default_factory=dict)
     strangers: Callable[[], Split] | None = None
     draws: int = 5
+    own_rows: Mapping[str, dict] = field(default_factory=dict)
 
 
 def drawn_sets(groups: int, size: int, count: int, first: Sequence[tuple[int, ...]] = ()) -> list[tuple[int, ...]]:
@@ -221,8 +224,8 @@ def clinc150(data: str, model: str) -> Task:
     )
 
 
-def cifar10(data: str) -> Task:
-    """10,000 training images of CIFAR-10 and a ViT of 192 x 6 from scratch."""
+def cifar10_splits(data: str) -> tuple[tuple[Split, Split, Split], list[str]]:
+    """10,000 training images of CIFAR-10, shifted and flipped, 1,000 to choose on, 2,000 to test, and the labels."""
     loaded = load_dataset("parquet", data_files={
         name: [str(path) for path in sorted(Path(data).glob(f"{name}-*.parquet"))] for name in ("train", "test")
     })  # fmt: skip
@@ -236,19 +239,20 @@ def cifar10(data: str) -> Task:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return Split({"pixel_values": pixels}, torch.tensor(part["label"]), is_augmented)
 
-    parts = (split("train", 0, 10000, True), split("train", 10000, 1000), split("test", 0, 2000))
+    return (split("train", 0, 10000, True), split("train", 10000, 1000), split("test", 0, 2000)), names
+
+
+def cifar10_task(data: str, text: str, build: Callable[..., torch.nn.Module], epochs: int, **options) -> Task:
+    """A model of one's own, which `build` makes of label names, on part of CIFAR-10."""
+    parts, names = cifar10_splits(data)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    config = ViTConfig(
-        image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=6, num_attention_heads=6,
-        intermediate_size=768, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **labels,
-    )  # fmt: skip
     arguments = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "learning_rate": 1e-3,
                  "lr_scheduler_type": "cosine", "warmup_steps": 0.1}  # fmt: skip
     return Task(
-        text="CIFAR-10, ViT of 192 x 6 from scratch; 10,000 images train, 1,000 choose, 2,000 test",
+        text=f"CIFAR-10, {text} from scratch; 10,000 images train, 1,000 choose, 2,000 test",
         splits=lambda seed: parts,
-        trainer=partial(trainer_of, partial(ViTForImageClassification, config), arguments),
-        epochs=6,
+        trainer=partial(trainer_of, partial(build, **labels), arguments),
+        epochs=epochs,
         sets={
             "singles": [(label,) for label in range(10)],
             "pairs": [(3, 5), (0, 8), (1, 9), (2, 4), (6, 7)],
@@ -260,4 +264,50 @@ def cifar10(data: str) -> Task:
         rate=1e-3,
         groups={name: [index] for index, name in enumerate(names)},
         draws=2,
+        **options,
     )
+
+
+def cifar10(data: str) -> Task:
+    """A ViT of 192 x 6."""
+
+    def build(**labels) -> torch.nn.Module:
+        return ViTForImageClassification(ViTConfig(
+            image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=6, num_attention_heads=6,
+            intermediate_size=768, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **labels,
+        ))  # fmt: skip
+
+    return cifar10_task(data, "ViT of 192 x 6", build, 6)
+
+
+MWT_OF_CNNS = {"objective": "cohesion-coupling", "contrastive_weight": 0.5, "coupling_weight": 3.0}
+"""The weights .5 and 1.5 that MODA's repository trains its MwT baseline for ResNet18 on CIFAR-10 with."""
+MODA = {"objective": "moda", "contrastive_weight": 1.0, "coupling_weight": 1.0, "sparsity_weight": 0.3,
+        "hard_masks": True, "warmup_ratio": 0.0}  # fmt: skip
+"""The weights of affinity, dispersion and compactness that its extraction script has as defaults."""
+
+
+def cifar10_cnn(data: str, architecture: str, width: int, paper: dict) -> Task:
+    """A narrow convolutional model of the NeMo paper, trained on images whose channels lie last in memory.
+
+    Args:
+        data: As in `cifar10`.
+        architecture: One of `ARCHITECTURES` in examples/paper/models.py.
+        width: Channels of the first stage, 64 in the paper.
+        paper: Options of all rows of other papers, which each changes.
+    """
+    place = Path(__file__).parents[1] / "paper" / "models.py"
+    spec = importlib.util.spec_from_file_location("paper_models", place)
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+
+    def build(**labels) -> torch.nn.Module:
+        config = models.PaperCNNConfig(architecture=architecture, width=width, **labels)
+        return models.PaperCNNForImageClassification(config).to(memory_format=torch.channels_last)
+
+    # The weight of contrast is in the range that the paper gives for CNNs.
+    own_rows = {"mwt": {**paper, **MWT_OF_CNNS}, "nemo": {**paper, "contrastive_weight": 1.2},
+                "nemo-authors": {**paper, "contrastive_weight": 1.2, "objective": "contrastive-authors"},
+                "moda": {**paper, **MODA}}  # fmt: skip
+    text = f"{architecture} of {width} channels in the first stage"
+    return cifar10_task(data, text, build, 10, own_rows=own_rows)

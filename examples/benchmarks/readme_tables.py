@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quality_tables import TASKS, stored_results, summary
+from quality_tables import TITLES, stored_results, summary
 
 BENCHMARKS = Path(__file__).parent
 EXAMPLES = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def demo_table() -> str:
 
 def quality_tables() -> str:
     """What `quality.py` measured, in short."""
-    found = {task: stored_results(task) for task in TASKS}
+    found = {task: stored_results(task) for task in TITLES}
     return "\n\n".join(summary(stored) for stored in found.values() if stored)
 
 

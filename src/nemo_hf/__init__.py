@@ -4,6 +4,7 @@ Importing it registers parents and modules with the Auto classes of `transformer
 """
 
 from .calibration import calibrate_rejection
+from .composition import compose
 from .config import NeMoConfig
 from .configuration import NeMoModelConfig
 from .evaluation import ModuleReport, evaluate_module
@@ -27,6 +28,7 @@ __all__ = [
     "NeMoTrainer",
     "UnsupportedArchitectureError",
     "calibrate_rejection",
+    "compose",
     "compute_relevance",
     "evaluate_module",
     "make_parent",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers import PreTrainedConfig
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -30,9 +31,10 @@ ENTRIES_PER_TENSOR = 20
 def open_model(
     source: str | Path,
     hub_options: Mapping[str, Any],
-    config: NeMoModelConfig | None = None,
+    config: Any = None,
     variant: str | None = None,
-) -> tuple[NeMoModelConfig, WeightFiles]:
+    kind: type[PreTrainedConfig] = NeMoModelConfig,
+) -> tuple[Any, WeightFiles]:
     """Reads the configuration of a parent or module and the headers of its weights.
 
     Args:
@@ -40,6 +42,7 @@ def open_model(
         hub_options: Options of the Hub, such as `revision`.
         config: The configuration, if it is loaded already.
         variant: Variant of the weights, as in `from_pretrained`.
+        kind: Class of the configuration.
 
     Returns:
         A configuration of its own, and the opened weights.
@@ -54,8 +57,8 @@ def open_model(
             raise OSError(
                 f"Got {str(path)!r} of {path.stat().st_size} bytes; expected at most {LARGEST_JSON}. {REMEDY}"
             )
-        check_model_type(source, hub_options)
-        config = NeMoModelConfig.from_pretrained(source, **hub_options)
+        check_model_type(source, hub_options, kind)
+        config = kind.from_pretrained(source, **hub_options)
     for name in FOREIGN_FILES:
         if find_file(source, name, hub_options):
             raise ValueError(
@@ -71,28 +74,32 @@ def open_model(
     return copy.deepcopy(config), WeightFiles(source, hub_options, variant)
 
 
-def check_model_type(source: str | Path, hub_options: Mapping[str, Any]) -> None:
+def check_model_type(
+    source: str | Path, hub_options: Mapping[str, Any], kind: type[PreTrainedConfig] = NeMoModelConfig
+) -> None:
     """Checks that a directory or repository holds a parent or module.
 
     Args:
         source: Directory or Hub repository.
         hub_options: Options of the Hub, such as `revision`.
+        kind: Class of the configuration that is expected.
 
     Raises:
         ValueError: If it holds another model, or its configuration is nested too deep to be read.
     """
     try:
-        config, _ = NeMoModelConfig.get_config_dict(source, **hub_options)
+        config, _ = kind.get_config_dict(source, **hub_options)
         model_type = config.get("model_type")
     except (RecursionError, AttributeError, TypeError) as error:  # nested too deep, or no mapping
         raise ValueError(
             f"Got a config.json in {str(source)!r} that can't be read ({error}); expected that of a parent or module. "
             f"{REMEDY}"
         ) from error
-    if model_type != NeMoModelConfig.model_type:
+    if model_type != kind.model_type:
+        expected = "a parent or module" if kind is NeMoModelConfig else "modules that were joined"
         raise ValueError(
-            f"Got {str(source)!r} of model type {model_type!r}; expected a parent or module of nemo_hf. "
-            "Load a plain model with the Auto classes and train it with NeMoTrainer."
+            f"Got {str(source)!r} of model type {model_type!r}; expected {expected} of nemo_hf. "
+            "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
         )
 
 
@@ -122,7 +129,7 @@ def _bounded_build(most: int) -> Iterator[None]:
             hook.remove()
 
 
-def build_on_meta(kind: Any, config: NeMoModelConfig, weights: WeightFiles) -> Any:
+def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
     """Builds a model without memory for its weights, and compares it with what its files hold.
 
     Args:
@@ -148,11 +155,13 @@ def build_on_meta(kind: Any, config: NeMoModelConfig, weights: WeightFiles) -> A
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
+        name = getattr(config, "base_class", kind.__name__)
         raise ValueError(
-            f"Got a config.json that builds no {config.base_class} ({type(error).__name__}: {error}); expected that of "
-            f"the saved weights. {REMEDY}"
+            f"Got a config.json that builds no {name} ({type(error).__name__}: {error}); expected that of the saved "
+            f"weights. {REMEDY}"
         ) from error
-    _check_labels(model)
+    for part in getattr(model, "parts", [model]):
+        _check_labels(part)
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > 2 * weights.size + SPARE_BYTES:

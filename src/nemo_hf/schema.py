@@ -194,6 +194,16 @@ def _are_companions(value: Any) -> bool:
     )
 
 
+def are_numbers(value: Any, count: int) -> bool:
+    """Tells whether a value is a list of so many finite numbers."""
+    return isinstance(value, list) and len(value) == count and all(map(_is_finite, value))
+
+
+def are_orders(value: Any) -> bool:
+    """Tells whether a value is a list that holds each number from 0 on once, in any order."""
+    return _are_indices(value) and sorted(value) == list(range(len(value)))
+
+
 def _is_number(value: Any) -> bool:
     """A number that can be computed with and shown; whole ones have no bound in JSON."""
     return _is_finite(value) if isinstance(value, float) else _is_whole(value)

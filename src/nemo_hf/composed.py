@@ -1,0 +1,289 @@
+"""Several modules as one model with joint logits: its configuration, and one class per task."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.hub import resolve_revision
+
+from .configuration import NeMoModelConfig
+from .files import processor_files, replaced_directory
+from .loading import build_on_meta, check_loaded, check_values, open_model
+from .modeling import HUB_OPTIONS, NeMoOutput, NeMoPreTrainedModel
+from .schema import REMEDY, are_numbers, are_orders, check_config
+from .sources import read_companions, recorded_names
+from .tasks import TASK_CLASSES
+
+MOST_PARTS = 1000
+
+
+class NeMoComposedConfig(PreTrainedConfig):
+    """Configuration of several modules that answer together.
+
+    Args:
+        parts: One `NeMoModelConfig` a module, as data.
+        label_order: For each joint label, its place among the labels of all modules one after another.
+        scales: Factor of each module's logits. `biases`: what is added to them then.
+        biases: One number a module.
+        processor_files: As in `NeMoModelConfig`.
+    """
+
+    model_type = "nemo_hf_composed"
+
+    parts: list | None = None  # type: ignore[type-arg]
+    label_order: list | None = None  # type: ignore[type-arg]
+    scales: list | None = None  # type: ignore[type-arg]
+    biases: list | None = None  # type: ignore[type-arg]
+    processor_files: list | None = None  # type: ignore[type-arg]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration from what a file says; as in `transformers`.
+
+        Raises:
+            ValueError: If an entry has the wrong type or is out of range.
+        """
+        check_config(config_dict)
+        parts = config_dict.get("parts")
+        count = len(parts) if isinstance(parts, list) and all(isinstance(part, dict) for part in parts) else 0
+        order = config_dict.get("label_order")
+        if (
+            not 0 < count <= MOST_PARTS
+            or not all(are_numbers(config_dict.get(name), count) for name in ("scales", "biases"))
+            or not are_orders(order)
+            or len(order or ()) != len(config_dict.get("id2label") or ())
+        ):
+            raise ValueError(
+                f"Got a config.json of {count} modules with the label order {str(order)[:120]}; expected at most "
+                f"{MOST_PARTS} modules, each with a scale and a bias, and a place for each label. {REMEDY}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def modules(self) -> list[NeMoModelConfig]:
+        """The configurations of the modules."""
+        return [NeMoModelConfig.from_dict(dict(part)) for part in self.parts or []]
+
+
+class NeMoComposedModel(PreTrainedModel):
+    """Modules with different labels that answer together.
+
+    A logit is `scale * logit of the module + bias`, with one scale and one bias a module.
+    """
+
+    config: NeMoComposedConfig
+    config_class = NeMoComposedConfig
+    _supports_sdpa = True
+    accepts_loss_kwargs = False
+    _keep_in_fp32_modules_strict = {"generator"}
+    task = ""
+
+    def __init__(self, config: NeMoComposedConfig, modules: Sequence[NeMoPreTrainedModel] | None = None) -> None:
+        super().__init__(config)
+        if modules is None:
+            modules = [TASK_CLASSES[self.task](part) for part in config.modules]
+        self.parts = nn.ModuleList(modules)
+        self.processor_files: dict[str, bytes] = {}
+        self._check()
+        self.post_init()
+
+    def _check(self) -> None:
+        config, own = self.config, self._parts()
+        names = [name for part in own for name in part.config.names.values()]
+        joint = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+        order = config.label_order or []
+        told = [joint.get(index) for index in range(len(order))]
+        if sorted(order) != list(range(len(names))) or told != [names[place] for place in order]:
+            raise ValueError(
+                f"Got a config.json with the labels {told[:12]} of modules with {names[:12]}; expected each label of "
+                f"a module once. {REMEDY}"
+            )
+        if any(part.is_parent for part in own):
+            raise ValueError(f"Got a config.json of a parent among the modules; expected modules. {REMEDY}")
+
+    def _parts(self) -> list[NeMoPreTrainedModel]:
+        return [part for part in self.parts if isinstance(part, NeMoPreTrainedModel)]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules draw their weights themselves."""
+
+    def part_logits(self, **inputs: Any) -> Tensor:
+        """Returns the modules' own logits one after another, as they are: shape (batch, labels)."""
+        return torch.cat([part(**inputs).logits for part in self._parts()], -1)
+
+    def join(self, logits: Tensor) -> Tensor:
+        """Scales and orders what `part_logits` returned."""
+        scales, biases = self.config.scales or [], self.config.biases or []
+        sizes = [len(part.config.names) for part in self._parts()]
+        joined = zip(logits.split(sizes, -1), scales, biases, strict=True)
+        return torch.cat([scale * own + bias for own, scale, bias in joined], -1)[:, self.config.label_order]
+
+    def _run(
+        self, inputs: Mapping[str, Any], labels: Tensor | None, return_dict: bool | None, kwargs: Mapping[str, Any]
+    ) -> NeMoOutput | tuple[Any, ...]:
+        given = {name: value for name, value in {**inputs, **kwargs}.items() if value is not None}
+        logits = self.join(self.part_logits(**given))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        output = NeMoOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+    def attach_processor(self, processor: Any) -> None:
+        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
+        self.processor_files = processor_files(processor)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
+        """Saves weights, configuration and processor, whole or not at all; as in `transformers`.
+
+        Args:
+            save_directory: Where to.
+            **kwargs: As in `transformers`.
+        """
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        kwargs.setdefault("save_original_format", False)
+        self.config.processor_files = recorded_names(self.processor_files)
+        self.config.parts = [part.config.to_dict() for part in self._parts()]  # as they are now
+        if kwargs.get("is_main_process", True):
+            with replaced_directory(save_directory, stale=("model*.safetensors*",)) as temporary:
+                super().save_pretrained(temporary, **kwargs)
+                for name, content in self.processor_files.items():
+                    (temporary / name).write_bytes(content)
+        if push:
+            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """Loads modules that were saved together.
+
+        Args:
+            pretrained_model_name_or_path: Directory or Hub repository.
+            *model_args: As in `transformers`. `kwargs` likewise.
+            **kwargs: As in `transformers`.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            OSError: If a file is missing or damaged.
+            ValueError: If a tensor is missing or has another shape than the configuration says.
+        """
+        source = pretrained_model_name_or_path
+        where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if kwargs.get(name)}
+        kwargs["revision"] = resolve_revision(source, kwargs.get("revision"), **where)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        build_on_meta(cls, *open_model(source, hub_options, None, kwargs.get("variant"), NeMoComposedConfig))
+        hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
+        model, info = loaded
+        check_loaded(str(source), info)
+        for part in model.parts:
+            check_values(part)
+        model.processor_files, _ = read_companions(source, hub_options, model.config.processor_files)
+        result: Self = loaded if wants_info else model
+        return result
+
+
+class NeMoComposedForImageClassification(NeMoComposedModel):
+    """Modules that classify images together."""
+
+    main_input_name = "pixel_values"
+    task = "image-classification"
+
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
+        """Classifies images.
+
+        Args:
+            pixel_values: Shape (batch, channels, height, width).
+            labels: Joint label ids, shape (batch,); adds the loss to the output.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            A `NeMoOutput` with joint logits.
+        """
+        return self._run({"pixel_values": pixel_values}, labels, return_dict, kwargs)
+
+
+class NeMoComposedForSequenceClassification(NeMoComposedModel):
+    """Modules that classify texts together."""
+
+    main_input_name = "input_ids"
+    task = "text-classification"
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
+        """Classifies texts; arguments as in `NeMoForSequenceClassification.forward` and those of images.
+
+        Args:
+            input_ids: Token ids, shape (batch, tokens).
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            token_type_ids: For plain models that take them, shape (batch, tokens); else left out.
+            labels: Joint label ids, shape (batch,).
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            A `NeMoOutput` with joint logits.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return self._run(inputs, labels, return_dict, kwargs)
+
+
+class NeMoComposedForAudioClassification(NeMoComposedModel):
+    """Modules that classify recordings together."""
+
+    main_input_name = "input_values"
+    task = "audio-classification"
+
+    def forward(
+        self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
+        return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
+        """Classifies recordings; arguments as in `NeMoForAudioClassification.forward` and those of images.
+
+        Args:
+            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain models take them.
+            input_features: Features of models that take these instead.
+            labels: Joint label ids, shape (batch,).
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            A `NeMoOutput` with joint logits.
+        """
+        return self._run({"input_values": input_values, "input_features": input_features}, labels, return_dict, kwargs)
+
+
+COMPOSED_CLASSES: dict[str, type[NeMoComposedModel]] = {
+    kind.task: kind
+    for kind in (
+        NeMoComposedForImageClassification, NeMoComposedForSequenceClassification, NeMoComposedForAudioClassification,
+    )
+}  # fmt: skip
+
+AutoConfig.register(NeMoComposedConfig.model_type, NeMoComposedConfig)
+AutoModelForImageClassification.register(NeMoComposedConfig, NeMoComposedForImageClassification)
+AutoModelForSequenceClassification.register(NeMoComposedConfig, NeMoComposedForSequenceClassification)
+AutoModelForAudioClassification.register(NeMoComposedConfig, NeMoComposedForAudioClassification)
