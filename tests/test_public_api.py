@@ -14,6 +14,7 @@ import nemo_hf
 MASKED = ["static_masks", "static_samples", "output_neuron_masks", "return_dict", "kwargs"]
 SIGNATURES = {
     "calibrate_rejection": ["module", "batches", "accepted", "show_progress"],
+    "compose": ["modules", "labels", "batches"],
     "compute_relevance": ["parent", "batches", "accelerator", "show_progress"],
     "evaluate_module": [
         *["parent", "labels", "batches", "module", "threshold", "round_to", "seed", "show_progress"],
@@ -125,6 +126,7 @@ def test_the_public_names_are_these():
         "NeMoTrainer",
         "UnsupportedArchitectureError",
         "calibrate_rejection",
+        "compose",
         "compute_relevance",
         "evaluate_module",
         "make_parent",

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from conftest import fresh, image_samples
+from test_convolutions import paper
 from transformers import TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.losses import specific_cross_entropy
-from nemo_hf.relevance import STEERING, sparsity_pressure, steer_size
+from nemo_hf.relevance import STEERING, size_over_target, sparsity_pressure, steer_size
 
 
 def trainer_of(tmp_path, config, **options) -> NeMoTrainer:
@@ -38,6 +39,21 @@ def test_modules_of_the_right_size_leave_the_weight_alone(vit):
         mask.relevance[:, : mask.site.neurons // 2] = 255
     steer_size(parent.masks, config, steps=10)
     assert parent.masks.sparsity_factor == 1
+
+
+def test_channels_count_by_the_weights_between_them():
+    parent = make_parent(paper.PaperCNNForImageClassification(paper.PaperCNNConfig(architecture="simcnn", width=4)))
+    for mask in parent.masks.site_masks():
+        mask.relevance.zero_()
+        mask.relevance[:, : mask.site.neurons // 2] = 255
+    assert size_over_target(parent.masks, NeMoConfig(retention_target=0.25)) == pytest.approx(0, abs=1e-6)
+    assert size_over_target(parent.masks, NeMoConfig(retention_target=0.0625)) == pytest.approx(1, abs=1e-6)
+    module = parent.extract_module([0])
+    kept, whole = (
+        sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
+        for model in (module, parent.model)
+    )
+    assert kept / whole == pytest.approx(0.25, abs=0.01)  # only the first layer reads whole images
 
 
 @pytest.mark.parametrize(("over", "share"), [(1.5, 1.0), (1.0, 1.0), (0.95, 0.5), (0.9, 0.0), (0.6, 0.0)])

@@ -47,10 +47,10 @@ class NeMoConfig:
         gather_across_devices: Whether that loss compares a sample's mask with those of all processes' samples
             and not only with those of its own process.
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper; MODA's compactness], at least 0.
-        retention_target: Share of all neurons, in (0, 1], that the module of one group shall keep on
-            average. `sparsity_weight` is then only where the weight starts; it rises while modules are
-            larger and falls while they are smaller. `None` keeps the weight, and suits one task only: a weight
-            that leaves the modules of one task large starves those of another.
+        retention_target: Share of the weights of masked layers, in (0, 1], that the module of one group shall
+            keep on average: so many of the attention and feed-forward neurons, and the square root of it of
+            channels, since both sides of a weight are cut there. `sparsity_weight` is then only where the weight
+            starts; it rises while modules are larger and falls while they are smaller. `None` keeps the weight.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
             values in [0, 1).
         detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks

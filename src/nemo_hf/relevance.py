@@ -1,5 +1,6 @@
 """Relevance: which share of a group's samples opens each neuron, counted in one streaming pass."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -113,10 +114,14 @@ def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
 
 
 def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
-    """Returns how far the modules of one group are from the target on average: kept share / target - 1, a scalar."""
+    """Returns how far the modules of one group are from the target on average: kept / wanted neurons - 1, a scalar."""
     assert config.retention_target is not None
     kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
-    return torch.cat(kept, -1).float().mean() / config.retention_target - 1
+    # A weight between two groups of channels stays if both its channels do.
+    target = config.retention_target
+    sites = [mask.site for mask in masks.site_masks()]
+    wanted = sum((math.sqrt(target) if site.kind == "conv" else target) * site.neurons for site in sites)
+    return torch.cat(kept, -1).float().mean() / (wanted / sum(site.neurons for site in sites)) - 1
 
 
 def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
