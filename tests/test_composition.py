@@ -1,6 +1,7 @@
 """Modules that answer together: joint logits, calibration, files, and what is refused."""
 
 import copy
+import functools
 import json
 
 import numpy as np
@@ -32,10 +33,15 @@ def parent_of(plain, seed=0):
     return parent
 
 
-def image_modules():
-    """Modules of two parents of different kinds, the second of a single label."""
+@functools.cache
+def built_modules():
     vit, other = parent_of(fresh("vit")), parent_of(fresh("deit"), 1)
     return [vit.extract_module([ALL[3], ALL[0]]), other.extract_module([ALL[1]])]
+
+
+def image_modules():
+    """Modules of two parents of different kinds, the second of a single label."""
+    return copy.deepcopy(built_modules())
 
 
 def given(model, samples=4):

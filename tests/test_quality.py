@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import image_samples, randomize_relevance
+from test_convolutions import parent_of as parent_of_channels
 
 from nemo_hf import NeMoConfig, make_parent
 from nemo_hf.extraction import make_plan
@@ -87,6 +88,38 @@ def test_the_share_of_weights_counts_rows_and_columns(scripts, parent):
             kept, total = kept + 2 * 32 * len(keep[site.key][name]), total + 2 * 32 * size
     assert scripts["quality"].attention_and_ffn(parent, keep) == pytest.approx(kept / total)
     assert scripts["quality"].attention_and_ffn(parent, every_neuron(parent)) == 1.0
+
+
+@pytest.fixture
+def channels():
+    parent = parent_of_channels("simcnn")
+    randomize_relevance(parent)
+    return parent
+
+
+def test_the_weights_of_a_cnn_are_those_of_the_whole_module(scripts, channels):
+    keep = make_plan(channels, [0, 4]).keep
+    module = channels.extract_module([0, 4])
+    expected = module.model.num_parameters() / channels.model.num_parameters()
+    assert scripts["quality"].kept_weights(channels, [0, 4], keep) == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_pruning_a_cnn_keeps_the_channels_with_the_largest_filters(scripts, channels):
+    keep = make_plan(channels, [0, 4]).keep
+    masks = scripts["quality"].by_magnitude(channels, keep)
+    for site in channels.sites:
+        layers = [channels.model.get_submodule(path).weight for path in site.producers]
+        norms = [sum(weight[neuron].norm().item() for weight in layers) for neuron in range(site.neurons)]
+        kept = {index for index, value in enumerate(masks[site.key].tolist()) if value}
+        count = len(keep[site.key]["channels"])
+        assert kept == set(sorted(range(site.neurons), key=lambda index: -norms[index])[:count])
+
+
+def test_a_patched_label_is_measured_as_its_definition_says(scripts):
+    answered, right = torch.tensor([1, 1, 0, 2, 1, 0]), torch.tensor([1, 0, 0, 2, 1, 1])
+    found = importlib.import_module("patching").of_label(answered, right, 1)
+    assert found == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "accuracy on others": 2 / 3})
 
 
 def every_neuron(parent):

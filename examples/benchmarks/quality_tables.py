@@ -18,6 +18,7 @@ TITLES = {
     "cifar10-resnet18": "CIFAR-10, ResNet18",
     "cifar10-vgg16": "CIFAR-10, VGG16",
 }
+PATCHING = HERE / "patching.json"
 FIGURES = ("neurons", "weights", "module", "restricted", "random", "other", "empty", "rejection")
 Rows = Sequence[dict]
 
@@ -188,6 +189,30 @@ def rendered(task: str, stored: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def patching_table(stored: dict) -> str:
+    """Labels of a weak model before and after they were patched: means over labels."""
+    header = ["strong model", "model", "precision", "recall", "accuracy on others", "labels with more recall"]
+    kinds = {"weak": "weak", "calibrated weak": "weak, calibrated alike", "patched": "patched"}
+    lines = []
+    for name, own in by_method(stored["rows"]).items():
+        for kind, title in kinds.items():
+            found = [row[kind] for row in own]
+            means = [f"{mean([each[key] for each in found]):.3f}" for key in list(found[0])]
+            better = sum(each["recall"] > row["weak"]["recall"] for each, row in zip(found, own, strict=True))
+            lines.append([name, title, *means, "-" if kind == "weak" else f"{better} of {len(own)}"])
+    return table(header, lines)
+
+
+def rendered_patching(stored: dict) -> str:
+    """What joining the module of a strong model with a weak model does."""
+    text = (
+        "## Patching a weak model\n\nThe plain VGG16 after one epoch, joined with a strong model's module for one "
+        f"label after the other (`compose`, calibrated on validation data); {stored['task']}; seed {stored['seed']}, "
+        "test data. *Calibrated alike*: the weak model's own label in place of the module."
+    )
+    return "\n\n".join([text, patching_table(stored), f"```bash\n{stored['command']}\n```"])
+
+
 def commands(rows: Rows) -> str:
     """The commands that made the rows, one for all seeds of a row."""
     seeds: dict[str, list[str]] = {}
@@ -224,6 +249,8 @@ def page(read: Callable[..., dict | None]) -> str:
     )
     tried = {task: stored for task in TITLES if (stored := read(task, "recipe")) is not None}
     parts = [rendered(task, stored) for task, stored in found.items()]
+    if PATCHING.exists():
+        parts.append(rendered_patching(json.loads(PATCHING.read_text())))
     return "\n\n".join([intro, *parts, *(rendered_recipe(task, stored) for task, stored in tried.items())]) + "\n"
 
 
