@@ -176,3 +176,34 @@ def test_a_class_of_the_same_name_as_another_is_refused(vit):
     Impostor.__name__ = type(vit).__name__
     with pytest.raises(UnsupportedArchitectureError, match="which this name stands for in files"):
         make_parent(Impostor(vit.config))
+
+
+class NamedConfig(ViTConfig):
+    """Writes its labels under a name of its own and reads them in `from_dict` only, as that of timm's wrapper does."""
+
+    model_type = "named-vit"
+
+    def to_dict(self):
+        data = super().to_dict()
+        data["label_names"] = [self.id2label[index] for index in range(len(self.id2label))]
+        return {name: value for name, value in data.items() if name not in ("id2label", "label2id")}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        names = config_dict["label_names"]
+        config_dict = {name: value for name, value in config_dict.items() if name != "label_names"}
+        return super().from_dict({**config_dict, "id2label": dict(enumerate(names))}, **kwargs)
+
+
+class NamedViT(ViTForImageClassification):
+    config_class = NamedConfig
+
+
+def test_the_plain_models_configuration_is_read_by_its_own_method(registered, tmp_path):
+    registered(NamedConfig, AutoModelForImageClassification, NamedViT)
+    parent = make_parent(NamedViT(NamedConfig(**IMAGE)))
+    randomize_relevance(parent)
+    parent.extract_module([1, 3]).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.base_config.id2label == parent.config.base_config.id2label
+    assert loaded.config.label_ids == [1, 3]

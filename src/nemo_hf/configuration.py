@@ -120,6 +120,8 @@ class NeMoModelConfig(PreTrainedConfig):
         # Code beside the weights is for loading without nemo_hf; a copy of the model saved anew may have none.
         config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
         try:
+            if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
+                config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
             return super().from_dict(config_dict, **kwargs)
         except (ValueError, OSError):
             raise

@@ -388,12 +388,12 @@ def neuron_dim(layer: nn.Module) -> int:
 def layer_features(layer: nn.Module) -> tuple[int, int] | None:
     """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
 
-    Subclasses count only if they belong to a model of `transformers`: quantized and adapter layers hold
+    Subclasses count only if they belong to a model of `transformers` or timm: quantized and adapter layers hold
     weights that can't be cut by row.
     """
     if type(layer) is Conv1D:
         return layer.nx, layer.nf
-    is_plain = type(layer) is nn.Linear or type(layer).__module__.startswith("transformers.models.")
+    is_plain = type(layer) is nn.Linear or type(layer).__module__.startswith(("transformers.models.", "timm."))
     if is_plain and isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return None
