@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from test_convolutions import parent_of as parent_of_channels
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -217,6 +221,70 @@ def test_other_processors_and_tasks_are_refused():
         compose([modules[0], text])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tied_weights_and_precisions_survive_files(dtype, tmp_path):
+    config = BartConfig(
+        vocab_size=120, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, **NAMES,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    parent = parent_of(BartForSequenceClassification(config))
+    modules = [parent.extract_module([ALL[0], ALL[2]]).to(dtype), parent.extract_module([ALL[1]]).to(dtype)]
+    composed = compose(modules)
+    composed.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    inputs = {"input_ids": torch.tensor([[1, 5, 6, 2], [1, 9, 8, 2]])}
+    with torch.no_grad():
+        logits = composed(**inputs).logits
+        assert torch.equal(loaded(**inputs).logits, logits)
+    assert logits.dtype == torch.float32
+    assert len(composed.all_tied_weights_keys) == sum(len(module.all_tied_weights_keys) for module in modules) > 0
+
+
+def test_attention_is_chosen_for_all_modules(tmp_path):
+    compose(image_modules()).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")
+    assert {part.model.config._attn_implementation for part in loaded.parts} == {"eager"}
+
+
+def test_a_push_takes_its_options_along(tmp_path, monkeypatch):
+    pushed = {}
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name, **options: pushed.update(options, name=name))
+    composed = compose(image_modules())
+    composed.save_pretrained(tmp_path / "two", push_to_hub=True, private=True, revision="r", token="t")
+    assert pushed == {"name": "two", "private": True, "revision": "r", "token": "t"}
+    pushed.clear()
+    composed.save_pretrained(tmp_path / "two", push_to_hub=True, is_main_process=False)
+    assert pushed == {}
+
+
+def test_nothing_of_a_module_stays_beside_the_joined_ones(tmp_path):
+    modules = image_modules()
+    modules[0].save_pretrained(tmp_path, with_code=True)
+    assert (tmp_path / "modeling_nemo_module.py").exists()
+    compose(modules).save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([2], dtype=torch.int32), torch.tensor([0])])
+def test_one_sample_is_enough_for_finite_numbers(labels):
+    modules = image_modules()
+    batch = {**{name: value[:1] for name, value in random_inputs(modules[0]).items()}, "labels": labels}
+    composed = compose(modules, batches=[batch])
+    assert all(map(math.isfinite, composed.config.scales + composed.config.biases))
+
+
+def test_logits_that_are_no_numbers_and_labels_that_are_none_are_refused():
+    modules = image_modules()
+    batch = {**given(modules[0]), "labels": torch.tensor([0.0, 1.0, 2.0, 1.0])}
+    with pytest.raises(ValueError, match=r"type torch\.float32 from 0\.0"):
+        compose(modules, batches=[batch])
+    modules[1].model.deit.layernorm.weight.data.fill_(math.inf)
+    with pytest.raises(ValueError, match="no finite numbers"):
+        compose(modules, batches=[{**batch, "labels": torch.tensor([0, 1, 2, 1])}])
+
+
 @pytest.fixture
 def saved(tmp_path):
     compose(image_modules()).save_pretrained(tmp_path / "saved")
@@ -238,13 +306,35 @@ def foreign_code(config):
         (lambda c: c.update(biases=[float("inf"), 0.0]), "each with a scale and a bias"),
         (lambda c: c.update(label_order=[0, 1, 1]), "a place for each label"),
         (lambda c: c.update(label_order=[2, 1, 0]), "expected each label of a module once"),
+        (lambda c: c.update(scales=[-1.0, 1.0]), "a scale above 0"),
+        (lambda c: c.update(problem_type="multi_label_classification"), "modules of single labels"),
+        (lambda c: c.update(modules=1, to_dict=1), "the name of a method"),
+        (lambda c: c.update(sub_configs=5), "makes no configuration"),
+        (lambda c: c["parts"][0].update(id2label={"0": "a"}), "with 2 labels"),
+        (lambda c: c["parts"][0]["base_config"].update(num_labels=100_001), "num_labels"),
         (lambda c: c.update(parts=[]), "of 0 modules"),
         (lambda c: c.update(parts={"a": 1}), "of 0 modules"),
         (lambda c: c.update(model_type="vit"), "expected modules that were joined"),
         (role_of_a_parent, "config.json"),
         (foreign_code, "Got the model class 'OsEnviron'"),
     ],
-    ids=["scales", "infinite", "order", "other order", "no parts", "a mapping", "type", "parent", "class"],
+    ids=[
+        "scales",
+        "infinite",
+        "order",
+        "other order",
+        "negative",
+        "several",
+        "method",
+        "sub_configs",
+        "names",
+        "labels",
+        "no parts",
+        "a mapping",
+        "type",
+        "parent",
+        "class",
+    ],
 )
 def test_damaged_configurations_are_refused(saved, damage, words):
     from nemo_hf.composed import NeMoComposedForImageClassification
@@ -258,7 +348,7 @@ def test_damaged_configurations_are_refused(saved, damage, words):
 
 def test_missing_and_misshapen_tensors_are_refused(saved):
     tensors = load_file(saved / "model.safetensors")
-    name = next(name for name in tensors if name.startswith("parts.1.") and name.endswith("classifier.weight"))
+    name = next(name for name in tensors if name.startswith("part_1.") and name.endswith("classifier.weight"))
     kept = tensors.pop(name)
     save_file(tensors, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="1 missing tensors"):

@@ -102,7 +102,7 @@ def rectified_sites(
     least: dict[str, float] = {}
 
     def note(path: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        least[path] = min(least.get(path, math.inf), arguments[0].min().item())
+        least[path] = min(least.get(path, math.inf), arguments[0].min().item() if arguments else -math.inf)
 
     paths = {path for site in sites for path in site.readers}
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(note, path)) for path in paths]

@@ -1,6 +1,6 @@
 """Several modules as one model with joint logits: its configuration, and one class per task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,15 +16,16 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
-from .configuration import NeMoModelConfig
-from .files import processor_files, replaced_directory
+from .configuration import NeMoModelConfig, check_keys
+from .files import CODE_NAME, processor_files, replaced_directory
 from .loading import build_on_meta, check_loaded, check_values, open_model
 from .modeling import HUB_OPTIONS, NeMoOutput, NeMoPreTrainedModel
 from .schema import REMEDY, are_numbers, are_orders, check_config
-from .sources import read_companions, recorded_names
+from .sources import REPORT_NAME, read_companions, recorded_names
 from .tasks import TASK_CLASSES
 
 MOST_PARTS = 1000
+PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 class NeMoComposedConfig(PreTrainedConfig):
@@ -54,25 +55,40 @@ class NeMoComposedConfig(PreTrainedConfig):
             ValueError: If an entry has the wrong type or is out of range.
         """
         check_config(config_dict)
+        check_keys(config_dict)
         parts = config_dict.get("parts")
         count = len(parts) if isinstance(parts, list) and all(isinstance(part, dict) for part in parts) else 0
-        order = config_dict.get("label_order")
+        names = [part.get("id2label") for part in parts or []] if count else []
+        order, scales = config_dict.get("label_order"), config_dict.get("scales")
+        labels = sum(len(own) for own in names if isinstance(own, dict))
         if (
             not 0 < count <= MOST_PARTS
             or not all(are_numbers(config_dict.get(name), count) for name in ("scales", "biases"))
+            or min(scales or [0]) <= 0
             or not are_orders(order)
-            or len(order or ()) != len(config_dict.get("id2label") or ())
+            or not len(order or ()) == len(config_dict.get("id2label") or ()) == labels
+            or config_dict.get("problem_type") not in (None, "single_label_classification")
         ):
             raise ValueError(
-                f"Got a config.json of {count} modules with the label order {str(order)[:120]}; expected at most "
-                f"{MOST_PARTS} modules, each with a scale and a bias, and a place for each label. {REMEDY}"
+                f"Got a config.json of {count} modules with {labels} labels, the label order {str(order)[:120]} and "
+                f"the scales {str(scales)[:120]}; expected at most {MOST_PARTS} modules of single labels, each with a "
+                f"scale above 0 and a bias, and a place for each label. {REMEDY}"
             )
-        return super().from_dict(config_dict, **kwargs)
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (ImportError, OSError, ValueError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"Got a config.json that makes no configuration ({type(error).__name__}: {error}); expected that of "
+                f"modules that were joined. {REMEDY}"
+            ) from error
 
-    @property
-    def modules(self) -> list[NeMoModelConfig]:
-        """The configurations of the modules."""
-        return [NeMoModelConfig.from_dict(dict(part)) for part in self.parts or []]
+    def part_configs(self) -> Iterator[NeMoModelConfig]:
+        """Builds the configurations of the modules, one after another."""
+        for part in self.parts or []:
+            yield NeMoModelConfig.from_dict(dict(part))
 
 
 class NeMoComposedModel(PreTrainedModel):
@@ -84,21 +100,36 @@ class NeMoComposedModel(PreTrainedModel):
     config: NeMoComposedConfig
     config_class = NeMoComposedConfig
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     accepts_loss_kwargs = False
     _keep_in_fp32_modules_strict = {"generator"}
     task = ""
 
     def __init__(self, config: NeMoComposedConfig, modules: Sequence[NeMoPreTrainedModel] | None = None) -> None:
+        wanted = config._attn_implementation_internal  # before it is filled in below
         super().__init__(config)
-        if modules is None:
-            modules = [TASK_CLASSES[self.task](part) for part in config.modules]
-        self.parts = nn.ModuleList(modules)
+        for index, part in enumerate(self._built(wanted) if modules is None else modules):
+            # Children of the model itself: from these it takes over tied weights and what stays in float32.
+            self.add_module(f"part_{index}", part)
         self.processor_files: dict[str, bytes] = {}
         self._check()
         self.post_init()
 
+    def _built(self, attention: str | None) -> Iterator[NeMoPreTrainedModel]:
+        for config in self.config.part_configs():
+            if attention is not None:
+                config._attn_implementation = attention
+            yield TASK_CLASSES[self.task](config)
+
+    @property
+    def parts(self) -> list[NeMoPreTrainedModel]:
+        """The modules."""
+        return [part for part in self.children() if isinstance(part, NeMoPreTrainedModel)]
+
     def _check(self) -> None:
-        config, own = self.config, self._parts()
+        config, own = self.config, self.parts
         names = [name for part in own for name in part.config.names.values()]
         joint = {int(index): str(name) for index, name in (config.id2label or {}).items()}
         order = config.label_order or []
@@ -111,23 +142,20 @@ class NeMoComposedModel(PreTrainedModel):
         if any(part.is_parent for part in own):
             raise ValueError(f"Got a config.json of a parent among the modules; expected modules. {REMEDY}")
 
-    def _parts(self) -> list[NeMoPreTrainedModel]:
-        return [part for part in self.parts if isinstance(part, NeMoPreTrainedModel)]
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Modules draw their weights themselves."""
 
     def part_logits(self, **inputs: Any) -> Tensor:
         """Returns the modules' own logits one after another, as they are: shape (batch, labels)."""
-        return torch.cat([part(**inputs).logits for part in self._parts()], -1)
+        return torch.cat([part(**inputs).logits for part in self.parts], -1)
 
     def join(self, logits: Tensor) -> Tensor:
-        """Scales and orders what `part_logits` returned."""
+        """Scales and orders what `part_logits` returned, in float32."""
         scales, biases = self.config.scales or [], self.config.biases or []
-        sizes = [len(part.config.names) for part in self._parts()]
+        sizes = [len(part.config.names) for part in self.parts]
         joined = zip(logits.split(sizes, -1), scales, biases, strict=True)
-        return torch.cat([scale * own + bias for own, scale, bias in joined], -1)[:, self.config.label_order]
+        return torch.cat([scale * own.float() + bias for own, scale, bias in joined], -1)[:, self.config.label_order]
 
     def _run(
         self, inputs: Mapping[str, Any], labels: Tensor | None, return_dict: bool | None, kwargs: Mapping[str, Any]
@@ -151,17 +179,21 @@ class NeMoComposedModel(PreTrainedModel):
             save_directory: Where to.
             **kwargs: As in `transformers`.
         """
+        is_main = kwargs.get("is_main_process", True)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
         kwargs.setdefault("save_original_format", False)
         self.config.processor_files = recorded_names(self.processor_files)
-        self.config.parts = [part.config.to_dict() for part in self._parts()]  # as they are now
-        if kwargs.get("is_main_process", True):
-            with replaced_directory(save_directory, stale=("model*.safetensors*",)) as temporary:
+        self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now
+        if is_main:
+            stale = ("model*.safetensors*", REPORT_NAME, CODE_NAME)
+            with replaced_directory(save_directory, stale) as temporary:
                 super().save_pretrained(temporary, **kwargs)
                 for name, content in self.processor_files.items():
                     (temporary / name).write_bytes(content)
-        if push:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))  # type: ignore[arg-type]
+        if push and is_main:
+            PreTrainedModel.push_to_hub(self, repo_id or Path(save_directory).name, **pushed)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -124,17 +124,21 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
             raise ValueError(
                 f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
             )
-        if labels.ndim != 1 or not bool(((labels >= 0) & (labels < count)).all()):
+        if labels.ndim != 1 or labels.is_floating_point() or not bool(((labels >= 0) & (labels < count)).all()):
             raise ValueError(
-                f"Got labels of shape {tuple(labels.shape)} from {int(labels.min())} to {int(labels.max())}; expected "
-                f"places among the {count} joint labels. Leave other samples out, or pass labels=... in their order."
+                f"Got labels of shape {tuple(labels.shape)} and type {labels.dtype} from {labels.min().item()} to "
+                f"{labels.max().item()}; expected places among the {count} joint labels. Leave other samples out, or "
+                "pass labels=... in their order."
             )
         found.append(composed.part_logits(**inputs).double().cpu())
-        rights.append(labels.cpu())
+        rights.append(labels.long().cpu())
     if not found:
         raise ValueError("Got no batches to calibrate on; expected some. Pass validation data.")
-    sizes = [len(module.config.names) for module in composed._parts()]
-    scales, biases = fit_scales(torch.cat(found), torch.cat(rights), sizes, composed.config.label_order or [])
+    sizes = [len(module.config.names) for module in composed.parts]
+    logits = torch.cat(found)
+    if not bool(logits.isfinite().all()):
+        raise ValueError("Got logits that are no finite numbers; expected finite ones. Join modules in float32.")
+    scales, biases = fit_scales(logits, torch.cat(rights), sizes, composed.config.label_order or [])
     composed.config.scales, composed.config.biases = scales, biases
 
 
@@ -153,8 +157,8 @@ def fit_scales(
         Scales, above 0, and biases.
     """
     own = logits.split(list(sizes), -1)
-    centers, spreads = (torch.stack([getattr(part, name)() for part in own]) for name in ("mean", "std"))
-    spreads = spreads.clamp(min=1e-6)
+    centers = torch.stack([part.mean() for part in own])
+    spreads = torch.stack([part.std(correction=0) for part in own]).clamp(min=1e-6)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[list(order)]
     units = (logits[:, list(order)] - centers[owner]) / spreads[owner]
     fitted = torch.zeros(2, len(sizes), dtype=torch.float64, requires_grad=True)

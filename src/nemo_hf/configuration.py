@@ -106,7 +106,7 @@ class NeMoModelConfig(PreTrainedConfig):
             ValueError: If an entry has the wrong type or is out of range.
         """
         check_config(config_dict)
-        _check_keys(config_dict)
+        check_keys(config_dict)
         base = config_dict.get("base_config") or {}
         known = not isinstance(base, dict) or "model_type" not in base or base["model_type"] in CONFIG_MAPPING
         if not known:
@@ -123,7 +123,7 @@ class NeMoModelConfig(PreTrainedConfig):
             if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
                 config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
             return super().from_dict(config_dict, **kwargs)
-        except (ValueError, OSError):
+        except (ImportError, OSError, ValueError):
             raise
         except Exception as error:  # of whatever kind the plain model's own checks raise
             raise ValueError(
@@ -137,8 +137,15 @@ class NeMoModelConfig(PreTrainedConfig):
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def _check_keys(config_dict: dict[str, Any]) -> None:
-    """Refuses entries that would take the place of a method: unknown ones become attributes of a configuration."""
+def check_keys(config_dict: dict[str, Any]) -> None:
+    """Refuses entries that would take the place of a method: unknown ones become attributes of a configuration.
+
+    Args:
+        config_dict: What a config.json holds.
+
+    Raises:
+        ValueError: If an entry has the name of a method.
+    """
     for path, _ in leaves(config_dict):
         is_attribute = path and not {"label2id", "nemo_config", "training"} & set(path[:-1])
         if is_attribute and (path[-1].startswith("__") or callable(getattr(PreTrainedConfig, path[-1], None))):

@@ -16,7 +16,7 @@ LARGEST_COUNT = 100_000
 LARGEST_NUMBER = 2**48
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
-REPEATED = re.compile(r"layer|depth|block|stage")
+REPEATED = re.compile(r"layer|depth|block|stage|num_labels")
 SMALL = re.compile(r"(^|_)(eps|epsilon)$")
 LOADING_KEYS = (
     "adapter_config",
@@ -63,7 +63,10 @@ def check_config(data: Mapping[str, Any]) -> None:
     """
     repeats: dict[str, int] = {}
     for path, value in leaves(data):
-        if path[:1] == ("training",):  # a record, from which nothing is built; it has a check of its own
+        if path[:1] == ("training",) or path[:2] == (
+            "parts",
+            "training",
+        ):  # a record, from which nothing is built; it has a check of its own
             continue
         _check_leaf(path, value)
         if path and REPEATED.search(path[-1]) and isinstance(value, int):

@@ -269,10 +269,11 @@ class ActivityMask(SiteMask):
         self._collect(self._pooled(magnitudes).unflatten(-1, (self.site.neurons, -1)).mean(-1))
 
     def _current(self) -> Tensor:
+        """The static mask of the running call, (batch, neurons), 1 for samples that it is not for."""
         static, samples = self.state.static_masks, self.state.static_samples
         assert static is not None
-        mask = static[self.site.key].float().expand(self.state.batch_size, -1)
-        return mask if samples is None else torch.where(samples[:, None], mask, 1.0)
+        mask = static[self.site.key].to(self.relevance.device, torch.float32).expand(self.state.batch_size, -1)
+        return mask if samples is None else torch.where(samples[:, None].to(mask.device), mask, 1.0)
 
     def mask_output_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Observes what a layer reads; static masks multiply it."""
