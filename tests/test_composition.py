@@ -302,8 +302,8 @@ def foreign_code(config):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda c: c.update(scales=[1.0]), "each with a scale and a bias"),
-        (lambda c: c.update(biases=[float("inf"), 0.0]), "each with a scale and a bias"),
+        (lambda c: c.update(scales=[1.0]), "each with a scale above 0 and a bias"),
+        (lambda c: c.update(biases=[float("inf"), 0.0]), "each with a scale above 0 and a bias"),
         (lambda c: c.update(label_order=[0, 1, 1]), "a place for each label"),
         (lambda c: c.update(label_order=[2, 1, 0]), "expected each label of a module once"),
         (lambda c: c.update(scales=[-1.0, 1.0]), "a scale above 0"),
