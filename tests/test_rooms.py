@@ -38,6 +38,7 @@ LEVELS = (
     ("sites", "weights", "rehearsal", "distributed", "calls", "convolutions"),
     ("described", "files", "restoring"),
     ("loading",),
+    ("file_mixin",),
     ("modeling", "proposing"),
     ("tasks", "law", "relevance", "costs", "calibration", "pictures"),
     ("extraction", "standalone", "tracing", "composed"),

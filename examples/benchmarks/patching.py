@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from quality import PAPER, ROWS, answers, trained
+from quality import ROWS, answers, trained
 from quality_tasks import Split, cifar10_cnn
 from timing import made_with
 from torch import Tensor
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    task = cifar10_cnn(options.data, "vgg16", 16, PAPER)
+    task = cifar10_cnn(options.data, "vgg16")
     splits, names = task.splits(options.seed), list(task.groups)
     weak = trained(task, None, splits, options.seed, 1, options.keep)
     test = splits[2]

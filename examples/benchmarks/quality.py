@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from quality_tasks import Split, Task, cifar10, cifar10_cnn, clinc150, collate, digits
+from quality_tasks import PAPER, Split, Task, cifar10, cifar10_cnn, clinc150, collate, digits
 from quality_variants import VARIANTS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -44,8 +44,6 @@ from nemo_hf.modeling import base_parameters
 from nemo_hf.tasks import TASK_CLASSES
 
 HERE = Path(__file__).parent
-PAPER = {"contrastive_weight": 0.5, "hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0,
-         "detach_pooled": False, "retention_target": None, "relevance_threshold": 0.9}  # fmt: skip
 ROWS: dict[str, dict | None] = {
     "plain": None,
     "mwt": {**PAPER, "objective": "cohesion-coupling"},
@@ -210,16 +208,15 @@ def by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
     masks = {}
     for site in plain.sites:
         layers = [plain.model.get_submodule(rows.layer).weight.flatten(1) for rows, _ in site.produced()]
-        weights = {name: weight.norm(dim=1) for weight, (_, name) in zip(layers, site.produced(), strict=True)}
         if site.kind == "conv":  # of all layers that make a channel
             scores = {"channels": sum(weight.norm(dim=1).view(site.neurons, -1).sum(1) for weight in layers)}
-        elif "query" in weights:
-            scores = {"query_key": weights["query"] * weights["key"], "value": weights["value"]}
         else:
-            scores = {"intermediate": weights["units"]}
-        if site.kind != "conv":
-            last = list(scores)[-1]
-            scores[last] = scores[last] * plain.model.get_submodule(site.output).weight.norm(dim=0)
+            norms = {name: weight.norm(dim=1) for weight, (_, name) in zip(layers, site.produced(), strict=True)}
+            reads = plain.model.get_submodule(site.output).weight.norm(dim=0)
+            if site.kind == "attention":
+                scores = {"query_key": norms["query"] * norms["key"], "value": norms["value"] * reads}
+            else:
+                scores = {"intermediate": norms["units"] * reads}
         parts = []
         for name, score in scores.items():
             chosen = score.argsort(descending=True)[: len(keep[site.key][name])]
@@ -308,8 +305,8 @@ def main() -> None:
     torch.set_num_threads(1)
     build = {"digits": digits, "clinc150": lambda: clinc150(options.data, options.model),
              "cifar10": lambda: cifar10(options.data),
-             "cifar10-resnet18": lambda: cifar10_cnn(options.data, "resnet18", 16, PAPER),
-             "cifar10-vgg16": lambda: cifar10_cnn(options.data, "vgg16", 16, PAPER)}  # fmt: skip
+             "cifar10-resnet18": lambda: cifar10_cnn(options.data, "resnet18"),
+             "cifar10-vgg16": lambda: cifar10_cnn(options.data, "vgg16")}  # fmt: skip
     task = build[options.task]()
     known = {**ROWS, **task.own_rows}
     options.rows = options.rows or list(known)

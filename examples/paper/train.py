@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Image, load_dataset
 from models import ARCHITECTURES, PaperCNNConfig, PaperCNNForImageClassification
+from objectives import MODA, MWT, NEMO
 from torch import Tensor
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -30,17 +31,7 @@ from nemo_hf.files import write_json
 
 DATASETS = {"cifar10": ("uoft-cs/cifar10", None), "svhn": ("ufldl-stanford/svhn", "cropped_digits")}
 """Name on the Hub, and of the configuration."""
-PAPER = {
-    "hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0, "retention_target": None,
-    "relevance_threshold": 0.9, "detach_pooled": False,
-}  # fmt: skip
-MODA = {
-    **PAPER, "objective": "moda", "hard_masks": True, "warmup_ratio": 0.0,
-    "contrastive_weight": 1.0, "coupling_weight": 1.0, "sparsity_weight": 0.3,
-}  # fmt: skip
-OBJECTIVES = {
-    "plain": None, "mwt": {**PAPER, "objective": "cohesion-coupling"}, "nemo": PAPER, "moda": MODA, "ours": {},
-}  # fmt: skip
+OBJECTIVES = {"plain": None, "mwt": MWT, "nemo": NEMO, "moda": MODA, "ours": {}}
 
 
 @dataclass

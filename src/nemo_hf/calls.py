@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .neurons import NeuronSite, UnsupportedArchitectureError
@@ -72,14 +73,7 @@ def reached_sites(
             called.add(path)
 
     handles = [model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    _run_watched(model, inputs, handles)
     return [site for site in sites if site.layers <= called]
 
 
@@ -106,14 +100,7 @@ def rectified_sites(
 
     paths = {path for site in sites for path in site.readers}
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(note, path)) for path in paths]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    _run_watched(model, inputs, handles)
     # A mean over positions is seldom 0; another layer reads the same units before it.
     found = [site for site in sites if min(least[path] for path in site.readers) == 0]
     if not found:
@@ -122,6 +109,18 @@ def rectified_sites(
             "units, which are 0 for some samples; expected a network with ReLU. Choose another objective."
         )
     return found
+
+
+def _run_watched(model: PreTrainedModel, inputs: Mapping[str, Tensor], handles: Sequence[RemovableHandle]) -> None:
+    """Runs a model once in eval mode and removes the hooks that watched it."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
 
 
 def first_line(error: Exception) -> str:

@@ -14,14 +14,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.hub import resolve_revision
 
 from .configuration import NeMoModelConfig, check_keys
-from .files import CODE_NAME, processor_files, replaced_directory
-from .loading import build_on_meta, check_loaded, check_values, open_model
-from .modeling import HUB_OPTIONS, NeMoOutput, NeMoPreTrainedModel
-from .schema import REMEDY, are_numbers, are_orders, check_config
-from .sources import REPORT_NAME, read_companions, recorded_names
+from .file_mixin import FileMixin, pin_revision
+from .modeling import NeMoOutput, NeMoPreTrainedModel
+from .schema import REMEDY, are_numbers, check_config, is_permutation
 from .tasks import TASK_CLASSES
 
 MOST_PARTS = 1000
@@ -65,7 +62,7 @@ class NeMoComposedConfig(PreTrainedConfig):
             not 0 < count <= MOST_PARTS
             or not all(are_numbers(config_dict.get(name), count) for name in ("scales", "biases"))
             or min(scales or [0]) <= 0
-            or not are_orders(order)
+            or not is_permutation(order)
             or not len(order or ()) == len(config_dict.get("id2label") or ()) == labels
             or config_dict.get("problem_type") not in (None, "single_label_classification")
         ):
@@ -91,7 +88,7 @@ class NeMoComposedConfig(PreTrainedConfig):
             yield NeMoModelConfig.from_dict(dict(part))
 
 
-class NeMoComposedModel(PreTrainedModel):
+class NeMoComposedModel(FileMixin, PreTrainedModel):
     """Modules with different labels that answer together.
 
     A logit is `scale * logit of the module + bias`, with one scale and one bias a module.
@@ -104,7 +101,6 @@ class NeMoComposedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = {"generator"}
     task = ""
 
     def __init__(self, config: NeMoComposedConfig, modules: Sequence[NeMoPreTrainedModel] | None = None) -> None:
@@ -113,7 +109,8 @@ class NeMoComposedModel(PreTrainedModel):
         for index, part in enumerate(self._built(wanted) if modules is None else modules):
             # Children of the model itself: from these it takes over tied weights and what stays in float32.
             self.add_module(f"part_{index}", part)
-        self.processor_files: dict[str, bytes] = {}
+        self.processor_files = {}
+        self.report = None
         self._check()
         self.post_init()
 
@@ -166,10 +163,6 @@ class NeMoComposedModel(PreTrainedModel):
         output = NeMoOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
-    def attach_processor(self, processor: Any) -> None:
-        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
-        self.processor_files = processor_files(processor)
-
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
     ) -> None:
@@ -179,21 +172,14 @@ class NeMoComposedModel(PreTrainedModel):
             save_directory: Where to.
             **kwargs: As in `transformers`.
         """
-        is_main = kwargs.get("is_main_process", True)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
         kwargs.setdefault("save_original_format", False)
-        self.config.processor_files = recorded_names(self.processor_files)
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now
-        if is_main:
-            stale = ("model*.safetensors*", REPORT_NAME, CODE_NAME)
-            with replaced_directory(save_directory, stale) as temporary:
-                super().save_pretrained(temporary, **kwargs)
-                for name, content in self.processor_files.items():
-                    (temporary / name).write_bytes(content)
-        if push and is_main:
-            PreTrainedModel.push_to_hub(self, repo_id or Path(save_directory).name, **pushed)
+        self._save_files(save_directory, **kwargs)
+        if push and kwargs.get("is_main_process", True):
+            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -213,22 +199,9 @@ class NeMoComposedModel(PreTrainedModel):
             OSError: If a file is missing or damaged.
             ValueError: If a tensor is missing or has another shape than the configuration says.
         """
-        source = pretrained_model_name_or_path
-        where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if kwargs.get(name)}
-        kwargs["revision"] = resolve_revision(source, kwargs.get("revision"), **where)
-        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        build_on_meta(cls, *open_model(source, hub_options, None, kwargs.get("variant"), NeMoComposedConfig))
-        hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
-        model, info = loaded
-        check_loaded(str(source), info)
-        for part in model.parts:
-            check_values(part)
-        model.processor_files, _ = read_companions(source, hub_options, model.config.processor_files)
-        result: Self = loaded if wants_info else model
-        return result
+        pin_revision(pretrained_model_name_or_path, kwargs)
+        loaded: Self = cls._load_files(pretrained_model_name_or_path, model_args, kwargs)
+        return loaded
 
 
 class NeMoComposedForImageClassification(NeMoComposedModel):

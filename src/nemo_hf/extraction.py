@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .config import LabelLike, resolve_labels
 from .configuration import NeMoModelConfig
+from .file_mixin import HUB_OPTIONS
 from .law import EFFECT_FACTOR, check_law
 from .loading import build_on_meta, check_mean_masks, hidden_progress, open_model
-from .modeling import HUB_OPTIONS, NeMoPreTrainedModel
+from .modeling import NeMoPreTrainedModel
 from .planning import is_relevant, plan_module, retained_neurons, static_masks
 from .provenance import hub_name
 from .slicing import site_cut

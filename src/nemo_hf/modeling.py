@@ -1,37 +1,33 @@
 """Parents and modules as `transformers` models: one class per task, registered with the Auto classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
-from transformers.utils.hub import resolve_revision
 
 from .config import SHAPING_OPTIONS, LabelLike, NeMoConfig
 from .configuration import NeMoModelConfig, task_of
 from .data import check_label_shape
 from .described import described_entries, model_sites
 from .export_mixin import ExportMixin
-from .files import CODE_NAME, processor_files, replaced_directory, write_json
+from .file_mixin import FileMixin, pin_revision
 from .generators import MaskGenerator
-from .loading import build_on_meta, check_loaded, check_values, open_model
 from .masking import NeuronMasks, build_masks, untied_parameters
 from .neurons import NeuronSite, with_back_ends
 from .rejection import rejection_scores
 from .sites import find_heads
 from .slicing import ScatterLinear, close_attention, resize, resize_head
-from .sources import REPORT_NAME, read_companions, recorded_names
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -56,7 +52,7 @@ class NeMoOutput(ModelOutput):
     rejection_scores: Tensor | None = None
 
 
-class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
+class NeMoPreTrainedModel(ExportMixin, FileMixin, PreTrainedModel):  # type: ignore[misc]
     """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
 
     config: NeMoModelConfig
@@ -79,11 +75,10 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
         self._check_config(config)
         is_from_config = base_model is None
         self.model: PreTrainedModel = _build_base(config) if base_model is None else base_model
-        self.processor_files: dict[str, bytes] = {}
+        self.processor_files = {}
         self.changed_attributes: list[tuple[Any, str, Any]] = []
         """Attributes of the plain model that are changed while it has masks: owner, name and value before."""
-        self.report: dict[str, Any] | None = None
-        """What was measured of these weights; it is saved beside them."""
+        self.report = None
         self.main_input_name = self.model.main_input_name
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         found = model_sites(self.model, nemo_config, described_entries(config.sites))
@@ -286,10 +281,6 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
         loss: Tensor = self.loss_function(labels, logits, self.config)
         return loss
 
-    def attach_processor(self, processor: Any) -> None:
-        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
-        self.processor_files = processor_files(processor)
-
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *, with_code: bool = False, **kwargs: Any
     ) -> None:
@@ -312,18 +303,12 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
         base_config = self.config.base_config
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
-        self.config.processor_files = recorded_names(self.processor_files)
-        if kwargs.get("is_main_process", True):
-            with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME, CODE_NAME)) as temporary:
-                super().save_pretrained(temporary, **kwargs)
-                for name, content in self.processor_files.items():
-                    (temporary / name).write_bytes(content)
-                if self.report is not None:
-                    write_json(temporary / REPORT_NAME, self.report)
-                if with_code:
-                    from .standalone import write_code  # above: it compares what it writes with this model
+        writers: list[Callable[[Path], object]] = []
+        if with_code:
+            from .standalone import write_code  # above: it compares what it writes with this model
 
-                    write_code(self, temporary)
+            writers.append(partial(write_code, self))
+        self._save_files(save_directory, writers, **kwargs)
         if push:
             self.push_to_hub(repo_id or Path(save_directory).name, with_code=with_code, **pushed)
 
@@ -358,35 +343,14 @@ class NeMoPreTrainedModel(ExportMixin, PreTrainedModel):  # type: ignore[misc]
             ValueError: If a tensor is missing or has another shape than the configuration says.
         """
         source = pretrained_model_name_or_path
-        if source is not None:  # one commit for all files
-            where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if kwargs.get(name)}
-            kwargs["revision"] = resolve_revision(source, kwargs.get("revision"), **where)
+        if source is not None:
+            pin_revision(source, kwargs)
         if labels is not None and source is not None:
             from .extraction import cut_on_load  # one level up: the argument is the door to that room
 
             return cut_on_load(cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs)
-        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        if source is not None:
-            config = kwargs["config"] if isinstance(kwargs.get("config"), NeMoModelConfig) else None
-            build_on_meta(cls, *open_model(source, hub_options, config, kwargs.get("variant")))
-            hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
-            kwargs["use_safetensors"] = True  # nothing is unpickled
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # told below, with the names, instead of drawn anew
-        try:
-            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. "
-                "Save or download it again."
-            ) from error
-        model, info = loaded
-        check_loaded(str(source), info)
-        check_values(model)
-        if source is not None:
-            model.processor_files, model.report = read_companions(source, hub_options, model.config.processor_files)
-        result: Self = loaded if wants_info else model
-        return result
+        loaded: Self = cls._load_files(source, model_args, kwargs)
+        return loaded
 
 
 def _build_base(config: NeMoModelConfig) -> PreTrainedModel:

@@ -202,7 +202,7 @@ def are_numbers(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(_is_finite, value))
 
 
-def are_orders(value: Any) -> bool:
+def is_permutation(value: Any) -> bool:
     """Tells whether a value is a list that holds each number from 0 on once, in any order."""
     return _are_indices(value) and sorted(value) == list(range(len(value)))
 
