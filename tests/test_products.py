@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nemo_hf.products import ForwardHandle, can_be_masked, masked_linear, times
+from nemo_hf.products import SMALL_PRODUCT, ForwardHandle, can_be_masked, masked_linear, times, token_sum
 
 BATCH, NEURONS, OUTPUTS = 3, 8, 5
 
@@ -39,6 +39,12 @@ def test_a_masked_layer_is_the_layer_of_the_product(shape, has_bias):
     torch.testing.assert_close(times(hidden, mask), hidden * view)
     inputs = [hidden, mask]
     torch.testing.assert_close(gradients(times(hidden, mask), inputs), gradients(hidden * view, inputs))
+
+
+@pytest.mark.parametrize("samples", [1, 5, 70])
+def test_a_large_product_is_summed_in_pieces(samples):
+    first, second = (torch.randn(samples, 16, SMALL_PRODUCT // 512) for _ in range(2))
+    assert torch.equal(token_sum(first, second), (first * second).sum(1))
 
 
 def test_a_neuron_of_several_inputs_is_masked_in_all_of_them():

@@ -9,6 +9,24 @@ from torch.nn import functional as F
 
 from .neurons import spread
 
+SMALL_PRODUCT = 2**19
+"""Numbers of a product from which on it is summed in pieces."""
+MOST_PIECES = 8
+
+
+def token_sum(first: Tensor, second: Tensor) -> Tensor:
+    """Sums a product over tokens without holding the whole product.
+
+    Args:
+        first: Shape (batch, tokens, neurons).
+        second: As `first`.
+
+    Returns:
+        Shape (batch, neurons).
+    """
+    pieces = min(MOST_PIECES, 1 + first.numel() // SMALL_PRODUCT)
+    return torch.cat([(a * b).sum(1) for a, b in zip(first.chunk(pieces), second.chunk(pieces), strict=True)])
+
 
 class _MaskedLinear(torch.autograd.Function):
     """A linear layer of masked hidden states, which are computed again in the backward pass instead of kept."""
@@ -30,7 +48,7 @@ class _MaskedLinear(torch.autograd.Function):
             grads[3] = rows.sum(0)
         if of_hidden or of_mask:
             inner = gradient @ weight
-            grads[1] = (inner * hidden_states).sum(1) if of_mask else None
+            grads[1] = token_sum(inner, hidden_states) if of_mask else None
             if of_hidden:  # in place, unless this pass is to be differentiated itself
                 grads[0] = inner * mask[:, None] if torch.is_grad_enabled() else inner.mul_(mask[:, None])
         return tuple(grads)
