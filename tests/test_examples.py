@@ -158,15 +158,24 @@ def test_the_custom_model_comes_apart(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("model", "objective"), [("simcnn", "ours"), ("rescnn", "plain"), ("resnet18", "moda")])
-def test_the_papers_models_are_trained_on_local_files(model, objective, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "objective", "dataset", "column"),
+    [
+        ("simcnn", "ours", "cifar10", "img"),
+        ("rescnn", "plain", "cifar10", "img"),
+        ("resnet18", "moda", "cifar10", "img"),
+        ("vgg16", "nemo", "svhn", "image"),
+    ],
+)
+def test_the_papers_models_are_trained_on_local_files(model, objective, dataset, column, tmp_path):
     generator = np.random.default_rng(0)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "ship"])})
+    features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "ship"])})
     for split, count in (("train", 40), ("test", 12)):
         pictures = [Image.fromarray(pixels) for pixels in generator.integers(0, 255, (count, 32, 32, 3), np.uint8)]
-        rows = {"img": pictures, "label": [index % 3 for index in range(count)]}
+        rows = {column: pictures, "label": [index % 3 for index in range(count)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}-00000.parquet")
-    words = ["--model", model, "--objective", objective, "--data", str(tmp_path), "--width", "4", "--output_dir", "out"]
+    words = ["--model", model, "--objective", objective, "--width", "4", "--output_dir", "out"]
+    words += ["--dataset", dataset, "--data", str(tmp_path)]
     out = run("paper/train.py", *words, "--modules", "cat+dog", "--learning_rate", "1e-3", cwd=tmp_path)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert 0 <= results["metrics"]["eval_accuracy"] <= 1
