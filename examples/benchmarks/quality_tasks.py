@@ -299,5 +299,6 @@ def cifar10_cnn(data: str, architecture: str, width: int = 16) -> Task:
         return PaperCNNForImageClassification(config).to(memory_format=torch.channels_last)
 
     own_rows = {"mwt": MWT, "nemo": NEMO, "nemo-authors": NEMO_AUTHORS, "moda": MODA}
+    own_rows["ours, half the weights"] = {"retention_target": 0.5}
     text = f"{architecture} of {width} channels in the first stage"
     return cifar10_task(data, text, build, 10, own_rows=own_rows)
