@@ -107,9 +107,10 @@ class SiteMask(nn.Module):
         tokens = hidden_states.reshape(batch, -1, hidden_states.shape[-1])
         if attention_mask is None:
             return tokens.mean(1, dtype=torch.float32)
-        admitted = self._fitted(attention_mask, tokens.shape[1]).to(tokens.dtype)[:, :, None]
-        total = (tokens * admitted).sum(1, dtype=torch.float32)
-        return total / admitted.sum(1, dtype=torch.float32).clamp(min=1)
+        admitted = self._fitted(attention_mask, tokens.shape[1]).float()
+        with torch.autocast(tokens.device.type, enabled=False):  # a sum of many tokens needs float32
+            total = (admitted[:, None] @ tokens.float()).squeeze(1)
+        return total / admitted.sum(1, keepdim=True).clamp(min=1)
 
     def _fitted(self, attention_mask: Tensor, tokens: int) -> Tensor:
         """Turns an attention mask into one of another number of tokens: (batch, tokens)."""
