@@ -1,5 +1,6 @@
 """A size target steers the weight of sparsity, and modules of other labels can be kept ignorant."""
 
+import logging
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.losses import specific_cross_entropy
-from nemo_hf.relevance import STEERING, size_over_target, sparsity_pressure, steer_size
+from nemo_hf.relevance import STEERING, size_over_target, sparsity_pressure, steer_size, warn_of_one_core
 
 
 def trainer_of(tmp_path, config, **options) -> NeMoTrainer:
@@ -39,6 +40,21 @@ def test_modules_of_the_right_size_leave_the_weight_alone(vit):
         mask.relevance[:, : mask.site.neurons // 2] = 255
     steer_size(parent.masks, config, steps=10)
     assert parent.masks.sparsity_factor == 1
+
+
+@pytest.mark.parametrize(
+    ("shared", "weight", "is_told"), [(1.0, 0.5, True), (0.97, 0.5, True), (0.9, 0.5, False), (1.0, 0.0, False)]
+)
+def test_groups_that_keep_the_same_neurons_are_told(vit, shared, weight, is_told, caplog):
+    parent = make_parent(vit)
+    for mask in parent.masks.site_masks():
+        mask.relevance.zero_()
+        first = mask.site.neurons // 2
+        mask.relevance[:, :first] = 255
+        mask.relevance[1:, : round(first * (1 - shared) * 10 / 9)] = 0  # these are kept by one group of ten
+    with caplog.at_level(logging.WARNING, logger="nemo_hf"):
+        warn_of_one_core(parent.masks, NeMoConfig(contrastive_weight=weight))
+    assert [f"({weight} now)" in record.getMessage() for record in caplog.records] == [True] * is_told
 
 
 def test_channels_count_by_the_weights_between_them():

@@ -1,5 +1,6 @@
 """Relevance: which share of a group's samples opens each neuron, counted in one streaming pass."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,11 +17,16 @@ from .masking import NeuronMasks
 from .modeling import NeMoPreTrainedModel
 from .planning import RELEVANCE_SCALE, is_relevant
 
+logger = logging.getLogger(__name__)
+
 STEERING = 8.0
 """Largest change of the logarithm of the sparsity weight over a whole training under a size target."""
 
 BRAKE = 0.1
 """Share of a size target below it over which the sparsity weight fades to 0."""
+
+ONE_CORE = 0.95
+"""Mean share of the groups that keep a neuron, of those that any keeps, from which on modules hardly differ."""
 
 RUNNING_WINDOW = 64
 """Samples of a group over which the running relevance averages, about."""
@@ -111,6 +117,26 @@ def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
     for index, members in enumerate(parent.config.groups.values()):
         indices[list(members)] = index
     return indices.to(parent.device)
+
+
+def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
+    """Warns if the groups keep nearly the same neurons although contrast was to part them.
+
+    Args:
+        masks: The parent's masks with their relevance.
+        config: The options.
+    """
+    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
+    users = torch.cat(kept, -1).float().mean(0)
+    shared = users[users > 0].mean().nan_to_num(0.0).item()
+    if shared > ONE_CORE and config.contrastive_weight > 0 and len(kept[0]) > 1:
+        logger.warning(
+            "Got neurons that %.0f %% of the label groups keep, on average over those that any keeps; expected groups "
+            "to differ. Their modules are one pruned model that answers for all labels alike. Train longer, or raise "
+            "contrastive_weight (%g now).",
+            100 * shared,
+            config.contrastive_weight,
+        )
 
 
 def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:

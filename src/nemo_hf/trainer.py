@@ -33,7 +33,15 @@ from .modeling import NeMoPreTrainedModel
 from .probing import make_parent
 from .provenance import training_record
 from .rehearsal import draw_groups, module_masks
-from .relevance import OpenCounts, compute_relevance, group_indices, sample_groups, sparsity_pressure, steer_size
+from .relevance import (
+    OpenCounts,
+    compute_relevance,
+    group_indices,
+    sample_groups,
+    sparsity_pressure,
+    steer_size,
+    warn_of_one_core,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -324,6 +332,7 @@ class NeMoTrainer(DeviceTrainer):
         self.parent.config.training = training_record(self.args, base_model, samples)
         result = super().train(*args, **kwargs)
         self.update_relevance()
+        warn_of_one_core(self._masks, self.nemo_config)
         return result
 
     def update_relevance(self) -> None:
