@@ -102,7 +102,9 @@ def test_text_example_under_accelerate_launch(text_folder, tmp_path):
     model.save_pretrained(tmp_path / "bert")
     tokenizer().save_pretrained(tmp_path / "bert")
     words = ["--dataset", str(text_folder), "--model", "bert", "--label_column", "intent", "--group_column", "domain"]
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    config = ROOT / "examples" / "accelerate_configs" / "ddp.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launcher += ["--num_processes", "2", "--main_process_port", "0"]
     run(
         "train_text_classification.py",
         *words, "--output_dir", "out", "--modules", "two", "--remove_unused_columns", "true",
@@ -111,6 +113,8 @@ def test_text_example_under_accelerate_launch(text_folder, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["modules"][0]["labels"] == ["d", "e"]
     assert results["modules"][0]["groups"] == ["two"]
+    assert results["modules"][0]["samples"] == 16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["processes"] == 2
 
 
 @pytest.mark.slow
