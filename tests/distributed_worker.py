@@ -177,6 +177,12 @@ def sharded(out):
     return found
 
 
+def resharded(out):
+    """Goes on under FSDP2 on another number of processes."""
+    options = {"trainer_class": ShardedTrainer, "fsdp": True}
+    return {"resumed": resumed(out / "resharded", out / "sharded" / "checkpoint-2", **options)}
+
+
 def dying(out):
     """A run that loses a process."""
     trainer_of(out / "dying", 10, DyingTrainer, save_strategy="steps", save_steps=2).train()
@@ -186,5 +192,6 @@ def dying(out):
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     name, out = sys.argv[1], Path(sys.argv[2])
-    torch.save({"replicated": replicated, "sharded": sharded, "dying": dying}[name](out), out / f"{name}-{RANK}.pt")
+    found = {"replicated": replicated, "sharded": sharded, "resharded": resharded, "dying": dying}[name](out)
+    torch.save(found, out / f"{name}-{RANK}.pt")
     torch.distributed.destroy_process_group()

@@ -27,13 +27,13 @@ from nemo_hf.distributed import check_parallelism, gather_masks, in_step, real_s
 from nemo_hf.masking import build_masks
 
 HERE = Path(__file__).parent
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
-def launch(script, *words, check=True, **variables):
+def launch(script, *words, check=True, count=2, **variables):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*LAUNCH, str(script), *map(str, words)],
+        [*LAUNCH, f"--nproc_per_node={count}", str(script), *map(str, words)],
         env=environment | variables, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr[-6000:]
@@ -278,6 +278,9 @@ def test_sharded_parameters_train_and_resume_as_whole_ones(one):
     own = {name: getattr(saved.config, name) for name in ("_name_or_path", "training")}
     assert saved.config.to_dict() == whole.config.to_dict() | own
     assert_same_state(saved.state_dict(), whole.state_dict(), rtol=1e-4, atol=3e-6)
+    launch(HERE / "distributed_worker.py", "resharded", out, count=1)
+    alone = torch.load(out / "resharded-0.pt")["resumed"]
+    assert_close(alone, {name: expected[name] for name in ("losses", "state")}, atol=3e-6)
 
 
 @pytest.mark.slow  # starts two interpreters
