@@ -26,6 +26,13 @@ def run(script, *words, cwd, launcher=(sys.executable,)):
     return done.stdout
 
 
+def on_two_processes(name):
+    """What starts a script under one of our configurations of accelerate."""
+    config = ROOT / "examples" / "accelerate_configs" / f"{name}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launch, "--num_processes", "2", "--main_process_port", "0"]
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     generator = np.random.default_rng(0)
@@ -74,12 +81,9 @@ def test_image_example(image_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_image_example_on_two_processes(name, image_folder, tmp_path):
-    config = ROOT / "examples" / "accelerate_configs" / f"{name}.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    launcher += ["--num_processes", "2", "--main_process_port", "0"]
     words = ["--dataset", str(image_folder), "--output_dir", "out", "--modules", "cat+ship", "--bf16", "true"]
     words += ["--hidden_size", "32", "--layers", "2", "--activation_checkpointing", "true"]
-    table = run("train_image_classification.py", *words, cwd=tmp_path, launcher=launcher)
+    table = run("train_image_classification.py", *words, cwd=tmp_path, launcher=on_two_processes(name))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["modules"][0]["samples"] == 12
     assert table.count("cat,ship") == 1
@@ -97,18 +101,15 @@ def test_the_accelerate_configurations_are_read():
 
 
 @pytest.mark.slow
-def test_text_example_under_accelerate_launch(text_folder, tmp_path):
+def test_text_example_on_two_processes(text_folder, tmp_path):
     model = fresh("bert")
     model.save_pretrained(tmp_path / "bert")
     tokenizer().save_pretrained(tmp_path / "bert")
     words = ["--dataset", str(text_folder), "--model", "bert", "--label_column", "intent", "--group_column", "domain"]
-    config = ROOT / "examples" / "accelerate_configs" / "ddp.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    launcher += ["--num_processes", "2", "--main_process_port", "0"]
     run(
         "train_text_classification.py",
         *words, "--output_dir", "out", "--modules", "two", "--remove_unused_columns", "true",
-        cwd=tmp_path, launcher=launcher,
+        cwd=tmp_path, launcher=on_two_processes("ddp"),
     )  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["modules"][0]["labels"] == ["d", "e"]

@@ -298,7 +298,7 @@ def cifar10_cnn(data: str, architecture: str, width: int = 16) -> Task:
         config = PaperCNNConfig(architecture=architecture, width=width, **labels)
         return PaperCNNForImageClassification(config).to(memory_format=torch.channels_last)
 
-    own_rows = {"mwt": MWT, "nemo": NEMO, "nemo-authors": NEMO_AUTHORS, "moda": MODA}
-    own_rows["ours, half the weights"] = {"retention_target": 0.5}
+    own_rows = {"mwt": MWT, "nemo": NEMO, "nemo-authors": NEMO_AUTHORS, "moda": MODA,
+                "ours, half the weights": {"retention_target": 0.5}}  # fmt: skip
     text = f"{architecture} of {width} channels in the first stage"
     return cifar10_task(data, text, build, 10, own_rows=own_rows)

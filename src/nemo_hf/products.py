@@ -11,7 +11,9 @@ from .neurons import spread
 
 SMALL_PRODUCT = 2**19
 """Numbers of a product from which on it is summed in pieces."""
+
 MOST_PIECES = 8
+"""Pieces at most: on a GPU each has kernels of its own to start."""
 
 
 def token_sum(first: Tensor, second: Tensor) -> Tensor:
