@@ -4,7 +4,7 @@
     python examples/benchmarks/families.py --families bert vit  # prints these, writes nothing; with --update their rows
     python examples/benchmarks/families.py --render             # the table from the JSON alone
 
-Writes docs/supported_models.json and, from it, docs/supported_models.md.
+Writes supported_models.json beside this script and, from it, supported_models.md.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from nemo_hf.planning import static_masks
 from nemo_hf.probing import random_keep
 from nemo_hf.sites import find_sites
 
-DOCS = Path(__file__).parents[2] / "docs"
+HERE = Path(__file__).parent
 KINDS = ("attention", "ffn", "conv")
 TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
 SPREADS = (0.15, 0.3, 0.6)
@@ -209,7 +209,7 @@ def rendered(data: dict) -> str:
             remarks = [f"{row['status']}: {', '.join(sorted(words))}"]
         lines.append([row["model_type"], f"`{row['class']}`", *cells, "; ".join(remarks)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (DOCS / "supported_models.template.md").read_text().format(table=table, **summary(rows), **data["made_with"])
+    return (HERE / "supported_models.template.md").read_text().format(table=table, **summary(rows), **data["made_with"])
 
 
 def summary(rows: list[dict]) -> dict[str, int]:
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    path = DOCS / "supported_models.json"
+    path = HERE / "supported_models.json"
     if not options.render:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
@@ -260,7 +260,7 @@ def main() -> None:
             return
         made_with = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
         path.write_text(json.dumps({"made_with": made_with, "families": rows}, indent=1) + "\n")
-    (DOCS / "supported_models.md").write_text(rendered(json.loads(path.read_text())))
+    (HERE / "supported_models.md").write_text(rendered(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

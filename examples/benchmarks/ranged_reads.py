@@ -3,7 +3,7 @@
     python examples/benchmarks/ranged_reads.py
 
 An experiment on paper: the plans and cuts are those of nemo_hf, the relevance is random, and no network is used.
-Writes docs/ranged_reads.json, and docs/ranged_reads.md from its template.
+Writes ranged_reads.json beside this script, and ranged_reads.md from its template.
 """
 
 import json
@@ -30,7 +30,7 @@ from nemo_hf.slicing import site_cut
 from nemo_hf.tasks import attach_masks
 from nemo_hf.weights import TensorCut, tensor_cuts
 
-DOCS = Path(__file__).parents[2] / "docs"
+HERE = Path(__file__).parent
 LABELS = 100
 GROUPS = 10
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -272,10 +272,10 @@ def render(found: Mapping) -> str:
         prefix = name.lower().replace("-", "_")
         values |= {f"{prefix}_by_share": by_share, f"{prefix}_by_gap": by_gap}
         values |= {f"{prefix}_size": f"{parent['bytes'] / 1e6:.1f} MB", f"{prefix}_time": f"{parent['seconds']:.2f} s"}
-    return (DOCS / "ranged_reads.template.md").read_text(encoding="utf-8").format(**values)
+    return (HERE / "ranged_reads.template.md").read_text(encoding="utf-8").format(**values)
 
 
 if __name__ == "__main__":
     results = measure_all()
-    write_json(DOCS / "ranged_reads.json", results)
-    (DOCS / "ranged_reads.md").write_text(render(results), encoding="utf-8")
+    write_json(HERE / "ranged_reads.json", results)
+    (HERE / "ranged_reads.md").write_text(render(results), encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/readme_tables.py
 
-Reads examples/demo.json (one report a seed), the results beside this script and docs/supported_models.json; rewrites
+Reads examples/demo.json (one report a seed) and the results beside this script; rewrites
 what stands between the markers in README.md.
 """
 
@@ -17,7 +17,7 @@ from quality_tables import TITLES, stored_results, summary
 BENCHMARKS = Path(__file__).parent
 EXAMPLES = Path(__file__).parents[1]
 README = EXAMPLES.parent / "README.md"
-SUPPORT = EXAMPLES.parent / "docs" / "supported_models.json"
+SUPPORT = BENCHMARKS / "supported_models.json"
 
 
 def mean(values: list[float]) -> float:
