@@ -239,6 +239,9 @@ def test_files_hold_parent_and_module_and_a_cut_on_load_is_the_same(name, is_har
     monkeypatch.setattr(WeightFiles, "read", counting)
     cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=ASKED)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
+    # Loaded weights lie where they lie in the file; some processors round a convolution by the alignment of its
+    # weights. A copy is aligned like the model that it is compared with.
+    again, loaded, cut = (copy.deepcopy(model) for model in (again, loaded, cut))
     with torch.no_grad():
         expected = module(**inputs).logits
         assert torch.equal(again(**inputs).logits, parent(**inputs).logits)
