@@ -111,16 +111,17 @@ def cut(parent) -> dict[str, float]:
     inputs = random_inputs(parent)
     expected = parent(**inputs, static_masks=make_plan(parent, labels).static).logits[:, [3, 1]]
     module = parent.extract_module(labels)
-    got = module(**inputs).logits
     with tempfile.TemporaryDirectory() as folder:
         module.save_pretrained(Path(folder) / "module")
         loaded = type(module).from_pretrained(Path(folder) / "module")
         parent.save_pretrained(Path(folder) / "parent")
         read = type(parent).from_pretrained(Path(folder) / "parent", labels=labels)
+    # Loaded weights lie where they lie in the file, and some processors round by their alignment; copies lie alike.
+    got, again, on_load = (copy.deepcopy(model)(**inputs).logits for model in (module, loaded, read))
     return {
         "difference": (got - expected).abs().max().item(),
-        "difference_after_loading": (loaded(**inputs).logits - got).abs().max().item(),
-        "difference_when_cut_on_load": (read(**inputs).logits - got).abs().max().item(),
+        "difference_after_loading": (again - got).abs().max().item(),
+        "difference_when_cut_on_load": (on_load - got).abs().max().item(),
         "tolerance": LAW_TOLERANCE * max(1.0, expected.abs().max().item()),
         "parameters": sum(p.numel() for p in module.model.parameters()) / parent.model.num_parameters(),
     }
