@@ -33,6 +33,7 @@ SIGNATURES = {
             "detach_pooled",
             "mask_learning_rate",
             "warmup_ratio",
+            "settling_ratio",
         ],
         *[
             "rehearsal_probability",
