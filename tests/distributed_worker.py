@@ -103,9 +103,7 @@ class DyingTrainer(NeMoTrainer):
 
 
 def trainer_of(directory, batch, trainer_class=NeMoTrainer, **options):
-    parent = lively_parent(
-        "vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3, settling_ratio=0.25
-    )
+    parent = lively_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
     args = arguments(
         directory,
         per_device_train_batch_size=batch // processes(),

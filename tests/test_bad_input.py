@@ -29,7 +29,7 @@ from nemo_hf import (
     evaluate_module,
     make_parent,
 )
-from nemo_hf.labels import label_id, resolve_groups, resolve_labels
+from nemo_hf.config import label_id, resolve_groups, resolve_labels
 from nemo_hf.tasks import attach_masks
 
 NAMES = dict(enumerate(LABELS))
@@ -62,8 +62,6 @@ def told(error: type[Exception] | tuple[type[Exception], ...], got: str, expecte
         ("mask_learning_rate", -1e-3),
         ("warmup_ratio", 1.1),
         ("warmup_ratio", -0.1),
-        ("settling_ratio", 1.1),
-        ("settling_ratio", -0.1),
         ("rehearsal_probability", 1.5),
         ("rehearsal_probability", -0.5),
         ("relevance_threshold", 0),

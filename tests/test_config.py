@@ -5,7 +5,7 @@ from conftest import LABELS
 from transformers import ViTConfig
 
 from nemo_hf import NeMoConfig, NeMoModelConfig
-from nemo_hf.labels import label_id, resolve_groups, resolve_labels
+from nemo_hf.config import label_id, resolve_groups, resolve_labels
 
 NAMES = dict(enumerate(LABELS))
 ANIMALS = {"animals": ["cat", "dog", "frog"], "vehicles": ["car", "ship"]}
@@ -21,7 +21,6 @@ OTHER_THAN_DEFAULT = {
     "detach_pooled": False,
     "mask_learning_rate": 1e-3,
     "warmup_ratio": 1.0,
-    "settling_ratio": 0.5,
     "rehearsal_probability": 1,
     "relevance_threshold": 1.0,
     "label_groups": {"b": ["cat", 1], "a": [2, "ship", "frog"]},

@@ -33,7 +33,6 @@ SIGNATURES = {
             "detach_pooled",
             "mask_learning_rate",
             "warmup_ratio",
-            "settling_ratio",
         ],
         *[
             "rehearsal_probability",

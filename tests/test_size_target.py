@@ -1,6 +1,5 @@
 """A size target steers the weight of sparsity, and modules of other labels can be kept ignorant."""
 
-import itertools
 import logging
 import math
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from conftest import fresh, image_samples
 from test_convolutions import paper
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.losses import specific_cross_entropy
@@ -111,62 +110,6 @@ def test_training_steers_after_the_warm_up_and_resumes_as_if_never_stopped(tmp_p
         assert torch.equal(trainer.parent.masks.sparsity_level, whole.parent.masks.sparsity_level)
         for name, tensor in whole.parent.state_dict().items():
             assert torch.allclose(trainer.parent.state_dict()[name].float(), tensor.float(), atol=1e-6), name
-
-
-class Snapshots(TrainerCallback):
-    """Keeps the parent's tensors as they are after every step."""
-
-    def __init__(self) -> None:
-        self.states: list[dict[str, torch.Tensor]] = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        self.states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-
-
-def moved(before, after, is_generator: bool) -> set[str]:
-    names = [name for name in before if (".generator." in name) == is_generator and ".masks." not in name]
-    assert names
-    return {name for name in names if not torch.equal(before[name], after[name])}
-
-
-@pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize(("ratio", "settled_after"), [(0.0, 6), (0.5, 3), (0.4, 4), (1.0, 0)])
-def test_generators_stay_for_the_last_part_and_the_model_goes_on(ratio, settled_after, accumulated, tmp_path):
-    config = NeMoConfig(settling_ratio=ratio, warmup_ratio=0.0)
-    options = {"max_steps": 6, "weight_decay": 0.1, "gradient_accumulation_steps": accumulated}
-    trainer = trainer_of(tmp_path, config, **options)
-    trainer.add_callback(snapshots := Snapshots())
-    first = {name: tensor.clone() for name, tensor in trainer.parent.state_dict().items()}
-    trainer.train()
-    states = [first, *snapshots.states]
-    steps = [bool(moved(*pair, is_generator=True)) for pair in itertools.pairwise(states)]
-    assert steps == [True] * settled_after + [False] * (6 - settled_after)
-    factors = [state["masks.sparsity_level"] for state in states]
-    steered = [not torch.equal(*pair) for pair in itertools.pairwise(factors)]
-    assert steered == steps
-    assert all(moved(*pair, is_generator=False) for pair in itertools.pairwise(states))
-
-
-def test_settled_generators_do_not_count_when_gradients_are_clipped(tmp_path):
-    norms = {}
-    for weight in (0.0, 50.0):
-        config = NeMoConfig(settling_ratio=1.0, contrastive_weight=weight, warmup_ratio=0.0, rehearsal_probability=0.0)
-        trainer = trainer_of(tmp_path, config, max_steps=3, logging_steps=1)
-        trainer.train()
-        norms[weight] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert len(norms[0.0]) == 3
-    assert norms[0.0] == norms[50.0]
-
-
-def test_settled_training_resumes_as_if_never_stopped(tmp_path):
-    config = NeMoConfig(settling_ratio=0.5, warmup_ratio=0.25)
-    options = {"max_steps": 8, "save_steps": 5, "save_strategy": "steps"}
-    whole = trainer_of(tmp_path / "run", config, **options)
-    whole.train()
-    resumed = trainer_of(tmp_path / "run", config, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
-    for name, tensor in whole.parent.state_dict().items():
-        assert torch.allclose(resumed.parent.state_dict()[name].float(), tensor.float(), atol=1e-6), name
 
 
 def test_without_a_target_the_weight_stays(tmp_path):

@@ -85,6 +85,19 @@ class Masked(NeMoTrainer):
         raise NotImplementedError
 
 
+class Settling(NeMoTrainer):
+    """The generators stay as they are for the last part of training; the weights go on with the masks they make."""
+
+    moving = 0.7
+
+    def compute_loss(self, model, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As in `NeMoTrainer`; in the last part the mask terms have no gradient."""
+        if self.state.global_step >= self.moving * self.state.max_steps:
+            for mask in self.parent.masks.site_masks():
+                mask.generator.requires_grad_(False)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+
 class OpenQueries(Masked):
     """No masks on q and k."""
 
@@ -271,6 +284,7 @@ VARIANTS = {
     "balanced batches": Balanced,
     "distilled modules": Distilling,
     "sets of 2 to 4": SmallSets,
+    "settling": Settling,
     "q and k open": OpenQueries,
     "leaky gradient": Leaky,
     "hard concrete": HardConcrete,

@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .config import LabelLike
+from .config import LabelLike, resolve_labels
 from .configuration import NeMoModelConfig
 from .file_mixin import HUB_OPTIONS
-from .labels import resolve_labels
 from .law import EFFECT_FACTOR, check_law
 from .loading import build_on_meta, check_mean_masks, hidden_progress, open_model
 from .modeling import NeMoPreTrainedModel

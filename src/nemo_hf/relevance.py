@@ -159,8 +159,7 @@ def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
         steps: Number of optimizer steps of the whole training.
     """
     error = size_over_target(masks, config)
-    steered = (1 - config.warmup_ratio - config.settling_ratio) * steps
-    masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, steered))
+    masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, (1 - config.warmup_ratio) * steps))
 
 
 def sparsity_pressure(masks: NeuronMasks, config: NeMoConfig) -> Tensor | float:

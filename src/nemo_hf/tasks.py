@@ -14,9 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .config import LabelLike, NeMoConfig
+from .config import LabelLike, NeMoConfig, resolve_groups
 from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, task_of
-from .labels import resolve_groups
 from .modeling import NeMoOutput, NeMoPreTrainedModel
 from .neurons import NeuronSite, UnsupportedArchitectureError
 from .site_masks import SiteMask

@@ -283,11 +283,6 @@ class NeMoTrainer(DeviceTrainer):
         steps = self.nemo_config.warmup_ratio * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / (steps + 1))
 
-    @property
-    def _is_settled(self) -> bool:
-        """Whether the generators stay as they are from this step on."""
-        return self.state.global_step >= (1 - self.nemo_config.settling_ratio) * self.state.max_steps
-
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws the groups of this optimizer step, equal for its micro-batches and on all ranks, or none."""
         config, groups = self.nemo_config, self.parent.config.groups
@@ -304,15 +299,12 @@ class NeMoTrainer(DeviceTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        if self._is_settled:  # an optimizer leaves alone what has no gradient; clipping is of the others
-            for mask in self._masks.site_masks():
-                mask.zero_grad(set_to_none=True)
         if self.accelerator.sync_gradients and self._open_counts is not None:
             for tensor in self._open_counts.tensors():
                 tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
             self._open_counts.blend(self.state.global_step)
             self._open_counts.reset()
-            if self.nemo_config.retention_target is not None and self._warmup() >= 1 and not self._is_settled:
+            if self.nemo_config.retention_target is not None and self._warmup() >= 1:
                 steer_size(self._masks, self.nemo_config, self.state.max_steps)
             self.parent.config.relevance_source = "running"
         return loss
