@@ -59,12 +59,12 @@ def main() -> None:
     torch.set_num_threads(1)
     task = cifar10_cnn(options.data, "vgg16")
     splits, names = task.splits(options.seed), list(task.groups)
-    weak = trained(task, None, splits, options.seed, 1, options.keep)
+    weak, _ = trained(task, None, splits, options.seed, 1, options.keep)
     test = splits[2]
     before = answers(weak, test).argmax(-1)
     rows = []
     for name in options.rows:
-        strong = trained(task, {**ROWS, **task.own_rows}[name], splits, options.seed, task.epochs, options.keep)
+        strong, _ = trained(task, {**ROWS, **task.own_rows}[name], splits, options.seed, task.epochs, options.keep)
         for label in range(len(names)):
             patched, module = joined(weak, strong, label, names, splits[1])
             control, _ = joined(weak, weak, label, names, splits[1])

@@ -226,22 +226,27 @@ def by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
 
 
 def trained(task: Task, options: dict | None, splits: Sequence[Split], seed: int, epochs: int, kept: Path | None):
-    """The plain model as a parent of open masks, or the parent of a row; a parent that is kept is read again."""
+    """The plain model as a parent of open masks, or the parent of a row, and the seconds that its training took.
+
+    A parent that is kept is read again; these seconds are `None`.
+    """
+    start = time.perf_counter()
     own = None if options is None else {**task.options, **options}
     told = json.dumps([task.text, own, seed, epochs], sort_keys=True)
     folder = None if kept is None else kept / hashlib.sha256(told.encode()).hexdigest()[:16]
     if folder is not None and folder.exists():
         config = AutoConfig.from_pretrained(folder)
-        return TASK_CLASSES[task_of(config.plain_class)].from_pretrained(folder)
+        return TASK_CLASSES[task_of(config.plain_class)].from_pretrained(folder), None
     if own is None:
         trainer = task.trainer(Trainer, splits[0], splits[1], seed, epochs)
         trainer.train()
         parent = make_parent(trainer.model)
     else:
         parent = trained_parent(task, own, splits, seed, epochs)
+    seconds = round(time.perf_counter() - start)
     if folder is not None:
         parent.save_pretrained(folder)
-    return parent
+    return parent, seconds
 
 
 def trained_parent(task: Task, own: dict, splits: Sequence[Split], seed: int, epochs: int):
@@ -259,9 +264,9 @@ def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, pla
     """Trains and measures one row."""
     start = time.perf_counter()
     splits = task.splits(seed)
-    model = trained(task, options, splits, seed, epochs, kept)
+    model, seconds = trained(task, options, splits, seed, epochs, kept)
     measured, row = splits[1 if on_validation else 2], {"row": name, "options": options, "seed": seed, "epochs": epochs}
-    row["training seconds"] = round(time.perf_counter() - start)
+    row["training seconds"] = seconds
     whole = answers(model, measured, model.masks.open_masks() if options is None else None)
     row["accuracy"] = accuracy(whole, measured.labels)
     if options is not None:

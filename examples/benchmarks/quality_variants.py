@@ -88,11 +88,11 @@ class Masked(NeMoTrainer):
 class Settling(NeMoTrainer):
     """The generators stay as they are for the last part of training; the weights go on with the masks they make."""
 
-    moving = 0.7
+    begins = 0.7
 
     def compute_loss(self, model, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """As in `NeMoTrainer`; in the last part the mask terms have no gradient."""
-        if self.state.global_step >= self.moving * self.state.max_steps:
+        if self.state.global_step >= self.begins * self.state.max_steps:
             for mask in self.parent.masks.site_masks():
                 mask.generator.requires_grad_(False)
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
