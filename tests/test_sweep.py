@@ -17,6 +17,8 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
 DATA = json.loads((ROOT / "examples" / "benchmarks" / "supported_models.json").read_text())
 ROWS = {row["class"]: row for row in DATA["families"]}
 KINDS = ("attention", "ffn", "conv")
+IS_SAME_VERSION = DATA["made_with"]["transformers"] == transformers.__version__
+"""Other versions have classes that are not written, and may cut some in another way: sound all the same."""
 
 ONE_OF_EACH_STRUCTURE = [
     "AlbertForSequenceClassification",  # one layer at all depths
@@ -70,6 +72,8 @@ def assert_sound(row: dict) -> None:
 
 def assert_same(found: dict, written: dict) -> None:
     assert_sound(found)
+    if not IS_SAME_VERSION:
+        return
     assert found["status"] == written["status"]
     assert found.get("whole") == written.get("whole")
     for kind in KINDS:
@@ -89,7 +93,7 @@ def test_one_family_of_each_structure_is_as_written(sweep, name):
 @pytest.mark.filterwarnings("ignore")
 def test_all_families_are_as_written(sweep, monkeypatch):
     classes = list(sweep.families())
-    if DATA["made_with"]["transformers"] == transformers.__version__:  # others have classes that are not written
+    if IS_SAME_VERSION:
         assert {name for _, _, name in classes} == set(ROWS)
     written = [c for c in classes if c[2] in ROWS]
     assert len(written) > 0.9 * len(ROWS)
