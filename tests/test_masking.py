@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, NAMES, fresh
+from conftest import FAMILIES, NAMES, fresh, randomize_relevance
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -36,7 +36,7 @@ LABELS = torch.tensor([0, 0, 1, 1])
 
 def awake(model, seed: int = 0, **options):
     """A parent whose masks differ from sample to sample and are closed for about half of the neurons."""
-    parent = attach_masks(model, NeMoConfig(**{"generator_rank": 16, **options}))
+    parent = attach_masks(model, NeMoConfig(**{"generator_rank": 16, "static_evaluation": False, **options}))
     torch.manual_seed(seed)
     for mask in parent.masks.site_masks():
         for parameter in mask.generator.parameters():
@@ -747,3 +747,50 @@ def test_a_cast_keeps_the_relevance(vit):
     assert {relevance.dtype for relevance in parent.masks.relevance().values()} == {torch.uint8}
     outputs = parent(pixel_values=torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), output_neuron_masks=True)
     assert {mask.dtype for mask in outputs.neuron_masks.values()} == {torch.float32}
+
+
+# What a parent answers in eval mode
+
+
+def remembering(model, **options):
+    """A parent whose masks differ by sample, with a random relevance, and the union of what its groups keep."""
+    parent = awake(model, static_evaluation=True, **options).eval()
+    randomize_relevance(parent)
+    level = round(parent.nemo_config.relevance_threshold * 255)
+    return parent, {key: (table.amax(0) >= level).float() for key, table in parent.masks.relevance().items()}
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "llama", "albert"])
+def test_a_parent_answers_as_the_module_of_all_its_labels(family):
+    parent, union = remembering(fresh(family), relevance_threshold=0.9)
+    inputs = random_inputs(parent)
+    answered = logits_of(parent, **inputs)
+    assert torch.equal(answered, logits_of(parent, **inputs, static_masks=union))
+    module = parent.extract_module(list(range(parent.config.num_labels)))
+    torch.testing.assert_close(logits_of(module, **inputs), answered, atol=1e-5, rtol=0)
+    assert not torch.allclose(answered, logits_of(parent, **inputs, static_masks=parent.masks.open_masks()), atol=1e-4)
+
+
+def test_masks_of_samples_answer_in_training_on_request_and_where_chosen():
+    parent, _ = remembering(fresh("vit"), relevance_threshold=0.9)
+    chosen = copy.deepcopy(parent)
+    chosen.nemo_config.static_evaluation = False
+    inputs = random_inputs(parent)
+    by_sample = logits_of(chosen, **inputs)
+    assert not torch.allclose(logits_of(parent, **inputs), by_sample, atol=1e-4)
+    assert torch.equal(logits_of(parent, **inputs, output_neuron_masks=True), by_sample)
+    assert torch.equal(logits_of(parent.train(), **inputs), by_sample)  # this model has no dropout
+
+
+def test_soft_masks_answer_by_sample():
+    parent, union = remembering(fresh("vit"), relevance_threshold=0.9, hard_masks=False)
+    inputs = random_inputs(parent)
+    assert torch.equal(logits_of(parent, **inputs), logits_of(parent, **inputs, output_neuron_masks=True))
+    assert not torch.allclose(logits_of(parent, **inputs), logits_of(parent, **inputs, static_masks=union), atol=1e-4)
+
+
+def test_a_parent_that_was_never_trained_answers_as_the_plain_model():
+    plain = fresh("vit").eval()
+    inputs = random_inputs(plain)
+    expected = logits_of(plain, **inputs)
+    assert torch.equal(logits_of(awake(plain, static_evaluation=True).eval(), **inputs), expected)

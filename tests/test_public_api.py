@@ -30,6 +30,7 @@ SIGNATURES = {
             "sparsity_weight",
             "retention_target",
             "hard_masks",
+            "static_evaluation",
             "detach_pooled",
             "mask_learning_rate",
             "warmup_ratio",

@@ -534,7 +534,7 @@ class TestRehearsal:
         for image, label in zip(batch["pixel_values"], batch["labels"], strict=True):
             with torch.no_grad():
                 masks = {"static_masks": static} if int(label) in chosen else {}
-                logits = before(pixel_values=image[None], **masks).logits
+                logits = before(pixel_values=image[None], output_neuron_masks=True, **masks).logits
             losses.append(F.cross_entropy(logits, label[None], label_smoothing=smoothing).item())
         assert history(trainer, "loss_task") == pytest.approx([np.mean(losses)], abs=1e-5)
 

@@ -62,9 +62,9 @@ Masks = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def answers(model, data: Split, masks: Masks | None = None) -> Tensor:
+def answers(model, data: Split, masks: Masks | None = None, **options) -> Tensor:
     """Logits of all samples, shape (samples, labels), of a model or under static masks."""
-    options = {} if masks is None else {"static_masks": masks}
+    options |= {} if masks is None else {"static_masks": masks}
     model.eval()
     parts = []
     for batch in data.batches():
@@ -253,9 +253,17 @@ def trained_parent(task: Task, own: dict, splits: Sequence[Split], seed: int, ep
     """Trains the parent of a row."""
     own = dict(own)
     kind = VARIANTS[own.pop("variant")] if "variant" in own else NeMoTrainer
+    kind = type(kind.__name__, (kind,), own.pop("variant_options", {}))
+    before, separate = round(own.pop("plain_share", 0) * epochs), own.pop("separate_teacher", False)
     if any(len(labels) > 1 for labels in task.groups.values()):
         own["label_groups"] = task.groups
-    trainer = task.trainer(kind, splits[0], splits[1], seed, epochs, nemo_config=NeMoConfig(**own))
+    trainer = task.trainer(kind, splits[0], splits[1], seed, epochs - before * (not separate), nemo_config=NeMoConfig(**own))
+    if before:
+        plain = task.trainer(Trainer, splits[0], splits[1], seed, before)
+        plain.train()
+        if not separate:
+            trainer.parent.model.load_state_dict(plain.model.state_dict())
+        trainer.teacher = plain.model
     trainer.train()
     return trainer.parent
 
@@ -270,6 +278,8 @@ def run(task: Task, name: str, options: dict | None, seed: int, epochs: int, pla
     whole = answers(model, measured, model.masks.open_masks() if options is None else None)
     row["accuracy"] = accuracy(whole, measured.labels)
     if options is not None:
+        by_sample = answers(model, measured, output_neuron_masks=True)
+        row["accuracy by sample"] = accuracy(by_sample, measured.labels)
         row |= modularity(model, measured)
         row["dead"] = model.masks.dead_share()
         strangers = None if task.strangers is None or on_validation else task.strangers()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_hf import NeMoTrainer
-from nemo_hf.losses import group_membership
+from nemo_hf.losses import contrastive_loss, group_membership, site_masks
 from nemo_hf.planning import RELEVANCE_SCALE
 from nemo_hf.relevance import sparsity_pressure
 
@@ -275,7 +275,145 @@ class OwnLabels(NeMoTrainer):
         return F.cross_entropy(outputs.logits.masked_fill(~allowed, float("-inf")), labels)
 
 
+class Taught(NeMoTrainer):
+    """Half of the task loss is the divergence from a teacher's softened answers, wherever a sample has a right one.
+
+    The teacher is the plain model that `plain_share` of the epochs trained before, with which the parent begins.
+    Contrast may leave out the first sites.
+    """
+
+    teaching, softness, contrast_from, contrast_power = 0.5, 2.0, 0.0, 0.0
+    teacher: Any = None
+
+    def compute_loss(self, model, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As in `NeMoTrainer`; asks the teacher first."""
+        self.taught = None
+        if model.training and self.teaching > 0:
+            with torch.no_grad():
+                self.taught = self.teacher.eval()(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, kept: int) -> Tensor:
+        """As in `NeMoTrainer`, and the teacher's answers."""
+        loss = super()._task_loss(outputs, labels, in_module, kept)
+        if self.taught is None or not outputs.logits.requires_grad:
+            return loss
+        answered = torch.ones_like(labels, dtype=torch.bool)
+        if in_module is not None and self.nemo_config.specificity_weight > 0:
+            answered = in_module[labels]
+        pairs = [(part / self.softness).log_softmax(-1) for part in (outputs.logits, self.taught)]
+        apart = F.kl_div(*pairs, log_target=True, reduction="none").sum(-1) * self.softness**2
+        right = F.cross_entropy(outputs.logits, labels, reduction="none")
+        return loss + self.teaching * ((apart - right) * answered).mean()
+
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, kept: int, *rest: Any) -> Tensor:
+        """As in `NeMoTrainer`, with a contrast of each site by its depth."""
+        if self.contrast_from == 0 and self.contrast_power == 0:
+            return super()._mask_terms(neuron_masks, labels, kept, *rest)
+        config = self.nemo_config
+        self.parent.nemo_config.contrastive_weight, weight = 0.0, config.contrastive_weight
+        try:
+            terms = super()._mask_terms(neuron_masks, labels, kept, *rest)
+        finally:
+            self.parent.nemo_config.contrastive_weight = weight
+        depth = torch.linspace(0, 1, len(neuron_masks))
+        weights = (depth >= self.contrast_from).float() * depth.clamp(min=1e-3) ** self.contrast_power
+        weights = weights / weights.mean()
+        groups = self._group_of_label[labels]
+        total = terms
+        for mask, share in zip(site_masks(neuron_masks), weights.tolist(), strict=True):
+            if share > 0:
+                contrast = contrastive_loss([mask], groups, config.temperature)
+                total = total + self._warmup() * weight * share / len(weights) * contrast
+        return total
+
+
+class Whole(NeMoTrainer):
+    """A share of the rehearsed modules is that of all labels."""
+
+    share = 0.3
+
+    def _rehearsed_groups(self) -> Tensor | None:
+        chosen = super()._rehearsed_groups()
+        draw = random.Random(f"{self.args.seed} {self.state.global_step} whole")  # noqa: S311 - not for cryptography
+        if chosen is None or draw.random() >= self.share:
+            return chosen
+        return torch.arange(len(self.parent.config.groups))
+
+
+class Noisy(Masked, Taught):
+    """Samples take the masks of others of their group, and generators see part of what they pool."""
+
+    exchanged, hidden, teaching = 0.0, 0.0, 0.0
+
+    def compute_loss(self, model, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As in `NeMoTrainer`; draws who takes whose mask."""
+        groups = self._group_of_label[inputs["labels"]]
+        order = torch.arange(len(groups))
+        for group in groups.unique():
+            own = (groups == group).nonzero().flatten()
+            order[own] = own[torch.randperm(len(own))]
+        stays = torch.rand(len(groups)) >= self.exchanged
+        self.order = torch.where(stays, torch.arange(len(groups)), order)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    def changed(self, mask: Tensor, site: Any, pooled: Tensor) -> Tensor:
+        """The mask that takes the place of `mask`, (batch, neurons)."""
+        if not self.parent.training:
+            return mask
+        if self.hidden > 0:
+            generator = next(m.generator for m in self.parent.masks.site_masks() if m.site is site)
+            seen = F.dropout(pooled.float(), self.hidden)
+            inner = F.linear(seen, generator.down.weight, generator.down.bias).relu()
+            mask = F.linear(inner, generator.up.weight, generator.up.bias).tanh().relu()
+        return mask if self.exchanged == 0 else mask[self.order]
+
+
+class Assigned(Taught):
+    """In late feed-forward sites each neuron belongs to one group, which the generators learn to open it for.
+
+    Balanced, so that a neuron opens for a sample that is likelier than by chance one of its group.
+    """
+
+    assigned_from, assigned_weight, kinds, teaching = 0.5, 1.0, ("units",), 0.0
+    positive = 1.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        masks = list(self.parent.masks.site_masks())
+        chosen = [m for i, m in enumerate(masks) if i >= self.assigned_from * len(masks)]
+        self.logits: dict[str, Tensor] = {}
+        for mask in chosen:
+            is_attention = "query_key" in mask.site.parts
+            if ("attention" if is_attention else "units") in self.kinds:
+                mask.generator.register_forward_hook(
+                    lambda generator, inputs, output, site=mask.site: self.keep_logits(generator, inputs[0], site)
+                )
+
+    def keep_logits(self, generator: Any, pooled: Tensor, site: Any) -> None:
+        """Keeps what the masks are made of, (batch, neurons)."""
+        if self.parent.training:
+            hidden = F.linear(pooled.float(), generator.down.weight, generator.down.bias).relu()
+            self.logits[site.key] = F.linear(hidden, generator.up.weight, generator.up.bias)
+
+    def _mask_terms(self, neuron_masks: Mapping[str, Tensor], labels: Tensor, *rest: Any) -> Tensor:
+        terms = super()._mask_terms(neuron_masks, labels, *rest)
+        groups, count = self._group_of_label[labels], len(self.parent.config.groups)
+        losses = []
+        for logits in self.logits.values():
+            owner = torch.arange(logits.shape[1]) % count
+            own = (owner[None, :] == groups[:, None]).float()
+            weight = 1 + own * (self.positive * (count - 1) - 1)
+            losses.append(F.binary_cross_entropy_with_logits(2 * logits, own, weight / 2))
+        self.logits = {}
+        return terms + self._warmup() * self.assigned_weight * torch.stack(losses).mean()
+
+
 VARIANTS = {
+    "assigned": Assigned,
+    "whole": Whole,
+    "noisy": Noisy,
+    "taught": Taught,
     "rehearsal over own labels": OwnLabels,
     "exclusive neurons": Exclusive,
     "felt rehearsal": Felt,

@@ -32,9 +32,8 @@ class NeMoConfig:
     Args:
         targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels
             of convolutions).
-        generator_rank: Hidden width of each mask generator. `None` takes the largest rank whose
-            generators stay within 10 % of the base model's parameters (6 % from hidden size 384 up),
-            at most 64.
+        generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
+            stay within 10 % of the base model's parameters (6 % from hidden size 384 up).
         objective: Which loss pulls the masks of one group together and those of others apart:
             `"contrastive"`, `"contrastive-authors"` (the NeMo authors' code, a baseline: see
             `losses.authors_contrastive_loss`), `"cohesion-coupling"` (MwT, arXiv 2306.09376) or `"moda"`
@@ -44,8 +43,7 @@ class NeMoConfig:
         coupling_weight: Weight of coupling relative to cohesion under `"cohesion-coupling"` [MwT's beta / alpha]
             and `"moda"` [dispersion / affinity].
         temperature: Temperature of the contrastive loss [tau], above 0.
-        gather_across_devices: Whether that loss compares a sample's mask with those of all processes' samples
-            and not only with those of its own process.
+        gather_across_devices: Whether that loss compares masks across all processes and not only within each.
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper; MODA's compactness], at least 0.
         retention_target: Share of the weights of masked layers, in (0, 1], that the module of one group shall
             keep on average: so many of the attention and feed-forward neurons, and the square root of it of
@@ -53,6 +51,8 @@ class NeMoConfig:
             starts; it rises while modules are larger and falls while they are smaller. `None` keeps the weight.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
             values in [0, 1).
+        static_evaluation: Whether a parent with hard masks answers in eval mode as the module of all its labels
+            would, or with the neurons that each input opens, as in the paper: a misjudged input loses its answer.
         detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks
             also moves what they watch, as in the paper.
         mask_learning_rate: Learning rate of the mask generators; `None` takes 3 times
@@ -68,8 +68,7 @@ class NeMoConfig:
             group's modules to keep it [theta]. Rehearsal and extraction both use it.
         label_groups: Which labels form a group: a mapping of group name to label names or ids. `None`
             makes each label its own group, unless `group_column` is given.
-        group_column: Name of a training data set column that holds each sample's group. It must be a
-            function of the label.
+        group_column: Name of a training data set column that holds each sample's group, a function of the label.
         sites: Where neurons are, for architectures that are not known by the names of their layers: one
             description a site, in place of those that would be found. `"*"` stands for one whole part of a path,
             so that one description serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
@@ -101,6 +100,7 @@ class NeMoConfig:
     sparsity_weight: float = 0.2
     retention_target: float | None = 0.2
     hard_masks: bool = True
+    static_evaluation: bool = True
     detach_pooled: bool = True
     mask_learning_rate: float | None = None
     warmup_ratio: float = 0.1
@@ -119,7 +119,7 @@ class NeMoConfig:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Got objective={self.objective!r}; expected one of {list(OBJECTIVES)}. Choose another.")
         self._check_numbers()
-        for name in ("hard_masks", "detach_pooled", "gather_across_devices"):
+        for name in ("hard_masks", "static_evaluation", "detach_pooled", "gather_across_devices"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
         if not self.has_generators and not self.hard_masks:

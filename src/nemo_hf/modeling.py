@@ -22,6 +22,7 @@ from .file_mixin import FileMixin, pin_revision
 from .generators import MaskGenerator
 from .masking import NeuronMasks, build_masks, untied_parameters
 from .neurons import NeuronSite, with_back_ends
+from .rehearsal import module_masks
 from .rejection import rejection_scores
 from .sites import find_heads
 from .slicing import ScatterLinear, close_attention, resize, resize_head
@@ -217,6 +218,13 @@ class NeMoPreTrainedModel(ExportMixin, FileMixin, PreTrainedModel):  # type: ign
         plain: PreTrainedModel = self.model
         return plain
 
+    def _evaluation_masks(self) -> dict[str, Tensor] | None:
+        """Static masks of the module of all labels, or `None` where each input opens its own neurons."""
+        config = self.nemo_config
+        if not (config.static_evaluation and config.hard_masks and config.has_generators):
+            return None
+        return module_masks(self._parent_masks(), slice(None), config.relevance_threshold)
+
     def _parent_masks(self) -> NeuronMasks:
         if self.masks is None:
             raise ValueError("Got a module; expected a parent, which has masks. Load the parent that it was cut from.")
@@ -251,6 +259,8 @@ class NeMoPreTrainedModel(ExportMixin, FileMixin, PreTrainedModel):  # type: ign
             tensors = [value for value in (*given.values(), *kwargs.values()) if isinstance(value, Tensor)]
             if not tensors:
                 raise ValueError(f"Got no model inputs; expected {self.main_input_name}.")
+            if static_masks is None and not self.training and not output_neuron_masks:
+                static_masks = self._evaluation_masks()
             frames = getattr(self.model, "_get_feature_vector_attention_mask", None)
             with self.masks.call(len(tensors[0]), attention_mask, static_masks, static_samples, frames) as collected:
                 outputs = self.model(**given, **kwargs, return_dict=True)

@@ -27,12 +27,12 @@ def draw_groups(groups: Mapping[str, Sequence[int]], probability: float, seed: s
     return sorted(draw.sample(range(len(groups)), draw.randint(1, most)))
 
 
-def module_masks(masks: NeuronMasks, groups: Tensor, threshold: float) -> dict[str, Tensor]:
-    """Returns the static masks of the module that the running relevance says now.
+def module_masks(masks: NeuronMasks, groups: Tensor | slice, threshold: float) -> dict[str, Tensor]:
+    """Returns the static masks of the module that the relevance says now.
 
     Args:
         masks: The parent's masks.
-        groups: Indices of the module's groups.
+        groups: Indices of the module's groups, or a slice of them.
         threshold: Share of a group's samples that must open a neuron.
 
     Returns:
