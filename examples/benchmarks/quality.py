@@ -257,7 +257,9 @@ def trained_parent(task: Task, own: dict, splits: Sequence[Split], seed: int, ep
     before, separate = round(own.pop("plain_share", 0) * epochs), own.pop("separate_teacher", False)
     if any(len(labels) > 1 for labels in task.groups.values()):
         own["label_groups"] = task.groups
-    trainer = task.trainer(kind, splits[0], splits[1], seed, epochs - before * (not separate), nemo_config=NeMoConfig(**own))
+    trainer = task.trainer(
+        kind, splits[0], splits[1], seed, epochs - before * (not separate), nemo_config=NeMoConfig(**own)
+    )
     if before:
         plain = task.trainer(Trainer, splits[0], splits[1], seed, before)
         plain.train()
@@ -296,8 +298,14 @@ def command_of(options: argparse.Namespace, name: str, seed: int) -> str:
     """The command that makes one row, wherever the data are."""
     given = [*(["--validation"] if options.validation else []), *(["--data", "DATA"] if options.data else [])]
     given += [] if options.epochs is None else ["--epochs", str(options.epochs)]
+    given += ["--by-sample"] if options.by_sample else []
     words = ["python", "examples/benchmarks/quality.py", options.task, *given, "--rows", name, "--seeds", str(seed)]
     return shlex.join(words)
+
+
+def key_of(row: Mapping) -> tuple:
+    """What a row is known by."""
+    return row["row"], row.get("by sample", False), row["seed"], row["epochs"]
 
 
 def main() -> None:
@@ -312,6 +320,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument(
         "--keep", type=Path, help="Folder that keeps trained parents; those in it are not trained anew."
+    )
+    parser.add_argument(
+        "--by-sample",
+        action="store_true",
+        help="Parents with hard masks answer with the neurons that each input opens.",
     )
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--validation", action="store_true")
@@ -330,14 +343,18 @@ def main() -> None:
         parser.error(f"got the rows {unknown}; expected some of {list(known)}, or options as JSON with --validation")
     if options.validation:
         task = replace(task, sets={kind: sets[:: -(-len(sets) // 15)] for kind, sets in task.sets.items()}, draws=1)
+    if options.by_sample:
+        task = replace(task, options={**task.options, "static_evaluation": False})
     epochs = options.epochs or task.epochs
     output = options.output or HERE / f"{'recipe' if options.validation else 'quality'}_{options.task}.json"
     for seed in options.seeds:
         plain = None
         for name in options.rows:
             stored = json.loads(output.read_text()) if output.exists() else {"rows": []}
-            is_same = [(row["row"], row["seed"], row["epochs"]) == (name, seed, epochs) for row in stored["rows"]]
-            if any(is_same) and not options.again:
+            if (
+                any(key_of(row) == (name, options.by_sample, seed, epochs) for row in stored["rows"])
+                and not options.again
+            ):
                 continue
             if plain is None and (not options.validation or name == "plain"):
                 plain_row, plain = run(task, "plain", None, seed, epochs, None, options.validation, options.keep)
@@ -348,7 +365,8 @@ def main() -> None:
             print(f"{name}, seed {seed}: {row['accuracy']:.3f} in {row['seconds']} s", flush=True)
             row["command"] = command_of(options, name, seed)
             stored = json.loads(output.read_text()) if output.exists() else {"rows": []}
-            kept = [r for r in stored["rows"] if (r["row"], r["seed"], r["epochs"]) != (name, seed, epochs)]
+            row |= {"by sample": True} if options.by_sample else {}
+            kept = [r for r in stored["rows"] if key_of(r) != key_of(row)]
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             write_json(output, {**stored, "task": task.text, "versions": versions, "rows": [*kept, row]})
 

@@ -62,13 +62,20 @@ def figure(row: dict, name: str, kinds: Sequence[str] | None = None) -> float:
 
 def by_method(rows: Rows) -> dict[str, list[dict]]:
     """Rows of one method each, in the order in which they came."""
-    return {name: [row for row in rows if row["row"] == name] for name in dict.fromkeys(row["row"] for row in rows)}
+    titles = [row["row"] + (", by sample" if row.get("by sample") else "") for row in rows]
+    return {name: [r for r, t in zip(rows, titles, strict=True) if t == name] for name in dict.fromkeys(titles)}
+
+
+def by_sample(own: Rows) -> str:
+    """Mean accuracy of parents that answer with the neurons that each input opens, where it was measured."""
+    known = [row.get("accuracy by sample") for row in own]
+    return "-" if None in known else f"{mean(known):.3f}"
 
 
 def methods_table(rows: Rows) -> str:
     """One line a method, averaged over sets, kinds and seeds."""
-    header = ["method", "seeds", "accuracy", "points lost to plain", "neurons of singles", "neurons", "raw",
-              "parent", "points lost", "random", "other", "empty", "specificity", "rejection AUROC", "cohesion",
+    header = ["method", "seeds", "accuracy", "points lost to plain", "by sample", "neurons of singles", "neurons",
+              "raw", "parent", "points lost", "random", "other", "empty", "specificity", "rejection AUROC", "cohesion",
               "coupling"]  # fmt: skip
     methods = by_method(rows)
     plain = {row["seed"]: row["accuracy"] for row in methods.get("plain", [])}
@@ -80,6 +87,7 @@ def methods_table(rows: Rows) -> str:
             continue
         paired = [plain[row["seed"]] - row["accuracy"] for row in own if row["seed"] in plain]
         line.append(upper_bound(paired) if paired else "-")
+        line.append(by_sample(own))
         line.append(f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}")
         over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
         line += [f"{over['neurons']:.2f}", f"**{over['module']:.3f}**", f"{over['restricted']:.3f}"]
@@ -95,8 +103,8 @@ def methods_table(rows: Rows) -> str:
 
 def recipe_table(rows: Rows) -> str:
     """What was tried, on validation data: one line a set of options, seeds that all lines have first."""
-    header = ["options", "seeds", "accuracy", "neurons of singles", "neurons", "raw", "points lost", "random", "other",
-              "specificity", "rejection AUROC", "coupling", "dead neurons"]  # fmt: skip
+    header = ["options", "seeds", "accuracy", "by sample", "neurons of singles", "neurons", "raw", "points lost",
+              "random", "other", "specificity", "rejection AUROC", "coupling", "dead neurons"]  # fmt: skip
     lines = []
     for name, own in by_method(rows).items():
         line = [
@@ -108,7 +116,7 @@ def recipe_table(rows: Rows) -> str:
             lines.append([*line, *["-"] * (len(header) - len(line))])
             continue
         over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
-        line.append(f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}")
+        line += [by_sample(own), f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}"]
         line += [f"{over['neurons']:.2f}", f"{over['module']:.3f}"]
         line.append(f"{100 * (over['restricted'] - over['module']):.2f}")
         line += [f"{over['random']:.3f}", f"{over['other']:.3f}", f"{100 * over['specificity']:.1f}"]
@@ -241,7 +249,9 @@ def page(read: Callable[..., dict | None]) -> str:
     intro = (
         "# Modules against every rival\n\nMade by `python examples/benchmarks/quality_tables.py` from the JSON files "
         "that `quality.py` writes. Means over kinds of sets, sets and seeds; accuracy on test data, which chose "
-        "nothing. *raw* is a module as it was cut; *parent* the whole model restricted to the module's labels; "
+        "nothing. *accuracy* is that of the parent as the module of all labels, *by sample* with the neurons that each "
+        "input opens (so in rows named so, and with soft masks). *raw* is a module as it was cut; *parent* the whole "
+        "model restricted to the module's labels; "
         "*random*, *other* and *empty* are other neurons in its place (as many at random; those of as many other "
         "groups; none); *weights* are those of attention and feed-forward layers, of a CNN all; *specificity* is raw "
         "minus other, in points. In brackets: upper bound of the one-sided 95 % interval over seeds of a paired "
