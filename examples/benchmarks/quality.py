@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from quality_tasks import PAPER, Split, Task, cifar10, cifar10_cnn, clinc150, collate, digits
+from quality_tasks import PAPER, Split, Task, cifar10, cifar10_cnn, cifar10_small, clinc150, collate, digits
 from quality_variants import VARIANTS
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -311,7 +311,8 @@ def key_of(row: Mapping) -> tuple:
 def main() -> None:
     """Runs the rows that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=["digits", "clinc150", "cifar10", "cifar10-resnet18", "cifar10-vgg16"])
+    names = ["digits", "clinc150", "cifar10", "cifar10-small", "cifar10-resnet18", "cifar10-vgg16"]
+    parser.add_argument("task", choices=names)
     parser.add_argument("--rows", nargs="+", help="Names, or options as JSON with --validation; all if left out.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
@@ -333,6 +334,7 @@ def main() -> None:
     torch.set_num_threads(1)
     build = {"digits": digits, "clinc150": lambda: clinc150(options.data, options.model),
              "cifar10": lambda: cifar10(options.data),
+             "cifar10-small": lambda: cifar10_small(options.data),
              "cifar10-resnet18": lambda: cifar10_cnn(options.data, "resnet18"),
              "cifar10-vgg16": lambda: cifar10_cnn(options.data, "vgg16")}  # fmt: skip
     task = build[options.task]()

@@ -15,6 +15,7 @@ TITLES = {
     "digits": "Digits",
     "clinc150": "CLINC150",
     "cifar10": "CIFAR-10",
+    "cifar10-small": "CIFAR-10, small ViT",
     "cifar10-resnet18": "CIFAR-10, ResNet18",
     "cifar10-vgg16": "CIFAR-10, VGG16",
 }
@@ -62,7 +63,11 @@ def figure(row: dict, name: str, kinds: Sequence[str] | None = None) -> float:
 
 def by_method(rows: Rows) -> dict[str, list[dict]]:
     """Rows of one method each, in the order in which they came."""
-    titles = [row["row"] + (", by sample" if row.get("by sample") else "") for row in rows]
+    usual = rows[0].get("epochs") if rows else None
+    titles = []
+    for row in rows:
+        other = "" if row.get("epochs") == usual else f", {row['epochs']} epochs"
+        titles.append(row["row"] + (", by sample" if row.get("by sample") else "") + other)
     return {name: [r for r, t in zip(rows, titles, strict=True) if t == name] for name in dict.fromkeys(titles)}
 
 

@@ -285,6 +285,18 @@ def cifar10(data: str) -> Task:
     return cifar10_task(data, "ViT of 192 x 6", build, 6)
 
 
+def cifar10_small(data: str) -> Task:
+    """A ViT of 128 x 4 with large patches, for sweeps: two to three minutes a row."""
+
+    def build(**labels) -> torch.nn.Module:
+        return ViTForImageClassification(ViTConfig(
+            image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+            intermediate_size=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **labels,
+        ))  # fmt: skip
+
+    return cifar10_task(data, "ViT of 128 x 4 with patches of 8", build, 6)
+
+
 def cifar10_cnn(data: str, architecture: str, width: int = 16) -> Task:
     """A narrow convolutional model of the NeMo paper, trained on images whose channels lie last in memory.
 
