@@ -172,7 +172,9 @@ def test_modules_of_a_channel_network_join(tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     inputs = {"pixel_values": torch.rand(2, 3, 32, 32)}
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, composed(**inputs).logits)
+        # Loaded weights lie where they lie in the file, and some processors round by their alignment; copies lie alike.
+        answers = [copy.deepcopy(model)(**inputs).logits for model in (loaded, composed)]
+    assert torch.equal(*answers)
 
 
 def test_the_trainer_evaluates_it(tmp_path):

@@ -67,7 +67,8 @@ def by_method(rows: Rows) -> dict[str, list[dict]]:
     titles = []
     for row in rows:
         other = "" if row.get("epochs") == usual else f", {row['epochs']} epochs"
-        titles.append(row["row"] + (", by sample" if row.get("by sample") else "") + other)
+        where = f", {row['processor']}" if row["row"] == "plain" and "processor" in row else ""
+        titles.append(row["row"] + (", by sample" if row.get("by sample") else "") + where + other)
     return {name: [r for r, t in zip(rows, titles, strict=True) if t == name] for name in dict.fromkeys(titles)}
 
 
@@ -83,14 +84,15 @@ def methods_table(rows: Rows) -> str:
               "raw", "parent", "points lost", "random", "other", "empty", "specificity", "rejection AUROC", "cohesion",
               "coupling"]  # fmt: skip
     methods = by_method(rows)
-    plain = {row["seed"]: row["accuracy"] for row in methods.get("plain", [])}
+    plain = {(row["seed"], row.get("processor")): row["accuracy"] for row in rows if row["row"] == "plain"}
     lines = []
     for name, own in methods.items():
         line = [name, ", ".join(str(row["seed"]) for row in own), spread([row["accuracy"] for row in own])]
         if "sets" not in own[0]:
             lines.append([*line, *["-"] * (len(header) - len(line))])
             continue
-        paired = [plain[row["seed"]] - row["accuracy"] for row in own if row["seed"] in plain]
+        pairs = [(plain.get((row["seed"], row.get("processor"))), row["accuracy"]) for row in own]
+        paired = [whole - accuracy for whole, accuracy in pairs if whole is not None]
         line.append(upper_bound(paired) if paired else "-")
         line.append(by_sample(own))
         line.append(f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}")
