@@ -242,7 +242,9 @@ def rendered_recipe(task: str, stored: dict) -> str:
     """What was tried on one task."""
     notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
     title = f"## What was tried on {TITLES[task]}\n\nOn validation data, which chose the defaults."
-    return "\n\n".join([title, recipe_table(stored["rows"]), notes, commands(stored["rows"])])
+    picture = "![What contrast and specificity cost the parent](recipe_digits.png)" if task == "digits" else ""
+    parts = [title, recipe_table(stored["rows"]), picture, notes, commands(stored["rows"])]
+    return "\n\n".join(part for part in parts if part)
 
 
 def figure_of_strangers(own: Rows) -> float:
@@ -292,6 +294,31 @@ def draw(rows: Rows, path: Path) -> None:
     drawing.savefig(path, dpi=110)
 
 
+def draw_tradeoff(rows: Rows, path: Path, least: int = 3) -> None:
+    """Points that parents lose to plain models over the coupling and the specificity of their modules.
+
+    One point for each set of options that was tried with at least so many seeds, with its standard error.
+    """
+    from matplotlib.figure import Figure
+
+    plain = {row["seed"]: row["accuracy"] for row in rows if row["row"] == "plain"}
+    drawing = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = drawing.subplots(1, 2, sharey=True)
+    tried = [own for own in by_method([row for row in rows if "sets" in row]).values() if len(own) >= least]
+    for own in tried:
+        lost = [100 * (plain[row["seed"]] - row["accuracy"]) for row in own]
+        color = "tab:blue" if own[0].get("by sample") else "tab:orange"
+        error = statistics.stdev(lost) / len(lost) ** 0.5
+        for axis, value in zip(
+            axes, (lambda row: row["coupling"], lambda row: 100 * figure(row, "specificity")), strict=True
+        ):
+            axis.errorbar(mean([value(row) for row in own]), mean(lost), error, marker="o", color=color, capsize=2)
+    axes[0].set(xlabel="coupling", ylabel="points lost to plain, with standard error")
+    axes[1].set(xlabel="specificity in points")
+    axes[0].set_title("blue: by sample, orange: as the module of all labels", fontsize=8)
+    drawing.savefig(path, dpi=110)
+
+
 def stored_results(task: str, kind: str = "quality") -> dict | None:
     """What was measured on a task, if anything; of the kind "recipe" what was tried on validation data."""
     path = HERE / f"{kind}_{task}.json"
@@ -304,6 +331,7 @@ def main() -> None:
     for task in TITLES:
         if stored := stored_results(task):
             draw(stored["rows"], HERE / f"quality_{task}.png")
+    draw_tradeoff(stored_results("digits", "recipe")["rows"], HERE / "recipe_digits.png")
 
 
 if __name__ == "__main__":
