@@ -3,7 +3,7 @@
     python examples/custom_model.py --output_dir custom
 
 The model is a small mixer-like classifier of scikit-learn's digits with layer names of its own and gated units. Half
-a minute on a CPU; prints the proposed sites, the back ends that are exact and what two modules are worth.
+a minute on a CPU; prints the proposed sites, the pruning modes that are exact and what two modules are worth.
 """
 
 # /// script
@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent, propose_sites
-from nemo_hf.evaluation import format_table
+from nemo_hf.evaluation.report import format_table
 
 
 class RowsConfig(PreTrainedConfig):
@@ -103,13 +103,13 @@ def main() -> None:
     sites = propose_sites(model)
     print(json.dumps(sites, indent=1))
     parent = make_parent(model, NeMoConfig(sites=sites))
-    print({site.key: site.back_end for site in parent.sites}, parent.config.law)
+    print({site.key: site.pruning_mode for site in parent.sites}, parent.config.equivalence)
     trainer = NeMoTrainer(parent, args, train_dataset=train, eval_dataset=test)
     trainer.train()
     print(format_table([trainer.evaluate_module(labels).to_dict() for labels in (["0", "1"], ["3", "8", "9"])]))
     trainer.save_model()
     loaded = AutoModelForImageClassification.from_pretrained(args.output_dir, labels=["0", "1"], verify=True)
-    print(f"['0', '1'] cut on load: {loaded.num_parameters():,} parameters, {loaded.config.law}")
+    print(f"['0', '1'] cut on load: {loaded.num_parameters():,} parameters, {loaded.config.equivalence}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_hf.cli import AUTO_CLASSES
-from nemo_hf.configuration import NeMoModelConfig, task_of
-from nemo_hf.exporting import compare_latency
-from nemo_hf.files import write_json, write_text
-from nemo_hf.model_card import CardFacts, render_model_card
-from nemo_hf.modeling import NeMoPreTrainedModel
-from nemo_hf.publishing import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons
+from nemo_hf.cli.main import AUTO_CLASSES
+from nemo_hf.export.plain_model import compare_latency
+from nemo_hf.hub.model_card import CardFacts, render_model_card
+from nemo_hf.hub.publish import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.configuration import NeMoModelConfig, task_of
+from nemo_hf.models.files import write_json, write_text
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

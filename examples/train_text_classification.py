@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer
-from nemo_hf.evaluation import format_table
-from nemo_hf.files import write_json
+from nemo_hf.evaluation.report import format_table
+from nemo_hf.models.files import write_json
 
 
 @dataclass

@@ -37,10 +37,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import nemo_hf.costs
+import nemo_hf.evaluation.latency
 
 torch.set_num_threads(1)  # the models are too small to share out
-nemo_hf.costs.LATENCY_RUNS = 2  # no test looks at how fast anything is
+nemo_hf.evaluation.latency.LATENCY_RUNS = 2  # no test looks at how fast anything is
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 

@@ -14,8 +14,9 @@ from test_trainer import arguments, batch_of, history, lively_parent, state
 
 from nemo_hf import NeMoTrainer
 from nemo_hf.config import OBJECTIVES
-from nemo_hf.distributed import gather_masks, mean_over_processes, processes
-from nemo_hf.losses import group_membership, mask_objective
+from nemo_hf.models.label_groups import group_membership
+from nemo_hf.training.distributed import gather_masks, mean_over_processes, processes
+from nemo_hf.training.losses import mask_objective
 
 RANK = int(os.environ.get("RANK", "0"))
 SPLITS = {"even": (4, 4), "uneven": (6, 3), "lonely": (5, 1)}

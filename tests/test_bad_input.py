@@ -30,7 +30,7 @@ from nemo_hf import (
     make_parent,
 )
 from nemo_hf.config import label_id, resolve_groups, resolve_labels
-from nemo_hf.tasks import attach_masks
+from nemo_hf.models.attach import attach_masks
 
 NAMES = dict(enumerate(LABELS))
 GROUPS = {"animals": [0, 1, 4], "vehicles": [2, 3]}
@@ -517,8 +517,8 @@ def test_a_parent_s_missing_site_is_told_by_its_masks(tmp_path, kept, options):
 
 @pytest.mark.parametrize("kind", ["parent", "module"])
 def test_a_back_end_that_doesn_t_exist_is_refused(saved, tmp_path, kind):
-    directory = damaged_config(saved / kind, tmp_path / "out", lambda c: c["sites"][0].update(back_end="warp"))
-    with told(ValueError, "the back end 'warp' for 'vit.layers.0.attention", "'dense'", "config.json"):
+    directory = damaged_config(saved / kind, tmp_path / "out", lambda c: c["sites"][0].update(pruning_mode="warp"))
+    with told(ValueError, "the pruning mode 'warp' for 'vit.layers.0.attention", "'dense'", "config.json"):
         NeMoForImageClassification.from_pretrained(directory)
 
 

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, compose, make_parent
-from nemo_hf.composition import fit_scales
-from nemo_hf.inputs import random_inputs
+from nemo_hf.models.composition import fit_scales
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 ALL = list(NAMES["id2label"].values())
 
@@ -339,7 +339,7 @@ def foreign_code(config):
     ],
 )
 def test_damaged_configurations_are_refused(saved, damage, words):
-    from nemo_hf.composed import NeMoComposedForImageClassification
+    from nemo_hf.models.composed_model import NeMoComposedForImageClassification
 
     config = json.loads((saved / "config.json").read_text())
     damage(config)

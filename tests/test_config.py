@@ -106,7 +106,7 @@ def test_the_order_of_groups_and_labels_survives_the_file(tmp_path, count):
 
 
 def test_the_configuration_survives_the_file(tmp_path):
-    sites = [{"key": "layer:ffn", "back_end": "dense", "widths": {"intermediate": 3}}]
+    sites = [{"key": "layer:ffn", "pruning_mode": "dense", "widths": {"intermediate": 3}}]
     config = NeMoModelConfig(
         base_config=ViTConfig(hidden_size=64),
         role="module",

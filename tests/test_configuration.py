@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from nemo_hf import NeMoModelConfig, UnsupportedArchitectureError, make_parent
-from nemo_hf.configuration import find_base_class, task_of
-from nemo_hf.tasks import attach_masks
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.configuration import find_base_class, task_of
 
 
 class OwnConfig(ViTConfig):
@@ -132,7 +132,7 @@ def test_a_model_of_ones_own_class_survives_saving_and_is_cut_on_load(registered
     assert type(loaded.model) is OwnBert
     assert type(loaded.config.base_config) is OwnTextConfig
     cut = AutoModelForSequenceClassification.from_pretrained(tmp_path, labels=["cat", "dog"], verify=True)
-    assert cut.config.law["status"] == "verified"
+    assert cut.config.equivalence["status"] == "verified"
     assert type(cut.model) is OwnBert
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NAMES, image_samples, randomize_relevance
+from nemo_hf.export.standalone import write_code
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -35,16 +36,15 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
-from nemo_hf.convolutions import find_channels
-from nemo_hf.costs import count_macs
-from nemo_hf.described import described_sites
-from nemo_hf.extraction import make_plan
-from nemo_hf.files import WeightFiles
-from nemo_hf.neurons import ChannelSite, UnsupportedArchitectureError
-from nemo_hf.pictures import draw_neurons
-from nemo_hf.probing import random_keep
-from nemo_hf.standalone import write_code
-from nemo_hf.weights import TensorCut, cut_tensor
+from nemo_hf.evaluation.latency import count_macs
+from nemo_hf.hub.pictures import draw_neurons
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.models.files import WeightFiles
+from nemo_hf.models.pruning_modes import random_keep
+from nemo_hf.neurons.channel_tracing import find_channels
+from nemo_hf.neurons.sites import ChannelSite, UnsupportedArchitectureError
+from nemo_hf.neurons.user_sites import build_user_sites
+from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 sys.path.insert(0, str(PAPER))
@@ -151,9 +151,9 @@ def without(model: PreTrainedModel, parent, static) -> PreTrainedModel:
 def test_channels_are_found_closed_and_cut(name):
     plain = built(name)
     parent = parent_of(name)
-    assert {(site.kind, site.back_end) for site in parent.sites} == {("conv", "dense")}
+    assert {(site.kind, site.pruning_mode) for site in parent.sites} == {("conv", "dense")}
     assert len(parent.sites) == SITES[name]
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
     inputs, static = images(plain), closed_channels(parent)
     with torch.no_grad():
         opened = parent(**inputs, static_masks=parent.masks.open_masks()).logits
@@ -167,7 +167,7 @@ def test_channels_are_found_closed_and_cut(name):
         expected = parent(**inputs, static_masks=plan.static).logits[:, [3, 1]]
         got = module(**inputs).logits
     torch.testing.assert_close(got, expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
-    assert module.config.law["status"] == "verified"
+    assert module.config.equivalence["status"] == "verified"
     assert module.model.num_parameters() < 0.8 * plain.num_parameters()
     for site in parent.sites:  # every layer is as narrow as the plan says
         kept = max(1, len(plan.keep[site.key]["channels"])) * site.channels // site.neurons
@@ -278,7 +278,7 @@ def test_a_site_without_channels_costs_one_that_is_zero():
     weight = module.model.get_submodule(empty.producers[0]).weight
     assert weight.shape[0] == 1
     assert not weight.any()
-    assert module.config.law["status"] == "verified"
+    assert module.config.equivalence["status"] == "verified"
 
 
 @pytest.mark.parametrize("name", ["resnet-basic", "regnet-y"])
@@ -299,7 +299,7 @@ def test_modules_leave_as_any_others_do(name, tmp_path):
 
 def test_a_residual_stream_is_one_site():
     model = built("resnet18")
-    sites = [described_sites(model, site)[0] for site in find_channels(model).sites]
+    sites = [build_user_sites(model, site)[0] for site in find_channels(model).sites]
     stream = next(site for site in sites if "features.3.body.3" in site.producers)
     assert stream.producers == ("features.0", "features.3.body.3", "features.4.body.3")
     assert stream.passing == ("features.1", "features.3.body.4", "features.4.body.4")
@@ -324,7 +324,7 @@ def test_squeeze_and_excite_is_cut_with_what_it_weighs():
         "passing": [f"{path}.0.normalization", f"{path}.1.convolution", f"{path}.1.normalization"],
         "readers": [f"{path}.2.attention.0", f"{path}.3.convolution"],
     }
-    site = described_sites(model, sites[f"{path}.0.convolution"])[0]
+    site = build_user_sites(model, sites[f"{path}.0.convolution"])[0]
     assert (site.channels, site.neurons) == (12, 3)  # whole groups of four
     assert sites[f"{path}.2.attention.0"]["readers"] == [f"{path}.2.attention.2"]
 
@@ -368,10 +368,10 @@ def test_a_description_with_a_star_stands_for_all_blocks():
         "readers": [f"{path}.1.convolution"],
     }
     model = built("resnet-basic")
-    assert len(described_sites(model, description)) == 3
+    assert len(build_user_sites(model, description)) == 3
     parent = make_parent(model, NeMoConfig(sites=[description]), inputs=images(model))
     assert [site.channels for site in parent.sites] == [12, 16, 16]
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_description_with_a_star_stands_for_all_blocks():
 def test_other_layers_than_those_of_the_same_channels_are_refused(change, message):
     description = find_channels(built("vgg16")).sites[0]
     with pytest.raises(ValueError, match=message):
-        described_sites(built("vgg16"), {**description, **change})
+        build_user_sites(built("vgg16"), {**description, **change})
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_damaged_list_of_sites_is_told(damage, message, tmp_path):
 def test_transformers_have_no_other_sites_than_before(vit):
     parent = make_parent(vit)
     assert {site.kind for site in parent.sites} == {"attention", "ffn"}
-    assert all(set(entry) == {"key", "back_end"} for entry in parent.config.sites)
+    assert all(set(entry) == {"key", "pruning_mode"} for entry in parent.config.sites)
 
 
 def test_kinds_that_a_parent_has_not_may_be_asked_for_again(vit):
@@ -438,7 +438,7 @@ def test_channels_and_other_neurons_live_in_one_model():
     kinds = [site.kind for site in parent.sites]
     assert (kinds.count("conv"), kinds.count("ffn")) == (3, 5)
     randomize_relevance(parent)
-    assert parent.extract_module(ASKED).config.law["status"] == "verified"
+    assert parent.extract_module(ASKED).config.equivalence["status"] == "verified"
 
 
 def test_options_leave_channels_whole():
@@ -523,7 +523,7 @@ def test_channels_that_are_not_read_one_by_one_stay_whole(kind, reason, register
         raise AssertionError(found.told)
     parent = make_parent(model)  # the others are cut
     assert "stem" not in chain.from_iterable(site.producers for site in parent.sites)
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
 
 
 @pytest.mark.parametrize("kind", ["plain", "instance", "affine instance"])
@@ -532,7 +532,7 @@ def test_what_works_channel_by_channel_is_passed(kind, registered):
     model = lively(OddForImageClassification(OddConfig(kind=kind, **NAMES)))
     parent = make_parent(model)
     assert [site.producers for site in parent.sites] == [("stem",), ("body",), ("last",)]
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
 
 
 def test_channels_with_weights_outside_of_layers_stay_whole(registered, caplog):
@@ -542,7 +542,7 @@ def test_channels_with_weights_outside_of_layers_stay_whole(registered, caplog):
         parent = make_parent(model)
     assert [site.producers for site in parent.sites] == [("body",), ("last",)]
     assert "can't be cut exactly" in caplog.text
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
     assert not model.stem._forward_pre_hooks
 
 

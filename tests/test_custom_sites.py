@@ -21,11 +21,11 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent, propose_sites
-from nemo_hf.cli import main
-from nemo_hf.described import described_sites, model_sites
-from nemo_hf.extraction import make_plan
-from nemo_hf.inputs import random_inputs
-from nemo_hf.sites import find_sites
+from nemo_hf.cli.main import main
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.neurons.patterns import find_sites
+from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.user_sites import build_user_sites, model_sites
 
 VIT_SITES = [
     {
@@ -116,7 +116,7 @@ def test_described_sites_are_those_that_are_found_by_name(vit):
     for site in described:
         twin = next(other for other in found if other.output == site.output)
         assert site.produced() == twin.produced()
-        assert (site.parts, site.in_features, site.back_ends) == (twin.parts, twin.in_features, twin.back_ends)
+        assert (site.parts, site.in_features, site.pruning_modes) == (twin.parts, twin.in_features, twin.pruning_modes)
 
 
 def test_a_described_model_gives_the_modules_of_a_known_one(vit):
@@ -139,7 +139,7 @@ def test_sites_are_proposed_for_layers_of_any_name():
 @pytest.mark.parametrize("family", ["vit", "deit", "bert", "distilbert", "roberta", "gpt2", "llama", "swin"])
 def test_proposals_agree_with_what_is_known_by_name(family):
     model = fresh(family)
-    proposed = [site for described in propose_sites(model) for site in described_sites(model, described)]
+    proposed = [site for described in propose_sites(model) for site in build_user_sites(model, described)]
     known = {site.output: site for site in find_sites(model)}
     assert {site.output for site in proposed} == set(known)
     for site in proposed:
@@ -165,8 +165,8 @@ def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
     )
     samples = image_samples()
     trainer = NeMoTrainer(strange(), args, train_dataset=samples, eval_dataset=samples, nemo_config=config)
-    assert {site.kind: site.back_end for site in trainer.parent.sites} == {"attention": "scatter", "ffn": "dense"}
-    assert trainer.parent.config.law["status"] == "verified"
+    assert {site.kind: site.pruning_mode for site in trainer.parent.sites} == {"attention": "scatter", "ffn": "dense"}
+    assert trainer.parent.config.equivalence["status"] == "verified"
     trainer.train()
     parent = trainer.parent.eval()
     randomize_relevance(parent)
@@ -230,7 +230,7 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     parent = make_parent(model, NeMoConfig(sites=propose_sites(model), relevance_threshold=0.6))
     randomize_relevance(parent)
     module = parent.extract_module(["cat", "car"])
-    assert module.config.law["status"] == "verified"
+    assert module.config.equivalence["status"] == "verified"
 
 
 BAD = [
@@ -286,14 +286,14 @@ def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
 def test_a_star_is_one_part_and_is_sought_in_little_time(vit, output):
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"which no layer has|expected a linear layer"):
-        described_sites(vit, {**VIT_SITES[1], "output": output})
+        build_user_sites(vit, {**VIT_SITES[1], "output": output})
     assert time.monotonic() - start < 5
 
 
 def test_stars_are_filled_in_order(vit):
     description = {"kind": "ffn", "producers": ["*.layers.*.mlp.fc1"], "output": "*.layers.*.mlp.fc2"}
-    expected = described_sites(vit, VIT_SITES[1])
-    assert [site.key for site in described_sites(vit, description)] == [site.key for site in expected]
+    expected = build_user_sites(vit, VIT_SITES[1])
+    assert [site.key for site in build_user_sites(vit, description)] == [site.key for site in expected]
 
 
 def test_heads_that_don_t_divide_the_width_are_refused(vit):
@@ -326,4 +326,4 @@ def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
     printed = capsys.readouterr().out
     options = json.loads(printed[: printed.index("\n}") + 2])
     assert options == {"sites": VIT_SITES}
-    assert "extraction law: verified" in printed
+    assert "equivalence check: verified" in printed

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoModelForImageClassification
 
 from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, make_parent
-from nemo_hf.sources import check_content
+from nemo_hf.models.remote_files import check_content
 
 REPO = "me/parent"
 LABELS = ["frog", "cat"]
@@ -67,7 +67,7 @@ def assert_same(module, other) -> None:
     state, expected = module.state_dict(), other.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
-    ours, theirs = ({**each.config.to_dict(), "law": None, "parent": None} for each in (module, other))
+    ours, theirs = ({**each.config.to_dict(), "equivalence": None, "parent": None} for each in (module, other))
     assert ours == theirs
 
 

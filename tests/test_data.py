@@ -5,7 +5,7 @@ import pytest
 from conftest import fresh
 from test_modeling import image_processor, tokenizer
 
-from nemo_hf.data import load_data
+from nemo_hf.cli.data import load_data
 
 
 @pytest.fixture

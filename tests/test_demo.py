@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from nemo_hf import make_parent
-from nemo_hf.cli import main
-from nemo_hf.demo import load_digits_split
+from nemo_hf.cli.demo import load_digits_split
+from nemo_hf.cli.main import main
 
 
 @pytest.fixture(scope="module")

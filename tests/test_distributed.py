@@ -19,12 +19,12 @@ from test_trainer import (
 )
 from transformers import ViTConfig, ViTForImageClassification
 
-import nemo_hf.distributed
+import nemo_hf.training.distributed
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
 from nemo_hf.config import OBJECTIVES
-from nemo_hf.described import model_sites
-from nemo_hf.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
-from nemo_hf.masking import build_masks
+from nemo_hf.neurons.masks import build_masks
+from nemo_hf.neurons.user_sites import model_sites
+from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
 
 HERE = Path(__file__).parent
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -156,7 +156,7 @@ def test_one_process_resumes_what_two_began(one, two):
 @pytest.mark.parametrize("samples", [1, 7, 12, 20])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_real_samples_of_the_last_batches_are_all_there_are(processes, samples, resumed, monkeypatch):
-    monkeypatch.setattr(nemo_hf.distributed, "processes", lambda: processes)
+    monkeypatch.setattr(nemo_hf.training.distributed, "processes", lambda: processes)
     left = samples % (2 * processes)
     shard = SimpleNamespace(batch_size=2, num_processes=processes, split_batches=False, drop_last=False)
     loader = SimpleNamespace(dataset=range(samples), batch_sampler=SimpleNamespace(batch_sampler=shard))

@@ -6,10 +6,10 @@ from conftest import image_samples, randomize_relevance
 from torch.utils.data import DataLoader
 
 from nemo_hf import NeMoConfig, evaluate_module, make_parent
-from nemo_hf.costs import count_macs
-from nemo_hf.evaluation import format_table
-from nemo_hf.extraction import make_plan
-from nemo_hf.inputs import random_inputs
+from nemo_hf.evaluation.latency import count_macs
+from nemo_hf.evaluation.report import format_table
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_other_control_is_the_mask_of_disjoint_groups(parent, samples):
 
 
 def test_random_controls_have_the_modules_size_and_follow_the_seed(parent, samples):
-    from nemo_hf.evaluation import random_masks
+    from nemo_hf.evaluation.report import random_masks
 
     static = make_plan(parent, [0, 1]).static
     drawn = random_masks(static, parent, seed=5)

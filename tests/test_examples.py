@@ -129,7 +129,7 @@ def test_text_example(text_folder, tmp_path):
 
 
 def test_train_command_and_evaluate_command(text_folder, tmp_path, capsys, monkeypatch):
-    from nemo_hf.cli import main
+    from nemo_hf.cli.main import main
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     fresh("bert").save_pretrained(tmp_path / "bert")

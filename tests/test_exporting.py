@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, calibrate_rejection, make_parent
-from nemo_hf.cli import main
-from nemo_hf.exporting import compare_latency
-from nemo_hf.inputs import random_inputs
-from nemo_hf.modeling import NeMoPreTrainedModel, base_parameters
-from nemo_hf.neurons import with_back_ends
-from nemo_hf.restoring import restored_state
-from nemo_hf.tasks import attach_masks
-from nemo_hf.tracing import plain_config
+from nemo_hf.cli.main import main
+from nemo_hf.export.narrowing import restored_state
+from nemo_hf.export.onnx import plain_config
+from nemo_hf.export.plain_model import compare_latency
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
+from nemo_hf.neurons.sites import with_pruning_modes
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 AUDIO = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "encoder_layerdrop": 0.0}
 OTHERS = {
@@ -81,19 +81,19 @@ def base(family):
 
 @cache
 def built_parent(family, hard_masks=True):
-    """A parent; those of conftest's families are cut by their first back ends, which others must try out."""
+    """A parent; those of conftest's families are cut by their first pruning modes, which others must try out."""
     nemo_config = NeMoConfig(relevance_threshold=0.6, hard_masks=hard_masks)
     parent = (attach_masks if family in FAMILIES else make_parent)(base(family), nemo_config)
     randomize_relevance(parent)
     return parent.eval()
 
 
-def cut_module(family, back_end=None, dead_head=False, hard_masks=True):
+def cut_module(family, pruning_mode=None, dead_head=False, hard_masks=True):
     parent = copy.deepcopy(built_parent(family, hard_masks))
-    if back_end is not None:
-        chosen = {s.key: back_end for s in parent.sites if back_end in {b.name for b in s.back_ends}}
+    if pruning_mode is not None:
+        chosen = {s.key: pruning_mode for s in parent.sites if pruning_mode in {b.name for b in s.pruning_modes}}
         assert chosen
-        parent.set_sites(with_back_ends(parent.sites, chosen))
+        parent.set_sites(with_pruning_modes(parent.sites, chosen))
     for mask in parent.masks.site_masks() if dead_head else ():
         if mask.site.kind == "attention":
             mask.relevance[:, mask.site.parts["query_key"] :][:, : mask.site.head_dim] = 0
@@ -140,9 +140,9 @@ def test_the_plain_model_gives_the_modules_logits(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
-@pytest.mark.parametrize("back_end", ["scatter", "dense-heads-kept"])
-def test_other_back_ends_give_the_same_plain_model(family, back_end, tmp_path):
-    export, plain = assert_plain(cut_module(family, back_end), tmp_path / "other")
+@pytest.mark.parametrize("pruning_mode", ["scatter", "dense-heads-kept"])
+def test_other_back_ends_give_the_same_plain_model(family, pruning_mode, tmp_path):
+    export, plain = assert_plain(cut_module(family, pruning_mode), tmp_path / "other")
     dense, expected = assert_plain(cut_module(family), tmp_path / "dense")
     assert export.changes == dense.changes
     inputs = random_inputs(plain)
@@ -180,18 +180,18 @@ def test_the_rescaled_softmax_is_folded_back(tmp_path):
         layer.scaling = layer.head_dim**-0.5
     assert any(factor < 1 for factor in factors)
     rescaled = {site.key: "dense-rescaled" for site in module.sites if site.kind == "attention"}
-    module.sites = with_back_ends(module.sites, rescaled)
+    module.sites = with_pruning_modes(module.sites, rescaled)
     assert_plain(module, tmp_path)
 
 
-@pytest.mark.parametrize("back_end", [None, "scatter"])
-def test_restored_weights_are_the_parents_where_they_were_kept(back_end):
+@pytest.mark.parametrize("pruning_mode", [None, "scatter"])
+def test_restored_weights_are_the_parents_where_they_were_kept(pruning_mode):
     parent = attach_masks(fresh("bert"))
     randomize_relevance(parent)
     for mask in parent.masks.site_masks():
         mask.relevance.fill_(255)  # all neurons are kept
-    if back_end:
-        parent.set_sites(with_back_ends(parent.sites, {site.key: back_end for site in parent.sites}))
+    if pruning_mode:
+        parent.set_sites(with_pruning_modes(parent.sites, {site.key: pruning_mode for site in parent.sites}))
     module = parent.extract_module(list(LABELS))
     widths = {entry["key"]: entry["widths"] for entry in module.config.sites}
     with torch.device("meta"):
@@ -292,7 +292,7 @@ def test_onnx_of_texts_takes_any_length_and_padding(family, tmp_path):
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     module = cut_module("vit")
-    monkeypatch.setattr("nemo_hf.tracing.find_spec", lambda name: None if name == "onnxscript" else sys)
+    monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None if name == "onnxscript" else sys)
     with pytest.raises(ImportError, match=r"Got no onnxscript; .*nemo-hf\[onnx\]"):
         module.export_onnx(tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
@@ -308,8 +308,8 @@ def test_texts_without_a_padding_token_are_refused(tmp_path):
 def test_a_wrong_onnx_file_is_not_moved_into_place(monkeypatch, tmp_path):
     module = cut_module("vit")
     wrong = lambda self, **inputs: [torch.zeros(len(inputs["pixel_values"]), 2)]  # noqa: E731
-    monkeypatch.setattr("nemo_hf.tracing._trace", lambda *arguments: None)
-    monkeypatch.setattr("nemo_hf.tracing.OnnxRunner", lambda path, threads: lambda **inputs: wrong(None, **inputs))
+    monkeypatch.setattr("nemo_hf.export.onnx._trace", lambda *arguments: None)
+    monkeypatch.setattr("nemo_hf.export.onnx.OnnxRunner", lambda path, threads: lambda **inputs: wrong(None, **inputs))
     with pytest.raises(UnsupportedArchitectureError, match=r"outputs differ from the module's"):
         module.export_onnx(tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
@@ -323,8 +323,8 @@ def test_an_onnx_file_that_gives_no_numbers_is_refused(monkeypatch, tmp_path):
             right = module(**inputs).logits
         return [torch.full_like(right, torch.nan) if len(right) == 1 else right]
 
-    monkeypatch.setattr("nemo_hf.tracing._trace", lambda *arguments: None)
-    monkeypatch.setattr("nemo_hf.tracing.OnnxRunner", lambda path, threads: runs)
+    monkeypatch.setattr("nemo_hf.export.onnx._trace", lambda *arguments: None)
+    monkeypatch.setattr("nemo_hf.export.onnx.OnnxRunner", lambda path, threads: runs)
     with pytest.raises(UnsupportedArchitectureError, match=r"differ from the module's by nan; expected at most"):
         module.export_onnx(tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
@@ -346,9 +346,9 @@ TRACED = [("bert", None), ("vit", "scatter"), ("llama", None)]
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of its own tracing
-@pytest.mark.parametrize(("family", "back_end"), TRACED)
-def test_compiled_modules_give_the_same_logits(family, back_end):
-    module = cut_module(family, back_end)
+@pytest.mark.parametrize(("family", "pruning_mode"), TRACED)
+def test_compiled_modules_give_the_same_logits(family, pruning_mode):
+    module = cut_module(family, pruning_mode)
     inputs = random_inputs(module)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -356,9 +356,9 @@ def test_compiled_modules_give_the_same_logits(family, back_end):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("family", "back_end"), TRACED)
-def test_traced_modules_give_the_same_logits_for_any_batch(family, back_end):
-    module = cut_module(family, back_end)
+@pytest.mark.parametrize(("family", "pruning_mode"), TRACED)
+def test_traced_modules_give_the_same_logits_for_any_batch(family, pruning_mode):
+    module = cut_module(family, pruning_mode)
     inputs = random_inputs(module)
     with torch.no_grad():
         traced = torch.export.export(
@@ -373,9 +373,9 @@ def test_latency_of_all_formats_is_plain_data(monkeypatch, tmp_path):
     parent = attach_masks(fresh("vit"))
     randomize_relevance(parent)
     module = parent.eval().extract_module(["ship", "dog"])
-    monkeypatch.setattr("nemo_hf.exporting.export_onnx", lambda module, folder: None)
+    monkeypatch.setattr("nemo_hf.export.plain_model.export_onnx", lambda module, folder: None)
     runner = lambda path, threads: lambda **inputs: module.model(**inputs)  # noqa: E731
-    monkeypatch.setattr("nemo_hf.exporting.OnnxRunner", runner)
+    monkeypatch.setattr("nemo_hf.export.plain_model.OnnxRunner", runner)
     report = compare_latency(module, parent, batch_sizes=(1, 3))
     assert json.loads(json.dumps(report)) == report
     assert report["device"].startswith("cpu (")
@@ -389,7 +389,7 @@ def test_formats_that_can_not_be_made_are_not_timed(monkeypatch):
     parent = attach_masks(fresh("vit"))
     randomize_relevance(parent)
     module = parent.eval().extract_module(["ship", "dog"])
-    monkeypatch.setattr("nemo_hf.tracing.find_spec", lambda name: None)
+    monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None)
     module.model.vit.layernorm.register_forward_hook(lambda layer, inputs, output: output * 1.5)
     assert list(compare_latency(module, parent, batch_sizes=(2,))["latency_ms"]) == ["parent", "module"]
 
@@ -403,7 +403,7 @@ def test_the_command_line_exports(tmp_path, capsys, monkeypatch):
     inputs = random_inputs(module)
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
     assert torch.allclose(logits(plain, inputs), logits(module, inputs), atol=1e-5)
-    monkeypatch.setattr("nemo_hf.tracing.find_spec", lambda name: None)
+    monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None)
     assert main([*words, "--format", "onnx"]) == 2
     assert "nemo-hf[onnx]" in capsys.readouterr().err
 

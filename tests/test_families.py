@@ -1,4 +1,4 @@
-"""The extraction law and the round trips, on nine families."""
+"""the equivalence check and the round trips, on nine families."""
 
 import json
 
@@ -8,14 +8,14 @@ from conftest import LABELS, fresh, randomize_relevance
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from nemo_hf import ExtractionLawError, NeMoConfig, make_parent
-from nemo_hf.extraction import make_plan
-from nemo_hf.inputs import random_inputs
-from nemo_hf.law import check_law
-from nemo_hf.modeling import base_parameters
-from nemo_hf.neurons import with_back_ends
-from nemo_hf.resizing import ClosedLinear
-from nemo_hf.tasks import attach_masks
+from nemo_hf import EquivalenceError, NeMoConfig, make_parent
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.base import base_parameters
+from nemo_hf.models.equivalence import check_equivalence
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.neurons.sites import with_pruning_modes
+from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.pruning.resize import ClosedLinear
 
 LABELS_CUT = ["ship", "dog"]
 IDS_CUT = [3, 1]
@@ -48,7 +48,7 @@ def test_a_module_computes_what_its_parent_does_under_its_mask(plain, hard, roun
     unmasked = logits(parent, inputs, static_masks=parent.masks.open_masks())[:, IDS_CUT]
     assert torch.allclose(logits(module, inputs), expected, atol=1e-5)
     assert (unmasked - expected).abs().max() > 1e-3
-    assert module.config.law["status"] == "verified"
+    assert module.config.equivalence["status"] == "verified"
     assert base_parameters(module) < base_parameters(parent)
 
 
@@ -83,7 +83,7 @@ def test_a_parent_survives_saving_and_a_module_cut_on_load_is_the_same(plain, tm
     cut = auto_class(parent).from_pretrained(tmp_path / "parent", labels=LABELS_CUT, verify=True)
     assert torch.equal(logits(cut, inputs), logits(module, inputs))
     assert cut.state_dict().keys() == module.state_dict().keys()
-    assert cut.config.law["status"] == "verified"
+    assert cut.config.equivalence["status"] == "verified"
     loaded.save_pretrained(tmp_path / "again")
     for file in (tmp_path / "parent").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -116,22 +116,22 @@ def test_whole_heads_are_dropped(plain):
 
 def test_every_family_here_is_dense(plain):
     parent = make_parent(plain)
-    assert {(site.kind, site.back_end) for site in parent.sites} == {("attention", "dense"), ("ffn", "dense")}
-    assert parent.config.law["status"] == "verified"
+    assert {(site.kind, site.pruning_mode) for site in parent.sites} == {("attention", "dense"), ("ffn", "dense")}
+    assert parent.config.equivalence["status"] == "verified"
 
 
 @pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
-@pytest.mark.parametrize("back_end", ["scatter", "scatter-gated", "dense-heads-kept", "dense-heads-kept-gated"])
-def test_other_back_ends_compute_the_same(family, back_end, tmp_path):
+@pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated", "dense-heads-kept", "dense-heads-kept-gated"])
+def test_other_back_ends_compute_the_same(family, pruning_mode, tmp_path):
     parent = attach_masks(fresh(family))
     randomize_relevance(parent)
     inputs = random_inputs(parent)
     static = make_plan(parent, LABELS_CUT).static
     expected = logits(parent, inputs, static_masks=static)[:, IDS_CUT]
     assert (logits(parent, inputs)[:, IDS_CUT] - expected).abs().max() > 1e-3
-    chosen = {s.key: back_end for s in parent.sites if back_end in {b.name for b in s.back_ends}}
-    parent.set_sites(with_back_ends(parent.sites, chosen))
-    assert {site.back_end for site in parent.sites if site.kind == "attention"} == {back_end}
+    chosen = {s.key: pruning_mode for s in parent.sites if pruning_mode in {b.name for b in s.pruning_modes}}
+    parent.set_sites(with_pruning_modes(parent.sites, chosen))
+    assert {site.pruning_mode for site in parent.sites if site.kind == "attention"} == {pruning_mode}
     module = parent.extract_module(LABELS_CUT)
     assert torch.allclose(logits(module, inputs), expected, atol=1e-5)
     module.save_pretrained(tmp_path)
@@ -139,19 +139,19 @@ def test_other_back_ends_compute_the_same(family, back_end, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
-@pytest.mark.parametrize("back_end", ["scatter-gated", "dense-heads-kept-gated"])
-def test_soft_masks_that_close_where_neurons_are_produced_are_cut_exactly(family, back_end):
+@pytest.mark.parametrize("pruning_mode", ["scatter-gated", "dense-heads-kept-gated"])
+def test_soft_masks_that_close_where_neurons_are_produced_are_cut_exactly(family, pruning_mode):
     parent = attach_masks(fresh(family), NeMoConfig(hard_masks=False))
     randomize_relevance(parent)
     attention = [site.key for site in parent.sites if site.kind == "attention"]
     units = [site.key for site in parent.sites if site.kind == "ffn"]
     before = logits(parent, random_inputs(parent), static_masks=make_plan(parent, LABELS_CUT).static)
     parent.set_sites(
-        with_back_ends(parent.sites, dict.fromkeys(attention, back_end) | dict.fromkeys(units, "scatter-gated"))
+        with_pruning_modes(parent.sites, dict.fromkeys(attention, pruning_mode) | dict.fromkeys(units, "scatter-gated"))
     )
     after = logits(parent, random_inputs(parent), static_masks=make_plan(parent, LABELS_CUT).static)
     assert not torch.allclose(before, after, atol=1e-3)  # a soft value now counts where it is made and where it is read
-    assert parent.extract_module(LABELS_CUT).config.law["status"] == "verified"
+    assert parent.extract_module(LABELS_CUT).config.equivalence["status"] == "verified"
 
 
 def test_a_dense_rotary_module_reads_the_angles_of_its_frequencies_alone():
@@ -204,7 +204,7 @@ def test_half_precision_parents_are_cut_too(bert, tmp_path):
     parent = trained_parent(bert.to(torch.bfloat16))
     module = parent.extract_module(LABELS_CUT)
     assert module.dtype == torch.bfloat16
-    assert module.config.law["status"] == "verified"
+    assert module.config.equivalence["status"] == "verified"
     module.save_pretrained(tmp_path)
     assert auto_class(module).from_pretrained(tmp_path).dtype == torch.bfloat16
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -249,11 +249,13 @@ def test_a_scale_that_forward_recomputes_is_found_out_and_made_up_for():
     assert all(site.cut_by.rescales for site in attention)
     randomize_relevance(parent)
     module = parent.extract_module([0, 2])
-    assert module.config.law["status"] == "verified"
+    assert module.config.equivalence["status"] == "verified"
     widths = {entry["key"]: entry["widths"] for entry in module.config.sites}[attention[0].key]
     assert widths["head_dim"] < attention[0].head_dim
-    parent.set_sites(with_back_ends(parent.sites, {attention[0].key: attention[0].back_end.replace("-rescaled", "")}))
-    with pytest.raises(ExtractionLawError, match="expected at most"):
+    parent.set_sites(
+        with_pruning_modes(parent.sites, {attention[0].key: attention[0].pruning_mode.replace("-rescaled", "")})
+    )
+    with pytest.raises(EquivalenceError, match="expected at most"):
         parent.extract_module([0, 2])
 
 
@@ -263,14 +265,14 @@ def test_a_broken_cut_is_refused(vit):
     with torch.no_grad():
         module.model.classifier.bias += 1e-3
     with pytest.raises(RuntimeError, match="expected at most"):
-        check_law(parent, module, make_plan(parent, LABELS_CUT).static)
+        check_equivalence(parent, module, make_plan(parent, LABELS_CUT).static)
 
 
 def test_a_law_without_effect_is_unverified(vit):
     parent = make_parent(vit)
     for mask in parent.masks.site_masks():
         mask.relevance.fill_(255)
-    assert parent.extract_module(LABELS_CUT).config.law["status"] == "unverified"
+    assert parent.extract_module(LABELS_CUT).config.equivalence["status"] == "unverified"
 
 
 def test_only_the_needed_slices_are_read(vit, tmp_path, monkeypatch):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_hf.evaluation import ModuleReport
-from nemo_hf.files import WeightFiles, processor_files, replaced_directory, write_json
-from nemo_hf.schema import _MODULE_REPORT
-from nemo_hf.slicing import PAD
-from nemo_hf.sources import find_file, read_companions, recorded_names
-from nemo_hf.tasks import attach_masks
-from nemo_hf.weights import TensorCut
+from nemo_hf.evaluation.report import ModuleReport
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.config_checks import _MODULE_REPORT
+from nemo_hf.models.files import WeightFiles, processor_files, replaced_directory, write_json
+from nemo_hf.models.remote_files import find_file, read_companions, recorded_names
+from nemo_hf.pruning.layer_cuts import PAD
+from nemo_hf.pruning.tensor_slices import TensorCut
 
 TENSOR = torch.arange(24, dtype=torch.float32).view(4, 6) + 1
 

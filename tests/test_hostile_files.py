@@ -27,7 +27,7 @@ from nemo_hf import (
     UnsupportedArchitectureError,
     make_parent,
 )
-from nemo_hf.inputs import random_inputs
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 REFUSALS = (OSError, ValueError)  # UnsupportedArchitectureError is a ValueError
 SECONDS = 10  # a refusal takes some hundredths; other programs may run beside
@@ -43,10 +43,10 @@ def test_the_errors_are_those_that_are_promised():
 def saved(tmp_path_factory) -> Path:
     """A tiny parent and its module, and a scattered and a rotary pair."""
     root = tmp_path_factory.mktemp("saved")
-    for name, family, back_end in (("", "vit", ""), ("scattered-", "vit", "scatter"), ("rotary-", "llama", "")):
+    for name, family, pruning_mode in (("", "vit", ""), ("scattered-", "vit", "scatter"), ("rotary-", "llama", "")):
         parent = make_parent(fresh(family), NeMoConfig(hard_masks=name != "rotary-")).eval()
-        if back_end:
-            parent.set_sites([type(site)(**{**vars(site), "back_end": back_end}) for site in parent.sites])
+        if pruning_mode:
+            parent.set_sites([type(site)(**{**vars(site), "pruning_mode": pruning_mode}) for site in parent.sites])
         randomize_relevance(parent)
         parent.report = {"metrics": {}}
         parent.save_pretrained(root / f"{name}parent")
@@ -181,7 +181,7 @@ def test_computed_tables_beyond_the_files_are_refused(saved, monkeypatch):
         refused(saved / kind, r"a model of 4\d{9} bytes", kind=kind)
 
 
-LAW = {"status": "verified", "difference": 1e-7, "tolerance": 1e-5, "effect": 0.5, "samples": 4}
+CHECK = {"status": "verified", "difference": 1e-7, "tolerance": 1e-5, "effect": 0.5, "samples": 4}
 RUN = {"arguments": {"seed": 1, "lr_scheduler_kwargs": {"num_cycles": 2}}, "processes": 1, "samples": None}
 WRONG = {
     ("base_config",): (3, [], "x"),
@@ -218,10 +218,10 @@ WRONG = {
     ("id2label",): (3, {}, {"0": None}, {"1": "a", "2": "b"}, {"a": "b"}),
     ("label2id",): (3, {"a": "b"}),
     ("sites",): (3, [], [3], [{}], {"key": 1}),
-    ("law",): (
-        *(3, [], {"difference": [1]}, {"status": "x"}, {"status": "verified"}, {**LAW, "status": "fine"}),
-        *({**LAW, "status": "verified |\n\n# BUY"}, {**LAW, "difference": "1"}, {**LAW, "effect": float("inf")}),
-        *({**LAW, "source": "# BUY"}, {**LAW, "samples": True}, {**LAW, "note": "# BUY"}),
+    ("equivalence",): (
+        *(3, [], {"difference": [1]}, {"status": "x"}, {"status": "verified"}, {**CHECK, "status": "fine"}),
+        *({**CHECK, "status": "verified |\n\n# BUY"}, {**CHECK, "difference": "1"}, {**CHECK, "effect": float("inf")}),
+        *({**CHECK, "source": "# BUY"}, {**CHECK, "samples": True}, {**CHECK, "note": "# BUY"}),
     ),
     ("rejection",): (3, {}, {"weight": 1.0}, {"weight": "1", "bias": 0, "threshold": 0.5}),
     ("relevance_source",): (3, None, "guessed"),
@@ -248,7 +248,8 @@ def test_values_of_wrong_types_or_ranges_are_refused(saved, kind, keys, value):
 
 @kinds
 @pytest.mark.parametrize(
-    ("key", "value"), [("law", LAW), ("law", {**LAW, "source": "parent"}), ("training", RUN), ("training", {})]
+    ("key", "value"),
+    [("equivalence", CHECK), ("equivalence", {**CHECK, "source": "parent"}), ("training", RUN), ("training", {})],
 )
 def test_right_records_are_read(saved, kind, key, value):
     with changed(saved / kind, (key,), value) as directory:

@@ -21,8 +21,8 @@ from transformers import (
     WhisperForAudioClassification,
 )
 
-from nemo_hf.inputs import random_inputs
-from nemo_hf.tasks import attach_masks
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 SHORT = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}

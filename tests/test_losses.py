@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_hf.config import OBJECTIVES
-from nemo_hf.losses import (
+from nemo_hf.training.losses import (
     authors_contrastive_loss,
     cohesion_coupling_loss,
     contrastive_loss,

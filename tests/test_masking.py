@@ -23,12 +23,12 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nemo_hf import NeMoConfig, nemo_loss
-from nemo_hf.generators import MaskGenerator
-from nemo_hf.inputs import random_inputs
-from nemo_hf.masking import build_masks, default_rank, untied_parameters
-from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows, with_back_ends
-from nemo_hf.sites import find_sites
-from nemo_hf.tasks import attach_masks
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.neurons.generators import MaskGenerator
+from nemo_hf.neurons.masks import build_masks, default_rank, untied_parameters
+from nemo_hf.neurons.patterns import find_sites
+from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, Rows, with_pruning_modes
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 TEXT_FAMILIES = ["bert", "distilbert", "roberta", "albert", "gpt2", "llama"]
 LABELS = torch.tensor([0, 0, 1, 1])
@@ -348,12 +348,12 @@ class WithPositions(nn.Module):
         return tuple(self.down(self.up(each).relu()) for each in (positions, hidden, positions))
 
 
-@pytest.mark.parametrize("back_end", ["dense", "scatter-gated"])
-def test_what_belongs_to_no_sample_is_not_masked(back_end):
+@pytest.mark.parametrize("pruning_mode", ["dense", "scatter-gated"])
+def test_what_belongs_to_no_sample_is_not_masked(pruning_mode):
     # Layers that project hidden states and relative positions alike: rows of the latter are no samples.
     torch.manual_seed(0)
     model = WithPositions()
-    site = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),), back_end=back_end)
+    site = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),), pruning_mode=pruning_mode)
     masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
     hidden, positions = torch.randn(4, 3, 4), torch.randn(7, 4)
     expected = model(hidden, positions)
@@ -474,12 +474,12 @@ def test_a_closed_neuron_is_one_that_the_model_doesn_t_have(plain):
 
 @pytest.mark.parametrize("family", ["vit", "gpt2", "llama", "swin"])
 def test_a_gated_parent_masks_all_that_is_produced(family):
-    """Values and keys of a closed neuron are 0 where they are made, and logits those of the other back ends."""
+    """Values and keys of a closed neuron are 0 where they are made, and logits those of the other pruning modes."""
     model = fresh(family)
     parent = attach_masks(model)
     inputs, static = random_inputs(parent), random_static(parent)
     expected = logits_of(parent, **inputs, static_masks=static)
-    parent.set_sites(with_back_ends(parent.sites, {site.key: "scatter-gated" for site in parent.sites}))
+    parent.set_sites(with_pruning_modes(parent.sites, {site.key: "scatter-gated" for site in parent.sites}))
     seen = {}
 
     def see(name):
@@ -503,11 +503,11 @@ def test_another_back_end_leaves_no_hook_of_the_old_one(plain):
         return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in plain.modules())
 
     before, sites = hooks(), parent.sites
-    parent.set_sites(with_back_ends(sites, {site.key: "scatter-gated" for site in sites}))
+    parent.set_sites(with_pruning_modes(sites, {site.key: "scatter-gated" for site in sites}))
     assert hooks() > before
     parent.set_sites(sites)
     assert hooks() == before
-    assert [entry["back_end"] for entry in parent.config.sites] == ["dense"] * len(sites)
+    assert [entry["pruning_mode"] for entry in parent.config.sites] == ["dense"] * len(sites)
     parent.detach_masks()
     assert hooks() == 0
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from nemo_hf.metrics import cohesion_and_coupling, jaccard_indices
+from nemo_hf.evaluation.metrics import cohesion_and_coupling, jaccard_indices
 
 MASKS = torch.rand(7, 12, generator=torch.Generator().manual_seed(0)) < 0.4
 GROUPS = torch.tensor([0, 1, 0, 2, 1, 0, 2])

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
-from nemo_hf.extraction import make_plan
-from nemo_hf.relevance import compute_relevance
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.training.relevance import compute_relevance
 
 MODA = {"objective": "moda", "contrastive_weight": 1.0, "sparsity_weight": 0.3, "retention_target": None,
         "rehearsal_probability": 0.0, "warmup_ratio": 0.0, "relevance_threshold": 0.9}  # fmt: skip
@@ -49,7 +49,7 @@ def test_a_parent_computes_what_the_plain_model_does_and_has_no_more_parameters(
     with torch.no_grad():
         assert torch.equal(parent(**given).logits, plain(**given).logits)
     assert parent.num_parameters() == plain.num_parameters()
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
 
 
 def test_the_activity_of_a_channel_is_its_mean_over_positions():

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.model_card import KEPT_BELOW, CardFacts, license_of, own_text, render_model_card
+from nemo_hf.hub.model_card import KEPT_BELOW, CardFacts, license_of, own_text, render_model_card
 
 ROOT = Path(__file__).parents[1]
 REPORT = {
@@ -56,7 +56,7 @@ MODULE = CardFacts(
     retained_neurons=0.25,
     threshold=0.5,
     round_to=8,
-    law={"status": "verified", "difference": 1.5e-7, "tolerance": 1e-5, "effect": 0.5, "samples": 4},
+    equivalence={"status": "verified", "difference": 1.5e-7, "tolerance": 1e-5, "effect": 0.5, "samples": 4},
     rejection={"threshold": 0.4321},
     report=REPORT,
     training=TRAINING,

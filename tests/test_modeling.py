@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent, nemo_loss
-from nemo_hf.inputs import random_inputs
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 
 def parent_of(plain, **options):
@@ -232,8 +232,8 @@ def test_a_module_cut_on_load_says_where_its_check_comes_from(vit, tmp_path):
     parent = parent_of(vit)
     parent.save_pretrained(tmp_path)
     trusted = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1])
-    assert trusted.config.law["source"] == "parent"
+    assert trusted.config.equivalence["source"] == "parent"
     verified = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
-    assert "source" not in verified.config.law
+    assert "source" not in verified.config.equivalence
     with pytest.raises(ValueError, match="device_map"):
         AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="cpu")

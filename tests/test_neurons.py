@@ -5,15 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from nemo_hf.neurons import (
-    BACK_ENDS,
+from nemo_hf.neurons.sites import (
     DENSE_ATTENTION,
     PAD,
+    PRUNING_MODES,
     AttentionSite,
     FeedForwardSite,
     NeuronSite,
     Rows,
-    with_back_ends,
+    with_pruning_modes,
 )
 
 ROWS = {
@@ -126,31 +126,35 @@ def test_the_mask_of_each_part_has_a_value_for_each_of_its_rows():
 
 
 def names_of(site: NeuronSite) -> list[str]:
-    return [back_end.name for back_end in site.back_ends]
+    return [pruning_mode.name for pruning_mode in site.pruning_modes]
 
 
 def test_back_ends_are_known_by_name_and_scattered_ones_come_last():
-    assert {name: back_end.name for name, back_end in BACK_ENDS.items()} == {name: name for name in BACK_ENDS}
-    assert names_of(attention()) == [*(back_end.name for back_end in DENSE_ATTENTION), "scatter", "scatter-gated"]
-    assert sorted(BACK_ENDS) == sorted(names_of(attention()))
-    for name, back_end in BACK_ENDS.items():
-        told = (back_end.is_scattered, back_end.is_gated, back_end.rescales)
+    assert {name: mode.name for name, mode in PRUNING_MODES.items()} == {name: name for name in PRUNING_MODES}
+    assert names_of(attention()) == [
+        *(mode.name for mode in DENSE_ATTENTION),
+        "scatter",
+        "scatter-gated",
+    ]
+    assert sorted(PRUNING_MODES) == sorted(names_of(attention()))
+    for name, pruning_mode in PRUNING_MODES.items():
+        told = (pruning_mode.is_scattered, pruning_mode.is_gated, pruning_mode.rescales)
         assert told == ("scatter" in name, "gated" in name, "rescaled" in name)
-        assert back_end.drops_heads == (not back_end.is_scattered and "heads-kept" not in name)
+        assert pruning_mode.drops_heads == (not pruning_mode.is_scattered and "heads-kept" not in name)
 
 
 def test_the_first_back_end_is_taken_until_another_is_chosen():
     units = FeedForwardSite("b", "up", 4, "down", producers=(Rows("up", 0, 6),))
     assert names_of(units) == ["dense", "scatter", "scatter-gated"]
-    assert (units.back_end, attention().back_end, attention(is_gated_only=True).back_end) == (
+    assert (units.pruning_mode, attention().pruning_mode, attention(is_gated_only=True).pruning_mode) == (
         "dense",
         "dense",
         "scatter-gated",
     )
-    changed = with_back_ends([units, attention()], {"a:attention": "dense-rescaled"})
-    assert [site.back_end for site in changed] == ["dense", "dense-rescaled"]
-    assert changed[1].cut_by is BACK_ENDS["dense-rescaled"]
-    assert with_back_ends(changed, {}) == changed
+    changed = with_pruning_modes([units, attention()], {"a:attention": "dense-rescaled"})
+    assert [site.pruning_mode for site in changed] == ["dense", "dense-rescaled"]
+    assert changed[1].cut_by is PRUNING_MODES["dense-rescaled"]
+    assert with_pruning_modes(changed, {}) == changed
 
 
 def test_heads_that_lie_side_by_side_or_have_other_values_are_only_scattered():
@@ -174,9 +178,11 @@ def test_heads_that_lie_side_by_side_or_have_other_values_are_only_scattered():
 def test_a_site_can_only_have_the_back_ends_that_it_has():
     units = FeedForwardSite("b", "up", 4, "down", producers=(Rows("up", 0, 6),))
     for site, wanted in ((units, "dense-rescaled"), (attention(value_dim=6), "dense"), (units, "warp")):
-        told = rf"^Got the back end '{wanted}' for '{site.key}'; expected one of \['.*'\]\. The config.json is damaged"
+        told = (
+            rf"^Got the pruning mode '{wanted}' for '{site.key}'; expected one of \['.*'\]\. The config.json is damaged"
+        )
         with pytest.raises(ValueError, match=told):
-            with_back_ends([site], {site.key: wanted})
+            with_pruning_modes([site], {site.key: wanted})
 
 
 def test_a_site_of_no_kind_can_t_be_made():

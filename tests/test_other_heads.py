@@ -16,15 +16,10 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent, nemo_loss
-from nemo_hf.extraction import make_plan
-from nemo_hf.losses import (
-    contrastive_loss,
-    group_membership,
-    restricted_binary_cross_entropy,
-    shares_group,
-)
-from nemo_hf.metrics import cohesion_and_coupling, jaccard_indices
-from nemo_hf.relevance import group_indices
+from nemo_hf.evaluation.metrics import cohesion_and_coupling, jaccard_indices
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.models.label_groups import group_indices, group_membership, shares_group
+from nemo_hf.training.losses import contrastive_loss, restricted_binary_cross_entropy
 
 GROUPS = {"pets": ["cat", "dog"], "vehicles": ["car", "ship"], "rest": ["frog"]}
 

@@ -23,7 +23,7 @@ def test_the_wheel_holds_the_templates_and_the_types(tmp_path):
 
 
 def test_every_command_has_help():
-    from nemo_hf.cli import main
+    from nemo_hf.cli.main import main
 
     for command in ("demo", "train", "extract", "export", "evaluate", "push", "inspect"):
         try:

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from nemo_hf.neurons import AttentionSite, FeedForwardSite, Rows, with_back_ends
-from nemo_hf.planning import plan_module, retained_neurons, static_masks
+from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, Rows, with_pruning_modes
+from nemo_hf.pruning.plan import plan_module, retained_neurons, static_masks
 
 
 def feed_forward(width: int = 6) -> FeedForwardSite:
     return FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, width),))
 
 
-def attention(heads: int = 2, head_dim: int = 4, back_end: str = "dense", **options) -> AttentionSite:
+def attention(heads: int = 2, head_dim: int = 4, pruning_mode: str = "dense", **options) -> AttentionSite:
     sizes = {"heads": heads, "key_value_heads": heads, "head_dim": head_dim}
     rows = [Rows(layer, 0, heads * head_dim) for layer in ("q", "k", "v")]
     site = AttentionSite(
         "block.attention", "q", 4, "o", query=rows[0], key_rows=rows[1], value=rows[2], **sizes, **options
     )
-    (chosen,) = with_back_ends([site], {site.key: back_end})
+    (chosen,) = with_pruning_modes([site], {site.key: pruning_mode})
     return chosen
 
 
@@ -143,8 +143,8 @@ def test_dense_rotary_heads_without_values_are_not_filled():
 
 def test_scattered_heads_are_rounded_in_all_and_not_one_by_one():
     relevance = [[255, 0, 9, 0, 0, 8, 255, 0, 255, 0, 0, 5, 6, 0, 0, 255]]
-    for back_end in ("scatter", "scatter-gated"):
-        kept = keep_lists(attention(back_end=back_end), relevance, (0,), 0.5, 3)
+    for pruning_mode in ("scatter", "scatter-gated"):
+        kept = keep_lists(attention(pruning_mode=pruning_mode), relevance, (0,), 0.5, 3)
         assert kept == {"query_key": [0, 2, 6], "value": [0, 4, 7]}
 
 

@@ -1,4 +1,4 @@
-"""From a plain model to a parent by trying: what is left out, what is refused, and which back end is taken."""
+"""From a plain model to a parent by trying: what is left out, what is refused, and which pruning mode is taken."""
 
 import copy
 import logging
@@ -26,14 +26,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-import nemo_hf.extraction
+import nemo_hf.models.extraction
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
-from nemo_hf.extraction import make_plan
-from nemo_hf.inputs import random_inputs
-from nemo_hf.neurons import AttentionSite, FeedForwardSite
-from nemo_hf.probing import random_keep
-from nemo_hf.sites import find_heads, find_sites
-from nemo_hf.tasks import attach_masks
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.models.pruning_modes import random_keep
+from nemo_hf.neurons.patterns import find_heads, find_sites
+from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 
 def spread(model):
@@ -91,7 +91,7 @@ def test_a_site_that_is_read_past_its_layers_is_left_out_with_a_warning(caplog, 
     assert "Got a model in which only ffn neurons were found; the rest stays whole." in caplog.messages
     assert [site.kind for site in parent.sites] == ["ffn", "ffn"]
     assert [entry["key"] for entry in parent.config.sites] == [site.key for site in parent.sites]
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
     randomize_relevance(parent)
     parent.save_pretrained(tmp_path)
     module = parent.extract_module(["cat", "frog"])
@@ -138,7 +138,7 @@ def test_a_branch_that_the_inputs_don_t_reach_is_left_out_of_masks_and_files(reg
     assert len(keys) == 6
     assert [site.key for site in parent.sites] == keys[:4]
     assert parent.masks.relevance().keys() == set(keys[:4])
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
     randomize_relevance(parent)
     parent.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -219,17 +219,17 @@ def test_a_model_without_logits_is_refused(vit):
 
 
 def spoiled(monkeypatch, is_spoiled, spoil) -> list[tuple[str, str]]:
-    """Lets cuts of some sites go wrong where they cut anything; returns the sites and back ends that were tried."""
-    tried, right = [], nemo_hf.extraction.site_cut
+    """Lets cuts of some sites go wrong where they cut anything; returns the sites and pruning modes that were tried."""
+    tried, right = [], nemo_hf.models.extraction.site_cut
 
     def wrong(site, keep, static=None):
         cut = right(site, keep, static)
         if {name: len(kept) for name, kept in keep.items()} == site.parts:
             return cut
-        tried.append((site.key, site.back_end))
+        tried.append((site.key, site.pruning_mode))
         return spoil(site, cut) if is_spoiled(site) else cut
 
-    monkeypatch.setattr(nemo_hf.extraction, "site_cut", wrong)
+    monkeypatch.setattr(nemo_hf.models.extraction, "site_cut", wrong)
     return tried
 
 
@@ -247,16 +247,16 @@ def not_at_all(site, cut):
 @pytest.mark.parametrize("spoil", [off_by_a_little, not_at_all])
 def test_the_first_back_end_that_is_exact_is_taken(vit, monkeypatch, spoil):
     def is_spoiled(site):
-        return site.kind == "attention" and "heads-kept" not in site.back_end
+        return site.kind == "attention" and "heads-kept" not in site.pruning_mode
 
     tried = spoiled(monkeypatch, is_spoiled, spoil)
     parent = make_parent(vit)
-    assert {(site.kind, site.back_end) for site in parent.sites} == {
+    assert {(site.kind, site.pruning_mode) for site in parent.sites} == {
         ("attention", "dense-heads-kept"),
         ("ffn", "dense"),
     }
-    assert [entry["back_end"] for entry in parent.config.sites] == [site.back_end for site in parent.sites]
-    assert parent.config.law["status"] == "verified"
+    assert [entry["pruning_mode"] for entry in parent.config.sites] == [site.pruning_mode for site in parent.sites]
+    assert parent.config.equivalence["status"] == "verified"
     attention = list(dict.fromkeys(name for key, name in tried if key.endswith("attention")))
     assert attention == ["dense", "dense-rescaled", "dense-heads-kept"]  # and no other is tried
 
@@ -273,17 +273,19 @@ def test_a_site_that_no_back_end_cuts_exactly_is_refused(vit, monkeypatch, spoil
     other = "ffn" if kind == "attention" else "attention"
     with pytest.raises(
         UnsupportedArchitectureError,
-        match=rf"^Got model type 'vit', whose {kind} neurons in 'vit.layers.0.*' can't be cut: no back end cuts them "
-        rf"exactly \(.*{reason}.*\)\. Leave them whole with NeMoConfig\(targets=\['{other}'\]\)\.$",
+        match=rf"^Got model type 'vit', whose {kind} neurons in 'vit.layers.0.*' can't be cut: no pruning mode cuts "
+        rf"them exactly \(.*{reason}.*\)\. Leave them whole with NeMoConfig\(targets=\['{other}'\]\)\.$",
     ):
         make_parent(vit)
     site = next(site for site in find_sites(plain) if site.kind == kind)
-    assert {name for key, name in tried if key == site.key} == {back_end.name for back_end in site.back_ends}
+    assert {name for key, name in tried if key == site.key} == {
+        pruning_mode.name for pruning_mode in site.pruning_modes
+    }
     assert hooks_of(vit) == 0
     inputs = random_inputs(vit)
     assert torch.equal(logits_of(vit, inputs), logits_of(plain, inputs))
     parent = make_parent(vit, NeMoConfig(targets=[other]))
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
 
 
 def test_the_only_kind_that_can_t_be_cut_has_no_other_to_leave(vit, monkeypatch):
@@ -296,13 +298,13 @@ def test_the_only_kind_that_can_t_be_cut_has_no_other_to_leave(vit, monkeypatch)
 
 
 def test_layers_of_one_class_share_a_back_end(vit, monkeypatch):
-    # The second layer alone goes wrong: both take the back end that is right for both.
+    # The second layer alone goes wrong: both take the pruning mode that is right for both.
     def is_spoiled(site):
         return site.key == "vit.layers.1.attention:attention" and not site.cut_by.is_scattered
 
     spoiled(monkeypatch, is_spoiled, off_by_a_little)
     parent = make_parent(vit)
-    assert [site.back_end for site in parent.sites if site.kind == "attention"] == ["scatter", "scatter"]
+    assert [site.pruning_mode for site in parent.sites if site.kind == "attention"] == ["scatter", "scatter"]
 
 
 def test_samples_of_ones_own_are_tried_and_their_labels_are_left_out(vit):
@@ -310,7 +312,7 @@ def test_samples_of_ones_own_are_tried_and_their_labels_are_left_out(vit):
     vit.register_forward_pre_hook(lambda layer, inputs, kwargs: seen.append(kwargs), with_kwargs=True)
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     parent = make_parent(vit, inputs={"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])})
-    assert parent.config.law["samples"] == 3
+    assert parent.config.equivalence["samples"] == 3
     orders = [torch.stack([(call["pixel_values"] == image).flatten(1).all(1) for image in pixels]) for call in seen]
     assert all(bool((order.sum(0) == 1).all()) for order in orders)  # these samples and no others
     assert max(order.shape[1] for order in orders) == 3
@@ -321,8 +323,8 @@ def test_one_sample_is_enough_to_try_a_model():
     model = fresh("gpt2")
     model.config.pad_token_id = None  # then it takes one text at a time
     parent = make_parent(model)
-    assert parent.config.law["samples"] == 1
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["samples"] == 1
+    assert parent.config.equivalence["status"] == "verified"
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -337,8 +339,8 @@ def test_a_model_keeps_its_mode_and_its_weights(vit, is_training):
 def test_half_precision_is_tried_in_float32():
     parent = make_parent(fresh("bert").to(torch.bfloat16))
     assert parent.dtype == torch.bfloat16
-    assert parent.config.law["status"] == "verified"
-    assert {site.back_end for site in parent.sites} == {"dense"}
+    assert parent.config.equivalence["status"] == "verified"
+    assert {site.pruning_mode for site in parent.sites} == {"dense"}
 
 
 def test_about_half_of_the_chosen_neurons_are_kept_and_all_others():
@@ -389,7 +391,7 @@ def test_fresh_weights_do_not_hide_what_reads_all_units():
     """A new response norm multiplies by 0; trained, it mixes all units."""
     config = ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32, **NAMES)
     parent = make_parent(ConvNextV2ForImageClassification(config).eval())
-    assert {site.back_end for site in parent.sites} == {"scatter-gated"}
+    assert {site.pruning_mode for site in parent.sites} == {"scatter-gated"}
 
 
 def test_soft_masks_that_shared_positions_would_take_twice_are_refused():

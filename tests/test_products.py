@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nemo_hf.products import SMALL_PRODUCT, ForwardHandle, can_be_masked, masked_linear, times, token_sum
+from nemo_hf.neurons.masked_products import SMALL_PRODUCT, ForwardHandle, can_be_masked, masked_linear, times, token_sum
 
 BATCH, NEURONS, OUTPUTS = 3, 8, 5
 

@@ -85,7 +85,15 @@ FIELDS = {
     ],
     "NeMoModelConfig": [
         *["base_config", "base_class", "role", "nemo_config", "label_groups", "label_ids", "sites"],
-        *["relevance_source", "parent", "relevance_threshold", "round_to", "retained_neurons", "law", "rejection"],
+        *[
+            "relevance_source",
+            "parent",
+            "relevance_threshold",
+            "round_to",
+            "retained_neurons",
+            "equivalence",
+            "rejection",
+        ],
         *["is_tuned", "training", "processor_files"],
     ],
 }
@@ -117,7 +125,7 @@ def public_members(room):
 
 def test_the_public_names_are_these():
     assert nemo_hf.__all__ == [
-        "ExtractionLawError",
+        "EquivalenceError",
         "ModuleReport",
         "NeMoConfig",
         "NeMoForAudioClassification",
@@ -187,7 +195,7 @@ def test_every_argument_is_described(name):
 
 
 def test_errors_are_kinds_of_ordinary_ones():
-    assert issubclass(nemo_hf.ExtractionLawError, RuntimeError)
+    assert issubclass(nemo_hf.EquivalenceError, RuntimeError)
     assert issubclass(nemo_hf.UnsupportedArchitectureError, ValueError)
 
 

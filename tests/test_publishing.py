@@ -16,10 +16,11 @@ from transformers import AutoModelForImageClassification, TrainingArguments, pip
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf import NeMoTrainer, evaluate_module, make_parent
-from nemo_hf.cli import main
-from nemo_hf.provenance import hub_name, safe_command, training_record
-from nemo_hf.publishing import CardOptions
-from nemo_hf.repositories import module_repositories, push_modules, repository_name
+from nemo_hf.cli.main import main
+from nemo_hf.hub.collections import module_repositories, push_modules, repository_name
+from nemo_hf.hub.provenance import safe_command, training_record
+from nemo_hf.hub.publish import CardOptions
+from nemo_hf.models.remote_files import hub_name
 
 RECORD = {"arguments": {"seed": 1}, "processes": 1, "samples": 5, "base_model": None, "versions": {"torch": "9.9"}}
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})

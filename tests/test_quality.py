@@ -11,7 +11,7 @@ from conftest import image_samples, randomize_relevance
 from test_convolutions import parent_of as parent_of_channels
 
 from nemo_hf import NeMoConfig, make_parent
-from nemo_hf.extraction import make_plan
+from nemo_hf.models.extraction import make_plan
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 

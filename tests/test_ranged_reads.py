@@ -13,7 +13,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 from safetensors.torch import save_file
 
 from nemo_hf import make_parent
-from nemo_hf.weights import cut_tensor
+from nemo_hf.pruning.tensor_slices import cut_tensor
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "examples" / "benchmarks"

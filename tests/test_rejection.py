@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, evaluate_module, make_parent
-from nemo_hf.calibration import own_samples
-from nemo_hf.rejection import auroc, energy, fit_rejection, rejection_scores, score_energies
+from nemo_hf.evaluation.rejection import auroc, fit_rejection, own_samples
+from nemo_hf.models.rejection import energy, rejection_scores, score_energies
 
 
 def data(count=60, batch=16):

@@ -16,7 +16,8 @@ from test_trainer import (
 )
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance
-from nemo_hf.relevance import RUNNING_WINDOW, OpenCounts, group_indices
+from nemo_hf.models.label_groups import group_indices
+from nemo_hf.training.relevance import RUNNING_WINDOW, OpenCounts
 
 GROUPS = {"a": [0, 3], "b": [1], "c": [2, 4]}
 

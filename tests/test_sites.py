@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from nemo_hf import make_parent
-from nemo_hf.inputs import random_inputs
-from nemo_hf.neurons import AttentionSite, Rows
-from nemo_hf.sites import find_heads, find_sites
-from nemo_hf.tasks import attach_masks
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.neurons.patterns import find_heads, find_sites
+from nemo_hf.neurons.sites import AttentionSite, Rows
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 SMALL = {**TEXT, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
@@ -165,7 +165,7 @@ def test_a_closed_neuron_is_one_that_the_model_doesn_t_have(name):
     model = built(name)
     plain = copy.deepcopy(model)
     parent = make_parent(model)
-    assert parent.config.law["status"] == "verified"
+    assert parent.config.equivalence["status"] == "verified"
     assert {site.kind for site in parent.sites} == {"attention", "ffn"}
     inputs, generator = random_inputs(parent), torch.Generator().manual_seed(0)
     static = {site.key: (torch.rand(site.neurons, generator=generator) < 0.5).float() for site in parent.sites}

@@ -10,8 +10,8 @@ from test_convolutions import paper
 from transformers import TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
-from nemo_hf.losses import specific_cross_entropy
-from nemo_hf.relevance import STEERING, size_over_target, sparsity_pressure, steer_size, warn_of_one_core
+from nemo_hf.training.losses import specific_cross_entropy
+from nemo_hf.training.relevance import STEERING, size_over_target, sparsity_pressure, steer_size, warn_of_one_core
 
 
 def trainer_of(tmp_path, config, **options) -> NeMoTrainer:

@@ -9,10 +9,10 @@ from conftest import fresh
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nemo_hf.neurons import AttentionSite, FeedForwardSite, NeuronSite, Rows, with_back_ends
-from nemo_hf.sites import find_sites
-from nemo_hf.slicing import PAD, RotaryAngles, ScatterLinear, check_widths, resize, resize_head, site_cut
-from nemo_hf.weights import cut_tensor, tensor_cuts
+from nemo_hf.neurons.patterns import find_sites
+from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows, with_pruning_modes
+from nemo_hf.pruning.layer_cuts import PAD, RotaryAngles, ScatterLinear, check_widths, resize, resize_head, site_cut
+from nemo_hf.pruning.tensor_slices import cut_tensor, tensor_cuts
 
 KEPT = torch.tensor([0, 3, 4, 17, 47])
 
@@ -127,8 +127,8 @@ def test_a_fused_projection_keeps_its_three_shares_apart():
     assert torch.equal(cut[f"{site.query.layer}.bias"], naive_rows(bias, rows))
 
 
-def with_back_end(site: NeuronSite, back_end: str) -> NeuronSite:
-    (chosen,) = with_back_ends([site], {site.key: back_end})
+def with_back_end(site: NeuronSite, pruning_mode: str) -> NeuronSite:
+    (chosen,) = with_pruning_modes([site], {site.key: pruning_mode})
     return chosen
 
 
@@ -263,9 +263,9 @@ def test_soft_values_leave_the_keys_and_values_of_a_fused_projection():
         torch.testing.assert_close(scaled[name], exact[name] * factor)
 
 
-@pytest.mark.parametrize("back_end", ["dense-rescaled", "dense-heads-kept-rescaled"])
+@pytest.mark.parametrize("pruning_mode", ["dense-rescaled", "dense-heads-kept-rescaled"])
 @pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
-def test_queries_take_up_the_softmax_scale_that_a_layer_computes_anew(family, back_end):
+def test_queries_take_up_the_softmax_scale_that_a_layer_computes_anew(family, pruning_mode):
     model = fresh(family)
     site = first_site(model, "attention")
     keep = {"query_key": torch.tensor([0, 1, 3]), "value": torch.tensor([0, 1, 9])}
@@ -273,7 +273,7 @@ def test_queries_take_up_the_softmax_scale_that_a_layer_computes_anew(family, ba
         keep["query_key"] = torch.tensor([0, 3])
     width = site_cut(site, keep).widths["head_dim"]
     assert width < site.head_dim
-    plain, rescaled = (with_back_end(site, name) for name in (back_end.replace("-rescaled", ""), back_end))
+    plain, rescaled = (with_back_end(site, name) for name in (pruning_mode.replace("-rescaled", ""), pruning_mode))
     expected, got = (cut_tensors(model, each, keep) for each in (plain, rescaled))
     assert site_cut(plain, keep).widths == site_cut(rescaled, keep).widths
     assert list(expected) == list(got)
@@ -400,7 +400,7 @@ FUSED = {
 @pytest.mark.parametrize("share", [0.5, 0.0, 1.0])
 def test_rows_of_a_shared_layer_that_are_no_neurons_stay(name, share):
     site, widths, layouts = FUSED[name]
-    assert site.back_end == "scatter"
+    assert site.pruning_mode == "scatter"
     model, keep = FusedAttention(**widths), random_keep(site, share=share)
     state, static = dict(model.state_dict()), open_by_loops(site, keep)
     cut = cut_tensors(model, site, keep)
@@ -424,10 +424,10 @@ def test_rows_of_a_shared_layer_that_are_no_neurons_stay(name, share):
 
 
 @pytest.mark.parametrize("name", list(FUSED))
-@pytest.mark.parametrize("back_end", ["scatter", "scatter-gated"])
-def test_soft_values_scale_the_rows_of_their_parts_alone(name, back_end):
+@pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated"])
+def test_soft_values_scale_the_rows_of_their_parts_alone(name, pruning_mode):
     site, widths, layouts = FUSED[name]
-    site = with_back_end(site, back_end)
+    site = with_back_end(site, pruning_mode)
     model = FusedAttention(**widths)
     keep = {part: torch.arange(size) for part, size in site.parts.items()}
     soft = torch.rand(site.neurons, generator=torch.Generator().manual_seed(0)) + 0.1
@@ -435,8 +435,8 @@ def test_soft_values_scale_the_rows_of_their_parts_alone(name, back_end):
     query_key, value = (part.tolist() for part in soft.split(list(site.parts.values())))
     factors = {
         "query": shared_by_queries(site, query_key, site.head_dim),
-        "key": query_key if back_end == "scatter-gated" else [],
-        "value": value if back_end == "scatter-gated" else [],
+        "key": query_key if pruning_mode == "scatter-gated" else [],
+        "value": value if pruning_mode == "scatter-gated" else [],
     }
     for layer, layout in layouts.items():
         numbers, expected = dict.fromkeys(layout, 0), []
@@ -451,11 +451,11 @@ def test_soft_values_scale_the_rows_of_their_parts_alone(name, back_end):
     torch.testing.assert_close(scaled["o.weight"], exact["o.weight"] * site.read_mask(soft))
 
 
-@pytest.mark.parametrize("back_end", ["dense", "scatter", "scatter-gated"])
+@pytest.mark.parametrize("pruning_mode", ["dense", "scatter", "scatter-gated"])
 @pytest.mark.parametrize("kept", [[0, 2, 3], [], [0, 1, 2, 3, 4, 5]], ids=str)
-def test_both_projections_of_a_gated_unit_in_one_layer_are_cut_alike(back_end, kept):
+def test_both_projections_of_a_gated_unit_in_one_layer_are_cut_alike(pruning_mode, kept):
     producers = (Rows("qkv", 0, 6, 12), Rows("qkv", 6, 6, 12))
-    site = FeedForwardSite("", "qkv", 5, "o", producers=producers, back_end=back_end)
+    site = FeedForwardSite("", "qkv", 5, "o", producers=producers, pruning_mode=pruning_mode)
     model, index = FusedAttention(qkv=12, o=6), torch.tensor(kept, dtype=torch.long)
     state, cut = dict(model.state_dict()), site_cut(site, {"intermediate": index})
     rows = [*kept, *(unit + 6 for unit in kept)]
@@ -477,7 +477,7 @@ def test_both_projections_of_a_gated_unit_in_one_layer_are_cut_alike(back_end, k
 def test_soft_values_of_gated_units_go_into_both_projections_where_they_close_there():
     producers = (Rows("qkv", 0, 6, 12), Rows("qkv", 6, 6, 12))
     site = FeedForwardSite("", "qkv", 5, "o", producers=producers, is_gated_only=True)
-    assert site.back_end == "scatter-gated"
+    assert site.pruning_mode == "scatter-gated"
     model, keep = FusedAttention(qkv=12, o=6), {"intermediate": torch.arange(6)}
     soft = torch.rand(6, generator=torch.Generator().manual_seed(0))
     exact, scaled = cut_tensors(model, site, keep), cut_tensors(model, site, keep, soft)
@@ -487,12 +487,12 @@ def test_soft_values_of_gated_units_go_into_both_projections_where_they_close_th
 
 
 @pytest.mark.parametrize("share", [0.6, 0.0, 1.0])
-@pytest.mark.parametrize("back_end", ["dense", "dense-heads-kept-rescaled", "scatter"])
-def test_resized_layers_take_exactly_the_cut_tensors(plain, share, back_end):
+@pytest.mark.parametrize("pruning_mode", ["dense", "dense-heads-kept-rescaled", "scatter"])
+def test_resized_layers_take_exactly_the_cut_tensors(plain, share, pruning_mode):
     state = plain.state_dict()
     for site in find_sites(plain):
-        if back_end in {each.name for each in site.back_ends}:
-            site = with_back_end(site, back_end)
+        if pruning_mode in {each.name for each in site.pruning_modes}:
+            site = with_back_end(site, pruning_mode)
         keep = random_keep(site, share=share)
         cut = site_cut(site, keep)
         state.update(cut_tensors(plain, site, keep))

@@ -78,7 +78,7 @@ def assert_same(found: dict, written: dict) -> None:
     assert found.get("whole") == written.get("whole")
     for kind in KINDS:
         parts = [row.get(kind, {}) for row in (found, written)]
-        assert [part.get("back_ends") for part in parts] == [parts[1].get("back_ends")] * 2, kind
+        assert [part.get("pruning_modes") for part in parts] == [parts[1].get("pruning_modes")] * 2, kind
         assert [part.get("neurons") for part in parts] == [parts[1].get("neurons")] * 2, kind
 
 
@@ -124,7 +124,7 @@ def test_most_families_are_supported(sweep):
     by_family = {row["model_type"]: row for row in DATA["families"]}
     assert len(by_family) == 180
     supported = [row for row in by_family.values() if row["status"] == "supported"]
-    dense = [row for row in supported if "attention" in row and "scatter" not in str(row["attention"]["back_ends"])]
+    dense = [row for row in supported if "attention" in row and "scatter" not in str(row["attention"]["pruning_modes"])]
     assert sum("ffn" in row for row in supported) >= 114
     assert sum("attention" in row for row in supported) >= 109
     assert len(dense) >= 57

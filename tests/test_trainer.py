@@ -27,11 +27,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-import nemo_hf.trainer
+import nemo_hf.training.trainer
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
-from nemo_hf.losses import contrastive_loss, site_masks, sparsity_loss
-from nemo_hf.metrics import cohesion_and_coupling
-from nemo_hf.relevance import RUNNING_WINDOW
+from nemo_hf.evaluation.metrics import cohesion_and_coupling
+from nemo_hf.training.losses import contrastive_loss, site_masks, sparsity_loss
+from nemo_hf.training.relevance import RUNNING_WINDOW
 
 SAMPLES = {"vit": image_samples, "bert": text_samples, "albert": text_samples}
 DOMAINS = ["pet", "pet", "vehicle", "vehicle", "pet"]
@@ -374,8 +374,8 @@ class TestLossesAndLogs:
         args = arguments(tmp_path, bf16=True)
         trainer = NeMoTrainer(lively_parent("vit"), args, train_dataset=samples, eval_dataset=samples)
         getattr(trainer, run)()
-        # The law is checked in float32, whatever precision the trainer ran in.
-        assert trainer.extract_module(["cat", "dog"]).config.law["status"] == "verified"
+        # The equivalence check runs in float32, whatever precision the trainer ran in.
+        assert trainer.extract_module(["cat", "dog"]).config.equivalence["status"] == "verified"
 
 
 class TestEvaluation:
@@ -407,7 +407,7 @@ class TestEvaluation:
         assert history(trainer, "eval_accuracy") == [0.5]
 
     def test_are_of_samples_spread_over_the_data(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(nemo_hf.trainer, "MODULARITY_SAMPLES", 7)
+        monkeypatch.setattr(nemo_hf.training.trainer, "MODULARITY_SAMPLES", 7)
         samples = image_samples(20)
         parent = lively_parent("vit")
         metrics = {"compute_metrics": lambda prediction: {}}

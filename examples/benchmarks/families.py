@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
-from nemo_hf.extraction import make_plan
-from nemo_hf.inputs import random_inputs
-from nemo_hf.law import LAW_TOLERANCE
-from nemo_hf.planning import static_masks
-from nemo_hf.probing import random_keep
-from nemo_hf.sites import find_sites
+from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.models.pruning_modes import random_keep
+from nemo_hf.neurons.patterns import find_sites
+from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.pruning.plan import static_masks
 
 HERE = Path(__file__).parent
 KINDS = ("attention", "ffn", "conv")
@@ -39,7 +39,7 @@ SPREADS = (0.15, 0.3, 0.6)
 
 @torch.no_grad()
 def effects(parent) -> dict[str, dict[str, float]]:
-    """What cutting about half of a kind's neurons does to the logits, beside the tolerance of the law."""
+    """What cutting about half of a kind's neurons does to the logits, beside the tolerance of the equivalence check."""
     inputs = random_inputs(parent)
     opened = parent(**inputs, static_masks=parent.masks.open_masks()).logits
     found = {}
@@ -48,7 +48,7 @@ def effects(parent) -> dict[str, dict[str, float]]:
         masked = parent(**inputs, static_masks=static_masks(parent.sites, keep)).logits
         found[kind] = {
             "effect": (masked - opened).abs().max().item(),
-            "tolerance": LAW_TOLERANCE * max(1.0, masked.abs().max().item()),
+            "tolerance": EQUIVALENCE_TOLERANCE * max(1.0, masked.abs().max().item()),
         }
     return found
 
@@ -68,7 +68,7 @@ def attach(model: PreTrainedModel) -> tuple:
 
 def cut_by(parent) -> dict[str, str]:
     """How each site is cut."""
-    return {} if parent is None else {site.key: site.back_end for site in parent.sites}
+    return {} if parent is None else {site.key: site.pruning_mode for site in parent.sites}
 
 
 def whole(model: PreTrainedModel, parent, reasons: dict[str, str]) -> dict[str, str]:
@@ -122,7 +122,7 @@ def cut(parent) -> dict[str, float]:
         "difference": (got - expected).abs().max().item(),
         "difference_after_loading": (again - got).abs().max().item(),
         "difference_when_cut_on_load": (on_load - got).abs().max().item(),
-        "tolerance": LAW_TOLERANCE * max(1.0, expected.abs().max().item()),
+        "tolerance": EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item()),
         "parameters": sum(p.numel() for p in module.model.parameters()) / parent.model.num_parameters(),
     }
 
@@ -170,8 +170,13 @@ def check(task: str, model_type: str, class_name: str) -> dict:
         return {**row, "status": "refused"}
     for kind, effect in found.items():
         sites = [site for site in parent.sites if site.kind == kind]
-        back_ends = sorted({site.back_end for site in sites})
-        row[kind] = {"sites": len(sites), "neurons": sum(s.neurons for s in sites), "back_ends": back_ends, **effect}
+        pruning_modes = sorted({site.pruning_mode for site in sites})
+        row[kind] = {
+            "sites": len(sites),
+            "neurons": sum(s.neurons for s in sites),
+            "pruning_modes": pruning_modes,
+            **effect,
+        }
     return {**row, "status": "supported", "module": cut(parent), "training": train(parent)}
 
 
@@ -199,7 +204,7 @@ def rendered(data: dict) -> str:
     header = ["model type", "class", "attention", "feed-forward", "channels", "remark"]
     lines = [header, ["---"] * len(header)]
     for row in sorted(rows, key=lambda row: (row["model_type"], row["class"])):
-        cells = [", ".join(row[kind]["back_ends"]) if kind in row else "-" for kind in KINDS]
+        cells = [", ".join(row[kind]["pruning_modes"]) if kind in row else "-" for kind in KINDS]
         reasons = row.get("whole", {})
         # Most models have some convolution, such as that of their patches, whose channels are no neurons; and those of
         # convolutions have nothing else.
@@ -216,7 +221,7 @@ def rendered(data: dict) -> str:
 def summary(rows: list[dict]) -> dict[str, int]:
     """The counts of the table."""
     supported = [row for row in rows if row["status"] == "supported"]
-    dense = [row for row in supported if "attention" in row and "scatter" not in str(row["attention"]["back_ends"])]
+    dense = [row for row in supported if "attention" in row and "scatter" not in str(row["attention"]["pruning_modes"])]
     return {
         "classes": len(rows),
         "supported": len(supported),
@@ -250,7 +255,7 @@ def main() -> None:
             start = time.perf_counter()
             rows.append(check(task, model_type, class_name))
             seconds = time.perf_counter() - start
-            print(class_name, *(rows[-1].get(k, {}).get("back_ends", "-") for k in KINDS), rows[-1]["status"],
+            print(class_name, *(rows[-1].get(k, {}).get("pruning_modes", "-") for k in KINDS), rows[-1]["status"],
                   f"{seconds:.1f} s", flush=True)  # fmt: skip
         if options.families and options.update:
             tried = {(row["task"], row["class"]): row for row in rows}

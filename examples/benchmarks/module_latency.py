@@ -25,10 +25,10 @@ from training_step import minilm, vit
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from nemo_hf.costs import count_macs
-from nemo_hf.files import write_json
-from nemo_hf.inputs import random_inputs
-from nemo_hf.modeling import NeMoPreTrainedModel
+from nemo_hf.evaluation.latency import count_macs
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.files import write_json
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 HERE = Path(__file__).parent
 MODELS = {"ViT-S/4": lambda: vit(384, 12, 6), "MiniLM": minilm}

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import compose
-from nemo_hf.files import write_json
-from nemo_hf.modeling import base_parameters
+from nemo_hf.models.base import base_parameters
+from nemo_hf.models.files import write_json
 
 HERE = Path(__file__).parent
 

@@ -36,12 +36,12 @@ from transformers import AutoConfig, Trainer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, make_parent
-from nemo_hf.configuration import task_of
-from nemo_hf.evaluation import measure_modularity, other_groups, random_masks
-from nemo_hf.extraction import make_plan
-from nemo_hf.files import write_json
-from nemo_hf.modeling import base_parameters
-from nemo_hf.tasks import TASK_CLASSES
+from nemo_hf.auto_classes import TASK_CLASSES
+from nemo_hf.evaluation.report import measure_modularity, other_groups, random_masks
+from nemo_hf.models.base import base_parameters
+from nemo_hf.models.configuration import task_of
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.models.files import write_json
 
 HERE = Path(__file__).parent
 ROWS: dict[str, dict | None] = {
@@ -84,7 +84,7 @@ def members(task: Task, groups: Sequence[int]) -> list[int]:
 
 
 def measured_set(task: Task, parent, data: Split, whole: Tensor, strangers: Split | None, groups) -> dict:
-    """A module and its controls, as the parent under static masks, which is the same by the extraction law."""
+    """A module and its controls, as the parent under static masks, which is the same by the equivalence check."""
     labels = members(task, groups)
     plan = make_plan(parent, labels)
     own, inside = data.part(labels), torch.isin(data.labels, torch.tensor(labels))

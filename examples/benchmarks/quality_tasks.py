@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from nemo_hf.demo import MODULES, digits_trainer, load_digits_split
+from nemo_hf.cli.demo import MODULES, digits_trainer, load_digits_split
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
 from models import PaperCNNConfig, PaperCNNForImageClassification

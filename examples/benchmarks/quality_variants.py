@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_hf import NeMoTrainer
-from nemo_hf.losses import contrastive_loss, group_membership, site_masks
-from nemo_hf.planning import RELEVANCE_SCALE
-from nemo_hf.relevance import sparsity_pressure
+from nemo_hf.models.label_groups import group_membership
+from nemo_hf.pruning.plan import RELEVANCE_SCALE
+from nemo_hf.training.losses import contrastive_loss, site_masks
+from nemo_hf.training.relevance import sparsity_pressure
 
 
 class Balanced(NeMoTrainer):

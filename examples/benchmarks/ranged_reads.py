@@ -22,13 +22,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from nemo_hf.files import write_json
-from nemo_hf.modeling import NeMoPreTrainedModel
-from nemo_hf.neurons import PAD, NeuronSite
-from nemo_hf.planning import plan_module
-from nemo_hf.slicing import site_cut
-from nemo_hf.tasks import attach_masks
-from nemo_hf.weights import TensorCut, tensor_cuts
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.files import write_json
+from nemo_hf.neurons.sites import PAD, NeuronSite
+from nemo_hf.pruning.layer_cuts import site_cut
+from nemo_hf.pruning.plan import plan_module
+from nemo_hf.pruning.tensor_slices import TensorCut, tensor_cuts
 
 HERE = Path(__file__).parent
 LABELS = 100

@@ -77,7 +77,7 @@ def support_line() -> str:
     """In how many families of transformers neurons are cut."""
     families = {row["model_type"]: row for row in json.loads(SUPPORT.read_text())["families"]}
     found = {kind: [row for row in families.values() if kind in row] for kind in ("ffn", "attention", "conv")}
-    dense = [row for row in found["attention"] if "scatter" not in str(row["attention"]["back_ends"])]
+    dense = [row for row in found["attention"] if "scatter" not in str(row["attention"]["pruning_modes"])]
     return (
         f"Of {len(families)} families, feed-forward neurons are cut exactly in {len(found['ffn'])} and attention in "
         f"{len(found['attention'])}, of these {len(dense)} dense throughout;\n"

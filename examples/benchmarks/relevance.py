@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, compute_relevance, make_parent
-from nemo_hf.extraction import build_module, make_plan, read_tensor
-from nemo_hf.files import write_json
-from nemo_hf.modeling import NeMoPreTrainedModel
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.extraction import build_module, make_plan, read_tensor
+from nemo_hf.models.files import write_json
 
 HERE = Path(__file__).parent
 KEPT = (0.5, 0.25)
@@ -99,7 +99,7 @@ def by_groups(rounds: int) -> dict:
 
 
 def extraction_seconds(rounds: int) -> dict:
-    """Seconds to cut a module of three labels out of a ViT-S, without and with the check of the law."""
+    """Seconds to cut a module of three labels out of a ViT-S, without and with the equivalence check."""
     set_seed(0)
     parent = parent_of(vit(384, 12, 6), 0.25)
     plan = make_plan(parent, [0, 1, 2])
@@ -188,7 +188,7 @@ def cutting_on_load(kept: float) -> dict:
         parent.save_pretrained(f"{folder}/parent")
         parent.extract_module([0]).save_pretrained(f"{folder}/module")
         CountedFile.read = 0
-        with patch("nemo_hf.files.safe_open", CountedFile):
+        with patch("nemo_hf.models.files.safe_open", CountedFile):
             start = time.perf_counter()
             NeMoForImageClassification.from_pretrained(f"{folder}/parent", labels=[0])
             cutting = time.perf_counter() - start

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from nemo_hf.costs import device_name
+from nemo_hf.evaluation.latency import device_name
 
 MEBIBYTE = 2**20
 

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer
-from nemo_hf.files import write_json
+from nemo_hf.models.files import write_json
 
 HERE = Path(__file__).parent
 LABELS = 10

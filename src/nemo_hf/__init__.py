@@ -3,22 +3,22 @@
 Importing it registers parents and modules with the Auto classes of `transformers`.
 """
 
-from .calibration import calibrate_rejection
-from .composition import compose
+from .auto_classes import NeMoForAudioClassification, NeMoForImageClassification, NeMoForSequenceClassification
 from .config import NeMoConfig
-from .configuration import NeMoModelConfig
-from .evaluation import ModuleReport, evaluate_module
-from .law import ExtractionLawError
-from .losses import nemo_loss
-from .neurons import UnsupportedArchitectureError
-from .probing import make_parent
-from .proposing import propose_sites
-from .relevance import compute_relevance
-from .tasks import NeMoForAudioClassification, NeMoForImageClassification, NeMoForSequenceClassification
-from .trainer import NeMoTrainer
+from .evaluation.rejection import calibrate_rejection
+from .evaluation.report import ModuleReport, evaluate_module
+from .models.composition import compose
+from .models.configuration import NeMoModelConfig
+from .models.equivalence import EquivalenceError
+from .models.pruning_modes import make_parent
+from .neurons.proposals import propose_sites
+from .neurons.sites import UnsupportedArchitectureError
+from .training.losses import nemo_loss
+from .training.relevance import compute_relevance
+from .training.trainer import NeMoTrainer
 
 __all__ = [
-    "ExtractionLawError",
+    "EquivalenceError",
     "ModuleReport",
     "NeMoConfig",
     "NeMoForAudioClassification",

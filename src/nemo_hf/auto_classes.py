@@ -1,0 +1,409 @@
+"""The models that users load: one class per task, registered with the Auto classes, and what each can do."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+
+from .config import LabelLike
+from .export.onnx import OnnxExport, export_onnx
+from .export.plain_model import PlainExport, save_plain
+from .hub.publish import CardOptions, push_model
+from .models.base import NeMoOutput, NeMoPreTrainedModel
+from .models.composed_model import NeMoComposedConfig, NeMoComposedModel
+from .models.configuration import NeMoModelConfig
+from .models.extraction import cut_on_load, extract_module
+from .models.file_mixin import pin_revision
+
+PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
+                "create_pr")  # fmt: skip
+
+
+class NeMoClassifier(NeMoPreTrainedModel):
+    """A parent or a module, with the ways to cut, export and publish it."""
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Saves weights, configuration, processor and report; a directory appears whole or not at all.
+
+        Args:
+            save_directory: Where to.
+            push_to_hub: Whether to upload the model too, from the main process.
+            repo_id: Repository to upload to; `None` takes the directory's name.
+            **kwargs: As in `transformers`; with `push_to_hub=True` also the options of that method.
+        """
+        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        labels: LabelLike | Sequence[LabelLike] | None = None,
+        threshold: float | None = None,
+        round_to: int | None = None,
+        verify: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a parent or a module, or cuts a module on load from a parent.
+
+        Args:
+            pretrained_model_name_or_path: Directory or Hub repository.
+            *model_args: As in `transformers`.
+            labels: With a parent: read only the module for these labels, as `extract_module` takes them.
+            threshold: With `labels`: as in `extract_module`.
+            round_to: With `labels`: as in `extract_module`.
+            verify: With `labels`: load the parent too and check the equivalence check, instead of trusting
+                the check that was made when the parent was saved.
+            **kwargs: As in `transformers`.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            OSError: If a file is missing or damaged.
+            ValueError: If a tensor is missing or has another shape than the configuration says.
+        """
+        source = pretrained_model_name_or_path
+        if labels is None or source is None:
+            return super().from_pretrained(source, *model_args, **kwargs)
+        pin_revision(source, kwargs)
+        return cut_on_load(cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs)
+
+    def extract_module(
+        self,
+        labels: LabelLike | Sequence[LabelLike],
+        threshold: float | None = None,
+        round_to: int | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """Cuts the module for some labels out of a parent and checks the equivalence check.
+
+        Args:
+            labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
+            threshold: Share of a group's samples that must open a neuron; `None` takes the parent's
+                `relevance_threshold`.
+            round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant
+                neurons.
+            inputs: A few samples to check on; `None` draws random ones.
+
+        Returns:
+            A stand-alone module that shares no memory with the parent.
+
+        Raises:
+            ValueError: If the labels are unknown, repeated or none, or no neuron is left.
+            EquivalenceError: If the module's logits are not the parent's under the same mask.
+        """
+        return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        parent: str | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        tags: Sequence[str] | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+    ) -> str:
+        """Uploads the model with its processor, report, card and picture, in one commit.
+
+        Files of an older push that this one doesn't write go. Text that stands in the repository's card below the
+        line that says so stays. A push that changes nothing makes no commit.
+
+        Args:
+            repo_id: Repository, such as `"me/cat-dog"`; it is created if need be.
+            parent: Module: repository of the parent, for the card; `None` takes the one that it was cut from, if that
+                is on the Hub.
+            license: Identifier of the license, for the card.
+            datasets: Hub data sets that the model was trained and measured on, for the card.
+            tags: Further tags of the card.
+            commit_message: As in `transformers`; all arguments below likewise.
+            commit_description: Description of the commit.
+            private: Whether to create a private repository.
+            token: Token of the Hub.
+            revision: Branch.
+            create_pr: Whether to open a pull request instead.
+            max_shard_size: Largest size of one weight file.
+
+        Returns:
+            The address of the commit.
+        """
+        commit = push_model(
+            self,
+            repo_id,
+            CardOptions(parent, license, tuple(datasets), tuple(tags or ())),
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size="50GB" if max_shard_size is None else max_shard_size,
+        )
+        return str(commit)
+
+    def save_plain(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> PlainExport:
+        """Saves a module as a plain model of `transformers`, which loads without this library.
+
+        A plain configuration says one width for all layers. So every feed-forward part gets the width of the
+        widest one, filled up with zeros, where the configuration has a number for it; attention gets fewer or
+        narrower heads where the configuration can say so (Llama, ViT, T5) and its full width otherwise (BERT,
+        GPT-2). What differs in the softmax scale goes into q. The plain model is thus larger than the module,
+        at most as large as the parent's.
+
+        Args:
+            directory: Where to; appears whole or not at all.
+            inputs: A few samples to compare logits on; `None` draws random ones.
+
+        Returns:
+            Sizes, changed widths and the difference that was found before anything was written.
+
+        Raises:
+            ValueError: If this is a parent.
+            UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
+        """
+        return save_plain(self, directory, inputs)
+
+    def export_onnx(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> OnnxExport:
+        """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
+
+        The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in
+        float32. A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the
+        threshold.
+
+        Args:
+            directory: Where to; appears whole or not at all.
+            inputs: A few samples, at least 2, to trace and compare with; `None` draws random ones.
+
+        Returns:
+            Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and
+            lengths, found before anything was moved into place.
+
+        Raises:
+            ValueError: If this is a parent, or has texts but no padding token.
+            ImportError: If onnx, onnxscript or onnxruntime is missing.
+            UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
+        """
+        return export_onnx(self, directory, inputs)
+
+
+class NeMoForImageClassification(NeMoClassifier):
+    """Parent or module that classifies images."""
+
+    main_input_name = "pixel_values"
+    task = "image-classification"
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies images.
+
+        Args:
+            pixel_values: Shape (batch, channels, height, width).
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in
+                [0, 1], in place of the generated ones.
+            static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
+            output_neuron_masks: Parents: whether to return the soft masks; `None`: in training mode only.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"pixel_values": pixel_values}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForSequenceClassification(NeMoClassifier):
+    """Parent or module that classifies texts."""
+
+    main_input_name = "input_ids"
+    task = "text-classification"
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        bbox: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies texts; arguments other than those here as in `NeMoForImageClassification.forward`.
+
+        Args:
+            input_ids: Token ids, shape (batch, tokens).
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            token_type_ids: For plain models that take them, shape (batch, tokens); else left out. Named here
+                since `Trainer` drops columns that the signature does not name.
+            bbox: For plain models that take boxes of tokens, likewise.
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        known = inspect.signature(self.model.forward).parameters
+        extras = {"token_type_ids": token_type_ids, "bbox": bbox}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs.update({name: value for name, value in extras.items() if name in known})
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForAudioClassification(NeMoClassifier):
+    """Parent or module that classifies recordings."""
+
+    main_input_name = "input_values"
+    task = "audio-classification"
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None,
+        static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:
+        """Classifies recordings; arguments other than those here as in `NeMoForImageClassification.forward`.
+
+        Args:
+            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain model takes them.
+            input_features: Features of models that take these instead.
+            labels: Label ids, shape (batch,); adds the loss to the output.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
+        """
+        inputs = {"input_values": input_values, "input_features": input_features}
+        return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoComposedForImageClassification(NeMoComposedModel):
+    """Modules that classify images together."""
+
+    main_input_name = "pixel_values"
+    task = "image-classification"
+
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
+        """Classifies images.
+
+        Args:
+            pixel_values: Shape (batch, channels, height, width).
+            labels: Joint label ids, shape (batch,); adds the loss to the output.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            A `NeMoOutput` with joint logits.
+        """
+        return self._run({"pixel_values": pixel_values}, labels, return_dict, kwargs)
+
+
+class NeMoComposedForSequenceClassification(NeMoComposedModel):
+    """Modules that classify texts together."""
+
+    main_input_name = "input_ids"
+    task = "text-classification"
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
+        """Classifies texts; arguments as in `NeMoForSequenceClassification.forward` and those of images.
+
+        Args:
+            input_ids: Token ids, shape (batch, tokens).
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            token_type_ids: For plain models that take them, shape (batch, tokens); else left out.
+            labels: Joint label ids, shape (batch,).
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            A `NeMoOutput` with joint logits.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return self._run(inputs, labels, return_dict, kwargs)
+
+
+class NeMoComposedForAudioClassification(NeMoComposedModel):
+    """Modules that classify recordings together."""
+
+    main_input_name = "input_values"
+    task = "audio-classification"
+
+    def forward(
+        self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
+        return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
+        """Classifies recordings; arguments as in `NeMoForAudioClassification.forward` and those of images.
+
+        Args:
+            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain models take them.
+            input_features: Features of models that take these instead.
+            labels: Joint label ids, shape (batch,).
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the modules.
+
+        Returns:
+            A `NeMoOutput` with joint logits.
+        """
+        return self._run({"input_values": input_values, "input_features": input_features}, labels, return_dict, kwargs)
+
+
+AutoConfig.register(NeMoModelConfig.model_type, NeMoModelConfig)
+AutoConfig.register(NeMoComposedConfig.model_type, NeMoComposedConfig)
+AutoModelForImageClassification.register(NeMoModelConfig, NeMoForImageClassification)
+AutoModelForSequenceClassification.register(NeMoModelConfig, NeMoForSequenceClassification)
+AutoModelForAudioClassification.register(NeMoModelConfig, NeMoForAudioClassification)
+AutoModelForImageClassification.register(NeMoComposedConfig, NeMoComposedForImageClassification)
+AutoModelForSequenceClassification.register(NeMoComposedConfig, NeMoComposedForSequenceClassification)
+AutoModelForAudioClassification.register(NeMoComposedConfig, NeMoComposedForAudioClassification)

@@ -1,0 +1,5 @@
+"""The command line `nemo-hf`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""What a module is worth: report, metrics, latency, rejection."""

@@ -1,0 +1,1 @@
+"""Modules in other formats: plain transformers models and ONNX."""

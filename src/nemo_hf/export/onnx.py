@@ -1,0 +1,250 @@
+"""Modules as ONNX files, which onnxruntime must give the same outputs before they are moved into place."""
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.equivalence import as_saved
+from nemo_hf.models.files import replaced_directory
+from nemo_hf.neurons.sites import UnsupportedArchitectureError
+from nemo_hf.neurons.trial_calls import first_line
+from nemo_hf.neurons.trial_inputs import random_inputs
+
+ONNX_NAME = "model.onnx"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_TOLERANCE = 1e-4
+"""Share of the largest logit by which onnxruntime's kernels may differ; they sum in another order."""
+LARGEST_FILE = 1_500_000_000
+"""Bytes of weights over which they go to a file of their own: an ONNX file itself holds at most 2 GB."""
+OTHER_WAYS = "Use save_pretrained, whose files this library loads, or {}."
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What `export_onnx` wrote.
+
+    Args:
+        inputs: Input name to its dimensions, names for the free ones.
+        outputs: Names of the outputs: `"logits"` of shape (batch, labels), and `"rejection_scores"` of shape
+            (batch,) where the module is calibrated.
+        difference: Largest difference between onnxruntime's outputs and the module's, in float32.
+        tolerance: Largest difference that was allowed: 1e-4 times max(1, largest logit).
+    """
+
+    inputs: dict[str, list[Any]]
+    outputs: list[str]
+    difference: float
+    tolerance: float
+
+
+def check_is_module(module: NeMoPreTrainedModel) -> None:
+    """Refuses parents, which have masks, with a `ValueError`."""
+    if module.is_parent:
+        raise ValueError(
+            "Got a parent; expected a module, which computes without masks. Call extract_module(labels) on it first, "
+            "or detach_masks() for the plain model inside."
+        )
+
+
+def plain_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
+    """The plain model's configuration with the module's labels."""
+    config = copy.deepcopy(module.config.base_config)
+    assert isinstance(config, PreTrainedConfig)
+    names = module.config.names
+    config.id2label = names
+    config.label2id = {name: index for index, name in names.items()}
+    config.problem_type = module.config.problem_type
+    if "num_labels" in config.to_dict():  # kept apart from id2label in some families
+        config.num_labels = len(names)
+    config.architectures = [module.config.base_class]
+    return config
+
+
+def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
+    """Writes the files of the module's processor into a directory."""
+    for name, content in module.processor_files.items():
+        (directory / name).write_bytes(content)
+
+
+def export_onnx(
+    module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
+) -> OnnxExport:
+    """Does what `ExportMixin.export_onnx` says, as a function of the module."""
+    check_is_module(module)
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"Got no {' and no '.join(missing)}; expected the packages that ONNX files are written and checked with. "
+            "Run: pip install 'nemo-hf[onnx]'"
+        )
+    exact = _cpu_copy(module)
+    inputs = traced_inputs(exact) if inputs is None else {k: v.cpu() for k, v in inputs.items() if k != "labels"}
+    if exact.main_input_name == "input_ids" and len(inputs["input_ids"]) < 2:
+        raise ValueError(
+            f"Got a {module.config.base_class} without a padding token or samples to pad; expected batches of texts. "
+            "Set module.config.base_config.pad_token_id, and module.model.config.pad_token_id."
+        )
+    outputs = ["logits", *(["rejection_scores"] if module.config.rejection else [])]
+    free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
+    with replaced_directory(directory, stale=(f"{ONNX_NAME}*",)) as temporary:
+        _trace(exact, inputs, free, outputs, temporary / ONNX_NAME)
+        difference, tolerance = _check_onnx(exact, inputs, free, outputs, temporary / ONNX_NAME)
+        config = plain_config(module)
+        if module.config.rejection:
+            config.rejection = dict(module.config.rejection)
+        config.save_pretrained(temporary)
+        write_processor(module, temporary)
+    shapes = {name: [free[name].get(dim, size) for dim, size in enumerate(v.shape)] for name, v in inputs.items()}
+    return OnnxExport(shapes, outputs, difference, tolerance)
+
+
+def _cpu_copy(module: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
+    """A copy on the CPU in float32 and eval mode, with attention that can be traced."""
+    with as_saved(module):
+        exact = copy.deepcopy(module)
+    exact.cpu().float().eval()
+    if exact.config._attn_implementation not in ("eager", "sdpa"):
+        exact.set_attn_implementation("eager")
+    return exact
+
+
+def traced_inputs(module: NeMoPreTrainedModel) -> dict[str, Tensor]:
+    """Random inputs with all that a processor gives, token types too where the model tells them apart."""
+    inputs = random_inputs(module)
+    types = getattr(module.model.config, "type_vocab_size", 0)
+    if "input_ids" in inputs and types > 1 and "token_type_ids" in inspect.signature(module.model.forward).parameters:
+        second = torch.arange(inputs["input_ids"].shape[1]) >= inputs["input_ids"].shape[1] // 3
+        inputs["token_type_ids"] = second.long().expand_as(inputs["input_ids"]).contiguous()
+    return inputs
+
+
+def _free_dimensions(name: str, value: Tensor) -> dict[int, str]:
+    """Names of the dimensions that may have any size: the batch, and the length of texts and waveforms."""
+    if name == "input_values" and value.ndim == 2:
+        return {0: "batch", 1: "samples"}
+    is_text = (
+        not value.is_floating_point() and value.ndim > 1 and name not in ("pixel_attention_mask", "spatial_shapes")
+    )
+    return {0: "batch", 1: "tokens"} if is_text else {0: "batch"}
+
+
+def _trace(
+    module: NeMoPreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    free: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    path: Path,
+) -> None:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    try:
+        with torch.no_grad(), _quiet_tracing():
+            torch.onnx.export(
+                module,
+                (),
+                path,
+                kwargs=dict(inputs),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes={name: dict(dims) for name, dims in free.items()},
+                external_data=size > LARGEST_FILE,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever the model's code meets
+        raise UnsupportedArchitectureError(
+            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {_names(free)} "
+            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't hang on values of inputs. "
+            f"{OTHER_WAYS.format('save_plain')}"
+        ) from error
+
+
+def _names(free: Mapping[str, Mapping[int, str]]) -> str:
+    return " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
+
+
+@contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """Hides what torch's exporter says of its own parts: deprecations, axis names, packages it can do without."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class OnnxRunner:
+    """Calls a model in an ONNX file with tensors.
+
+    Args:
+        path: The file.
+        threads: Number of threads of an operation.
+    """
+
+    def __init__(self, path: str | Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3  # errors
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = {entry.name for entry in self.session.get_inputs()}
+
+    def __call__(self, **inputs: Tensor) -> list[Tensor]:
+        """Returns the outputs in the file's order."""
+        given = {name: value.numpy() for name, value in inputs.items() if name in self.names}
+        return [torch.from_numpy(output) for output in self.session.run(None, given)]
+
+
+def _check_onnx(
+    module: NeMoPreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    free: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    path: Path,
+) -> tuple[float, float]:
+    """Largest difference that onnxruntime makes on batches of other sizes and lengths, and what is allowed."""
+    runner = OnnxRunner(path, torch.get_num_threads())
+    differences, tolerance = [], ONNX_TOLERANCE
+    for batch in _batches(inputs, free):
+        with torch.no_grad():
+            expected = module(**batch)
+        tolerance = max(tolerance, ONNX_TOLERANCE * expected.logits.abs().max().item())
+        for name, got in zip(outputs, runner(**batch), strict=True):
+            differences.append((got - expected[name]).abs().max().item())
+    refused = [difference for difference in differences if not difference <= tolerance]  # also what is no number
+    if refused:
+        raise UnsupportedArchitectureError(
+            f"Got an ONNX file of a {module.config.base_class} whose outputs differ from the module's by "
+            f"{refused[0]:.2e}; expected at most {tolerance:.2e} for every size and length of a batch. "
+            f"{OTHER_WAYS.format('save_plain')}"
+        )
+    return max(differences), tolerance
+
+
+def _batches(inputs: Mapping[str, Tensor], free: Mapping[str, Mapping[int, str]]) -> Iterator[dict[str, Tensor]]:
+    """The samples as they are, one alone, the last ones (with padding), more of them, and shorter ones."""
+    yield dict(inputs)
+    yield {name: value[:1] for name, value in inputs.items()}
+    yield {name: value[1:] for name, value in inputs.items()}
+    yield {name: torch.cat([value, value[1:]]) for name, value in inputs.items()}
+    if any(1 in dims for dims in free.values()):
+        # The start goes: where a model looks for the end of a text, it stays.
+        length = min(value.shape[1] for name, value in inputs.items() if 1 in free[name])
+        for gone in (length // 4, length // 3):
+            yield {name: value[:, gone:].contiguous() if 1 in free[name] else value for name, value in inputs.items()}

@@ -1,0 +1,1 @@
+"""Parents and modules on the Hub: upload, model card, pictures."""

@@ -1,0 +1,78 @@
+"""What is recorded of a training for its model card, and kept out of it: paths of a machine, and tokens."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from nemo_hf.models.remote_files import hub_name
+
+PACKAGES = ("nemo-hf", "transformers", "torch", "safetensors")
+ALWAYS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
+WITHOUT_EFFECT = re.compile(
+    r"(output_dir|log|report_to|run_name|project|trackio|disable_tqdm|eval_|per_device_eval|prediction_loss|include_"
+    r"|batch_eval|save_|enable_jit|push_to_hub|hub_|restore_callback|ignore_data_skip|use_cpu|dataloader_(?!drop_last)"
+    r"|accelerator_config|remove_unused|ddp_|debug|skip_memory|do_|resume|local_rank|torch_empty|torch_compile_).*"
+)
+"""Arguments of a training that say where and how often something is written, and not what is trained."""
+SECRETS = ("--hub_token", "--push_to_hub_token")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+
+
+def training_record(args: TrainingArguments, base_model: str | None, samples: int | None) -> dict[str, Any]:
+    """Records how a parent is trained.
+
+    Args:
+        args: Arguments of the training.
+        base_model: Name that the plain model was loaded by; kept only if it is one of the Hub.
+        samples: Number of training samples, if it is known.
+
+    Returns:
+        `arguments` (all that are not the defaults and have an effect on what is trained, and always epochs, learning
+        rate, batch size and seed), `processes`, `samples`, `base_model` and `versions`.
+    """
+    kept = {}
+    for field in fields(TrainingArguments):
+        value, default = getattr(args, field.name), field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        value, default = (getattr(each, "value", each) for each in (value, default))  # of an enumeration
+        is_default = value == default or not (value or default)
+        if field.name in ALWAYS or not (is_default or WITHOUT_EFFECT.fullmatch(field.name)):
+            kept[field.name] = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
+    return {
+        "arguments": kept,
+        "processes": args.world_size,
+        "samples": samples,
+        "base_model": hub_name(base_model),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a model depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def safe_command(words: Sequence[str]) -> str:
+    """Joins the words of a command line, without tokens and without where on a machine things lie.
+
+    Args:
+        words: The command's words.
+
+    Returns:
+        One line that a shell reads as these words; tokens are `TOKEN`, and of absolute paths the last part is left.
+    """
+    kept: list[str] = []
+    for word in words:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_secret = (name if equals else kept[-1] if kept else "") in SECRETS
+        value = "TOKEN" if is_secret else TOKEN.sub("TOKEN", value)
+        value = Path(value).name if Path(value).is_absolute() else value
+        kept.append(f"{name}{equals}{value}")
+    return shlex.join(kept)

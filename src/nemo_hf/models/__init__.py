@@ -1,0 +1,1 @@
+"""Parents, modules and composed models as `transformers` models: configuration, files, extraction."""

@@ -1,0 +1,143 @@
+"""Attaches masks to a plain model, which makes it a parent."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups
+from nemo_hf.neurons.mask_hooks import SiteMask
+from nemo_hf.neurons.sites import NeuronSite, UnsupportedArchitectureError
+
+from .base import NeMoPreTrainedModel
+from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, model_class, task_of
+
+
+def attach_masks(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig | None = None,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    sites: Sequence[NeuronSite] | None = None,
+) -> NeMoPreTrainedModel:
+    """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
+
+    Args:
+        model: An image, sequence or audio classification model of `transformers`.
+        nemo_config: The options; `None` takes the defaults.
+        label_groups: Groups in place of `nemo_config.label_groups`.
+        sites: Those of the model's sites that get masks; `None`: all that `find_sites` finds.
+
+    Returns:
+        The parent, of the class for the model's task. With hard masks it computes what the plain model
+        does until a mask closes.
+
+    Raises:
+        TypeError: If `model` is not such a model.
+        ValueError: If it is one already, or has PEFT adapters, quantized weights or another head.
+        UnsupportedArchitectureError: If it has no sites that can be cut exactly.
+    """
+    nemo_config = nemo_config or NeMoConfig()
+    check_plain(model, nemo_config.hard_masks)
+    base_config = model.config
+    names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
+    names = names or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
+    groups = resolve_groups(label_groups or nemo_config.label_groups, names)
+    changed = _stop_cache_and_layer_drop(model)
+    config = NeMoModelConfig(
+        base_config=base_config,
+        base_class=type(model).__name__,
+        nemo_config=nemo_config.to_dict(),
+        label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+        sites=None if sites is None else [site.entry for site in sites],
+        problem_type=base_config.problem_type or "single_label_classification",
+        # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
+        attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
+    )
+    parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model)
+    parent.changed_attributes = changed
+    assert parent.masks is not None
+    parent.masks.to(model.device)
+    parent.set_sites(parent.sites)
+    parent.train(model.training)
+    return parent
+
+
+def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
+    """Switches off what masks can't live with; returns owner, name and value before of each attribute.
+
+    A classifier reads no cache; a layer that LayerDrop skips at random has no masks to learn from in that step.
+    """
+    changed: list[tuple[Any, str, Any]] = []
+    if getattr(model.config, "use_cache", False):
+        changed.append((model.config, "use_cache", True))
+        model.config.use_cache = False
+    for owner in (model.config, *model.modules()):
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+            value = getattr(owner, name, None)
+            if isinstance(value, float) and value > 0:
+                changed.append((owner, name, value))
+                setattr(owner, name, 0.0)
+    return changed
+
+
+def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
+    """Checks that masks can be attached to a model at all.
+
+    Args:
+        model: What was given as a plain model.
+        hard_masks: Whether the masks will be 0 or 1.
+
+    Raises:
+        TypeError: If it is no classification model of `transformers`.
+        ValueError: If it has masks, adapters, quantized weights or another head.
+    """
+    if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
+        raise ValueError(
+            "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
+            "Call merge_and_unload() on it first."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "Got a quantized model; expected plain weights, since packed ones can't be cut by row. "
+            "Load it without quantization_config, and quantize the modules instead."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
+    if isinstance(model, NeMoPreTrainedModel):
+        raise ValueError(
+            "Got a nemo_hf model; expected a plain one, since masks are attached once. "
+            "Pass a saved parent to NeMoTrainer itself to train it on, or call parent.detach_masks() first."
+        )
+    hooks = [
+        hook
+        for layer in model.modules()
+        for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    ]
+    if any(isinstance(getattr(hook, "__self__", None), SiteMask) for hook in hooks):
+        raise ValueError(
+            "Got the model inside a parent, which has masks; expected a plain one, since masks are attached once. "
+            "Call parent.detach_masks() first."
+        )
+    task_of(type(model))
+    registered = find_base_class(type(model).__name__, model.config)
+    if registered is not type(model):
+        raise UnsupportedArchitectureError(
+            f"Got a {type(model).__name__} of {type(model).__module__!r}; expected that of {registered.__module__!r}, "
+            "which this name stands for in files. Give your class a name or a configuration of its own."
+        )
+    if not hard_masks and model.dtype != torch.float32:
+        raise ValueError(
+            f"Got soft masks with weights in {model.dtype}; expected float32, since modules multiply weights by masks. "
+            "Load the model with dtype=torch.float32, or keep hard_masks=True."
+        )
+    problem = model.config.problem_type
+    known = (None, "single_label_classification", SEVERAL_LABELS)
+    if problem not in known or (model.config.num_labels or 0) < 2:
+        raise ValueError(
+            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected "
+            "single-label or multi-label classification with at least 2 labels, since labels say which groups a sample "
+            "trains. Load the model with num_labels=... and problem_type='single_label_classification'."
+        )

@@ -1,0 +1,178 @@
+"""Joins modules with different labels into one model, and calibrates their logits against each other."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import NeMoPreTrainedModel
+from .composed_model import NeMoComposedConfig, NeMoComposedModel
+from .configuration import model_class
+
+logger = logging.getLogger(__name__)
+
+PRIOR = 1e-4
+"""Weight of the squared logarithms of scales and of the squared biases, in units of the spread of each module's logits,
+so that separable data have a finite fit."""
+
+
+def compose(
+    modules: Sequence[NeMoPreTrainedModel],
+    labels: Sequence[str] | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+) -> NeMoComposedModel:
+    """Joins modules with different labels, of one parent or of several, into one model with joint logits.
+
+    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons: so is a weak
+    model patched, with the module of a stronger one for the labels that it is bad at.
+
+    Args:
+        modules: Modules for the same kind of input; they become parts of the result.
+        labels: Names of the joint labels in their order; `None`: those of the first module, then of the second and
+            so on.
+        batches: Batches of model inputs with `labels`, the places in the joint order, of validation data on which
+            one scale and one bias a module are fitted. `None` joins the logits as they are, which is right for
+            modules of one parent only: those of several were trained apart.
+
+    Returns:
+        A model that is saved and loaded like any module.
+
+    Raises:
+        TypeError: If an entry is no module.
+        ValueError: If modules share a label, differ in task, precision or processor, or `labels` are not theirs.
+
+    References:
+        Modules are reused in other models by CNNSplitter (arXiv 2209.06116) and MODA (arXiv 2411.01074); the
+        calibration is ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers a module.
+    """
+    modules = list(modules)
+    _check_modules(modules)
+    names = [name for module in modules for name in module.config.names.values()]
+    joint = names if labels is None else list(labels)
+    if sorted(joint) != sorted(names):
+        raise ValueError(
+            f"Got labels={joint} for modules with {names}; expected just these in any order. Name each once."
+        )
+    processors = [module.processor_files for module in modules if module.processor_files]
+    if any(files != processors[0] for files in processors):
+        raise ValueError(
+            "Got modules with different processors; expected one, since all see the same inputs. If they do, pass it "
+            "to each with module.attach_processor(processor)."
+        )
+    config = NeMoComposedConfig(
+        parts=[module.config.to_dict() for module in modules],
+        label_order=[names.index(name) for name in joint],
+        scales=[1.0] * len(modules),
+        biases=[0.0] * len(modules),
+        id2label=dict(enumerate(joint)),
+        label2id={name: index for index, name in enumerate(joint)},
+        problem_type="single_label_classification",
+    )
+    composed: NeMoComposedModel = model_class(modules[0].task, NeMoComposedConfig)(config, modules)
+    composed.train(False)
+    composed.processor_files = processors[0] if processors else {}
+    if batches is None:
+        logger.warning(
+            "Got %d modules to join without data; expected batches of validation data unless all are of one parent, "
+            "since logits of models that were trained apart can't be compared as they are.",
+            len(modules),
+        )
+    else:
+        _calibrate(composed, batches)
+    return composed
+
+
+def _check_modules(modules: Sequence[Any]) -> None:
+    if len(modules) < 2:
+        raise ValueError(f"Got {len(modules)} modules to join; expected at least two. Cut some with extract_module.")
+    for module in modules:
+        if not isinstance(module, NeMoPreTrainedModel) or module.is_parent:
+            kind = "parent" if isinstance(module, NeMoPreTrainedModel) else type(module).__name__
+            raise TypeError(
+                f"Got a {kind} to join; expected modules. Cut one with extract_module, of a plain model with "
+                "make_parent(model).extract_module(labels)."
+            )
+    names = [name for module in modules for name in module.config.names.values()]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"Got the labels {repeated} in several modules; expected each label in one. Cut one of the modules without."
+        )
+    for what, values in (
+        ("tasks", [module.task for module in modules]),
+        ("precisions", [str(module.dtype) for module in modules]),
+        ("devices", [str(module.device) for module in modules]),
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(f"Got modules of the {what} {values}; expected one. Load them alike.")
+    if any(module.config.has_several_labels for module in modules):
+        raise ValueError(
+            "Got a module whose labels are a yes or no each; expected single-label ones, since only these answers "
+            "compete. Put the answers of the modules side by side."
+        )
+
+
+@torch.no_grad()
+def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Fits scales and biases by the cross-entropy of the joint logits."""
+    found, rights = [], []
+    count = len(composed.config.label_order or [])
+    for batch in batches:
+        inputs = {k: v.to(composed.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if (labels := inputs.pop("labels", None)) is None:
+            raise ValueError(
+                f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
+            )
+        if labels.ndim != 1 or labels.is_floating_point() or not bool(((labels >= 0) & (labels < count)).all()):
+            raise ValueError(
+                f"Got labels of shape {tuple(labels.shape)} and type {labels.dtype} from {labels.min().item()} to "
+                f"{labels.max().item()}; expected places among the {count} joint labels. Leave other samples out, or "
+                "pass labels=... in their order."
+            )
+        found.append(composed.part_logits(**inputs).double().cpu())
+        rights.append(labels.long().cpu())
+    if not found:
+        raise ValueError("Got no batches to calibrate on; expected some. Pass validation data.")
+    sizes = [len(module.config.names) for module in composed.parts]
+    logits = torch.cat(found)
+    if not bool(logits.isfinite().all()):
+        raise ValueError("Got logits that are no finite numbers; expected finite ones. Join modules in float32.")
+    scales, biases = fit_scales(logits, torch.cat(rights), sizes, composed.config.label_order or [])
+    composed.config.scales, composed.config.biases = scales, biases
+
+
+def fit_scales(
+    logits: Tensor, labels: Tensor, sizes: Sequence[int], order: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """Fits one scale and one bias a module by the cross-entropy of the joint logits.
+
+    Args:
+        logits: Of all modules, one after another, shape (samples, labels), float64.
+        labels: Right joint label of each sample, shape (samples,).
+        sizes: Number of labels of each module.
+        order: For each joint label, its place among the columns of `logits`.
+
+    Returns:
+        Scales, above 0, and biases.
+    """
+    own = logits.split(list(sizes), -1)
+    centers = torch.stack([part.mean() for part in own])
+    spreads = torch.stack([part.std(correction=0) for part in own]).clamp(min=1e-6)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[list(order)]
+    units = (logits[:, list(order)] - centers[owner]) / spreads[owner]
+    fitted = torch.zeros(2, len(sizes), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        joint = fitted[0].exp()[owner] * units + fitted[1][owner]
+        value = F.cross_entropy(joint, labels) + PRIOR * fitted.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    scales = fitted.detach()[0].exp() / spreads
+    return scales.tolist(), (fitted.detach()[1] - scales * centers).tolist()

@@ -1,0 +1,127 @@
+"""the equivalence check: a module's logits equal the parent's under the same static mask.
+
+It holds because a closed neuron adds exactly nothing to what reads it: values and units are masked where they
+are read, q.k dimensions are missing in q and k alike, attention keeps its scale, and the residual stream keeps
+its width, so that every norm sees the statistics that it was trained with. Families in which one of these
+fails would fail silently, so every extraction is checked.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_hf.neurons.trial_inputs import random_inputs
+
+from .base import NeMoPreTrainedModel
+
+EQUIVALENCE_TOLERANCE = 1e-5
+EFFECT_FACTOR = 100
+
+
+class EquivalenceError(RuntimeError):
+    """A module's logits differ from the parent's under the same static mask."""
+
+
+@dataclass(frozen=True)
+class EquivalenceCheck:
+    """Result of a equivalence check, in float32.
+
+    Args:
+        status: `"verified"`, or `"unverified"` where the mask hardly moves the parent's logits, so that
+            equal logits would prove nothing.
+        difference: Largest difference between the module's and the parent's logits.
+        tolerance: 1e-5 times max(1, largest logit of the parent): rounding goes with what the layers compute, however
+            small the logits of the module's own labels come out.
+        effect: Largest difference that the static mask makes to the parent's logits.
+        samples: Number of samples compared.
+    """
+
+    status: str
+    difference: float
+    tolerance: float
+    effect: float
+    samples: int
+
+
+def check_equivalence(
+    parent: NeMoPreTrainedModel,
+    module: NeMoPreTrainedModel,
+    static: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor] | None = None,
+) -> EquivalenceCheck:
+    """Compares a module's logits with the parent's under the module's static mask.
+
+    Args:
+        parent: The parent.
+        module: A module of it; its configuration says its labels.
+        static: Site key to the module's static mask, shape (neurons,).
+        inputs: Model inputs without labels; `None` draws a few random ones.
+
+    Returns:
+        The check, computed in float32 and eval mode with TF32 off.
+
+    Raises:
+        EquivalenceError: If the logits differ by more than the tolerance.
+    """
+    label_ids = module.config.label_ids or []
+    inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    assert parent.masks is not None
+    with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
+        device = exact_parent.device
+        batch = {
+            name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, label_ids]
+        whole = exact_parent(**batch, static_masks=static).logits
+        expected = whole[:, label_ids]
+        got = exact_module(**batch).logits
+    difference = (got - expected).abs().max().item()
+    tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())
+    effect = (opened - expected).abs().max().item()
+    if not difference <= tolerance:  # also when it is not a number
+        raise EquivalenceError(
+            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask "
+            f"by {difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: "
+            "mask less of it, for example NeMoConfig(targets=['ffn']), and report the model type."
+        )
+    status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
+    return EquivalenceCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))
+
+
+@contextmanager
+def as_saved(*models: NeMoPreTrainedModel) -> Iterator[None]:
+    """Lets models run as they would when loaded: in eval mode, in the precision of their weights.
+
+    Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
+    """
+    training = [model.training for model in models]
+    wrapped = [model.__dict__.pop("forward", None) for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was_training, forward in zip(models, training, wrapped, strict=True):
+            model.train(was_training)
+            if forward is not None:
+                model.__dict__["forward"] = forward
+
+
+@contextmanager
+def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
+    """Yields models as saved, in float32 (copies, if they have another dtype), with TF32 off."""
+    precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with as_saved(*models):
+            yield [model if model.dtype == torch.float32 else copy.deepcopy(model).float() for model in models]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -1,0 +1,353 @@
+"""From a plain model to a parent: which layers hold neurons, and how they are cut exactly, found by trying.
+
+Names propose sites; trying decides. A site that the model never runs is left out. Each class of layers takes the
+first pruning mode under which a random cut keeps the equivalence check, on a copy of the
+model with lively random weights.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nemo_hf.config import TARGETS, LabelLike, NeMoConfig
+from nemo_hf.neurons.channel_tracing import find_channels
+from nemo_hf.neurons.patterns import find_heads, find_sites
+from nemo_hf.neurons.sites import (
+    SCATTER_GATED,
+    AttentionSite,
+    NeuronSite,
+    UnsupportedArchitectureError,
+    with_pruning_modes,
+)
+from nemo_hf.neurons.trial_calls import check_runs, first_line, reached_sites, rectified_sites
+from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.user_sites import build_user_sites, model_sites
+from nemo_hf.pruning.plan import static_masks
+
+from .attach import attach_masks, check_plain
+from .base import NeMoPreTrainedModel
+from .equivalence import EFFECT_FACTOR, EQUIVALENCE_TOLERANCE, check_equivalence, exact_float32
+from .extraction import ModulePlan, build_module, read_tensor
+
+logger = logging.getLogger(__name__)
+
+ROUNDING_SHARE = 0.1
+"""Differences below this share of the tolerance are rounding, however little a mask does."""
+ROUNDING_FACTOR = 10
+"""Errors of pruning modes that differ by less than this factor are alike."""
+CLEAR_SHARE = 3e-5
+"""A difference below this share of what the mask does is rounding: the pruning mode is taken at once."""
+POOLED_TOLERANCE = 1e-5
+"""Largest difference of a sample's soft masks in two batches."""
+SPREADS = (0.85, 1.2, 1.7, 2.4)
+"""Spreads of random weights, relative to the inverse root of a layer's inputs, tried one after another."""
+VECTOR_SPREAD = 0.35
+LARGEST_SHARE = 1e-2
+"""A difference above this share is none; between the two the pruning mode with the smallest one is taken."""
+
+
+def make_parent(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig | None = None,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> NeMoPreTrainedModel:
+    """Attaches masks to a plain model and finds, by cutting it at random, the pruning modes that are exact.
+
+    Args:
+        model: A classification model of `transformers`; it becomes part of the parent.
+        nemo_config: The options; `None` takes the defaults.
+        label_groups: Groups in place of `nemo_config.label_groups`.
+        inputs: A few samples to try cuts on; `None` draws random ones.
+
+    Returns:
+        The parent.
+
+    Raises:
+        TypeError: If `model` is not such a model.
+        ValueError: If it has masks already, PEFT adapters, quantized weights or another head, or does not
+            run on the inputs.
+        UnsupportedArchitectureError: If it has no sites, or one that no pruning mode cuts exactly.
+    """
+    nemo_config = nemo_config or NeMoConfig()
+    check_plain(model, nemo_config.hard_masks)
+    find_heads(model, model.config.num_labels or 0)
+    inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    check_runs(model, inputs)
+    traced, reason = _traced_sites(model, nemo_config, inputs)
+    try:
+        parent, found = _tried(model, nemo_config, label_groups, inputs, traced, reason)
+    except UnsupportedArchitectureError as error:
+        exact = [one for one in traced if _is_exact_alone(model, nemo_config, inputs, one)]
+        if len(exact) == len(traced):
+            raise
+        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, len(traced) - len(exact))
+        parent, found = _tried(model, nemo_config, label_groups, inputs, exact, reason)
+    gated = [site.key for site in parent.sites if site.pruning_mode == SCATTER_GATED.name and not site.is_gated_only]
+    if nemo_config.sites is not None and gated:
+        logger.warning(
+            "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
+            "where something between source and output reads them all; else look for a layer in the wrong place.",
+            gated,
+        )
+    kinds = {site.kind for site in parent.sites}
+    # No model has all kinds of neurons; those that were asked for by name, or found, are missed.
+    if kinds != ({site.kind for site in found} if tuple(nemo_config.targets) == TARGETS else set(nemo_config.targets)):
+        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
+    return parent
+
+
+def _tried(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None,
+    inputs: Mapping[str, Tensor],
+    traced: Sequence[Mapping[str, Any]],
+    reason: str,
+) -> tuple[NeMoPreTrainedModel, list[NeuronSite]]:
+    """The parent with pruning modes that are exact, and all sites that were found."""
+    found = model_sites(model, nemo_config, traced, reason)
+    reached = reached_sites(model, found, inputs)
+    if not reached:
+        raise UnsupportedArchitectureError(
+            f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
+            "without calling these layers; expected layers that are called. Choose another architecture."
+        )
+    if not nemo_config.has_generators:
+        found = reached = rectified_sites(model, reached, inputs)
+    parent = attach_masks(model, nemo_config, label_groups, reached)
+    try:
+        twin = _lively_twin(parent, inputs)
+        _find_pruning_modes(twin, inputs)
+        _check_samples(twin, inputs)
+        parent.set_sites(twin.sites)
+        share, failure = _trial(parent, inputs, parent.sites)
+        if share > LARGEST_SHARE:
+            raise _refusal(parent, parent.sites[0], f"the model's own weights show an error ({failure})")
+    except BaseException:  # also when the user interrupts: the plain model is given back as it was
+        parent.detach_masks()
+        raise
+    return parent, found
+
+
+def _is_exact_alone(
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], traced: Mapping[str, Any]
+) -> bool:
+    """Whether channels that were found can be cut when nothing else is."""
+    parent = attach_masks(model, nemo_config, None, build_user_sites(model, traced))
+    try:
+        return _trial(_lively_twin(parent, inputs), inputs, parent.sites)[0] <= LARGEST_SHARE
+    finally:
+        parent.detach_masks()
+
+
+def _traced_sites(
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor]
+) -> tuple[list[dict[str, Any]], str]:
+    """Descriptions of channels that can be cut, as far as they are wanted, and why others can't."""
+    if "conv" not in nemo_config.targets or nemo_config.sites is not None:
+        return [], ""
+    found = find_channels(model, inputs, find_sites(model, nemo_config.targets, None))
+    return found.sites, found.told
+
+
+def _lively_twin(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
+    """A copy with random weights, large enough for each kind of neurons to move the logits visibly.
+
+    What is exact must not depend on the weights: fresh ones hide errors, as norms that do nothing yet do.
+    """
+    best: tuple[float, NeMoPreTrainedModel] | None = None
+    for spread in SPREADS:
+        # Through training mode, in which models drop what they keep of their weights (LeViT's position biases).
+        twin: NeMoPreTrainedModel = copy.deepcopy(parent).float().train().eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in twin.model.parameters():
+            width = parameter[0].numel() if parameter.ndim > 1 else 1
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise * (spread * width**-0.5 if parameter.ndim > 1 else VECTOR_SPREAD * spread))
+        parts = dict.fromkeys((site.kind, part) for site in twin.sites for part in site.parts)
+        effect = min(_relative_effect(twin, inputs, kind, part) for kind, part in parts)
+        if best is None or effect > best[0]:
+            best = (effect, twin)
+        if effect > EFFECT_FACTOR:
+            break
+    assert best is not None
+    return best[1]
+
+
+@torch.no_grad()
+def _relative_effect(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], kind: str, part: str) -> float:
+    """What closing about half of some neurons does to the logits, in tolerances of the equivalence check."""
+    assert parent.masks is not None
+    keep = random_keep(parent.sites, {site.key for site in parent.sites if site.kind == kind}, part)
+    masked, opened = _logits(parent, inputs, static_masks(parent.sites, keep), parent.masks.open_masks())
+    effect = (masked - opened).abs().max().item() / (EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item()))
+    return effect if math.isfinite(effect) else 0.0
+
+
+def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    if all(_trial(parent, inputs, part)[0] < CLEAR_SHARE for part in (*_kinds(parent), parent.sites)):
+        return
+    for part in _alike(parent):
+        trials = []
+        for pruning_mode in part[0].pruning_modes:
+            parent.set_sites(with_pruning_modes(parent.sites, {site.key: pruning_mode.name for site in part}))
+            trials.append((*_trial(parent, inputs, part), pruning_mode.name))
+            if trials[-1][0] < CLEAR_SHARE:
+                break
+        least, failure, _ = min(trials)
+        if least > LARGEST_SHARE:
+            raise _refusal(parent, part[0], f"no pruning mode cuts them exactly ({failure})")
+        # Among those whose error is rounding alike, the one with the smallest modules.
+        name = next(name for share, _, name in trials if share <= max(CLEAR_SHARE, ROUNDING_FACTOR * least))
+        parent.set_sites(with_pruning_modes(parent.sites, {site.key: name for site in part}))
+
+
+def _kinds(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
+    """Sites by kind, if there are several: the effect of one kind could hide an error of the other."""
+    kinds = dict.fromkeys(site.kind for site in parent.sites)
+    return [[s for s in parent.sites if s.kind == kind] for kind in kinds] if len(kinds) > 1 else []
+
+
+def _alike(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
+    """Sites in layers of the same class, which share a pruning mode."""
+    groups: dict[Any, list[NeuronSite]] = {}
+    for site in parent.sites:
+        layer = type(parent.model.get_submodule(site.name))
+        groups.setdefault((site.kind, layer, site.pruning_modes), []).append(site)
+    return list(groups.values())
+
+
+def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
+    """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed.
+
+    Of attention, q and k are tried alone as well: their effect is smaller than that of v, which could hide it.
+    """
+    worst = _trial_of_part(parent, inputs, sites, None)
+    if all(isinstance(site, AttentionSite) for site in sites):
+        worst = max(worst, _trial_of_part(parent, inputs, sites, "query_key"))
+    return worst
+
+
+def _trial_of_part(
+    parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite], part: str | None
+) -> tuple[float, str]:
+    keep = random_keep(parent.sites, {site.key for site in sites if part is None or part in site.parts}, part)
+    static = static_masks(parent.sites, keep)
+    if not parent.nemo_config.hard_masks:
+        generator = torch.Generator().manual_seed(1)
+        static = {key: mask * (0.5 + 0.5 * torch.rand(mask.shape, generator=generator)) for key, mask in static.items()}
+    ids = list(parent.config.names)
+    # The last label before the first: a cut head shows whether it is the head.
+    plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, None, 0.5, {site.key: [] for site in parent.sites})
+    try:
+        module = build_module(type(parent), parent, plan, partial(read_tensor, parent.model.state_dict()))
+        module.to(parent.device)  # type: ignore[arg-type]
+        check = check_equivalence(parent, module, plan.static, inputs)
+    except Exception as error:
+        return math.inf, first_line(error)
+    if len(sites) == len(parent.sites) and part is None:
+        parent.config.equivalence = asdict(check)
+    # A mask without effect shows nothing; the status of the check then says so.
+    wrong = max(0.0, check.difference - ROUNDING_SHARE * check.tolerance)
+    share = wrong / check.effect if check.effect else math.inf if wrong else 0.0
+    return share, f"{check.difference:.1e} of {check.effect:.1e}"
+
+
+def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """Draws kept neurons to try a cut with: about half of each chosen site, and no values of its first head.
+
+    Args:
+        sites: The sites.
+        chosen: Keys of those that are cut; the others keep all.
+        part: The only part of these that is cut; `None` cuts all parts.
+
+    Returns:
+        Site key to part to kept neurons.
+    """
+    generator = torch.Generator().manual_seed(0)
+    keep: dict[str, dict[str, Tensor]] = {}
+    for site in sites:
+        kept = {name: torch.rand(size, generator=generator) < 0.5 for name, size in site.parts.items()}
+        if isinstance(site, AttentionSite) and site.key_value_heads > 1:
+            kept["value"][: site.value_dim] = False
+            if not site.is_rotary:
+                kept["query_key"][: site.query_key_dims] = False
+        if isinstance(site, AttentionSite):  # no head stays whole, or its width would show nothing
+            for head in range(site.key_value_heads):
+                kept["value"][head * site.value_dim + head % site.value_dim] = False
+            for head in range(site.query_key_heads):
+                kept["query_key"][head * site.query_key_dims + head % site.query_key_dims] = False
+        if part == "query_key" and isinstance(site, AttentionSite):
+            # Every other one, in turn from head to head: no two neighbours or partners are closed by chance.
+            order = torch.arange(site.parts[part])
+            kept[part] = order % 2 != order // site.query_key_dims % 2
+        whole = [name for name in kept if site.key not in chosen or part not in (None, name)]
+        kept.update({name: torch.ones_like(kept[name]) for name in whole})
+        keep[site.key] = {name: mask.nonzero().squeeze(-1) for name, mask in kept.items()}
+    return keep
+
+
+@torch.no_grad()
+def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Refuses models whose masks do nothing, or in which the mask of one sample reaches the logits of another."""
+    samples = len(next(iter(inputs.values())))
+    if samples == 1:
+        return
+    assert parent.masks is not None
+    first = torch.arange(samples, device=parent.device) == 0
+    effects: dict[str, float] = {}
+    for kind, part in dict.fromkeys((site.kind, part) for site in parent.sites for part in site.parts):
+        chosen = [site for site in parent.sites if site.kind == kind]
+        keep = random_keep(parent.sites, {site.key for site in chosen}, part)
+        static = {key: mask.to(parent.device) for key, mask in static_masks(parent.sites, keep).items()}
+        mixed = {key: torch.where(first[:, None], mask, 1.0) for key, mask in static.items()}
+        masked, opened, got = _logits(parent, inputs, static, parent.masks.open_masks(), mixed)
+        expected = torch.where(first.view(-1, *(1,) * (masked.ndim - 1)), masked, opened)
+        effect = (masked - opened).abs().max().item()
+        effects[kind] = max(effects.get(kind, 0.0), effect)
+        rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
+        if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
+            raise _refusal(parent, chosen[0], "the mask of one sample reaches the logits of another")
+    _check_pooled(parent, inputs)
+    for kind, effect in effects.items():
+        if effect == 0 and bool((opened != opened[:1]).any()):
+            site = next(site for site in parent.sites if site.kind == kind)
+            raise _refusal(parent, site, "closing half of them leaves all logits as they are, so no cut can be checked")
+
+
+def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Refuses sites whose pooled input mixes samples: the mask of one then depends on the others."""
+    given = {name: value.to(parent.device) for name, value in inputs.items()}
+    others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
+    masks, changed = (parent(**batch, output_neuron_masks=True).neuron_masks for batch in (given, others))
+    for site in parent.sites:
+        own = masks[site.key][0]
+        if (own - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE * max(1.0, own.max().item()):
+            raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")
+
+
+def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
+    with exact_float32(parent) as (exact,):
+        batch = {
+            name: value.to(exact.device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        return [exact(**batch, static_masks=static).logits for static in masks]
+
+
+def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:
+    other = sorted({other.kind for other in parent.sites} - {site.kind})
+    model_type = getattr(parent.config.base_config, "model_type", "?")
+    return UnsupportedArchitectureError(
+        f"Got model type {model_type!r}, whose {site.kind} neurons in {site.name!r} can't be cut: {reason}. "
+        + (f"Leave them whole with NeMoConfig(targets={other})." if other else "Choose another architecture.")
+    )

@@ -1,0 +1,210 @@
+"""Files beside a model, in a directory or a repository of the Hub: found, compared with checksums, bounded in size.
+
+They may come from a stranger. Paths don't leave their folder, and nothing is unpickled or run.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+from transformers.utils.hub import cached_file
+
+from .config_checks import is_companion, is_report, leaves
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "report.json"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Usual files of tokenizers, image processors and feature extractors, where a configuration names none."""
+LARGEST_JSON = 16 * 2**20
+LARGEST_COMPANION = 512 * 2**20
+"""Bytes of a tokenizer or image processor's file."""
+ALWAYS_CHECKED = 2**20
+"""Bytes up to which a file from the Hub is compared with its checksum at every load, not only when it arrives."""
+CLOCK_TOLERANCE = 2.0
+"""Seconds by which the clocks of a file system and of this machine may differ."""
+
+
+def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> Path | None:
+    """Finds a file of a local directory or a Hub repository (through the ordinary cache).
+
+    Args:
+        source: The directory or repository id.
+        name: File name.
+        hub_options: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
+
+    Returns:
+        Its local path, or `None` if there is no such file.
+
+    Raises:
+        OSError: If it can't be fetched, or arrives damaged.
+        ValueError: If the path leads out of the directory or repository.
+    """
+    inner = Path(hub_options.get("subfolder") or "", name)
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(
+            f"Got the path {str(inner)!r}; expected one inside {str(source)!r}. Name a file or folder there."
+        )
+    if Path(source).is_dir():
+        path = Path(source, inner)
+        return path if path.is_file() else None
+    started = time.time()
+    try:
+        found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_options)
+    except Exception as error:  # of the HTTP library, if a connection breaks
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, HfHubHTTPError):
+            raise
+        raise OSError(f"Could not fetch {name!r} of {str(source)!r}: {error!r}. Try again.") from error
+    if not found:
+        return None
+    check_content(Path(found), started - CLOCK_TOLERANCE)
+    return Path(found)
+
+
+def check_content(path: Path, since: float) -> None:
+    """Compares a file of the Hub's cache with its checksum, by which the cache names it.
+
+    `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer.
+
+    Args:
+        path: The file; of one that is no link into the cache's blobs no checksum is known.
+        since: Time in seconds since the epoch; older files count as checked, unless they are small.
+
+    Raises:
+        OSError: If the content is another one; the file is then removed from the cache.
+    """
+    blob = path.resolve()
+    known, about = blob.name, blob.stat()
+    if blob.parent.name != "blobs" or (about.st_mtime < since and about.st_size > ALWAYS_CHECKED):
+        return
+    if re.fullmatch("[0-9a-f]{64}", known):
+        starts = [hashlib.sha256()]
+    elif re.fullmatch("[0-9a-f]{40}", known):  # of git, which hashes a heading first, or of a mirror
+        starts = [
+            hashlib.sha1(b"blob %d\0" % about.st_size, usedforsecurity=False),
+            hashlib.sha1(usedforsecurity=False),
+        ]
+    else:
+        return
+    with blob.open("rb") as file:
+        while part := file.read(2**20):
+            for start in starts:
+                start.update(part)
+    if known not in [start.hexdigest() for start in starts]:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise OSError(
+            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected an undamaged "
+            "download. It was removed from the cache: load again."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that may come from a stranger.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The mapping that it holds.
+
+    Raises:
+        OSError: If it is too large, no JSON, no mapping or nested too deep.
+    """
+    size = path.stat().st_size
+    problem = f"{size} bytes" if size > LARGEST_JSON else ""
+    try:
+        data = None if problem else json.loads(path.read_bytes())
+        problem = problem or ("" if isinstance(data, dict) else f"a {type(data).__name__}")
+        for _ in leaves(data):
+            pass
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem or not isinstance(data, dict):
+        raise OSError(
+            f"Got {str(path)!r} with {problem}; expected a JSON mapping of at most {LARGEST_JSON} bytes. "
+            "Save or download it again."
+        )
+    return data
+
+
+def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
+    """Names of a processor's files that a configuration records, so that loading reads just these.
+
+    Args:
+        files: The files by name.
+
+    Returns:
+        The names in order, without those of code, weights and the model's own files; `None` if there are no files.
+    """
+    return sorted(filter(is_companion, files)) if files else None
+
+
+def read_companions(
+    source: str | Path, hub_options: Mapping[str, Any], names: Sequence[str] | None = None
+) -> tuple[dict[str, bytes], dict[str, Any] | None]:
+    """Reads the processor's files and the report that lie beside a model's weights.
+
+    Args:
+        source: Directory or Hub repository.
+        hub_options: Options of the Hub, such as `revision`.
+        names: Names of the processor's files; `None` looks for the usual ones.
+
+    Returns:
+        The content of the processor's files by name, without those that are missing, and the report or `None`.
+        A report that is none of a parent or module is left out with a warning: the model runs without.
+
+    Raises:
+        OSError: If a file is too large, can't be fetched or arrives damaged, or the report is no JSON mapping.
+    """
+    names = PROCESSOR_FILES if names is None else names
+    paths = {name: find_file(source, name, hub_options) for name in names}
+    for name, path in paths.items():
+        if path and path.stat().st_size > LARGEST_COMPANION:
+            raise OSError(
+                f"Got {name!r} of {path.stat().st_size} bytes in {str(source)!r}; expected {LARGEST_COMPANION} "
+                "at most. Save the processor again."
+            )
+    path = find_file(source, REPORT_NAME, hub_options)
+    report = read_json(path) if path else None
+    if report is not None and not is_report(report):
+        logger.warning(
+            "Got a %s in %r that is no report of a parent or module; expected the numbers that evaluation writes. "
+            "It is left out: evaluate the model again.",
+            REPORT_NAME,
+            str(source),
+        )
+        report = None
+    return {name: found.read_bytes() for name, found in paths.items() if found}, report
+
+
+def hub_name(source: str | None) -> str | None:
+    """Returns the name of a Hub repository as it is, and `None` for anything that may be a local path."""
+    if not source or Path(source).exists():
+        return None
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return None
+    return source

@@ -1,0 +1,1 @@
+"""Where a model's neurons are, and masks on them."""

@@ -1,0 +1,403 @@
+"""Neuron sites as data: which layers produce a site's neurons, which layer reads them, and what is pooled."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from transformers.pytorch_utils import Conv1D
+
+CHANNEL_NORMS = (_BatchNorm, _InstanceNorm)
+"""Norms that treat each channel by itself."""
+PAD = -1
+"""Index of a row or column of zeros."""
+
+
+class UnsupportedArchitectureError(ValueError):
+    """A model whose neurons can't be masked and cut exactly; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class PruningMode:
+    """How modules are cut at a site.
+
+    Args:
+        name: Name in configurations.
+        is_scattered: Whether layers keep their outer shape, with zeros where nothing is computed; if not,
+            they get smaller.
+        drops_heads: Dense attention: whether heads without values go, or stay as zeros.
+        rescales: Dense attention: whether q takes up sqrt(new width / old width) of a head, where the layer
+            computes its softmax scale from the width that it finds.
+        is_gated: Whether the parent's masks close q, k, v or units already where they are produced, because
+            something between there and the output projection reads them all (norms, partial rotations).
+    """
+
+    name: str
+    is_scattered: bool = False
+    drops_heads: bool = False
+    rescales: bool = False
+    is_gated: bool = False
+
+
+DENSE = PruningMode("dense", drops_heads=True)
+SCATTER = PruningMode("scatter", is_scattered=True)
+SCATTER_GATED = PruningMode("scatter-gated", is_scattered=True, is_gated=True)
+DENSE_ATTENTION = (
+    DENSE,
+    PruningMode("dense-rescaled", drops_heads=True, rescales=True),
+    PruningMode("dense-heads-kept"),
+    PruningMode("dense-heads-kept-rescaled", rescales=True),
+    PruningMode("dense-heads-kept-gated", is_gated=True),
+    PruningMode("dense-heads-kept-rescaled-gated", rescales=True, is_gated=True),
+)
+"""Dense pruning modes of attention, in the order in which they are tried."""
+PRUNING_MODES = {pruning_mode.name: pruning_mode for pruning_mode in (*DENSE_ATTENTION, SCATTER, SCATTER_GATED)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Outputs of a layer that are neurons: consecutive ones, or as many out of each share of the layer.
+
+    Args:
+        layer: Path of the layer.
+        start: First output, in the layer or in each share.
+        size: Number of outputs.
+        outputs: Number of all outputs of the layer; 0: no others than these.
+        shares: Number of equal shares of the layer, such as heads whose q, k and v lie side by side; 1 if
+            the outputs are consecutive.
+    """
+
+    layer: str
+    start: int
+    size: int
+    outputs: int = 0
+    shares: int = 1
+
+    @property
+    def layer_outputs(self) -> int:
+        """Number of all outputs of the layer."""
+        return self.outputs or self.size
+
+    def indices(self, kept: Tensor) -> Tensor:
+        """Turns numbers of these outputs, or `PAD`, into the layer's own: same shape."""
+        each = self.size // self.shares
+        share = self.layer_outputs // self.shares
+        return torch.where(kept == PAD, PAD, self.start + kept // each * share + kept % each)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Spreads factors (..., size) over all outputs of the layer, 1 where there are none of these."""
+        each, share = self.size // self.shares, self.layer_outputs // self.shares
+        if each == share:
+            return values
+        by_share = values.unflatten(-1, (self.shares, each))
+        return F.pad(by_share, (self.start, share - self.start - each), value=1.0).flatten(-2)
+
+
+@dataclass(frozen=True)
+class NeuronSite:
+    """Neurons that share one mask generator.
+
+    Args:
+        name: Path of the block that holds the site; unique with `kind`.
+        pooled: Path of the layer at which the input is pooled.
+        pooled_output: Whether the output of `pooled` is taken instead of its input (where the feed-forward
+            part is called in chunks, its own input is only a share of the sequence).
+        in_features: Width of the pooled input.
+        output: Path of the layer that reads the neurons.
+        pruning_mode: How modules are cut here, one of `pruning_modes`.
+        is_gated_only: Whether a structure between producers and `output` rules out all but gated pruning modes.
+        least_width: 1 where a layer of a dense cut can't have no neurons, else 0.
+    """
+
+    name: str
+    pooled: str
+    in_features: int
+    output: str
+    pooled_output: bool = field(default=False, kw_only=True)
+    pruning_mode: str = field(default="", kw_only=True)
+    is_gated_only: bool = field(default=False, kw_only=True)
+    least_width: int = field(default=0, kw_only=True)
+
+    kind = ""
+
+    def __post_init__(self) -> None:
+        if not self.pruning_mode:
+            object.__setattr__(self, "pruning_mode", self.pruning_modes[0].name)
+
+    @property
+    def key(self) -> str:
+        """Name that is unique in the model, also as a key in files."""
+        return f"{self.name}:{self.kind}"
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Number of neurons by part, in the order in which the mask holds them."""
+        raise NotImplementedError
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons, the width of the mask."""
+        return sum(self.parts.values())
+
+    @property
+    def pruning_modes(self) -> tuple[PruningMode, ...]:
+        """Pruning modes that may be exact here, the one with the smallest modules first."""
+        raise NotImplementedError
+
+    @property
+    def cut_by(self) -> PruningMode:
+        """The pruning mode."""
+        return PRUNING_MODES[self.pruning_mode]
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Paths of all layers that read the neurons, in the order in which they run."""
+        return (self.output,)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a configuration says of the site: key and pruning mode, and what can't be found by name."""
+        return {"key": self.key, "pruning_mode": self.pruning_mode}
+
+    def read_mask(self, mask: Tensor) -> Tensor:
+        """Spreads a mask (..., neurons) over what `output` reads: (..., its in_features)."""
+        return mask
+
+    def input_scale(self, reader: str, mask: Tensor) -> Tensor:
+        """Spreads a mask (neurons,) over all inputs of one of `readers`."""
+        return self.read_mask(mask)
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:
+        """The outputs that hold neurons, each with its part: `"query"`, `"key"`, `"value"` or `"units"`."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> set[str]:
+        """Paths of all layers that the site names."""
+        return {self.pooled, *self.readers, *(rows.layer for rows, _ in self.produced())}
+
+    def part_mask(self, part: str, mask: Tensor) -> Tensor:
+        """Spreads a mask (..., neurons) over the rows of a part of `produced`."""
+        return mask
+
+
+@dataclass(frozen=True)
+class FeedForwardSite(NeuronSite):
+    """Intermediate units of a feed-forward part; with a GLU, of its gate and up projections together.
+
+    Args:
+        producers: Rows of the layers that make the units.
+    """
+
+    producers: tuple[Rows, ...] = ()
+
+    kind = "ffn"
+
+    @property
+    def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
+        return {"intermediate": self.producers[0].size}
+
+    @property
+    def pruning_modes(self) -> tuple[PruningMode, ...]:  # noqa: D102 - inherited
+        return (SCATTER_GATED,) if self.is_gated_only else (DENSE, SCATTER, SCATTER_GATED)
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
+        return tuple((rows, "units") for rows in self.producers)
+
+
+@dataclass(frozen=True)
+class ChannelSite(NeuronSite):
+    """Channels of convolutions, which some layers make, others pass on one by one, and others read.
+
+    A neuron is a channel, or a whole group of them where a grouped convolution lies between. Masks close it where
+    it is read, behind norms and activations: a norm's bias would revive a channel that is closed before it.
+
+    Args:
+        channels: Number of channels.
+        size: Number of neurons.
+        producers: Paths of the convolutions (or linear layers) that make the channels; several where their
+            results are added, or multiplied (squeeze-and-excite).
+        passing: Paths of the norms and grouped convolutions that the channels pass through.
+        read_by: Paths of the layers that read the channels, each with its number of inputs.
+    """
+
+    channels: int = 0
+    size: int = 0
+    producers: tuple[str, ...] = ()
+    passing: tuple[str, ...] = ()
+    read_by: tuple[tuple[str, int], ...] = ()
+
+    kind = "conv"
+
+    @property
+    def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
+        return {"channels": self.size}
+
+    @property
+    def pruning_modes(self) -> tuple[PruningMode, ...]:  # noqa: D102 - inherited
+        return (DENSE,)
+
+    @property
+    def readers(self) -> tuple[str, ...]:  # noqa: D102 - inherited
+        return tuple(path for path, _ in self.read_by)
+
+    @property
+    def entry(self) -> dict[str, Any]:  # noqa: D102 - inherited
+        described = {"producers": list(self.producers), "passing": list(self.passing), "readers": list(self.readers)}
+        return {**super().entry, "site": {"kind": self.kind, **described}}
+
+    @property
+    def layers(self) -> set[str]:  # noqa: D102 - inherited
+        return {*super().layers, *self.passing}
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
+        return tuple((Rows(path, 0, self.channels), "units") for path in self.producers)
+
+    def part_mask(self, part: str, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        return spread(mask, self.channels)
+
+    def input_scale(self, reader: str, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        return spread(mask, dict(self.read_by)[reader])
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Layers whose outputs are the channels, and how many outputs belong to a neuron."""
+        return dict.fromkeys((*self.producers, *self.passing), self.channels // self.size)
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Layers whose inputs are the channels, and how many inputs belong to a neuron."""
+        return {path: width // self.size for path, width in self.read_by}
+
+
+@dataclass(frozen=True)
+class AttentionSite(NeuronSite):
+    """Dimensions of an attention block: those of q and k together, and those of v.
+
+    Args:
+        query: Rows of q. `key_rows` and `value` likewise.
+        heads: Number of query heads; `key_value_heads` of them are shared under grouped-query attention.
+        head_dim: Width of a head's q and k.
+        is_rotary: Whether q and k are rotated, which ties dimension j to j + head_dim / 2. A q.k neuron is
+            then a frequency, the same pair in all heads: they read one table of angles.
+        head_dim_attribute: Attribute of the attention layer that says the width of a head, or `None`.
+        width_attributes: Attributes of the layer that hold heads times head width.
+        head_tensors: Paths of other parameters whose last dimension counts the heads.
+    """
+
+    query: Rows = Rows("", 0, 0)
+    key_rows: Rows = Rows("", 0, 0)
+    value: Rows = Rows("", 0, 0)
+    heads: int = 1
+    key_value_heads: int = 1
+    head_dim: int = 1
+    is_rotary: bool = False
+    head_dim_attribute: str | None = None
+    width_attributes: tuple[str, ...] = ()
+    head_tensors: tuple[str, ...] = ()
+
+    kind = "attention"
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's v."""
+        return self.value.size // self.key_value_heads
+
+    @property
+    def query_key_heads(self) -> int:
+        """Number of heads that have q.k neurons of their own."""
+        return 1 if self.is_rotary else self.key_value_heads
+
+    @property
+    def query_key_dims(self) -> int:
+        """Number of q.k neurons of each of these: dimensions, or frequencies."""
+        return self.head_dim // 2 if self.is_rotary else self.head_dim
+
+    @property
+    def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
+        return {"query_key": self.query_key_heads * self.query_key_dims, "value": self.value.size}
+
+    @property
+    def pruning_modes(self) -> tuple[PruningMode, ...]:  # noqa: D102 - inherited
+        if self.is_gated_only:
+            return (SCATTER_GATED,)
+        rows: dict[str, int] = {}
+        for part, _ in self.produced():
+            rows[part.layer] = rows.get(part.layer, 0) + part.size
+        lies_apart = all(part.shares == 1 and rows[part.layer] == part.layer_outputs for part, _ in self.produced())
+        can_be_dense = lies_apart and self.value_dim == self.head_dim
+        return (*(DENSE_ATTENTION if can_be_dense else ()), SCATTER, SCATTER_GATED)
+
+    def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
+        return ((self.query, "query"), (self.key_rows, "key"), (self.value, "value"))
+
+    def part_mask(self, part: str, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        if part == "value":
+            return mask[..., self.parts["query_key"] :]
+        mask = mask[..., : self.parts["query_key"]]
+        if self.is_rotary:
+            halves = 2 * (self.heads if part == "query" else self.key_value_heads)
+            return torch.cat([mask for _ in range(halves)], -1)
+        return self._shared(mask) if part == "query" else mask
+
+    def read_mask(self, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
+        return self._shared(self.part_mask("value", mask))
+
+    def _shared(self, mask: Tensor) -> Tensor:
+        """Gives each query head the mask of its key/value head: (..., key_value_heads x dims)."""
+        by_head: Tensor = mask.unflatten(-1, (self.key_value_heads, -1))
+        return by_head.repeat_interleave(self.heads // self.key_value_heads, -2).flatten(-2)
+
+
+def with_pruning_modes(sites: Sequence[NeuronSite], pruning_modes: Mapping[str, str]) -> list[NeuronSite]:
+    """Applies the pruning modes that were found exact for a model.
+
+    Args:
+        sites: The model's sites.
+        pruning_modes: Site key to the name of a pruning mode; sites that are not named stay as they are.
+
+    Returns:
+        The sites, in order.
+
+    Raises:
+        ValueError: If a site can't have the pruning mode that is named.
+    """
+    changed = []
+    for site in sites:
+        wanted = pruning_modes.get(site.key, site.pruning_mode)
+        possible = [pruning_mode.name for pruning_mode in site.pruning_modes]
+        if wanted not in possible:
+            raise ValueError(
+                f"Got the pruning mode {wanted!r} for {site.key!r}; expected one of {possible}. "
+                "The config.json is damaged or of another version: save the model again."
+            )
+        changed.append(replace(site, pruning_mode=wanted))
+    return changed
+
+
+def spread(values: Tensor, width: int) -> Tensor:
+    """Repeats each of (..., neurons) values for its share of consecutive inputs or outputs: (..., width)."""
+    return values if values.shape[-1] == width else values.repeat_interleave(width // values.shape[-1], -1)
+
+
+def neuron_dim(layer: nn.Module) -> int:
+    """Dimension that counts the neurons in what a layer reads: of images (batch, channels, height, width) that is 1."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
+
+
+def layer_features(layer: nn.Module) -> tuple[int, int] | None:
+    """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
+
+    Subclasses count only if they belong to a model of `transformers` or timm: quantized and adapter layers hold
+    weights that can't be cut by row.
+    """
+    if type(layer) is Conv1D:
+        return layer.nx, layer.nf
+    is_plain = type(layer) is nn.Linear or type(layer).__module__.startswith(("transformers.models.", "timm."))
+    if is_plain and isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return None

@@ -1,0 +1,1 @@
+"""From scores to smaller layers, as pure functions: plan, cut, resize, slice."""

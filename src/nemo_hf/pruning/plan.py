@@ -1,0 +1,153 @@
+"""From relevance to what a module keeps, as pure functions of tensors."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_hf.neurons.masks import NeuronMasks
+from nemo_hf.neurons.sites import AttentionSite, NeuronSite
+
+RELEVANCE_SCALE = 255
+"""Relevance is stored as round(255 f), f the share of a group's samples that open a neuron."""
+
+
+def is_relevant(relevance: Tensor, threshold: float) -> Tensor:
+    """Says which stored relevances reach a threshold; the threshold is rounded as they were.
+
+    Args:
+        relevance: uint8, any shape.
+        threshold: Share of a group's samples, in (0, 1].
+
+    Returns:
+        Boolean, of the same shape.
+    """
+    return relevance >= int((torch.tensor(threshold, dtype=torch.float32) * RELEVANCE_SCALE).round())
+
+
+def plan_module(
+    sites: Sequence[NeuronSite],
+    relevance: Mapping[str, Tensor],
+    groups: Sequence[int],
+    threshold: float,
+    round_to: int | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Chooses the neurons that a module for some groups keeps.
+
+    Args:
+        sites: The parent's sites.
+        relevance: Site key to relevance, uint8, shape (groups, neurons).
+        groups: Indices of the module's groups.
+        threshold: Neurons that at least this share of some group's samples open are kept, in (0, 1].
+        round_to: Widths are filled up to multiples of this with the next most relevant neurons; empty
+            sites and empty heads stay empty. `None` keeps exactly the neurons over the threshold.
+
+    Returns:
+        Site key to part to kept neurons, sorted, int64.
+
+    Raises:
+        ValueError: If no neuron of any site is kept, or `round_to` is not positive.
+
+    References:
+        NeMo (arXiv 2508.11348), module generation; the paper's threshold is .9.
+    """
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"Got round_to={round_to!r}; expected None or a positive integer such as 8 or 16.")
+    plan = {}
+    for site in sites:
+        scores = relevance[site.key][list(groups)].amax(0).to("cpu", torch.int64)
+        parts = dict(zip(site.parts, scores.split(list(site.parts.values())), strict=True))
+        kept = {name: is_relevant(part, threshold) for name, part in parts.items()}
+        if isinstance(site, AttentionSite):
+            # Without values a head adds nothing, whatever it attends to.
+            alive = kept["value"].view(site.key_value_heads, -1).any(-1, keepdim=True)
+            alive = alive.any(0, keepdim=True) if site.is_rotary else alive
+            kept["query_key"] = (kept["query_key"].view(site.query_key_heads, -1) & alive).flatten()
+        if round_to:
+            _fill(site, kept, parts, round_to)
+        plan[site.key] = {name: part.nonzero().squeeze(-1) for name, part in kept.items()}
+    if not any(len(index) for keep in plan.values() for index in keep.values()):
+        raise ValueError(
+            f"Got a relevance that opens no neuron at the threshold {threshold}; expected at least one. "
+            "Lower the threshold, or train with a smaller sparsity_weight."
+        )
+    return plan
+
+
+def _fill(site: NeuronSite, kept: dict[str, Tensor], scores: Mapping[str, Tensor], round_to: int) -> None:
+    if not isinstance(site, AttentionSite) or site.cut_by.is_scattered:
+        for name, part in kept.items():
+            kept[name] = _most_relevant(part, scores[name], _rounded(int(part.sum()), round_to, len(part)))
+        return
+    # Dense heads are padded to the widest one: fill them with neurons instead, all to one rounded width.
+    heads = {"query_key": site.query_key_heads, "value": site.key_value_heads}
+    by_head = {name: part.view(heads[name], -1).clone() for name, part in kept.items()}
+    alive = by_head["value"].any(-1)
+    if not bool(alive.any()):
+        return
+    # A frequency of a rotary head is two of its dimensions.
+    dims = {"query_key": 2 if site.is_rotary else 1, "value": 1}
+    living = alive.nonzero().flatten().tolist()
+    open_heads = {name: living if len(part) == len(alive) else [0] for name, part in by_head.items()}
+    widest = max(dims[name] * int(part[open_heads[name]].sum(-1).max()) for name, part in by_head.items())
+    width = _rounded(widest, math.lcm(round_to, dims["query_key"]), site.head_dim)
+    for name, part in by_head.items():
+        for head in open_heads[name]:
+            part[head] = _most_relevant(part[head], scores[name].view_as(part)[head], width // dims[name])
+        kept[name] = part.flatten()
+
+
+def _rounded(count: int, multiple: int, most: int) -> int:
+    return min(most, -(-count // multiple) * multiple)
+
+
+def _most_relevant(kept: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The kept neurons and the next most relevant ones, `count` in all; ties go to the lower index."""
+    order = torch.where(kept, scores + RELEVANCE_SCALE + 1, scores).argsort(descending=True, stable=True)
+    filled = torch.zeros_like(kept)
+    filled[order[:count]] = True
+    return filled
+
+
+def static_masks(sites: Sequence[NeuronSite], plan: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Turns a plan into the static masks that a module computes under.
+
+    Args:
+        sites: The parent's sites.
+        plan: Site key to part to kept neurons.
+
+    Returns:
+        Site key to 0/1 masks, float32, shape (neurons,).
+    """
+    masks = {}
+    for site in sites:
+        parts = []
+        for name, size in site.parts.items():
+            part = torch.zeros(size)
+            part[plan[site.key][name]] = 1.0
+            parts.append(part)
+        masks[site.key] = torch.cat(parts)
+    return masks
+
+
+def retained_neurons(sites: Sequence[NeuronSite], plan: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """Neuron retention rate of a plan: kept neurons over all neurons that masks reach."""
+    kept = sum(len(index) for keep in plan.values() for index in keep.values())
+    return kept / sum(site.neurons for site in sites)
+
+
+def module_masks(masks: NeuronMasks, groups: Tensor | slice, threshold: float) -> dict[str, Tensor]:
+    """Returns the static masks of the module that the relevance says now.
+
+    Args:
+        masks: The parent's masks.
+        groups: Indices of the module's groups, or a slice of them.
+        threshold: Share of a group's samples that must open a neuron.
+
+    Returns:
+        Site key to 0/1 masks, float32, shape (neurons,).
+    """
+    return {
+        key: is_relevant(relevance[groups].amax(0), threshold).float() for key, relevance in masks.relevance().items()
+    }

@@ -1,0 +1,1 @@
+"""Training with neuron masks: trainer, losses, rehearsal, relevance."""

@@ -1,0 +1,139 @@
+"""Data sets: what they say about labels and groups, and how the command line reads them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import IterableDataset
+
+from nemo_hf.config import LabelLike
+from nemo_hf.models.label_checks import check_label_counts
+
+
+def check_columns(dataset: Any, is_counted: bool) -> None:
+    """Refuses training data on which relevance can't be counted, or without labels.
+
+    Args:
+        dataset: Training data.
+        is_counted: Whether the exact relevance is counted on these data too.
+
+    Raises:
+        ValueError: If they are a stream that would have to end, or have no column of labels.
+    """
+    if isinstance(dataset, IterableDataset) and is_counted:
+        raise ValueError(
+            "Got an iterable data set to train on; expected a finite one for the exact relevance after training. "
+            "Pass NeMoTrainer(..., relevance_dataset=...), for example a part of the stream as a Dataset."
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and not {"label", "labels", "label_ids"} & set(columns):
+        raise ValueError(
+            f"Got training data with the columns {list(columns)}; expected a 'label' or 'labels' column. "
+            "Rename it with dataset.rename_column(..., 'label')."
+        )
+
+
+def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
+    """A column of a `datasets.Dataset` without transforms, or `None` for other data."""
+    if not isinstance(dataset, datasets.Dataset):
+        return None  # a stream must not be read before training
+    name = next((name for name in names if name in dataset.column_names), None)
+    if name is None:
+        return None
+    return list(dataset.with_format(None)[name])
+
+
+def groups_from_column(
+    dataset: Any,
+    column: str,
+    labels: Sequence[int] | None,
+    id2label: Mapping[int, str],
+    has_several_labels: bool = False,
+) -> dict[str, list[LabelLike]]:
+    """Reads label groups from a column that names each sample's group.
+
+    Args:
+        dataset: A `datasets.Dataset` to train on.
+        column: Name of the column; its values are strings, or integers, which stand for the names of a
+            `ClassLabel` if the column has them.
+        labels: The label ids of the data set.
+        id2label: The labels.
+        has_several_labels: Whether a sample may have several labels.
+
+    Returns:
+        Group name to label ids, in the order of the labels.
+
+    Raises:
+        ValueError: If there is no such column, it is no function of the label, or samples have several labels.
+    """
+    if has_several_labels:
+        raise ValueError(
+            "Got group_column for a model whose samples have several labels; expected label_groups, since such a "
+            "column names one group a sample. Pass NeMoConfig(label_groups={...})."
+        )
+    values = column_values(dataset, (column,))
+    if values is None or labels is None:
+        raise ValueError(
+            f"Got group_column={column!r}; expected a column of a datasets.Dataset to train on, which has "
+            f"{getattr(dataset, 'column_names', 'no columns')}. Name one of them, or pass label_groups."
+        )
+    feature = getattr(dataset, "features", {}).get(column)
+    names = getattr(feature, "names", None)
+    groups: dict[str, list[LabelLike]] = {}
+    owner: dict[int, str] = {}
+    for label, value in zip(labels, values, strict=True):
+        group = str(names[value]) if names and isinstance(value, int) else str(value)
+        if owner.setdefault(label, group) != group:
+            raise ValueError(
+                f"Got the label {id2label[label]!r} in the groups {owner[label]!r} and {group!r} of the column "
+                f"{column!r}; expected one group a label. Correct the data, or pass label_groups."
+            )
+    for label in sorted(owner):
+        groups.setdefault(owner[label], []).append(label)
+    return groups
+
+
+def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: bool = False) -> None:
+    """Refuses training data whose labels are not the model's, each at least once.
+
+    Args:
+        labels: The label ids of the data set; with several labels a sample, lists of 0 and 1.
+        names: The labels.
+        has_several: Whether a sample may have several labels.
+
+    Raises:
+        ValueError: If an id is too large, a list has another length, or some label has no sample.
+    """
+    if has_several:
+        _check_label_lists(labels, names)
+        return
+    strange = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
+    if strange is not None:
+        raise ValueError(
+            f"Got the label {strange!r} in the training data; expected label ids from 0 to {len(names) - 1}. "
+            "Turn names into ids with dataset.class_encode_column('label')."
+        )
+    if min(labels, default=0) < 0:
+        raise ValueError(
+            f"Got the label id {min(labels)} in the training data; expected 0 to {len(names) - 1}. "
+            "Remove samples without a label."
+        )
+    counts = torch.bincount(torch.tensor(labels), minlength=len(names))
+    if len(counts) > len(names):
+        raise ValueError(
+            f"Got the label id {len(counts) - 1} in the training data; expected 0 to {len(names) - 1}. "
+            f"Load the model with num_labels={len(counts)}."
+        )
+    check_label_counts(counts.tolist(), names)
+
+
+def _check_label_lists(labels: Sequence[Any], names: Mapping[int, str]) -> None:
+    for value in labels:
+        if not isinstance(value, Sequence) or len(value) != len(names) or not set(value) <= {0, 1}:
+            raise ValueError(
+                f"Got the labels {value!r} in the training data; expected a list of {len(names)} zeros and ones, one "
+                "for each label, as floats. Turn label names into such a list, or load the model without "
+                "problem_type='multi_label_classification'."
+            )
+    check_label_counts([sum(column) for column in zip(*labels, strict=True)], names)

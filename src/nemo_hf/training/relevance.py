@@ -1,0 +1,220 @@
+"""Relevance: which share of a group's samples opens each neuron, counted in one streaming pass."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nemo_hf.config import NeMoConfig
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.label_checks import check_label_counts, check_label_shape
+from nemo_hf.models.label_groups import group_indices, group_membership
+from nemo_hf.neurons.masks import NeuronMasks
+from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
+
+from .distributed import in_step
+
+logger = logging.getLogger(__name__)
+
+STEERING = 8.0
+"""Largest change of the logarithm of the sparsity weight over a whole training under a size target."""
+
+BRAKE = 0.1
+"""Share of a size target below it over which the sparsity weight fades to 0."""
+
+ONE_CORE = 0.95
+"""Mean share of the groups that keep a neuron, of those that any keeps, from which on modules hardly differ."""
+
+RUNNING_WINDOW = 64
+"""Samples of a group over which the running relevance averages, about."""
+
+
+class OpenCounts:
+    """Counts, by group and neuron, of the samples that open it: groups x neurons numbers, whatever the data.
+
+    Args:
+        masks: The parent's masks.
+        group_of_label: Group of each label id, shape (labels,).
+    """
+
+    def __init__(self, masks: NeuronMasks, group_of_label: Tensor) -> None:
+        self._masks = list(masks.site_masks())
+        self._group_of_label = group_of_label
+        self._groups = len(self._masks[0].relevance)
+        self._neurons = [mask.site.neurons for mask in self._masks]
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew."""
+        device = self._group_of_label.device
+        # One row a group: its number of samples, then the counts, then the sums of the masks' values.
+        width = sum(self._neurons)
+        self.samples = torch.zeros(self._groups, device=device)
+        self.labels = torch.zeros(len(self._group_of_label), device=device)
+        self.opened = torch.zeros(self._groups, width, device=device)
+        self.values = torch.zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, device=device)
+
+    @torch.no_grad()
+    def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Counts a batch.
+
+        Args:
+            neuron_masks: Site key to soft masks of shape (batch, calls, neurons), of all sites; a neuron
+                counts as open if it is in any call.
+            labels: Label ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels).
+        """
+        soft = torch.cat([neuron_masks[mask.site.key].amax(1) for mask in self._masks], -1)
+        member = group_membership(labels, self._group_of_label, self._groups).T.to(soft.dtype)
+        self.samples += member.sum(-1)
+        self.labels += torch.bincount(labels, minlength=len(self.labels)) if labels.ndim == 1 else labels.sum(0)
+        self.opened += member @ (soft > 0).to(soft.dtype)
+        if self._masks[0].mean_mask is not None:
+            self.values += member @ soft
+
+    def tensors(self) -> list[Tensor]:
+        """The sums that add up over processes, to be reduced in place."""
+        return [counts for counts in (self.samples, self.labels, self.opened, self.values) if counts.numel()]
+
+    def write(self) -> None:
+        """Replaces the masks' relevance by the counted shares."""
+        total = self.samples.clamp(min=1)[:, None]
+        share = (self.opened / total).float()
+        self._store((share * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
+        if not self.values.numel():
+            return
+        for mask, mean in zip(self._masks, (self.values / total).float().split(self._neurons, -1), strict=True):
+            assert mask.mean_mask is not None
+            mask.mean_mask.copy_(mean)
+
+    def blend(self, step: int) -> None:
+        """Moves the masks' relevance towards the counted shares, of the groups that were counted.
+
+        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Most
+        steps are smaller than the 1/255 that is stored, so they are rounded up or down at random, right
+        on average and the same whenever and wherever this step is taken.
+
+        Args:
+            step: Number of the optimizer step, the seed of the rounding.
+        """
+        share = (self.opened / self.samples.clamp(min=1)[:, None]).float()
+        weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples.float()[:, None]
+        before = torch.cat([mask.relevance for mask in self._masks], -1).float() / RELEVANCE_SCALE
+        after = before + weight * (share - before)
+        noise = torch.rand(after.shape, generator=torch.Generator(after.device).manual_seed(step), device=after.device)
+        self._store((after * RELEVANCE_SCALE + noise).floor().clamp(0, RELEVANCE_SCALE), self.samples > 0)
+
+    def _store(self, relevance: Tensor, groups: Tensor) -> None:
+        for mask, part in zip(self._masks, relevance.to(torch.uint8).split(self._neurons, -1), strict=True):
+            mask.relevance.copy_(torch.where(groups[:, None], part, mask.relevance))
+
+
+def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
+    """Warns if the groups keep nearly the same neurons although contrast was to part them.
+
+    Args:
+        masks: The parent's masks with their relevance.
+        config: The options.
+    """
+    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
+    users = torch.cat(kept, -1).float().mean(0)
+    shared = users[users > 0].mean().nan_to_num(0.0).item()
+    if shared > ONE_CORE and config.contrastive_weight > 0 and len(kept[0]) > 1:
+        logger.warning(
+            "Got neurons that %.0f %% of the label groups keep, on average over those that any keeps; expected groups "
+            "to differ. Their modules are one pruned model that answers for all labels alike. Train longer, or raise "
+            "contrastive_weight (%g now).",
+            100 * shared,
+            config.contrastive_weight,
+        )
+
+
+def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
+    """Returns how far the modules of one group are from the target on average: kept / wanted neurons - 1, a scalar."""
+    assert config.retention_target is not None
+    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
+    # A weight between two groups of channels stays if both its channels do.
+    target = config.retention_target
+    sites = [mask.site for mask in masks.site_masks()]
+    wanted = sum((math.sqrt(target) if site.kind == "conv" else target) * site.neurons for site in sites)
+    return torch.cat(kept, -1).float().mean() / (wanted / sum(site.neurons for site in sites)) - 1
+
+
+def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
+    """Raises the weight of sparsity while modules of one group keep more than the target, and lowers it otherwise.
+
+    Args:
+        masks: The parent's masks with their running relevance; their `sparsity_factor` changes.
+        config: The options, with a `retention_target`.
+        steps: Number of optimizer steps of the whole training.
+    """
+    error = size_over_target(masks, config)
+    masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, (1 - config.warmup_ratio) * steps))
+
+
+def sparsity_pressure(masks: NeuronMasks, config: NeMoConfig) -> Tensor | float:
+    """Weight of sparsity now, under a size target as steered so far.
+
+    It fades to 0 while modules are smaller than the target, since a neuron that is closed for every sample gets no
+    gradient with which to open again.
+
+    Args:
+        masks: The parent's masks with their running relevance.
+        config: The options.
+
+    Returns:
+        A weight of at least 0.
+    """
+    if config.retention_target is None:
+        return config.sparsity_weight
+    brake = (1 + size_over_target(masks, config) / BRAKE).clamp(0, 1)
+    return config.sparsity_weight * masks.sparsity_factor * brake
+
+
+def compute_relevance(
+    parent: NeMoPreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    accelerator: Any = None,
+    show_progress: bool = True,
+) -> None:
+    """Replaces a parent's relevance by the exact one over a data set, in eval mode.
+
+    Args:
+        parent: The parent; its masks' `relevance` is written.
+        batches: Batches of model inputs with `labels`, of the training data without augmentation.
+        accelerator: An `accelerate.Accelerator` whose processes each see a share of the data, or `None`.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If `parent` is a module, a batch has no labels, or a label has no sample.
+    """
+    if parent.masks is None:
+        raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
+    counts = OpenCounts(parent.masks, group_indices(parent))
+    was_training = parent.training
+    parent.eval()
+    try:
+        with torch.no_grad():
+            batches = tqdm(batches, desc="Relevance", disable=not show_progress)
+            for batch, is_counted in in_step(batches, parent):
+                inputs = {k: v.to(parent.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                labels = inputs.pop("labels", None)
+                if labels is None:
+                    raise ValueError(
+                        f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
+                    )
+                check_label_shape(labels, parent.config.has_several_labels)
+                neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+                if is_counted:
+                    counts.add(neuron_masks, labels)
+    finally:
+        parent.train(was_training)
+    if accelerator is not None:
+        for tensor in counts.tensors():
+            tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
+    check_label_counts(counts.labels.tolist(), parent.config.names)
+    counts.write()
+    parent.config.relevance_source = "exact"
