@@ -298,7 +298,7 @@ def _inspect(command: InspectCommand) -> None:
         print(f"mask {made}; equivalence check: {(parent.config.equivalence or {}).get('status')}")
 
 
-def _neurons(model: NeMoClassifier, index: int) -> int:
+def _neurons(model: NeMoPreTrainedModel, index: int) -> int:
     """Neurons of a site: of a parent all, of a module those that it was cut to."""
     if model.is_parent:
         return model.sites[index].neurons
