@@ -213,7 +213,7 @@ def test_the_parent_carries_its_metrics_until_it_trains_on(vit, tmp_path):
     trainer.save_model(str(tmp_path / "parent"))
     assert json.loads((tmp_path / "parent" / "report.json").read_text())["metrics"]["eval_loss"] == metrics["eval_loss"]
     assert 0 <= trainer.state.log_history[0]["dead_neuron_rate"] < 1
-    trainer.parent.train()
+    trainer.train()
     trainer.save_model(str(tmp_path / "parent"))
     assert not (tmp_path / "parent" / "report.json").exists()
 

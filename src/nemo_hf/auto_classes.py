@@ -78,6 +78,12 @@ class NeMoClassifier(NeMoPreTrainedModel):
             ValueError: If a tensor is missing or has another shape than the configuration says.
         """
         source = pretrained_model_name_or_path
+        if labels is None and (threshold is not None or round_to is not None or verify):
+            given = {"threshold": threshold, "round_to": round_to, "verify": verify}
+            raise ValueError(
+                f"Got {given} without labels; expected labels, since these options say how a module is cut. Pass "
+                "labels=[...], or leave them out."
+            )
         if labels is None or source is None:
             return super().from_pretrained(source, *model_args, **kwargs)
         pin_revision(source, kwargs)

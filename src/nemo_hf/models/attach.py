@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups
 from nemo_hf.neurons.mask_hooks import SiteMask
 from nemo_hf.neurons.sites import NeuronSite, UnsupportedArchitectureError
+from nemo_hf.neurons.user_sites import model_sites
 
 from .base import NeMoPreTrainedModel
 from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, model_class, task_of
@@ -43,6 +44,7 @@ def attach_masks(
     names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
     names = names or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
+    sites = model_sites(model, nemo_config) if sites is None else sites
     changed = _stop_cache_and_layer_drop(model)
     config = NeMoModelConfig(
         base_config=base_config,
@@ -51,12 +53,11 @@ def attach_masks(
         label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
-        sites=None if sites is None else [site.entry for site in sites],
         problem_type=base_config.problem_type or "single_label_classification",
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )
-    parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model)
+    parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model, sites)
     parent.changed_attributes = changed
     assert parent.masks is not None
     parent.masks.to(model.device)

@@ -66,75 +66,80 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
     # A mask near 0 must not flip when the model is loaded in half precision.
     _keep_in_fp32_modules_strict = {"generator"}
     task = ""
+    _report: dict[str, Any] | None = None
+    _weight_versions: list[int] | None = None
 
-    def __init__(self, config: NeMoModelConfig, base_model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: NeMoModelConfig,
+        base_model: PreTrainedModel | None = None,
+        sites: Sequence[NeuronSite] | None = None,
+    ) -> None:
         super().__init__(config)
-        self._check_config(config)
-        is_from_config = base_model is None
-        self.model: PreTrainedModel = _build_base(config) if base_model is None else base_model
-        self.processor_files = {}
-        self.changed_attributes: list[tuple[Any, str, Any]] = []
-        """Attributes of the plain model that are changed while it has masks: owner, name and value before."""
-        self.report = None
-        self.main_input_name = self.model.main_input_name
-        self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
-        found = model_sites(self.model, nemo_config, user_site_entries(config.sites))
-        self.sites = found if config.sites is None and not is_from_config else self._chosen_sites(found)
-        self.heads = find_heads(self.model, self.model.config.num_labels or 0)
-        self.masks: NeuronMasks | None = None
-        if config.role == "module":
-            self._resize()
-        else:
-            self.masks = build_masks(self.sites, nemo_config, untied_parameters(self.model), len(config.groups))
-            self.masks.attach(self.model)
-        with nullcontext() if is_from_config else no_init_weights():
-            self.post_init()
-
-    def _check_config(self, config: NeMoModelConfig) -> None:
-        if config.role not in ("parent", "module"):
-            raise ValueError(
-                f"Got role={config.role!r} in config.json; expected 'parent' or 'module'. "
-                "The file is damaged or of a newer version: update nemo-hf, or save the model again."
-            )
         task = task_of(config.plain_class)
         if self.task and task != self.task:
             raise ValueError(
                 f"Got a {config.base_class} to load as {type(self).__name__}; expected a model for {self.task}. "
                 f"Load it with the Auto class for {task}."
             )
+        is_from_config = base_model is None
+        self.model: PreTrainedModel = config.build_plain() if base_model is None else base_model
+        self.processor_files = {}
+        self.changed_attributes: list[tuple[Any, str, Any]] = []
+        """Attributes of the plain model that are changed while it has masks: owner, name and value before."""
+        self.main_input_name = self.model.main_input_name
+        self.nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
+        self.sites = list(configured_sites(self.model, config) if sites is None else sites)
+        self.heads = find_heads(self.model, self.model.config.num_labels or 0)
+        self.masks: NeuronMasks | None = None
+        if config.role == "module":
+            self._resize()
+        else:
+            parameters = untied_parameters(self.model)
+            self.masks = build_masks(self.sites, self.nemo_config, parameters, len(config.groups))
+            self.masks.attach(self.model)
+        with nullcontext() if is_from_config else no_init_weights():
+            self.post_init()
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """What was measured of these weights, saved beside them; `None` once they have changed."""
+        self.drop_stale_results()
+        return self._report
+
+    @report.setter
+    def report(self, report: dict[str, Any] | None) -> None:
+        self.drop_stale_results()
+        self._report = report
+
+    def drop_stale_results(self) -> None:
+        """Drops what was checked, calibrated or measured if weights were written to since then.
+
+        In-place changes are seen by the version counters of tensors; conversions to another device or precision don't
+        count as changes. A module whose weights were written to counts as tuned.
+        """
+        versions = [tensor._version for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
+        if self._weight_versions not in (None, versions):
+            self._report = self.config.rejection = None
+            if not self.is_parent:
+                self.config.equivalence, self.config.is_tuned = None, True
+        self._weight_versions = versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the version counters out: those of a copy's tensors start anew."""
+        self.drop_stale_results()
+        return {**self.__dict__, "_weight_versions": None}
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Activates checkpointing as `transformers` does.
-
-        Args:
-            activation_checkpointing_kwargs: As in `transformers`; parents refuse `use_reentrant=True`.
-            every_n_layers: As in `transformers`.
-            offload: As in `transformers`.
-
-        Raises:
-            ValueError: If the reentrant kind is asked for, under which masks get no gradient.
-        """
+        """Activates checkpointing as `transformers` does; parents refuse `use_reentrant=True` with a `ValueError`."""
         if self.is_parent and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "Got use_reentrant=True; expected the other kind of activation checkpointing, since the reentrant one "
                 "runs the forward pass without gradients and would train no masks. Pass use_reentrant=False."
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def _chosen_sites(self, found: Sequence[NeuronSite]) -> list[NeuronSite]:
-        """Those of a model's sites that the configuration names, with the pruning modes that it says."""
-        entries = self.config.sites or []
-        is_list = all(isinstance(entry, dict) and {"key", "pruning_mode"} <= set(entry) for entry in entries)
-        pruning_modes = {entry["key"]: entry["pruning_mode"] for entry in entries} if is_list else {}
-        if not entries or len(pruning_modes) < len(entries) or not set(pruning_modes) <= {site.key for site in found}:
-            got = sorted(pruning_modes) if len(pruning_modes) == len(entries) else entries
-            raise ValueError(
-                f"Got a config.json with the sites {got!r}; expected some of {[s.key for s in found]}, each once with "
-                "its pruning mode. It belongs to another base model or version: save the model again."
-            )
-        return with_pruning_modes([site for site in found if site.key in pruning_modes], pruning_modes)
 
     def _resize(self) -> None:
         entries = {entry["key"]: entry for entry in self.config.sites or []}
@@ -159,15 +164,6 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
         """Whether modules can be cut from this model."""
         return self.masks is not None
 
-    def train(self, mode: bool = True) -> Self:
-        """Switches between training and eval mode; training drops what was measured of the old weights."""
-        if mode:
-            self.report = self.config.rejection = None
-            if not self.is_parent:
-                self.config.equivalence, self.config.is_tuned = None, True
-        super().train(mode)
-        return self
-
     @property
     def kinds(self) -> set[str]:
         """Kinds of neurons that have masks."""
@@ -176,7 +172,7 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
     def set_sites(self, sites: Sequence[NeuronSite]) -> None:
         """Sets the sites of a parent to the same ones with other pruning modes, here and in its configuration."""
         self.sites = list(sites)
-        masks = self._parent_masks()
+        masks = self.parent_masks()
         for mask, site in zip(masks.site_masks(), sites, strict=True):
             mask.site = site
         masks.detach()
@@ -184,14 +180,7 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
         self.config.sites = [site.entry for site in sites]
 
     def set_nemo_config(self, nemo_config: NeMoConfig) -> None:
-        """Sets the options of a parent for further training.
-
-        Args:
-            nemo_config: The options.
-
-        Raises:
-            ValueError: If an option that shapes the masks is not as before.
-        """
+        """Sets the options of a parent for further training; those that shape its masks can't change (`ValueError`)."""
         for name in SHAPING_OPTIONS:
             before, given = getattr(self.nemo_config, name), getattr(nemo_config, name)
             if name == "targets":  # kinds of neurons that the model has not make no difference
@@ -203,11 +192,11 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
                 )
         self.nemo_config = nemo_config
         self.config.nemo_config = nemo_config.to_dict()
-        self._parent_masks().state.detaches_pooled = nemo_config.detach_pooled
+        self.parent_masks().state.detaches_pooled = nemo_config.detach_pooled
 
     def detach_masks(self) -> PreTrainedModel:
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
-        self._parent_masks().detach()
+        self.parent_masks().detach()
         self.masks = None
         for owner, name, value in self.changed_attributes:
             setattr(owner, name, value)
@@ -219,9 +208,10 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
         config = self.nemo_config
         if not (config.static_evaluation and config.hard_masks and config.has_generators):
             return None
-        return module_masks(self._parent_masks(), slice(None), config.relevance_threshold)
+        return module_masks(self.parent_masks(), slice(None), config.relevance_threshold)
 
-    def _parent_masks(self) -> NeuronMasks:
+    def parent_masks(self) -> NeuronMasks:
+        """Returns the masks of a parent; a module has none (`ValueError`)."""
         if self.masks is None:
             raise ValueError("Got a module; expected a parent, which has masks. Load the parent that it was cut from.")
         return self.masks
@@ -241,11 +231,13 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
                 "Got a parent or module in nn.DataParallel; expected one process a GPU. "
                 "Launch with: accelerate launch --num_processes 2 your_script.py, with the number of GPUs."
             )
+        if not torch.compiler.is_compiling() and (self.config.rejection or self._weight_versions is None):
+            self.drop_stale_results()
         given = {name: value for name, value in inputs.items() if value is not None}
         collected: dict[str, list[Tensor]] = {}
         if self.masks is None:
             if static_masks is not None:
-                self._parent_masks()
+                self.parent_masks()
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
             attention_mask = given.get("attention_mask", kwargs.get("attention_mask"))
@@ -301,6 +293,7 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
                 resumes and loads its best model by the names that the weights have in memory.
         """
         kwargs.setdefault("save_original_format", False)
+        self.drop_stale_results()
         base_config = self.config.base_config
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
@@ -322,9 +315,23 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
         return loaded
 
 
-def _build_base(config: NeMoModelConfig) -> PreTrainedModel:
-    assert isinstance(config.base_config, PreTrainedConfig)
-    return config.plain_class(config.base_config)
+def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[NeuronSite]:
+    """Finds the neuron sites that a configuration names in a plain model, with their pruning modes.
+
+    Raises:
+        ValueError: If the model has no such sites.
+    """
+    entries = config.sites or []
+    is_list = all(isinstance(entry, dict) and {"key", "pruning_mode"} <= set(entry) for entry in entries)
+    pruning_modes = {entry["key"]: entry["pruning_mode"] for entry in entries} if is_list else {}
+    found = model_sites(plain, NeMoConfig.from_dict(config.nemo_config or {}), user_site_entries(entries))
+    if not entries or len(pruning_modes) < len(entries) or not set(pruning_modes) <= {site.key for site in found}:
+        got = sorted(pruning_modes) if len(pruning_modes) == len(entries) else entries
+        raise ValueError(
+            f"Got a config.json with the sites {got!r}; expected some of {[site.key for site in found]}, each once "
+            "with its pruning mode. It belongs to another base model or version: save the model again."
+        )
+    return with_pruning_modes([site for site in found if site.key in pruning_modes], pruning_modes)
 
 
 def base_parameters(model: PreTrainedModel) -> int:

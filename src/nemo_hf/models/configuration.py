@@ -98,6 +98,11 @@ class NeMoModelConfig(PreTrainedConfig):
         assert isinstance(self.base_config, PreTrainedConfig)
         return find_base_class(self.base_class, self.base_config)
 
+    def build_plain(self) -> PreTrainedModel:
+        """Builds the plain model inside, at full width."""
+        assert isinstance(self.base_config, PreTrainedConfig)
+        return self.plain_class(self.base_config)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds the configuration from what a file says; as in `transformers`.

@@ -1,26 +1,30 @@
-"""From a parent to a stand-alone module, in memory or straight from the parent's files."""
+"""Cuts a stand-alone module out of a parent, in memory or straight from the parent's files."""
 
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, resolve_labels
+from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
+from nemo_hf.neurons.patterns import find_heads
+from nemo_hf.neurons.sites import NeuronSite
 from nemo_hf.pruning.layer_cuts import site_cut
 from nemo_hf.pruning.plan import is_relevant, plan_module, retained_neurons, static_masks
 from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor, tensor_cuts
 
-from .base import NeMoPreTrainedModel
+from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
 from .file_mixin import HUB_OPTIONS
-from .loading import build_on_meta, check_mean_masks, hidden_progress, open_model
+from .files import WeightFiles
+from .loading import build_plain_on_meta, check_mean_masks, hidden_progress, open_model
 from .remote_files import hub_name, read_companions
 
 logger = logging.getLogger(__name__)
@@ -31,10 +35,43 @@ Reader = Callable[[str, TensorCut | None], Tensor]
 
 
 @dataclass(frozen=True)
+class CutSource:
+    """What a cut needs of a parent, in memory or saved.
+
+    Args:
+        config: The parent's configuration.
+        options: The options that it was trained with.
+        plain: The plain model at full width; its weights may be on the meta device.
+        sites: The neuron sites that are cut.
+        heads: Paths of the classification heads.
+        relevance: Site key to relevance, uint8, shape (groups, neurons).
+        mean_masks: With soft masks: site key to mean masks, shape (groups, neurons).
+    """
+
+    config: NeMoModelConfig
+    options: NeMoConfig
+    plain: PreTrainedModel
+    sites: Sequence[NeuronSite]
+    heads: Sequence[str]
+    relevance: Mapping[str, Tensor]
+    mean_masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_parent(cls, parent: NeMoPreTrainedModel) -> "CutSource":
+        """Takes what a cut needs from a parent in memory; a module is refused with a `ValueError`."""
+        masks = parent.parent_masks()
+        means = {mask.site.key: mask.mean_mask for mask in masks.site_masks() if mask.mean_mask is not None}
+        return cls(
+            parent.config, parent.nemo_config, parent.model, parent.sites, parent.heads, masks.relevance(), means
+        )
+
+
+@dataclass(frozen=True)
 class ModulePlan:
     """What a module keeps: labels, neurons and, with soft masks, the mean mask of each kept neuron.
 
-    `counts` holds, by site, how many neurons each of its groups uses and how many it keeps in all.
+    `static` holds the masks that the module computes under, `counts`, by site, how many neurons each of its groups
+    uses and how many it keeps in all.
     """
 
     label_ids: list[int]
@@ -48,62 +85,48 @@ class ModulePlan:
 
 
 def make_plan(
-    parent: NeMoPreTrainedModel,
+    source: NeMoPreTrainedModel | CutSource,
     labels: LabelLike | Sequence[LabelLike],
     threshold: float | None = None,
     round_to: int | None = None,
 ) -> ModulePlan:
-    """Plans a module without cutting it.
-
-    Args:
-        parent: The parent; its weights may be on the meta device, its relevance may not.
-        labels: Labels or groups, as `extract_module` takes them.
-        threshold: As in `extract_module`.
-        round_to: As in `extract_module`.
-
-    Returns:
-        The plan. Its `static` masks are what the module computes under.
+    """Plans a module without cutting it; arguments as in `extract_module`.
 
     Raises:
         ValueError: If the labels, the threshold or the relevance allow no module.
     """
-    if parent.masks is None:
-        raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
-    groups = parent.config.groups
-    label_ids, names = resolve_labels(labels, groups, parent.config.names)
-    threshold = parent.nemo_config.relevance_threshold if threshold is None else threshold
+    source = source if isinstance(source, CutSource) else CutSource.of_parent(source)
+    config = source.config
+    label_ids, names = resolve_labels(labels, config.groups, config.names)
+    threshold = source.options.relevance_threshold if threshold is None else threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
-    if parent.config.relevance_source == "initial":
+    if config.relevance_source == "initial":
         logger.warning(
             "This parent's relevance was never measured, so its modules keep every neuron. "
             "Train it with NeMoTrainer, or call compute_relevance(parent, dataloader) first."
         )
-    indices = [list(groups).index(name) for name in names]
-    keep = plan_module(parent.sites, parent.masks.relevance(), indices, threshold, round_to)
-    static = static_masks(parent.sites, keep)
-    for mask in parent.masks.site_masks():
-        if mask.mean_mask is not None:
-            static[mask.site.key] *= mask.mean_mask[indices].mean(0).cpu()
+    indices = [list(config.groups).index(name) for name in names]
+    keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)
+    static = static_masks(source.sites, keep)
+    for key, mean in source.mean_masks.items():
+        static[key] *= mean[indices].mean(0).cpu()
     counts = {
         key: [
             *is_relevant(relevance[indices], threshold).sum(-1).tolist(),
             sum(len(part) for part in keep[key].values()),
         ]
-        for key, relevance in parent.masks.relevance().items()
+        for key, relevance in source.relevance.items()
     }
-    retained = retained_neurons(parent.sites, keep)
+    retained = retained_neurons(source.sites, keep)
     return ModulePlan(label_ids, names, keep, static, threshold, round_to, retained, counts)
 
 
 def read_tensor(state: Mapping[str, Tensor], name: str, cut: TensorCut | None) -> Tensor:
-    """Reads a module's tensor from its parent's state in memory, as `build_module` wants it read."""
+    """Reads a module's tensor from its parent's state in memory; it shares no memory with it."""
     if cut is None:
-        return state[name].clone()  # nothing is shared: training the module must not change the parent
-    if cut.constant is not None:
-        return cut.constant.clone()
-    tensor = state[name].cpu()
-    return cut_tensor(tensor.index_select, cut)
+        return state[name].clone()
+    return cut.constant.clone() if cut.constant is not None else cut_tensor(state[name].cpu().index_select, cut)
 
 
 def extract_module(
@@ -113,53 +136,81 @@ def extract_module(
     round_to: int | None = None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """Does what `NeMoPreTrainedModel.extract_module` says, as a function of the parent."""
+    """Does what `NeMoClassifier.extract_module` says, as a function of the parent."""
     plan = make_plan(parent, labels, threshold, round_to)
-    module = build_module(type(parent), parent, plan, partial(read_tensor, parent.model.state_dict()))
+    state = parent.model.state_dict()
+    module = build_module(type(parent), CutSource.of_parent(parent), plan, partial(read_tensor, state))
     module.to(parent.device)  # type: ignore[arg-type]
-    check = check_equivalence(parent, module, plan.static, inputs)
-    if check.status == "unverified":
-        logger.warning(
-            "Got a module whose mask moves the parent's logits by %.1e only; expected over %.1e to check the cut. "
-            "Equal logits prove little here.",
-            check.effect,
-            EFFECT_FACTOR * check.tolerance,
-        )
-    module.config.equivalence = asdict(check)
+    _check(parent, module, plan, inputs)
+    _restore_dtypes(module, {name: tensor.dtype for name, tensor in state.items()})
     module.processor_files = dict(parent.processor_files)
     return module
 
 
-def build_module(cls: type[Model], parent: NeMoPreTrainedModel, plan: ModulePlan, read: Reader) -> Model:
-    """Builds a module without checking it.
+def _check(
+    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, plan: ModulePlan, inputs: Mapping[str, Tensor] | None
+) -> None:
+    """Compares a module that is still in float32 with its parent, and records the result in its configuration."""
+    check = check_equivalence(parent, module, plan.static, inputs)
+    if check.status == "unverified":
+        logger.warning(
+            "The module's mask moves the parent's logits by %.1e only, so that equal logits prove little; a check of "
+            "the cut needs over %.1e. The module is marked as unverified.",
+            check.effect,
+            EFFECT_FACTOR * check.tolerance,
+        )
+    module.config.equivalence = asdict(check)
+
+
+def build_module(
+    cls: type[Model],
+    source: CutSource,
+    plan: ModulePlan,
+    read: Reader,
+    base_model: PreTrainedModel | None = None,
+) -> Model:
+    """Builds a module in float32 (float64 stays), in eval mode, without checking it.
 
     Args:
         cls: Class of the module.
-        parent: The parent; its weights may be on the meta device.
-        plan: What the module keeps.
-        read: Returns the tensor of a name, cut.
+        source: What it is cut from.
+        plan: What it keeps.
+        read: Returns the tensor of a name in the plain model, cut.
+        base_model: A plain model on the meta device that may become the module's; `None` builds one.
 
     Returns:
-        The module in eval mode.
+        The module.
     """
-    assert parent.masks is not None
-    is_hard = parent.masks.state.is_hard
-    cuts = [site_cut(site, plan.keep[site.key], None if is_hard else plan.static[site.key]) for site in parent.sites]
-    config = _module_config(parent.config, plan, parent, [cut.widths for cut in cuts])
-    heads = dict.fromkeys(parent.heads, torch.tensor(plan.label_ids, dtype=torch.long))
-    by_name = tensor_cuts(parent.model, cuts, heads)
-    state = {}
-    for name in [*parent.model.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]:
-        state[f"model.{name}"] = read(name, by_name.get(name))
+    has_means = bool(source.mean_masks)
+    cuts = [site_cut(site, plan.keep[site.key], plan.static[site.key] if has_means else None) for site in source.sites]
+    config = _module_config(source, plan, [cut.widths for cut in cuts])
+    heads = dict.fromkeys(source.heads, torch.tensor(plan.label_ids, dtype=torch.long))
+    by_name = tensor_cuts(source.plain, cuts, heads)
+    names = [*source.plain.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]
+    state = {f"model.{name}": _at_least_float32(read(name, by_name.get(name))) for name in names}
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     with hidden_progress():
-        module: Model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        module: Model = cls.from_pretrained(
+            None, base_model, source.sites, config=config, state_dict=state, dtype=dtype
+        )
+    module.drop_stale_results()  # from here on changes of the weights count
     return module
 
 
-def _module_config(
-    parent: NeMoModelConfig, plan: ModulePlan, model: NeMoPreTrainedModel, widths: Sequence[Mapping[str, int]]
-) -> NeMoModelConfig:
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision would round the scales that a cut multiplies weights by."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _restore_dtypes(module: NeMoPreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Gives a module's tensors the precision of the parent's."""
+    for name, tensor in module.model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def _module_config(source: CutSource, plan: ModulePlan, widths: Sequence[Mapping[str, int]]) -> NeMoModelConfig:
+    parent = source.config
     id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
     config: NeMoModelConfig = copy.deepcopy(parent)
     config.role = "module"
@@ -175,7 +226,7 @@ def _module_config(
     config.retained_neurons = plan.retained
     config.sites = [
         {**site.entry, "widths": dict(width), "kept": plan.counts[site.key]}
-        for site, width in zip(model.sites, widths, strict=True)
+        for site, width in zip(source.sites, widths, strict=True)
     ]
     return config
 
@@ -198,7 +249,7 @@ def cut_on_load(
         labels: Labels or groups, as `extract_module` takes them.
         threshold: As in `extract_module`.
         round_to: As in `extract_module`.
-        verify: Whether to load the parent too and check the equivalence check.
+        verify: Whether to load the parent too and check that the module computes the same.
         config: The parent's configuration, if it is loaded already.
         **kwargs: Options of `from_pretrained`; those of the Hub, `dtype` and `attn_implementation` count.
 
@@ -225,24 +276,44 @@ def cut_on_load(
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
     hub_options["force_download"] = False  # what is here now was checked
-    parent: Model = build_on_meta(cls, config, weights)
-    weights.find_tied(parent.all_tied_weights_keys)
-    weights.check_shapes({name: tensor.shape for name, tensor in parent.state_dict().items()})
-    assert parent.masks is not None
-    for index, mask in enumerate(parent.masks.site_masks()):
-        mask.relevance = weights.read(f"masks.{index}.relevance")
-        if mask.mean_mask is not None:
-            mask.mean_mask = weights.read(f"masks.{index}.mean_mask")
-    check_mean_masks([mask.mean_mask for mask in parent.masks.site_masks()])
-    plan = make_plan(parent, labels, threshold, round_to)
-    module = build_module(cls, parent, plan, lambda name, cut: weights.read(f"model.{name}", cut))
-    if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":
-        dtype = kwargs["dtype"]
-        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    saved = _saved_source(config, weights)
+    plan = make_plan(saved, labels, threshold, round_to)
+    dtypes: dict[str, torch.dtype] = {}
+
+    def read(name: str, cut: TensorCut | None) -> Tensor:
+        tensor = weights.read(f"model.{name}", cut)
+        dtypes[name] = tensor.dtype
+        return tensor
+
+    module = build_module(cls, saved, plan, read, saved.plain)
     module.processor_files, _ = read_companions(source, hub_options, config.processor_files)
     # Checked when the parent was made, on another cut of the same structure.
     module.config.equivalence = {**config.equivalence, "source": "parent"} if config.equivalence else None
     if verify:
-        whole = cls.from_pretrained(source, **hub_options)
-        module.config.equivalence = asdict(check_equivalence(whole, module, plan.static))
+        _check(cls.from_pretrained(source, **hub_options), module, plan, None)
+    _restore_dtypes(module, dtypes)
+    dtype = kwargs.get("dtype")
+    if dtype not in (None, "auto"):
+        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return module
+
+
+def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:
+    """Reads what a cut needs besides the weights themselves: structure, relevance and mean masks."""
+    plain = build_plain_on_meta(config, weights)
+    sites = configured_sites(plain, config)
+    weights.find_tied({f"model.{name}": f"model.{other}" for name, other in plain.all_tied_weights_keys.items()})
+    options = NeMoConfig.from_dict(config.nemo_config or {})
+    has_means = not options.hard_masks
+    shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    kinds = {"relevance": torch.uint8, **({"mean_mask": torch.float32} if has_means else {})}
+    for name, dtype in kinds.items():
+        read = {f"masks.{index}.{name}": (len(config.groups), site.neurons) for index, site in enumerate(sites)}
+        weights.check_dtypes(dict.fromkeys(read, dtype))
+        shapes |= read
+    weights.check_shapes(shapes, others="masks.")
+    relevance = {site.key: weights.read(f"masks.{index}.relevance") for index, site in enumerate(sites)}
+    means = {site.key: weights.read(f"masks.{index}.mean_mask") for index, site in enumerate(sites) if has_means}
+    check_mean_masks(list(means.values()))
+    heads = find_heads(plain, plain.config.num_labels or 0)
+    return CutSource(config, options, plain, sites, heads, relevance, means)

@@ -158,11 +158,12 @@ class WeightFiles:
                     self._files[name] = self._files[other]
                     self._stored_names[name] = other
 
-    def check_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
+    def check_shapes(self, expected: Mapping[str, Sequence[int]], others: str | None = None) -> None:
         """Checks from the files' headers that just these tensors are there with the right shapes.
 
         Args:
             expected: Shape by name of the tensor.
+            others: Start of the names of tensors that may be there besides.
 
         Raises:
             ValueError: If a tensor is missing, unexpected or has another shape.
@@ -179,7 +180,7 @@ class WeightFiles:
                     f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
                     "The weights and config.json are not of the same model: save or download them again."
                 )
-        strange = sorted(set(self._files) - set(expected))
+        strange = sorted(n for n in set(self._files) - set(expected) if others is None or not n.startswith(others))
         if strange:
             raise ValueError(
                 f"Got weights of {str(self._source)!r} with {len(strange)} unexpected tensors, such as {strange[0]!r}; "

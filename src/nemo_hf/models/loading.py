@@ -2,15 +2,16 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -131,20 +132,28 @@ def _bounded_build(most: int) -> Iterator[None]:
 
 
 def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
-    """Builds a model without memory for its weights, and compares it with what its files hold.
-
-    Args:
-        kind: Class of the parent or module.
-        config: Its configuration; it becomes the model's.
-        weights: Its opened weights.
-
-    Returns:
-        The model on the meta device.
+    """Builds a parent, module or composed model without memory for its weights, and compares it with its files.
 
     Raises:
         UnsupportedArchitectureError: If the class of the plain model is unknown.
         ValueError: If the configuration builds no model, or one far larger than the files.
     """
+    model = _built(partial(kind, config), getattr(config, "base_class", kind.__name__), weights)
+    for part in getattr(model, "parts", [model]):
+        _check_labels(part.config, part.model.config.num_labels)
+    _check_tensors(model, weights)
+    return model
+
+
+def build_plain_on_meta(config: NeMoModelConfig, weights: WeightFiles) -> PreTrainedModel:
+    """Builds the plain model inside a saved parent likewise; its tensors are those that start with `model.`."""
+    plain: PreTrainedModel = _built(config.build_plain, config.base_class, weights)
+    _check_labels(config, plain.config.num_labels or 0)
+    _check_tensors(plain, weights, "model.")
+    return plain
+
+
+def _built(make: Callable[[], Any], name: str, weights: WeightFiles) -> Any:
     try:
         with (
             torch.device("meta"),
@@ -152,37 +161,35 @@ def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
             no_init_weights(),
             _bounded_build(SPARE_ENTRIES + ENTRIES_PER_TENSOR * len(weights)),
         ):
-            model = kind(config)
+            return make()
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
-        name = getattr(config, "base_class", kind.__name__)
         raise ValueError(
             f"Got a config.json that builds no {name} ({type(error).__name__}: {error}); expected that of the saved "
             f"weights. {REMEDY}"
         ) from error
-    for part in getattr(model, "parts", [model]):
-        _check_labels(part)
-    tensors = [*model.parameters(), *model.buffers()]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _check_tensors(model: nn.Module, weights: WeightFiles, prefix: str = "") -> None:
+    """Checks a model's size and kinds of numbers against its files."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     if size > 2 * weights.size + SPARE_BYTES:
         raise ValueError(
             f"Got a config.json of a model of {size} bytes beside weight files of {weights.size}; expected one of "
             f"about their size. {REMEDY}"
         )
-    weights.check_dtypes({name: tensor.dtype for name, tensor in model.state_dict().items()})
-    return model
+    weights.check_dtypes({f"{prefix}{name}": tensor.dtype for name, tensor in model.state_dict().items()})
 
 
-def _check_labels(model: Any) -> None:
-    """Checks that labels, groups and the plain model's head belong together."""
-    config: NeMoModelConfig = model.config
-    count, outputs = len(config.names), model.model.config.num_labels
-    own = list(range(count)) if model.is_parent else config.label_ids or []
+def _check_labels(config: NeMoModelConfig, outputs: int) -> None:
+    """Checks that labels, groups and the number of outputs of the plain model's head belong together."""
+    count, is_parent = len(config.names), config.role == "parent"
+    own = list(range(count)) if is_parent else config.label_ids or []
     members = sorted(label for labels in config.groups.values() for label in labels)
     if (
         len(own) != count
-        or (model.is_parent and (outputs != count or members != own))
+        or (is_parent and (outputs != count or members != own))
         or not set(own) <= set(members)
         or not set(members) <= set(range(outputs))
     ):

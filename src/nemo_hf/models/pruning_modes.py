@@ -35,7 +35,7 @@ from nemo_hf.pruning.plan import static_masks
 from .attach import attach_masks, check_plain
 from .base import NeMoPreTrainedModel
 from .equivalence import EFFECT_FACTOR, EQUIVALENCE_TOLERANCE, check_equivalence, exact_float32
-from .extraction import ModulePlan, build_module, read_tensor
+from .extraction import CutSource, ModulePlan, build_module, read_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,9 @@ def _trial_of_part(
     # The last label before the first: a cut head shows whether it is the head.
     plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, None, 0.5, {site.key: [] for site in parent.sites})
     try:
-        module = build_module(type(parent), parent, plan, partial(read_tensor, parent.model.state_dict()))
+        module = build_module(
+            type(parent), CutSource.of_parent(parent), plan, partial(read_tensor, parent.model.state_dict())
+        )
         module.to(parent.device)  # type: ignore[arg-type]
         check = check_equivalence(parent, module, plan.static, inputs)
     except Exception as error:
