@@ -66,7 +66,7 @@ class NeMoClassifier(NeMoPreTrainedModel):
             labels: With a parent: read only the module for these labels, as `extract_module` takes them.
             threshold: With `labels`: as in `extract_module`.
             round_to: With `labels`: as in `extract_module`.
-            verify: With `labels`: load the parent too and check the equivalence check, instead of trusting
+            verify: With `labels`: load the parent too and run the equivalence check, instead of trusting
                 the check that was made when the parent was saved.
             **kwargs: As in `transformers`.
 
@@ -96,7 +96,7 @@ class NeMoClassifier(NeMoPreTrainedModel):
         round_to: int | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Self:
-        """Cuts the module for some labels out of a parent and checks the equivalence check.
+        """Cuts the module for some labels out of a parent and runs the equivalence check.
 
         Args:
             labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
@@ -267,23 +267,10 @@ class NeMoForSequenceClassification(NeMoClassifier):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:
-        """Classifies texts; arguments other than those here as in `NeMoForImageClassification.forward`.
+        """Classifies texts: `input_ids` and `attention_mask` of shape (batch, tokens), 1 for tokens and 0 for padding.
 
-        Args:
-            input_ids: Token ids, shape (batch, tokens).
-            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
-            token_type_ids: For plain models that take them, shape (batch, tokens); else left out. Named here
-                since `Trainer` drops columns that the signature does not name.
-            bbox: For plain models that take boxes of tokens, likewise.
-            labels: Label ids, shape (batch,); adds the loss to the output.
-            static_masks: Parents: masks in place of the generated ones.
-            static_samples: Samples that take the static masks.
-            output_neuron_masks: Parents: whether to return the soft masks.
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the plain model.
-
-        Returns:
-            A `NeMoOutput`.
+        `token_type_ids` and `bbox` are left out where the plain model does not take them; they are named here since
+        `Trainer` drops columns that the signature does not name. Other arguments as in `NeMoForImageClassification`.
         """
         known = inspect.signature(self.model.forward).parameters
         extras = {"token_type_ids": token_type_ids, "bbox": bbox}
@@ -309,27 +296,16 @@ class NeMoForAudioClassification(NeMoClassifier):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:
-        """Classifies recordings; arguments other than those here as in `NeMoForImageClassification.forward`.
+        """Classifies recordings: waveforms of shape (batch, samples), spectrograms or features, as the model wants.
 
-        Args:
-            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain model takes them.
-            input_features: Features of models that take these instead.
-            labels: Label ids, shape (batch,); adds the loss to the output.
-            static_masks: Parents: masks in place of the generated ones.
-            static_samples: Samples that take the static masks.
-            output_neuron_masks: Parents: whether to return the soft masks.
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the plain model.
-
-        Returns:
-            A `NeMoOutput`.
+        Other arguments as in `NeMoForImageClassification`.
         """
         inputs = {"input_values": input_values, "input_features": input_features}
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 
 class NeMoComposedForImageClassification(NeMoComposedModel):
-    """Modules that classify images together."""
+    """Modules that classify images together; `labels` are joint label ids, shape (batch,)."""
 
     main_input_name = "pixel_values"
     task = "image-classification"
@@ -338,22 +314,12 @@ class NeMoComposedForImageClassification(NeMoComposedModel):
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies images.
-
-        Args:
-            pixel_values: Shape (batch, channels, height, width).
-            labels: Joint label ids, shape (batch,); adds the loss to the output.
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the modules.
-
-        Returns:
-            A `NeMoOutput` with joint logits.
-        """
+        """Returns joint logits, and the loss if there are `labels`; inputs as for the modules."""
         return self._run({"pixel_values": pixel_values}, labels, return_dict, kwargs)
 
 
 class NeMoComposedForSequenceClassification(NeMoComposedModel):
-    """Modules that classify texts together."""
+    """Modules that classify texts together; `labels` are joint label ids, shape (batch,)."""
 
     main_input_name = "input_ids"
     task = "text-classification"
@@ -363,25 +329,13 @@ class NeMoComposedForSequenceClassification(NeMoComposedModel):
         token_type_ids: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies texts; arguments as in `NeMoForSequenceClassification.forward` and those of images.
-
-        Args:
-            input_ids: Token ids, shape (batch, tokens).
-            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
-            token_type_ids: For plain models that take them, shape (batch, tokens); else left out.
-            labels: Joint label ids, shape (batch,).
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the modules.
-
-        Returns:
-            A `NeMoOutput` with joint logits.
-        """
+        """Returns joint logits, and the loss if there are `labels`; inputs as for the modules."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         return self._run(inputs, labels, return_dict, kwargs)
 
 
 class NeMoComposedForAudioClassification(NeMoComposedModel):
-    """Modules that classify recordings together."""
+    """Modules that classify recordings together; `labels` are joint label ids, shape (batch,)."""
 
     main_input_name = "input_values"
     task = "audio-classification"
@@ -390,26 +344,22 @@ class NeMoComposedForAudioClassification(NeMoComposedModel):
         self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
         return_dict: bool | None = None, **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies recordings; arguments as in `NeMoForAudioClassification.forward` and those of images.
-
-        Args:
-            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain models take them.
-            input_features: Features of models that take these instead.
-            labels: Joint label ids, shape (batch,).
-            return_dict: `False` for a plain tuple.
-            **kwargs: Passed on to the modules.
-
-        Returns:
-            A `NeMoOutput` with joint logits.
-        """
+        """Returns joint logits, and the loss if there are `labels`; inputs as for the modules."""
         return self._run({"input_values": input_values, "input_features": input_features}, labels, return_dict, kwargs)
 
 
-AutoConfig.register(NeMoModelConfig.model_type, NeMoModelConfig)
-AutoConfig.register(NeMoComposedConfig.model_type, NeMoComposedConfig)
-AutoModelForImageClassification.register(NeMoModelConfig, NeMoForImageClassification)
-AutoModelForSequenceClassification.register(NeMoModelConfig, NeMoForSequenceClassification)
-AutoModelForAudioClassification.register(NeMoModelConfig, NeMoForAudioClassification)
-AutoModelForImageClassification.register(NeMoComposedConfig, NeMoComposedForImageClassification)
-AutoModelForSequenceClassification.register(NeMoComposedConfig, NeMoComposedForSequenceClassification)
-AutoModelForAudioClassification.register(NeMoComposedConfig, NeMoComposedForAudioClassification)
+for config_class, classes in (
+    (NeMoModelConfig, (NeMoForImageClassification, NeMoForSequenceClassification, NeMoForAudioClassification)),
+    (
+        NeMoComposedConfig,
+        (
+            NeMoComposedForImageClassification,
+            NeMoComposedForSequenceClassification,
+            NeMoComposedForAudioClassification,
+        ),
+    ),
+):
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForImageClassification.register(config_class, classes[0])
+    AutoModelForSequenceClassification.register(config_class, classes[1])
+    AutoModelForAudioClassification.register(config_class, classes[2])

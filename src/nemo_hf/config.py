@@ -1,6 +1,7 @@
-"""Options of a modularizing training run, checked once, and how labels, groups and ids are named."""
+"""Options of training with neuron masks, and how labels, groups and ids are named."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,13 +14,21 @@ SITE_KEYS = {
     "conv": ({"producers", "readers"}, {"passing"}),
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
-"""What describes a site of one's own: needed keys, and others that may be given."""
+"""Keys that describe a user's neuron site: required ones, and optional ones."""
 LAYER_LISTS = ("producers", "passing", "readers")
 """Keys of a description that name several layers."""
 OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling", "moda")
 SHAPING_OPTIONS = ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column", "has_generators")
-"""Options by which the masks of a parent have their shape."""
+"""Options that decide the shape of a parent's masks."""
 LAYOUTS = ("one after another", "by key/value head")
+RANGES = {
+    **dict.fromkeys(("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"), "[0, inf)"),
+    **dict.fromkeys(("warmup_ratio", "rehearsal_probability"), "[0, 1]"),
+    **dict.fromkeys(("relevance_threshold", "retention_target"), "(0, 1]"),
+    "temperature": "(0, inf)",
+    "mask_learning_rate": "[0, inf)",
+}
+"""Interval of each number among the options."""
 LabelLike = int | str
 
 
@@ -51,27 +60,28 @@ class NeMoConfig:
             starts; it rises while modules are larger and falls while they are smaller. `None` keeps the weight.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
             values in [0, 1).
-        static_evaluation: Whether a parent with hard masks answers in eval mode as the module of all its labels
-            would, or with the neurons that each input opens, as in the paper: a misjudged input loses its answer.
-        detach_pooled: Whether the generators only watch the hidden states. If not, the gradient of the masks
-            also moves what they watch, as in the paper.
+        static_evaluation: Whether a parent with hard masks uses in eval mode one static mask for all inputs, that of
+            the module of all its labels. If not, each input opens its own neurons, as in the paper, and an input that
+            the generators misjudge is answered wrongly.
+        detach_pooled: Whether no gradient flows from the mask generators into the hidden states that they read; in the
+            paper it does.
         mask_learning_rate: Learning rate of the mask generators; `None` takes 3 times
             `TrainingArguments.learning_rate`, so that masks close early and the model adapts to them.
         warmup_ratio: Share of the training steps, in [0, 1], over which `contrastive_weight` and
             `sparsity_weight` grow linearly from 0, and before whose end no module is rehearsed.
         rehearsal_probability: Share of the optimizer steps, in [0, 1], in which a random set of groups
             is trained as the module that it would become [p].
-        specificity_weight: In a rehearsed step the samples of other groups run as that module too, and
-            this weighs how far its answers to them, among their own labels, are from even: 0 leaves them
-            out. Modules of other labels then know less of these, at a price in the parent's accuracy.
+        specificity_weight: Weight of a term of rehearsed steps: samples of other groups run through the rehearsed
+            module too, and their answers, among their own labels, shall be uniform. Modules of other labels then know
+            less of these, at a price in the parent's accuracy. 0 leaves the term out.
         relevance_threshold: Share of a group's samples, in (0, 1], that must open a neuron for the
             group's modules to keep it [theta]. Rehearsal and extraction both use it.
         label_groups: Which labels form a group: a mapping of group name to label names or ids. `None`
             makes each label its own group, unless `group_column` is given.
         group_column: Name of a training data set column that holds each sample's group, a function of the label.
-        sites: Where neurons are, for architectures that are not known by the names of their layers: one
-            description a site, in place of those that would be found. `"*"` stands for one whole part of a path,
-            so that one description serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
+        sites: Neuron sites of architectures whose layers have other names than those known: one description a site,
+            in place of those that would be found. `"*"` stands for one whole part of a path, so that one description
+            serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
             "output": ...}`. Attention: `{"kind": "attention", "query": ..., "key": ..., "value": ...,
             "output": ..., "heads": 12}`, or `"fused": ...` with `"layout"` (`"one after another"`, the
             default, or `"by key/value head"`) in place of the three. Optional: `layer`, the attention layer
@@ -112,13 +122,19 @@ class NeMoConfig:
     sites: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        self._check_targets()
-        rank = self.generator_rank
-        if rank is not None and (not _is_number(rank, integer=True) or rank < 1):
-            raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more. Choose another.")
+        if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
+            raise TypeError(f"Got targets={self.targets!r}; expected a list of {list(TARGETS)}.")
+        self.targets = tuple(self.targets)
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(
+                f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}. "
+                "Pass for example NeMoConfig(targets=['ffn'])."
+            )
+        self._check_rank()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Got objective={self.objective!r}; expected one of {list(OBJECTIVES)}. Choose another.")
-        self._check_numbers()
+        for name, interval in RANGES.items():
+            self._check_range(name, interval)
         for name in ("hard_masks", "static_evaluation", "detach_pooled", "gather_across_devices"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
@@ -135,28 +151,21 @@ class NeMoConfig:
         """Whether networks make the masks; under `"moda"` the units' own activity takes their place."""
         return self.objective != "moda"
 
-    def _check_numbers(self) -> None:
-        for name in ("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"):
-            self._check_range(name, 0, float("inf"))
-        for name in ("warmup_ratio", "rehearsal_probability"):
-            self._check_range(name, 0, 1)
-        self._check_range("temperature", 0, float("inf"), open_below=True)
-        self._check_range("relevance_threshold", 0, 1, open_below=True)
-        if self.mask_learning_rate is not None:
-            self._check_range("mask_learning_rate", 0, float("inf"))
-        if self.retention_target is not None:
-            self._check_range("retention_target", 0, 1, open_below=True)
+    def _check_rank(self) -> None:
+        rank = self.generator_rank
+        if rank is not None and (not _is_number(rank, integer=True) or rank < 1):
+            raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more. Choose another.")
 
-    def _check_targets(self) -> None:
-        if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
-            raise TypeError(f"Got targets={self.targets!r}; expected a list of {list(TARGETS)}.")
-        self.targets = tuple(self.targets)
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(
-                f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}. "
-                "Pass for example NeMoConfig(targets=['ffn'])."
-            )
+    def _check_range(self, name: str, interval: str) -> None:
+        value = getattr(self, name)
+        if value is None and name in ("mask_learning_rate", "retention_target"):
+            return
+        if not _is_number(value):
+            raise TypeError(f"Got {name}={value!r}; expected a number.")
+        low, high = (float(bound) for bound in interval[1:-1].split(", "))
+        is_above = value > low if interval[0] == "(" else value >= low
+        if not is_above or not value <= high or math.isinf(value):
+            raise ValueError(f"Got {name}={value!r}; expected a number in {interval}. Choose another.")
 
     def _check_groups(self) -> None:
         if self.group_column is not None and not isinstance(self.group_column, str):
@@ -168,15 +177,16 @@ class NeMoConfig:
                 "Got both label_groups and group_column; expected at most one. "
                 "Drop group_column, or leave label_groups to be read from that column."
             )
-        self.label_groups = _checked_groups(self.label_groups)
-
-    def _check_range(self, name: str, low: float, high: float, open_below: bool = False) -> None:
-        value = getattr(self, name)
-        if not _is_number(value):
-            raise TypeError(f"Got {name}={value!r}; expected a number.")
-        if not (low < value if open_below else low <= value) or not value <= high or value == float("inf"):
-            bracket = "(" if open_below else "["
-            raise ValueError(f"Got {name}={value!r}; expected a number in {bracket}{low}, {high}]. Choose another.")
+        if not isinstance(self.label_groups, Mapping):
+            raise TypeError(f"Got label_groups={self.label_groups!r}; expected a mapping of group name to labels.")
+        if not self.label_groups:
+            raise ValueError("Got label_groups={}; expected at least one group, or None for one group a label.")
+        for name, members in self.label_groups.items():
+            if not isinstance(name, str):
+                raise TypeError(f"Got the group name {name!r}; expected a string.")
+            if isinstance(members, str) or not isinstance(members, Sequence) or not members:
+                raise ValueError(f"Got {members!r} for the group {name!r}; expected a list of labels.")
+        self.label_groups = {name: list(members) for name, members in self.label_groups.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain data that `from_dict` reads back."""
@@ -186,17 +196,7 @@ class NeMoConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NeMoConfig":
-        """Builds the options from plain data.
-
-        Args:
-            data: What `to_dict` returned; missing options take their defaults.
-
-        Returns:
-            The checked options.
-
-        Raises:
-            ValueError: If `data` holds an option that this version does not know.
-        """
+        """Builds the options from what `to_dict` returned; unknown ones are a `ValueError`."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -218,21 +218,6 @@ class NeMoConfig:
 
 def _is_number(value: Any, integer: bool = False) -> bool:
     return isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-
-
-def _checked_groups(groups: Mapping[str, Sequence[LabelLike]]) -> dict[str, list[LabelLike]]:
-    if not isinstance(groups, Mapping):
-        raise TypeError(f"Got label_groups={groups!r}; expected a mapping of group name to labels.")
-    if not groups:
-        raise ValueError("Got label_groups={}; expected at least one group, or None for one group a label.")
-    checked: dict[str, list[LabelLike]] = {}
-    for name, members in groups.items():
-        if not isinstance(name, str):
-            raise TypeError(f"Got the group name {name!r}; expected a string.")
-        if isinstance(members, str) or not isinstance(members, Sequence) or not members:
-            raise ValueError(f"Got {members!r} for the group {name!r}; expected a list of labels.")
-        checked[name] = list(members)
-    return checked
 
 
 def checked_site(site: Any) -> dict[str, Any]:
@@ -274,19 +259,7 @@ def _check_paths(site: Mapping[str, Any], paths: Sequence[Any]) -> None:
 
 
 def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
-    """Finds the id of one label.
-
-    Args:
-        label: A label id (int) or a label name (str).
-        id2label: The model's labels.
-
-    Returns:
-        The label's id.
-
-    Raises:
-        TypeError: If `label` is neither int nor str.
-        ValueError: If there is no such label.
-    """
+    """Finds the id of a label that is given by id (int) or name (str)."""
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise TypeError(f"Got the label {label!r}; expected a label id (int) or name (str).")
     if isinstance(label, int):
@@ -306,18 +279,7 @@ def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
 def resolve_groups(
     label_groups: Mapping[str, Sequence[LabelLike]] | None, id2label: Mapping[int, str]
 ) -> dict[str, list[int]]:
-    """Turns label groups by name or id into a partition of the label ids.
-
-    Args:
-        label_groups: Group name to label names or ids, or `None` for one group a label.
-        id2label: The model's labels.
-
-    Returns:
-        Group name to label ids; every label is in exactly one group.
-
-    Raises:
-        ValueError: If a label is unknown, in two groups or in none.
-    """
+    """Turns label groups (`None`: one group a label) into group name to label ids, a partition of all labels."""
     if label_groups is None:
         names = list(id2label.values())
         unique = len(set(names)) == len(names)
@@ -346,20 +308,10 @@ def resolve_groups(
 def resolve_labels(
     labels: LabelLike | Sequence[LabelLike], groups: Mapping[str, Sequence[int]], id2label: Mapping[int, str]
 ) -> tuple[list[int], list[str]]:
-    """Finds the labels and groups that a module is asked for.
+    """Finds the labels and groups that a module is asked for, by id, name or group name.
 
-    Args:
-        labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
-        groups: Group name to label ids, a partition.
-        id2label: The parent's labels.
-
-    Returns:
-        The label ids in the order asked for, a group standing for its labels, and the names of the
-        groups that they belong to, in the order of `groups`.
-
-    Raises:
-        ValueError: If there is no label, a label twice, an unknown one, or a name that is both a label
-            and a group and does not mean the same.
+    Returns the label ids in the order asked for, a group standing for its labels, and the names of the groups that
+    they belong to, in the order of `groups`. Unknown, repeated and ambiguous names are a `ValueError`.
     """
     if isinstance(labels, (int, str)):
         labels = [labels]

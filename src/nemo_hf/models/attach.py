@@ -21,22 +21,10 @@ def attach_masks(
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
     sites: Sequence[NeuronSite] | None = None,
 ) -> NeMoPreTrainedModel:
-    """Attaches masks to a plain model, which becomes part of the parent and shares its weights.
+    """Attaches masks to a plain model, which becomes part of the returned parent and shares its weights.
 
-    Args:
-        model: An image, sequence or audio classification model of `transformers`.
-        nemo_config: The options; `None` takes the defaults.
-        label_groups: Groups in place of `nemo_config.label_groups`.
-        sites: Those of the model's sites that get masks; `None`: all that `find_sites` finds.
-
-    Returns:
-        The parent, of the class for the model's task. With hard masks it computes what the plain model
-        does until a mask closes.
-
-    Raises:
-        TypeError: If `model` is not such a model.
-        ValueError: If it is one already, or has PEFT adapters, quantized weights or another head.
-        UnsupportedArchitectureError: If it has no sites that can be cut exactly.
+    `sites` are those that get masks, `None`: all that are found. With hard masks the parent computes what the plain
+    model does until a mask closes. Errors as in `make_parent`.
     """
     nemo_config = nemo_config or NeMoConfig()
     check_plain(model, nemo_config.hard_masks)
@@ -85,16 +73,7 @@ def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, A
 
 
 def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
-    """Checks that masks can be attached to a model at all.
-
-    Args:
-        model: What was given as a plain model.
-        hard_masks: Whether the masks will be 0 or 1.
-
-    Raises:
-        TypeError: If it is no classification model of `transformers`.
-        ValueError: If it has masks, adapters, quantized weights or another head.
-    """
+    """Refuses models to which masks can't be attached: of another kind or head, with masks, adapters or quantized."""
     if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
         raise ValueError(
             "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "

@@ -26,8 +26,8 @@ def compose(
 ) -> NeMoComposedModel:
     """Joins modules with different labels, of one parent or of several, into one model with joint logits.
 
-    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons: so is a weak
-    model patched, with the module of a stronger one for the labels that it is bad at.
+    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons. So a weak model
+    is repaired by a stronger one's module for the labels on which it is weak.
 
     Args:
         modules: Modules for the same kind of input; they become parts of the result.
@@ -146,16 +146,10 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
 def fit_scales(
     logits: Tensor, labels: Tensor, sizes: Sequence[int], order: Sequence[int]
 ) -> tuple[list[float], list[float]]:
-    """Fits one scale and one bias a module by the cross-entropy of the joint logits.
+    """Fits one scale (above 0) and one bias a module by the cross-entropy of the joint logits.
 
-    Args:
-        logits: Of all modules, one after another, shape (samples, labels), float64.
-        labels: Right joint label of each sample, shape (samples,).
-        sizes: Number of labels of each module.
-        order: For each joint label, its place among the columns of `logits`.
-
-    Returns:
-        Scales, above 0, and biases.
+    `logits` are those of all modules one after another, shape (samples, labels), float64; `labels` the joint label of
+    each sample; `sizes` the number of labels of each module; `order` the column of each joint label.
     """
     own = logits.split(list(sizes), -1)
     centers = torch.stack([part.mean() for part in own])

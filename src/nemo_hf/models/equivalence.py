@@ -53,19 +53,10 @@ def check_equivalence(
     static: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor] | None = None,
 ) -> EquivalenceCheck:
-    """Compares a module's logits with the parent's under the module's static mask.
+    """Compares a module's logits with the parent's under the module's static mask, in float32 and eval mode, TF32 off.
 
-    Args:
-        parent: The parent.
-        module: A module of it; its configuration says its labels.
-        static: Site key to the module's static mask, shape (neurons,).
-        inputs: Model inputs without labels; `None` draws a few random ones.
-
-    Returns:
-        The check, computed in float32 and eval mode with TF32 off.
-
-    Raises:
-        EquivalenceError: If the logits differ by more than the tolerance.
+    `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
+    Logits that differ by more than the tolerance are an `EquivalenceError`.
     """
     label_ids = module.config.label_ids or []
     inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}

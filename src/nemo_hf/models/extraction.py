@@ -163,23 +163,12 @@ def _check(
 
 
 def build_module(
-    cls: type[Model],
-    source: CutSource,
-    plan: ModulePlan,
-    read: Reader,
-    base_model: PreTrainedModel | None = None,
+    cls: type[Model], source: CutSource, plan: ModulePlan, read: Reader, base_model: PreTrainedModel | None = None
 ) -> Model:
-    """Builds a module in float32 (float64 stays), in eval mode, without checking it.
+    """Builds a module of class `cls` in float32 (float64 stays), in eval mode, without checking it.
 
-    Args:
-        cls: Class of the module.
-        source: What it is cut from.
-        plan: What it keeps.
-        read: Returns the tensor of a name in the plain model, cut.
-        base_model: A plain model on the meta device that may become the module's; `None` builds one.
-
-    Returns:
-        The module.
+    `read` returns the tensor of a name in the plain model, cut. `base_model` is a plain model on the meta device that
+    may become the module's; `None` builds one.
     """
     has_means = bool(source.mean_masks)
     cuts = [site_cut(site, plan.keep[site.key], plan.static[site.key] if has_means else None) for site in source.sites]
@@ -241,24 +230,10 @@ def cut_on_load(
     config: NeMoModelConfig | None = None,
     **kwargs: Any,
 ) -> Model:
-    """Loads only a module from a saved parent: reads the relevance, then the rows and columns it needs.
+    """Loads only a module from a saved parent: reads the relevance, then the rows and columns that the module keeps.
 
-    Args:
-        cls: Class of the parent and the module.
-        source: Directory or Hub repository of the parent.
-        labels: Labels or groups, as `extract_module` takes them.
-        threshold: As in `extract_module`.
-        round_to: As in `extract_module`.
-        verify: Whether to load the parent too and check that the module computes the same.
-        config: The parent's configuration, if it is loaded already.
-        **kwargs: Options of `from_pretrained`; those of the Hub, `dtype` and `attn_implementation` count.
-
-    Returns:
-        The module in eval mode, as `extract_module` on the loaded parent would return it.
-
-    Raises:
-        ValueError: If `source` is a module, or a tensor is missing or too small.
-        OSError: If a file is missing or damaged.
+    Does what `NeMoClassifier.from_pretrained` says for `labels=`. Of `kwargs` those of the Hub, `dtype` and
+    `attn_implementation` count; others are a `ValueError`.
     """
     strange = sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS)
     if strange:
