@@ -1,6 +1,6 @@
 """Parents and modules as `transformers` models: one class per task, registered with the Auto classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
     task = ""
     _report: dict[str, Any] | None = None
     _weight_versions: list[int] | None = None
+    _weight_hashes: list[Any] | None = None
 
     def __init__(
         self,
@@ -113,22 +114,39 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
         self._report = report
 
     def drop_stale_results(self) -> None:
-        """Drops what was checked, calibrated or measured if weights were written to since then.
+        """Drops what was checked, calibrated or measured if the weights were changed since then.
 
-        In-place changes are seen by the version counters of tensors; conversions to another device or precision don't
-        count as changes. A module whose weights were written to counts as tuned.
+        In-place changes show in the version counters of tensors, except those of fused optimizers: after a forward
+        pass in training mode, hashes taken before it are compared too. Conversions to another device or precision
+        don't count as changes. A module whose weights were changed counts as tuned.
         """
-        versions = [tensor._version for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
-        if self._weight_versions not in (None, versions):
+        tensors = [tensor for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
+        versions = [tensor._version for tensor in tensors]
+        is_changed = self._weight_versions not in (None, versions)
+        if not is_changed and self._weight_hashes is not None:
+            is_changed = self._weight_hashes != _hashes(tensors)
+        if is_changed:
             self._report = self.config.rejection = None
             if not self.is_parent:
                 self.config.equivalence, self.config.is_tuned = None, True
-        self._weight_versions = versions
+        self._weight_versions, self._weight_hashes = versions, None
+
+    def _watch_weights(self) -> None:
+        """Keeps results and weights together in a forward pass: looks for changes, or prepares to see them."""
+        has_results = self._report or self.config.rejection or not (self.is_parent or self.config.is_tuned)
+        if not has_results or torch.compiler.is_compiling():
+            return
+        if not (self.training and torch.is_grad_enabled()):
+            if self.config.rejection:
+                self.drop_stale_results()
+        elif self._weight_hashes is None:
+            self.drop_stale_results()
+            self._weight_hashes = _hashes(self.state_dict(keep_vars=True).values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the version counters out: those of a copy's tensors start anew."""
         self.drop_stale_results()
-        return {**self.__dict__, "_weight_versions": None}
+        return {**self.__dict__, "_weight_versions": None, "_weight_hashes": None}
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
@@ -231,8 +249,7 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
                 "Got a parent or module in nn.DataParallel; expected one process a GPU. "
                 "Launch with: accelerate launch --num_processes 2 your_script.py, with the number of GPUs."
             )
-        if not torch.compiler.is_compiling() and (self.config.rejection or self._weight_versions is None):
-            self.drop_stale_results()
+        self._watch_weights()
         given = {name: value for name, value in inputs.items() if value is not None}
         collected: dict[str, list[Tensor]] = {}
         if self.masks is None:
@@ -313,6 +330,12 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
             pin_revision(pretrained_model_name_or_path, kwargs)
         loaded: Self = cls._load_files(pretrained_model_name_or_path, model_args, kwargs)
         return loaded
+
+
+def _hashes(tensors: Iterable[Tensor]) -> list[Any]:
+    """Hashes of tensors' values; of a sharded tensor, of the part that this process holds."""
+    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    return [torch.hash_tensor(tensor.detach()).item() for tensor in local if not tensor.is_meta]
 
 
 def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[NeuronSite]:

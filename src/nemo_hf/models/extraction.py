@@ -253,20 +253,14 @@ def cut_on_load(
     hub_options["force_download"] = False  # what is here now was checked
     saved = _saved_source(config, weights)
     plan = make_plan(saved, labels, threshold, round_to)
-    dtypes: dict[str, torch.dtype] = {}
-
-    def read(name: str, cut: TensorCut | None) -> Tensor:
-        tensor = weights.read(f"model.{name}", cut)
-        dtypes[name] = tensor.dtype
-        return tensor
-
-    module = build_module(cls, saved, plan, read, saved.plain)
+    stored = {name: weights.float_dtype(f"model.{name}") for name in saved.plain.state_dict()}
+    module = build_module(cls, saved, plan, lambda name, cut: weights.read(f"model.{name}", cut), saved.plain)
     module.processor_files, _ = read_companions(source, hub_options, config.processor_files)
     # Checked when the parent was made, on another cut of the same structure.
     module.config.equivalence = {**config.equivalence, "source": "parent"} if config.equivalence else None
     if verify:
         _check(cls.from_pretrained(source, **hub_options), module, plan, None)
-    _restore_dtypes(module, dtypes)
+    _restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
     dtype = kwargs.get("dtype")
     if dtype not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

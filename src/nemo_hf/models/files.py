@@ -22,7 +22,7 @@ from .remote_files import find_file, read_json
 
 WEIGHTS_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
-STORED_FLOATS = ("F64", "F32", "F16", "BF16")
+STORED_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED_DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
 
@@ -136,12 +136,16 @@ class WeightFiles:
         """
         for name in expected.keys() & self._files.keys():
             dtype, got = expected[name], self._lazy(name).get_dtype()
-            allowed = STORED_FLOATS if dtype.is_floating_point else (STORED_DTYPES.get(dtype, got),)
+            allowed = tuple(STORED_FLOATS) if dtype.is_floating_point else (STORED_DTYPES.get(dtype, got),)
             if got not in allowed:
                 raise ValueError(
                     f"Got the tensor {name!r} stored as {got} in {str(self._source)!r}; expected "
                     f"{' or '.join(allowed)}. Save or download the model again."
                 )
+
+    def float_dtype(self, name: str) -> torch.dtype | None:
+        """Precision of a tensor as it is stored; `None` for whole numbers."""
+        return STORED_FLOATS.get(self._lazy(name).get_dtype())
 
     def _lazy(self, name: str) -> Any:
         return self._files[name].get_slice(self._stored_names.get(name, name))

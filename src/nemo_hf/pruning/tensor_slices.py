@@ -91,7 +91,7 @@ def cut_tensor(read: Callable[[int, Tensor], Tensor], cut: TensorCut) -> Tensor:
         cut: The cut, with indices in at least one dimension or a constant.
 
     Returns:
-        The module's tensor, contiguous.
+        The module's tensor, contiguous; in float32 at least where it was scaled.
     """
     if cut.constant is not None:
         return cut.constant.clone()
@@ -99,6 +99,8 @@ def cut_tensor(read: Callable[[int, Tensor], Tensor], cut: TensorCut) -> Tensor:
     tensor = _with_zeros(read(first, index[index != PAD]), first, index)
     for dim, index in others:
         tensor = _with_zeros(tensor.index_select(dim, index[index != PAD]), dim, index)
+    if cut.scales and tensor.element_size() < 4:  # half precision would round the product
+        tensor = tensor.float()
     for dim, scale in cut.scales.items():
         tensor = tensor * scale.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1 - dim))
     return (tensor.T if cut.is_transposed else tensor).contiguous()
