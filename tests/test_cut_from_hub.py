@@ -20,7 +20,6 @@ from nemo_hf.models.remote_files import check_content
 REPO = "me/parent"
 LABELS = ["frog", "cat"]
 WEIGHTS = r"/resolve/.*\.safetensors$"
-REFUSALS = (OSError, ValueError)
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +95,8 @@ def test_files_come_once(hub, api, saved, expected, model):
     assert_same(cut(REPO, model, local_files_only=True), expected)
     whole = model.from_pretrained(REPO)
     assert (whole.is_parent, hub.requests("GET", WEIGHTS)) == (True, [])
-
-
-def test_asking_for_a_download_downloads_once(hub, api, saved):
-    cut(REPO)
-    for options in ({"labels": LABELS}, {}):
-        hub.log.clear()
-        NeMoForImageClassification.from_pretrained(REPO, force_download=True, **options)
-        fetched = [line.path for line in hub.requests("GET", WEIGHTS)]
-        assert len(fetched) == len(set(fetched)) > 2
+    cut(REPO, model, force_download=True)
+    assert sorted(line.path for line in hub.requests("GET", WEIGHTS)) == sorted(fetched)
 
 
 def test_a_revision_is_that_commit_in_all_files(hub, api, saved):
@@ -156,40 +148,33 @@ def test_private_parents_need_a_token(hub, api, saved, monkeypatch):
 
 RULES = {
     "error": {"kind": "status", "status": 500, "times": None},
-    "refused": {"kind": "status", "status": 401, "times": None},
     "forbidden": {"kind": "status", "status": 403, "times": None},
-    "asked too often": {"kind": "status", "status": 429, "retry_after": 1, "times": None},
-    "asked too often once": {"kind": "status", "status": 429, "retry_after": 1},
+    "rate limit once": {"kind": "status", "status": 429, "retry_after": 1},
     "cut": {"kind": "cut", "times": None},
     "cut once": {"kind": "cut"},
-    "dropped": {"kind": "die_after", "times": None},
     "dropped once": {"kind": "die_after"},
     "wrong bytes": {"kind": "wrong_bytes", "times": None},
-    "wrong bytes once": {"kind": "wrong_bytes"},
-    "slow": {"kind": "slow", "seconds": 0.01, "times": None},
     "without ranges": {"kind": "ignore_range", "times": None},
 }
+CASES = [*((WEIGHTS, rule) for rule in RULES), (r"index\.json$", "cut"), (r"/config\.json$", "wrong bytes")]
 
 
-OTHERS = {r"index\.json$": ("error", "cut", "wrong bytes"), r"/config\.json$": ("error", "wrong bytes", "dropped once")}
-CASES = [(WEIGHTS, how) for how in RULES] + [(path, how) for path, hows in OTHERS.items() for how in hows]
-
-
-@pytest.mark.parametrize(("path", "how"), CASES)
-def test_a_server_that_misbehaves_gives_the_right_module_or_none(hub, api, expected, how, path):
-    """And leaves nothing in the cache that a well-behaved one would not put right."""
-    hub.misbehave(**RULES[how], method="GET", path=path)
-    with suppress(*REFUSALS):
-        assert_same(cut(REPO), expected)
-    with suppress(*REFUSALS):
-        NeMoForImageClassification.from_pretrained(REPO)
+@pytest.mark.parametrize(("path", "rule"), CASES)
+def test_a_faulty_server_gives_the_right_module_or_an_error(hub, api, expected, rule, path):
+    """And leaves nothing in the cache that a later load would not put right."""
+    hub.misbehave(**RULES[rule], method="GET", path=path)
+    for options in ({"labels": LABELS}, {}):
+        with suppress(OSError, ValueError):
+            loaded = NeMoForImageClassification.from_pretrained(REPO, **options)
+            if options:
+                assert_same(loaded, expected)
     hub.rules.clear()
     assert_same(cut(REPO), expected)
     assert list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete")) == []
 
 
-def test_wrong_bytes_are_told_and_removed(hub, api, saved):
-    """The client itself takes them; a weight that is wrong in one bit would give a wrong module."""
+def test_wrong_bytes_are_found_and_removed(hub, api, saved):
+    """The Hub client does not notice them; a wrong bit in a weight would give a wrong module."""
     rule = hub.misbehave(kind="wrong_bytes", method="GET", path=WEIGHTS)
     with pytest.raises(
         OSError, match=r"^Got 'model-\S+' from the Hub whose content .* checksum [0-9a-f]{64}; expected"
@@ -199,7 +184,7 @@ def test_wrong_bytes_are_told_and_removed(hub, api, saved):
     assert_same(cut(REPO), cut(saved / "whole"))
 
 
-def test_a_damaged_small_file_is_told_whenever_it_is_read(hub, api, saved):
+def test_a_damaged_small_file_is_found_whenever_it_is_read(hub, api, saved):
     hub.misbehave(kind="wrong_bytes", method="GET", path=r"/config\.json$")
     with pytest.raises(OSError, match=r"config\.json"):
         AutoModelForImageClassification.from_pretrained(REPO)  # which reads it before it knows whose model it is

@@ -6,18 +6,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import TEXT, fresh, image_processor, image_samples, randomize_relevance, tokenizer
 from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     Trainer,
     TrainingArguments,
     pipeline,
 )
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent, nemo_loss
+from nemo_hf import (
+    NeMoConfig,
+    NeMoForImageClassification,
+    NeMoForSequenceClassification,
+    NeMoTrainer,
+    make_parent,
+    nemo_loss,
+)
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
@@ -237,3 +246,39 @@ def test_a_module_cut_on_load_says_where_its_check_comes_from(vit, tmp_path):
     assert "source" not in verified.config.equivalence
     with pytest.raises(ValueError, match="device_map"):
         AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, torch.float64])
+def test_a_cut_is_verified_before_it_is_converted(vit, tmp_path, dtype):
+    parent = parent_of(vit)
+    parent.save_pretrained(tmp_path)
+    options = {"labels": ["cat", "dog"], "verify": True}
+    expected = NeMoForImageClassification.from_pretrained(tmp_path, **options)
+    module = NeMoForImageClassification.from_pretrained(tmp_path, dtype=dtype, **options)
+    assert str(module.dtype).endswith(str(dtype).removeprefix("torch."))
+    assert module.config.equivalence["status"] == expected.config.equivalence["status"] == "verified"
+    assert all(torch.equal(p, expected.get_parameter(n).to(p.dtype)) for n, p in module.named_parameters())
+
+
+def test_a_parent_in_half_precision_whose_cut_scales_weights_is_cut_exactly(tmp_path):
+    """MPNet computes its softmax scale from the width of a head: cut heads take the ratio into q."""
+    torch.manual_seed(0)
+    plain = MPNetForSequenceClassification(MPNetConfig(**TEXT))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    parent = parent_of(plain.to(torch.bfloat16))
+    assert any("rescaled" in site.pruning_mode for site in parent.sites)
+    module = parent.extract_module(["cat", "dog"])
+    assert (module.dtype, module.config.equivalence["status"]) == (torch.bfloat16, "verified")
+    parent.save_pretrained(tmp_path)
+    loaded = NeMoForSequenceClassification.from_pretrained(tmp_path, labels=["cat", "dog"], verify=True)
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.9}, {"round_to": 8}, {"verify": True}], ids=str)
+def test_options_of_a_cut_need_labels(vit, tmp_path, options):
+    parent_of(vit).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"without labels; expected labels, .* Pass labels="):
+        NeMoForImageClassification.from_pretrained(tmp_path, **options)
