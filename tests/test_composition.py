@@ -1,4 +1,4 @@
-"""Modules that answer together: joint logits, calibration, files, and what is refused."""
+"""Composed models: joint logits, calibration of modules against each other, files, refusals."""
 
 import copy
 import functools
@@ -12,19 +12,20 @@ from conftest import NAMES, fresh, image_processor, image_samples, randomize_rel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
-from test_convolutions import parent_of as parent_of_channels
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
-    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     Trainer,
     TrainingArguments,
     pipeline,
 )
 
 from nemo_hf import NeMoConfig, compose, make_parent
+from nemo_hf.auto_classes import NeMoComposedForImageClassification
 from nemo_hf.models.composition import fit_scales
 from nemo_hf.neurons.trial_inputs import random_inputs
 
@@ -163,7 +164,8 @@ def test_files_hold_it_all(kind, tmp_path):
 
 
 def test_modules_of_a_channel_network_join(tmp_path):
-    cnn = parent_of_channels("resnet18")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    cnn = parent_of(ResNetForImageClassification(ResNetConfig(**sizes, **NAMES)).eval())
     vit = parent_of(fresh("vit"))
     composed = compose([cnn.extract_module([ALL[0]]), cnn.extract_module([ALL[2]])])
     with pytest.raises(ValueError, match="in several modules"):
@@ -250,25 +252,6 @@ def test_attention_is_chosen_for_all_modules(tmp_path):
     assert {part.model.config._attn_implementation for part in loaded.parts} == {"eager"}
 
 
-def test_a_push_takes_its_options_along(tmp_path, monkeypatch):
-    pushed = {}
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name, **options: pushed.update(options, name=name))
-    composed = compose(image_modules())
-    composed.save_pretrained(tmp_path / "two", push_to_hub=True, private=True, revision="r", token="t")
-    assert pushed == {"name": "two", "private": True, "revision": "r", "token": "t"}
-    pushed.clear()
-    composed.save_pretrained(tmp_path / "two", push_to_hub=True, is_main_process=False)
-    assert pushed == {}
-
-
-def test_nothing_of_a_module_stays_beside_the_joined_ones(tmp_path):
-    modules = image_modules()
-    modules[0].save_pretrained(tmp_path, with_code=True)
-    assert (tmp_path / "modeling_nemo_module.py").exists()
-    compose(modules).save_pretrained(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
 @pytest.mark.parametrize("labels", [torch.tensor([2], dtype=torch.int32), torch.tensor([0])])
 def test_one_sample_is_enough_for_finite_numbers(labels):
     modules = image_modules()
@@ -293,14 +276,6 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
-def role_of_a_parent(config):
-    config["parts"][0]["role"] = "parent"
-
-
-def foreign_code(config):
-    config["parts"][0]["base_class"] = "OsEnviron"
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -317,30 +292,11 @@ def foreign_code(config):
         (lambda c: c.update(parts=[]), "of 0 modules"),
         (lambda c: c.update(parts={"a": 1}), "of 0 modules"),
         (lambda c: c.update(model_type="vit"), "expected modules that were joined"),
-        (role_of_a_parent, "config.json"),
-        (foreign_code, "Got the model class 'OsEnviron'"),
-    ],
-    ids=[
-        "scales",
-        "infinite",
-        "order",
-        "other order",
-        "negative",
-        "several",
-        "method",
-        "sub_configs",
-        "names",
-        "labels",
-        "no parts",
-        "a mapping",
-        "type",
-        "parent",
-        "class",
+        (lambda c: c["parts"][0].update(role="parent"), "config.json"),
+        (lambda c: c["parts"][0].update(base_class="OsEnviron"), "Got the model class 'OsEnviron'"),
     ],
 )
 def test_damaged_configurations_are_refused(saved, damage, words):
-    from nemo_hf.models.composed_model import NeMoComposedForImageClassification
-
     config = json.loads((saved / "config.json").read_text())
     damage(config)
     (saved / "config.json").write_text(json.dumps(config))
