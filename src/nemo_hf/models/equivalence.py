@@ -1,4 +1,4 @@
-"""the equivalence check: a module's logits equal the parent's under the same static mask.
+"""The equivalence check: a module's logits equal the parent's under the same static mask.
 
 It holds because a closed neuron adds exactly nothing to what reads it: values and units are masked where they
 are read, q.k dimensions are missing in q and k alike, attention keeps its scale, and the residual stream keeps
@@ -28,7 +28,7 @@ class EquivalenceError(RuntimeError):
 
 @dataclass(frozen=True)
 class EquivalenceCheck:
-    """Result of a equivalence check, in float32.
+    """Result of an equivalence check, in float32.
 
     Args:
         status: `"verified"`, or `"unverified"` where the mask hardly moves the parent's logits, so that
