@@ -1,6 +1,6 @@
 """A directory with the models and data that README, the pages of docs/ and the command line are tried on.
 
-The names are those of the Hub: run there, `google/vit-base-patch16-224-in21k` is a tiny ViT and `org/animals` 60 images.
+The names are those of the Hub: there, `google/vit-base-patch16-224-in21k` is a tiny ViT and `org/animals` 60 images.
 """
 
 from pathlib import Path

@@ -40,8 +40,7 @@ TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "thre
 
 def demo(options: Namespace) -> None:
     """Runs the demo and prints its report."""
-    given = {} if options.epochs is None else {"epochs": options.epochs}
-    report = run_demo(options.output_dir, seed=options.seed, **given)
+    report = run_demo(options.output_dir, options.seed, options.epochs)
     print(f"\n{format_demo(report)}\n\n{options.output_dir}: parent/, modules/, report.json, modules.png")
 
 
@@ -64,9 +63,8 @@ def train(options: Namespace) -> None:
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
-    datasets = [name] if (name := hub_name(options.dataset)) else []
-    record = {**(trainer.parent.config.training or {}), "command": options.command_line, "datasets": datasets}
-    trainer.parent.config.training = record
+    record = {"command": options.command_line, "datasets": [name] if (name := hub_name(options.dataset)) else []}
+    trainer.parent.config.training = {**(trainer.parent.config.training or {}), **record}
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(json.dumps(metrics, indent=2))
@@ -83,11 +81,8 @@ def extract(options: Namespace) -> None:
     labels = _labels(options.labels, _config(options.parent))
     module = _load(options.parent, labels=labels, threshold=options.threshold, round_to=options.round_to)
     module.save_pretrained(options.output_dir)
-    config = module.config
-    print(
-        f"{options.output_dir}: {list(config.names.values())}, {base_parameters(module):,} parameters, "
-        f"{config.retained_neurons:.1%} of the neurons"
-    )
+    names, share = list(module.config.names.values()), module.config.retained_neurons
+    print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
 
 
 def export(options: Namespace) -> None:
@@ -107,10 +102,9 @@ def evaluate(options: Namespace) -> None:
     parent = _load(options.parent)
     parent.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     loader = _batches(options, options.split, parent)
-    reports = []
-    for word in options.labels:
-        labels, cut = _labels(word.split("+"), parent.config), (options.threshold, options.round_to)
-        reports.append(evaluate_module(parent, labels, loader, None, *cut).to_dict())
+    modules = [_labels(word.split("+"), parent.config) for word in options.labels]
+    cut = (None, options.threshold, options.round_to)
+    reports = [evaluate_module(parent, labels, loader, *cut).to_dict() for labels in modules]
     print(format_table(reports))
     if options.output:
         write_json(options.output, reports)
@@ -125,9 +119,8 @@ def push(options: Namespace) -> None:
         raise ValueError(f"Got {sorted(given)}; expected one of the two: {ways}. See nemo-hf push --help.")
     if not options.dataset and (options.calibration_split or options.compare_formats):
         raise ValueError("Got no --dataset; expected one for --calibration-split and --compare-formats.")
-    measured_on = hub_name(options.dataset)
-    split = options.split if measured_on else None
-    card = CardOptions(options.parent_repo, options.license, options.datasets, (), measured_on, split)
+    measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
+    card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
     model = _load(options.path if is_alone else options.parent)
     if options.dry_run:
         path = Path(options.path, CARD_NAME)
@@ -180,10 +173,8 @@ def inspect(options: Namespace) -> None:
 def _config(source: str) -> NeMoModelConfig:
     config = AutoConfig.from_pretrained(source)
     if not isinstance(config, NeMoModelConfig):
-        raise ValueError(
-            f"Got {source!r} of model type {config.model_type!r}; expected a parent or module of nemo_hf. "
-            "Train one with nemo-hf train."
-        )
+        kind = config.model_type
+        raise ValueError(f"Got {source!r} of model type {kind!r}; expected a parent or module, as nemo-hf train saves.")
     return config
 
 

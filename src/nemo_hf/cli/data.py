@@ -46,34 +46,30 @@ def load_data(
         feature = first.features[label_column]
         named = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(first.unique(label_column)))
         names = [str(name) for name in named]
-    parts = {split: _with_label_ids(part, label_column, names) for split, part in parts.items()}
     column = input_column or _input_column(first, (label_column, *keep))
     is_image = isinstance(first.features[column], datasets.Image)
     processor = (AutoImageProcessor if is_image else AutoTokenizer).from_pretrained(model)
     prepare = _prepare_images if is_image else _prepare_texts
-    prepared = {}
     for split, part in parts.items():
-        renamed = part if label_column == "labels" else part.rename_column(label_column, "labels")
-        prepared[split] = prepare(renamed.select_columns([column, "labels", *keep]), column, processor)
+        labeled = _with_label_ids(part, label_column, names).select_columns([column, "labels", *keep])
+        parts[split] = prepare(labeled, column, processor)
     collator = default_data_collator if is_image else DataCollatorWithPadding(processor)
     task = "image-classification" if is_image else "text-classification"
-    return LoadedData(task, processor, prepared, collator, list(names))
+    return LoadedData(task, processor, parts, collator, list(names))
 
 
 def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
-    """Turns labels into ids of the given names: splits and models may number the same names differently."""
+    """Makes `labels` of ids of the given names: splits and models may number the same names differently."""
     feature = dataset.features[column]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if own == list(names):
-        return dataset
     ids = {name: index for index, name in enumerate(names)}
     labels = [own[value] if own else str(value) for value in dataset[column]]
     unknown = sorted(set(labels) - set(ids))
     if unknown:
         named = f"Got the labels {unknown[:12]} in the column {column!r}; expected some of {list(names)[:12]}."
         raise ValueError(f"{named} Remove these samples, or rename their labels.")
-    renumbered = dataset.remove_columns(column).add_column(column, [ids[label] for label in labels])
-    return renumbered.cast_column(column, datasets.ClassLabel(names=list(names)))
+    renumbered = dataset.remove_columns(column).add_column("labels", [ids[label] for label in labels])
+    return renumbered.cast_column("labels", datasets.ClassLabel(names=list(names)))
 
 
 def _input_column(dataset: Any, others: Sequence[str]) -> str:

@@ -22,7 +22,6 @@ from nemo_hf.models.files import write_json
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
-TEST_SHARE = 0.2
 EPOCHS = 60
 OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
 
@@ -68,25 +67,24 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     assert isinstance(trainer, NeMoTrainer)
     trainer.train()
     accuracies = [each.evaluate()["eval_accuracy"] for each in (plain, trainer)]
-    parent = trainer.parent
+    parent, parameters = trainer.parent, base_parameters(trainer.parent)
     modularity = measure_modularity(parent, trainer.get_eval_dataloader(), most=len(test))
     trainer.save_model(str(output / "parent"))
-    modules = [_module(trainer, labels, output) for labels in MODULES]
-    report = {
+    report: dict[str, Any] = {
         "seed": seed,
         "epochs": epochs,
-        "seconds": round(time.perf_counter() - start, 1),
-        "plain": {"accuracy": accuracies[0], "parameters": _count(plain.model)},
+        "plain": {"accuracy": accuracies[0], "parameters": parameters},
         "parent": {
             "accuracy": accuracies[1],
-            "parameters": base_parameters(parent),
-            "generator_parameters": _count(parent.masks),
+            "parameters": parameters,
+            "generator_parameters": parent.num_parameters() - parameters,
             "cohesion": modularity["cohesion"],
             "coupling": modularity["coupling"],
         },
         "test_indices": test_indices,
-        "modules": modules,
+        "modules": [_module(trainer, labels, output) for labels in MODULES],
     }
+    report["seconds"] = round(time.perf_counter() - start, 1)
     draw_neurons(parent, output / "modules.png")
     write_json(output / "report.json", report)
     return report
@@ -106,7 +104,7 @@ def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[i
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)).convert("RGB") for image in digits.images]
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
     chosen, held_out = train_test_split(
-        np.arange(len(images)), test_size=TEST_SHARE, stratify=digits.target, random_state=seed
+        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=seed
     )
     parts = [Digits(pixel_values[indices], digits.target[indices].tolist()) for indices in (chosen, held_out)]
     return parts[0], parts[1], [int(index) for index in held_out]
@@ -133,10 +131,6 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of right answers, for `compute_metrics`."""
     answers = np.asarray(prediction.predictions).argmax(-1)
     return {"accuracy": float((answers == prediction.label_ids).mean())}
-
-
-def _count(layers: torch.nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in layers.parameters()) if layers is not None else 0
 
 
 def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[str, Any]:

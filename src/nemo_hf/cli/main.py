@@ -12,6 +12,7 @@ from nemo_hf.hub.provenance import safe_command
 from nemo_hf.models.equivalence import EquivalenceError
 
 from . import commands
+from .demo import EPOCHS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,9 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args([_with_dashes(word) for word in words])
-        if options.command is None:
-            parser.print_help()
-            return 0
         options.command_line = safe_command(["nemo-hf", *words])
         options.run(options)
     except (ValueError, TypeError, OSError, ImportError, EquivalenceError) as error:
@@ -43,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all commands; each sets `run` to the function that runs it."""
     text = "Train a classifier so that it comes apart into small stand-alone modules."
     parser = _Parser(prog="nemo-hf", description=text, formatter_class=argparse.HelpFormatter)
+    parser.set_defaults(run=lambda options: parser.print_help())
     group = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], None], text: str, **options: Any) -> Callable[..., Any]:
@@ -58,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in three minutes")
     add("--output-dir", required=True, help="gets parent/, modules/, report.json and modules.png")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
-    add("--epochs", type=int, help="epochs of each of the two trainings")
+    add("--epochs", type=int, default=EPOCHS, help=f"epochs of each of the two trainings (default: {EPOCHS})")
 
     add = command(
         commands.train,
