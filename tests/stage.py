@@ -3,10 +3,12 @@
 The names are those of the Hub: there, `google/vit-base-patch16-224-in21k` is a tiny ViT and `org/animals` 60 images.
 """
 
+import shutil
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 from conftest import LABELS, fresh, image_processor, image_samples, randomize_relevance, tokenizer
 from PIL import Image
 
@@ -15,6 +17,22 @@ from nemo_hf import make_parent
 datasets.disable_progress_bars()
 SPLITS = {"train": 30, "validation": 20, "test": 10}
 GROUPS = {"animals": ["cat", "dog", "frog"], "vehicles": ["car", "ship"]}
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stage")
+    write_stage(directory)
+    return directory
+
+
+@pytest.fixture
+def stage(template, tmp_path, monkeypatch):
+    """Makes a copy of the directory the current one, with a cache of data sets of its own."""
+    shutil.copytree(template, tmp_path / "stage")
+    monkeypatch.chdir(tmp_path / "stage")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "stage"
 
 
 def write_stage(directory: Path) -> None:

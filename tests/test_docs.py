@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import datasets
 import pytest
 from conftest import LABELS, image_processor, image_samples
 from hub_server import hub as hub
-from stage import write_stage
+from stage import stage as stage
+from stage import template as template
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 import nemo_hf
@@ -24,13 +24,6 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ARGUMENTS = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
 SLURM = {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_ID": "7"}
 pytestmark = pytest.mark.xdist_group("stage")
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("stage")
-    write_stage(directory)
-    return directory
 
 
 def provided():
@@ -88,15 +81,10 @@ RUNNERS = {
     "page",
     [pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem == "export" else ()) for page in PAGES],
 )
-def test_every_block_of_a_page_runs(page, template, tmp_path, monkeypatch, request):
+def test_every_block_of_a_page_runs(page, stage, monkeypatch, request):
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert text.count("```") == 2 * len(blocks), "a block is not closed, or has no language"
-    if not blocks:
-        return
-    shutil.copytree(template, tmp_path / "stage")
-    monkeypatch.chdir(tmp_path / "stage")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(commands, "run_demo", lambda *args, **kwargs: None)  # test_demo.py runs it
     monkeypatch.setattr(commands, "format_demo", str)
     if "push" in text:
