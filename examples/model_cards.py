@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_hf.cli.main import AUTO_CLASSES
+from nemo_hf.cli.commands import AUTO_CLASSES
 from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.hub.model_card import CardFacts, render_model_card
 from nemo_hf.hub.publish import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons

@@ -213,7 +213,7 @@ def test_whole_models_don_t_wait_for_each_other():
 
 
 def test_the_page_counts_as_the_library_does():
-    page = (HERE.parent / "examples" / "many_devices.md").read_text(encoding="utf-8")
+    page = (HERE.parent / "docs" / "many_devices.md").read_text(encoding="utf-8")
     rows = re.findall(r"\((\d+) x (\d+)\) \| ([\d.,]+) M \| ([\d.]+) M \| ([\d.]+) % \| ([\d,]+) \|", page)
     assert len(rows) == 5
     for width, layers, parameters, generators, share, neurons in rows:
@@ -261,7 +261,7 @@ def test_the_page_measures_as_the_library_does():
     plain = ViTForImageClassification(config)
     without = kept_for_backward(plain) / 4e6
     masked = kept_for_backward(make_parent(plain)) / 4e6
-    page = (HERE.parent / "examples" / "many_devices.md").read_text(encoding="utf-8")
+    page = (HERE.parent / "docs" / "many_devices.md").read_text(encoding="utf-8")
     said = re.search(r"keeps ([\d.]+) MB a sample .*? and ([\d.]+) MB with.*?measured are ([\d.]+) MB", page, re.DOTALL)
     assert [f"{without:.1f}", f"{masked:.1f}", f"{masked - without:.1f}"] == list(said.groups())
 

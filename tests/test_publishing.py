@@ -156,7 +156,7 @@ def test_a_card_of_another_kind_is_not_thrown_away(hub, parent, tmp_path):
         assert metadata["license"] == "mit"
     parent.save_pretrained(tmp_path / "p")
     (tmp_path / "p" / "README.md").write_text(text + "\nMine.\n")
-    assert main(["push", str(tmp_path / "p"), "--repo_id", "me/p", "--dry_run", "true"]) == 0
+    assert main(["push", str(tmp_path / "p"), "--repo_id", "me/p", "--dry-run"]) == 0
     assert "Mine." in (tmp_path / "p" / "README.md").read_text()
 
 

@@ -1,109 +1,206 @@
-"""Options of the commands of `nemo-hf`, as data."""
+"""What each command of `nemo-hf` does with its options."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForAudioClassification, AutoModelForImageClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification as AutoModelForTextClassification
+
+from nemo_hf.auto_classes import NeMoClassifier
+from nemo_hf.config import LabelLike, NeMoConfig
+from nemo_hf.evaluation.report import evaluate_module, format_table
+from nemo_hf.hub.collections import push_modules
+from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, write_companions
+from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
+from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
+from nemo_hf.models.files import write_json
+from nemo_hf.models.pruning_modes import make_parent
+from nemo_hf.models.remote_files import hub_name
+from nemo_hf.neurons.mask_hooks import GeneratedMask
+from nemo_hf.neurons.proposals import propose_sites
+from nemo_hf.training.trainer import NeMoTrainer
+
+from .data import load_data
+from .demo import accuracy, format_demo, run_demo
+
+AUTO_CLASSES: dict[str, Any] = {
+    "image-classification": AutoModelForImageClassification,
+    "text-classification": AutoModelForTextClassification,
+    "audio-classification": AutoModelForAudioClassification,
+}
+ALONE = {"path", "repo_id", "parent_repo", "dry_run"}  # options of `push` for one model
+TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "threshold", "round_to", "compare_formats"}
 
 
-@dataclass
-class DemoCommand:
-    """Trains, cuts, saves, reloads and measures on scikit-learn's digits, offline, on a CPU, in three minutes."""
-
-    output_dir: str = field(metadata={"help": "Gets parent/, modules/, report.json and modules.png."})
-    seed: int = field(default=0, metadata={"help": "Seed of the split, the models and the training."})
-    epochs: int | None = field(default=None, metadata={"help": "Epochs of each of the two trainings."})
+def demo(options: Namespace) -> None:
+    """Runs the demo and prints its report."""
+    report = run_demo(options.output_dir, options.seed, options.epochs)
+    print(f"\n{format_demo(report)}\n\n{options.output_dir}: parent/, modules/, report.json, modules.png")
 
 
-@dataclass
-class DataOptions:
-    """Data to train on or to measure with."""
-
-    dataset: str = field(metadata={"help": "Hub data set or local folder."})
-    split: str = field(default="test", metadata={"help": "Split to measure with."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    input_column: str | None = field(
-        default=None, metadata={"help": "Column of the images or texts; found if left out."}
+def train(options: Namespace) -> None:
+    """Trains a parent, evaluates it, saves it and prints its metrics."""
+    chosen = {field.name: getattr(options, field.name) for field in fields(TrainingArguments) if field.init}
+    arguments, nemo_config = TrainingArguments(**chosen), _nemo_config(options.nemo_config)
+    splits = [options.train_split, options.split]
+    groups = [nemo_config.group_column] if nemo_config.group_column else []
+    data = load_data(options.dataset, options.model, splits, options.label_column, options.input_column, keep=groups)
+    names = {"id2label": dict(enumerate(data.names)), "label2id": {name: i for i, name in enumerate(data.names)}}
+    model = AUTO_CLASSES[data.task].from_pretrained(options.model, **names, ignore_mismatched_sizes=True)
+    if data.task == "image-classification":
+        arguments.remove_unused_columns = False  # the columns are made when a sample is read
+    trainer = NeMoTrainer(
+        *(model, arguments, data.collator, *(data.splits[split] for split in splits)),
+        processing_class=data.processor,
+        compute_metrics=accuracy,
+        nemo_config=nemo_config,
     )
-    batch_size: int = field(default=64, metadata={"help": "Samples a batch when measuring."})
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    record = {"command": options.command_line, "datasets": [name] if (name := hub_name(options.dataset)) else []}
+    trainer.parent.config.training = {**(trainer.parent.config.training or {}), **record}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(json.dumps(metrics, indent=2))
 
 
-@dataclass
-class TrainCommand(DataOptions):
-    """Trains a parent from a plain model and measures it; takes all TrainingArguments as options too."""
-
-    model: str = field(default="", metadata={"help": "Plain model: Hub repository or directory."})
-    nemo_config: str | None = field(default=None, metadata={"help": "NeMoConfig as a JSON file or inline JSON."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-
-    command_line = ""  # no option: the words that these options were read from
+def _nemo_config(text: str | None) -> NeMoConfig:
+    if text is None:
+        return NeMoConfig()
+    return NeMoConfig.from_dict(json.loads(text)) if text.lstrip().startswith("{") else NeMoConfig.from_json_file(text)
 
 
-@dataclass
-class ExtractCommand:
-    """Cuts a module out of a saved parent and saves it."""
-
-    parent: str = field(metadata={"help": "Parent: directory or Hub repository."})
-    labels: list[str] = field(metadata={"help": "Label names, group names or label ids, in the order of the outputs."})
-    output_dir: str = field(metadata={"help": "Directory of the module."})
-    threshold: float | None = field(default=None, metadata={"help": "Relevance threshold, above 0 up to 1."})
-    round_to: int | None = field(default=None, metadata={"help": "Fill widths up to multiples of this, such as 8."})
+def extract(options: Namespace) -> None:
+    """Cuts a module on load and saves it."""
+    labels = _labels(options.labels, _config(options.parent))
+    module = _load(options.parent, labels=labels, threshold=options.threshold, round_to=options.round_to)
+    module.save_pretrained(options.output_dir)
+    names, share = list(module.config.names.values()), module.config.retained_neurons
+    print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
 
 
-@dataclass
-class ExportCommand:
-    """Writes a saved module as a plain model of transformers, or as an ONNX file."""
-
-    module: str = field(metadata={"help": "Module: directory or Hub repository."})
-    output_dir: str = field(metadata={"help": "Directory of the export."})
-    format: Literal["plain", "onnx"] = field(default="plain", metadata={"help": "Format of the export."})
-
-
-@dataclass
-class EvaluateCommand(DataOptions):
-    """Measures modules of a saved parent beside their controls."""
-
-    parent: str = field(default="", metadata={"help": "Parent: directory or Hub repository."})
-    labels: list[str] = field(
-        default_factory=list, metadata={"help": "Modules to measure, each as labels joined by '+': cat+dog car+ship."}
-    )
-    threshold: float | None = field(default=None, metadata={"help": "Relevance threshold, above 0 up to 1."})
-    round_to: int | None = field(default=None, metadata={"help": "Fill widths up to multiples of this, such as 8."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the reports."})
+def export(options: Namespace) -> None:
+    """Writes a module in another format and prints what changed."""
+    module = _load(options.module)
+    if options.format == "plain":
+        plain = module.save_plain(options.output_dir)
+        sizes = f"{plain.parameters:,} parameters (module: {plain.module_parameters:,}), changed: {plain.changes}"
+    else:
+        onnx = module.export_onnx(options.output_dir)
+        sizes = f"inputs {onnx.inputs}, outputs {onnx.outputs}, difference {onnx.difference:.1e}"
+    print(f"{options.output_dir}: {sizes}")
 
 
-@dataclass
-class PushCommand(DataOptions):
-    """Uploads a parent or module with its card; or a parent and modules cut from it, tied in a collection."""
-
-    dataset: str = field(default="", metadata={"help": "Hub data set or local folder to measure the modules with."})
-    path: str | None = field(default=None, metadata={"help": "Directory of a saved parent or module to upload."})
-    repo_id: str | None = field(default=None, metadata={"help": "With --path: Hub repository, such as me/cat-dog."})
-    parent_repo: str | None = field(default=None, metadata={"help": "With --path: repository of a module's parent."})
-    parent: str | None = field(default=None, metadata={"help": "Directory of a parent to upload with --modules."})
-    modules: list[str] = field(
-        default_factory=list, metadata={"help": "Modules of --parent, each as labels joined by '+': cat dog cat+dog."}
-    )
-    namespace: str | None = field(default=None, metadata={"help": "With --parent: user or organization."})
-    name: str | None = field(default=None, metadata={"help": "With --parent: its repository's name."})
-    calibration_split: str | None = field(
-        default=None, metadata={"help": "Split of validation data that the modules' rejection is calibrated on."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Identifier of the license, for the cards."})
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Hub data sets, for the cards."})
-    threshold: float | None = field(default=None, metadata={"help": "Relevance threshold, above 0 up to 1."})
-    round_to: int | None = field(default=None, metadata={"help": "Fill widths up to multiples of this, such as 8."})
-    compare_formats: bool = field(
-        default=False, metadata={"help": "Whether to time modules as plain models and as ONNX too, for the cards."}
-    )
-    private: bool = field(default=False, metadata={"help": "Whether to create private repositories."})
-    dry_run: bool = field(default=False, metadata={"help": "Write the card beside the model and upload nothing."})
+def evaluate(options: Namespace) -> None:
+    """Measures modules and prints a table."""
+    parent = _load(options.parent)
+    parent.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    loader = _batches(options, options.split, parent)
+    modules = [_labels(word.split("+"), parent.config) for word in options.labels]
+    cut = (None, options.threshold, options.round_to)
+    reports = [evaluate_module(parent, labels, loader, *cut).to_dict() for labels in modules]
+    print(format_table(reports))
+    if options.output:
+        write_json(options.output, reports)
 
 
-@dataclass
-class InspectCommand:
-    """Prints a model's neuron sites: where masks would attach and how modules would be cut."""
+def push(options: Namespace) -> None:
+    """Uploads one model, or a parent with modules of it."""
+    given = {name for name in ALONE | TOGETHER if getattr(options, name)}
+    is_alone = given <= ALONE and {"path", "repo_id"} <= given
+    if not is_alone and not (given <= TOGETHER and {"parent", "namespace"} <= given):
+        ways = "DIR with --repo-id, or --parent with --namespace"
+        raise ValueError(f"Got {sorted(given)}; expected one of the two: {ways}. See nemo-hf push --help.")
+    if not options.dataset and (options.calibration_split or options.compare_formats):
+        raise ValueError("Got no --dataset; expected one for --calibration-split and --compare-formats.")
+    measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
+    card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
+    model = _load(options.path if is_alone else options.parent)
+    if options.dry_run:
+        path = Path(options.path, CARD_NAME)
+        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        write_companions(model, options.path, options.repo_id, card, before)
+        print(f"{path} written; nothing uploaded")
+    elif is_alone:
+        print(push_model(model, options.repo_id, card, private=options.private or None))
+    else:
+        done = push_modules(
+            model,
+            {word: _labels(word.split("+"), model.config) for word in options.modules},
+            options.namespace,
+            options.name or Path(options.parent).absolute().name,
+            _batches(options, options.split, model) if options.dataset else None,
+            _batches(options, options.calibration_split, model) if options.calibration_split else None,
+            *(card, options.threshold, options.round_to, options.compare_formats),
+            private=options.private or None,
+        )
+        print("\n".join(f"{name}: {address}" for name, address in done.items()))
 
-    model: str = field(metadata={"help": "Plain model, parent or module: directory or Hub repository."})
-    propose: bool = field(
-        default=False, metadata={"help": "Look for sites by trying instead of by name, and print them as options."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
+
+def inspect(options: Namespace) -> None:
+    """Prints the neuron sites of a plain model, parent or module."""
+    code = {"trust_remote_code": True} if options.trust_remote_code else {}
+    config = AutoConfig.from_pretrained(options.model, **code)
+    if config.model_type == "nemo_hf":
+        model: NeMoPreTrainedModel = _load(options.model)
+    else:
+        own = getattr(config, "auto_map", None) or {}
+        fitting = [a for a in AUTO_CLASSES.values() if type(config) in a._model_mapping or a.__name__ in own]
+        if not fitting:
+            raise ValueError(f"Got model type {config.model_type!r}; expected one of images, sequences or audio.")
+        plain = fitting[0].from_pretrained(options.model, **code)
+        sites = propose_sites(plain) if options.propose else None
+        if sites is not None:
+            print(json.dumps({"sites": sites}, indent=1))
+        model = make_parent(plain, NeMoConfig(sites=sites or None))
+    width = max(len(site.name) for site in model.sites)
+    print(f"{'site':{width}}  kind       neurons  pruning mode")
+    for index, site in enumerate(model.sites):
+        print(f"{site.name:{width}}  {site.kind:9}  {_neurons(model, index):7}  {site.pruning_mode}")
+    print(f"\n{model.config.base_class}: {base_parameters(model):,} parameters")
+    if model.masks is not None:
+        first = next(model.masks.site_masks())
+        made = f"of rank {first.generator.down.out_features}" if isinstance(first, GeneratedMask) else "none"
+        print(f"mask generators: {made}; equivalence check: {(model.config.equivalence or {}).get('status')}")
+
+
+def _config(source: str) -> NeMoModelConfig:
+    config = AutoConfig.from_pretrained(source)
+    if not isinstance(config, NeMoModelConfig):
+        kind = config.model_type
+        raise ValueError(f"Got {source!r} of model type {kind!r}; expected a parent or module, as nemo-hf train saves.")
+    return config
+
+
+def _load(source: str, **options: Any) -> NeMoClassifier:
+    kind: type[NeMoClassifier] = model_class(task_of(_config(source).plain_class), NeMoModelConfig)
+    return kind.from_pretrained(source, **options)
+
+
+def _labels(words: Sequence[str], config: NeMoModelConfig) -> list[LabelLike]:
+    """Reads labels as names if there are such names, and as ids otherwise."""
+    known = {*config.names.values(), *config.groups}
+    return [int(word) if word.isdigit() and word not in known else word for word in words]
+
+
+def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoader[Any]:
+    names = list(parent.config.names.values())
+    columns = (options.label_column, options.input_column)
+    data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names)
+    return DataLoader(data.splits[split], batch_size=options.batch_size, collate_fn=data.collator)
+
+
+def _neurons(model: NeMoPreTrainedModel, index: int) -> int:
+    """Neurons of a site: of a parent all, of a module those that it was cut to."""
+    if model.is_parent:
+        return model.sites[index].neurons
+    widths = (model.config.sites or [])[index]["widths"]
+    if "head_dim" in widths:
+        return int(2 * widths["key_value_heads"] * widths["head_dim"])
+    return sum(int(width) for name, width in widths.items() if name not in ("query", "output"))

@@ -1,4 +1,4 @@
-"""The main job on embedded data: scikit-learn's digits, offline, on a CPU."""
+"""The demo: training, cutting and measuring on scikit-learn's digits, offline, on a CPU."""
 
 import tempfile
 import time
@@ -10,39 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForImageClassification,
-    EvalPrediction,
-    Trainer,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    set_seed,
-)
+from transformers import AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers.models.vit import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.evaluation.report import evaluate_module, format_table
+from nemo_hf.evaluation.report import format_table, measure_modularity
 from nemo_hf.hub.pictures import draw_neurons
 from nemo_hf.models.base import base_parameters
 from nemo_hf.models.files import write_json
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
-TEST_SHARE = 0.2
 EPOCHS = 60
-BATCH_SIZE = 64
-LEARNING_RATE = 1e-3
 OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
 
 
 class Digits(torch.utils.data.Dataset[dict[str, Any]]):
-    """Images of scikit-learn's digits as a processor prepares them.
-
-    Args:
-        pixel_values: Shape (samples, channels, height, width).
-        labels: Digits, shape (samples,).
-    """
+    """Prepared images of shape (samples, channels, height, width) with their digits."""
 
     def __init__(self, pixel_values: Tensor, labels: Sequence[int]) -> None:
         self.pixel_values, self.labels = pixel_values, labels
@@ -56,7 +41,7 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch to one thread, lest results and times depend on the number of cores."""
+    """Keeps torch to one thread, so that results and times do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,79 +52,46 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Trains a small ViT on digits, plain and with masks, and cuts, saves, reloads and measures modules.
+    """Trains a small ViT plain and with masks, cuts, saves, reloads and measures modules; returns the report.
 
-    Runs on one CPU thread.
-
-    Args:
-        output_dir: Gets `parent/`, `modules/`, `report.json` and `modules.png`.
-        seed: Seed of the split, the models and the training.
-        epochs: Epochs of each of the two trainings.
-
-    Returns:
-        The report, as written to `report.json`.
-
-    Raises:
-        ImportError: If the extra `demo` is not installed.
+    Runs on one CPU thread; `output_dir` gets `parent/`, `modules/`, `report.json` and `modules.png`.
     """
-    start = time.perf_counter()
-    output = Path(output_dir)
-    processor = ViTImageProcessorPil(
-        do_resize=False, size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    start, output = time.perf_counter(), Path(output_dir)
+    half = [0.5] * 3
+    processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}, image_mean=half, image_std=half)
     train, test, test_indices = load_digits_split(processor, seed)
     plain = digits_trainer(Trainer, train, test, seed, epochs)
     plain.train()
-    plain_accuracy = plain.evaluate()["eval_accuracy"]
-    trainer = digits_trainer(
-        NeMoTrainer,
-        train,
-        test,
-        seed,
-        epochs,
-        nemo_config=OPTIONS,
-        processing_class=processor,
-    )
+    options = {"nemo_config": OPTIONS, "processing_class": processor}
+    trainer = digits_trainer(NeMoTrainer, train, test, seed, epochs, **options)
     assert isinstance(trainer, NeMoTrainer)
     trainer.train()
-    measured = trainer.evaluate()
-    parent = trainer.parent
+    accuracies = [each.evaluate()["eval_accuracy"] for each in (plain, trainer)]
+    parent, parameters = trainer.parent, base_parameters(trainer.parent)
+    modularity = measure_modularity(parent, trainer.get_eval_dataloader(), most=len(test))
     trainer.save_model(str(output / "parent"))
-    modules = [_module(trainer, labels, output) for labels in MODULES]
-    assert parent.masks is not None
-    report = {
+    report: dict[str, Any] = {
         "seed": seed,
         "epochs": epochs,
-        "seconds": round(time.perf_counter() - start, 1),
-        "plain": {"accuracy": plain_accuracy, "parameters": _count(plain.model)},
+        "plain": {"accuracy": accuracies[0], "parameters": parameters},
         "parent": {
-            "accuracy": measured["eval_accuracy"],
-            "parameters": base_parameters(parent),
-            "generator_parameters": _count(parent.masks),
-            "cohesion": measured["eval_cohesion"],
-            "coupling": measured["eval_coupling"],
+            "accuracy": accuracies[1],
+            "parameters": parameters,
+            "generator_parameters": parent.num_parameters() - parameters,
+            "cohesion": modularity["cohesion"],
+            "coupling": modularity["coupling"],
         },
         "test_indices": test_indices,
-        "modules": modules,
+        "modules": [_module(trainer, labels, output) for labels in MODULES],
     }
+    report["seconds"] = round(time.perf_counter() - start, 1)
     draw_neurons(parent, output / "modules.png")
     write_json(output / "report.json", report)
     return report
 
 
 def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[int]]:
-    """Splits scikit-learn's 1,797 digits into training and test data.
-
-    Args:
-        processor: Image processor.
-        seed: Seed of the split, which is stratified by digit.
-
-    Returns:
-        Training data, test data, and the test samples' indices in `load_digits()`.
-
-    Raises:
-        ImportError: If scikit-learn or Pillow is missing.
-    """
+    """Splits the 1,797 digits by class; returns training data, test data and the latter's places in `load_digits()`."""
     try:
         from PIL import Image
         from sklearn.datasets import load_digits
@@ -152,55 +104,26 @@ def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[i
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)).convert("RGB") for image in digits.images]
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
     chosen, held_out = train_test_split(
-        np.arange(len(images)), test_size=TEST_SHARE, stratify=digits.target, random_state=seed
+        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=seed
     )
     parts = [Digits(pixel_values[indices], digits.target[indices].tolist()) for indices in (chosen, held_out)]
     return parts[0], parts[1], [int(index) for index in held_out]
 
 
 def digits_trainer(kind: type[Trainer], train: Digits, test: Digits, seed: int, epochs: int, **options: Any) -> Trainer:
-    """Builds the trainer of a small ViT on digits.
-
-    Args:
-        kind: `Trainer` or `NeMoTrainer`.
-        train: Training data.
-        test: Data to evaluate on.
-        seed: Seed of the model and the training.
-        epochs: Epochs of the training.
-        **options: Further arguments of `kind`.
-
-    Returns:
-        The trainer, not run yet.
-    """
+    """Builds a `Trainer` or `NeMoTrainer` of a small ViT; `options` are further arguments of `kind`."""
     set_seed(seed)
     names = [str(digit) for digit in range(10)]
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=256,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-        )
-    )
+    model = ViTForImageClassification(ViTConfig(
+        image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+    ))  # fmt: skip
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # nothing is saved there: save_strategy
-        num_train_epochs=epochs,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=512,
-        learning_rate=LEARNING_RATE,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
+        output_dir=tempfile.gettempdir(), save_strategy="no", logging_strategy="no", report_to=[],
+        num_train_epochs=epochs, learning_rate=1e-3, seed=seed, use_cpu=True, dataloader_pin_memory=False,
+        per_device_train_batch_size=64, per_device_eval_batch_size=512,
+    )  # fmt: skip
     return kind(model, arguments, train_dataset=train, eval_dataset=test, compute_metrics=accuracy, **options)
 
 
@@ -210,49 +133,27 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
-def _count(layers: torch.nn.Module | None) -> int:
-    assert layers is not None
-    return sum(parameter.numel() for parameter in layers.parameters())
-
-
 def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[str, Any]:
     """Cuts a module, saves it, loads it back and measures what was loaded."""
     path = (output / "modules" / "-".join(map(str, labels))).resolve()
-    module = trainer.extract_module(list(labels))
-    module.save_pretrained(path)
+    trainer.extract_module(list(labels)).save_pretrained(path)
     loaded = AutoModelForImageClassification.from_pretrained(path)
-    report = evaluate_module(
-        trainer.parent, list(labels), trainer.get_eval_dataloader(), module=loaded, show_progress=False
-    ).to_dict()
-    loaded.save_pretrained(path)
-    by_batch, parent_by_batch = report.pop("latency_ms"), report.pop("parent_latency_ms")
-    return {
-        **report,
-        "labels": list(labels),
-        "path": str(path),
-        "latency_ms": by_batch["1"],
-        "parent_latency_ms": parent_by_batch["1"],
-        "latency_ms_by_batch": by_batch,
-        "parent_latency_ms_by_batch": parent_by_batch,
-        "equivalence": loaded.config.equivalence,
-    }
+    report = trainer.evaluate_module(list(labels), module=loaded).to_dict()
+    loaded.save_pretrained(path)  # with its report
+    timed = {f"{kind}_by_batch": report[kind] for kind in ("latency_ms", "parent_latency_ms")}
+    at_one = {kind: report[kind].get("1") for kind in ("latency_ms", "parent_latency_ms")}  # None if runs disagree
+    own = {"labels": list(labels), "path": str(path), "equivalence": loaded.config.equivalence}
+    return {**report, **own, **at_one, **timed}
 
 
 def format_demo(report: Mapping[str, Any]) -> str:
     """Renders the demo's report for a terminal."""
     plain, parent = report["plain"], report["parent"]
-    table = format_table(
-        [
-            {
-                **module,
-                "latency_ms": module["latency_ms_by_batch"],
-                "parent_latency_ms": module["parent_latency_ms_by_batch"],
-            }
-            for module in report["modules"]
-        ]
-    )
+    kinds = ("latency_ms", "parent_latency_ms")
+    modules = [{**module, **{kind: module[f"{kind}_by_batch"] for kind in kinds}} for module in report["modules"]]
     return (
         f"plain model   accuracy {plain['accuracy']:.3f}   {plain['parameters']:,} parameters\n"
         f"parent        accuracy {parent['accuracy']:.3f}   {parent['parameters']:,} parameters "
-        f"+ {parent['generator_parameters']:,} of mask generators   coupling {parent['coupling']:.2f}\n\n{table}"
+        f"+ {parent['generator_parameters']:,} of mask generators   coupling {parent['coupling']:.2f}\n\n"
+        f"{format_table(modules)}"
     )

@@ -1,0 +1,251 @@
+"""The command line: its options, what it writes, and what it says on wrong input."""
+
+import argparse
+import json
+import runpy
+
+import datasets
+import pytest
+from hub_server import hub as hub
+from stage import stage as stage
+from stage import template as template
+
+from nemo_hf.cli import commands, main
+from nemo_hf.cli.data import load_data
+from nemo_hf.cli.main import build_parser
+from nemo_hf.hub.provenance import safe_command
+
+pytestmark = [pytest.mark.xdist_group("stage"), pytest.mark.usefixtures("stage")]
+BERT = "google-bert/bert-base-uncased"
+COMMANDS = ("demo", "train", "extract", "export", "evaluate", "push", "inspect")
+TRAIN = f"train --model {BERT} --dataset org/texts --output-dir out --max-steps 2 --use_cpu"
+TRAIN += " --label-column intent --input-column text --split test --train-split train --report-to none"
+TRAIN += ' --disable-tqdm true --nemo-config {"group_column":"domain"}'
+
+
+def test_every_command_has_help_for_every_option(capsys):
+    for words in ([], ["--help"], *([command, "--help"] for command in COMMANDS)):
+        if words:
+            with pytest.raises(SystemExit, match="0"):
+                main(words)
+        else:
+            assert main(words) == 0
+        assert capsys.readouterr().out.startswith("usage: nemo-hf")
+    (group,) = build_parser()._subparsers._group_actions
+    assert tuple(group.choices) == COMMANDS
+    for parser in group.choices.values():
+        assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["nemo-hf", "cut"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("nemo_hf.cli", run_name="__main__")
+    assert "nemo-hf cut: argument COMMAND: invalid choice: 'cut'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("extract --parent parent --output-dir m", "the following arguments are required: --labels"),
+        ("extract --parent parent --labels eleven --output-dir m", "unknown label 'eleven'"),
+        ("extract --parent parent --labels cat --output-dir m --threshold 2", "threshold"),
+        ("extract --parent parent --labels cat --output-dir m --round-to x", "invalid int value: 'x'"),
+        ("extract --parent org/nothing --labels cat --output-dir m", "connect"),
+        ("extract --parent google/vit-base-patch16-224-in21k --labels cat --output-dir m", "of model type 'vit'"),
+        ("export --module cat-dog --output-dir m --format tflite", "invalid choice: 'tflite'"),
+        ("evaluate --parent parent --labels cat --dataset org/animals --split dev", "Got the split 'dev'"),
+        ("inspect", "the following arguments are required: MODEL"),
+        ("inspect parent --prop", "unrecognized arguments: --prop"),
+        ("train --dataset org/texts --model m --output-dir m --hub-tok secret", "unrecognized arguments"),
+        ("push --parent parent --modules cat", "expected one of the two"),
+        ("push cat-dog --repo-id me/m --threshold 0.3", "Got ['path', 'repo_id', 'threshold']; expected one of"),
+        ("push --parent parent --namespace me --dry-run", "expected one of the two"),
+        ("push --parent parent --namespace me --modules cat --compare-formats", "Got no --dataset"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_status_2(words, message, capsys, stage):
+    assert main(words.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [message in line for line in lines] == [True]
+    assert lines[0].startswith(f"nemo-hf {words.split()[0]}: ")
+    assert not (stage / "m").exists()
+
+
+class Recorded(argparse.Namespace):
+    """Options that remember which of them were read."""
+
+    def __getattribute__(self, name):
+        if not name.startswith("_"):
+            self.__dict__["_read"].add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["demo --output-dir demo"],
+        [TRAIN],
+        ["extract --parent parent --labels cat --output-dir m"],
+        ["export --module cat-dog --output-dir m"],
+        ["evaluate --parent parent --labels cat --dataset org/animals"],
+        [
+            "push cat-dog --repo-id me/m --dry-run",
+            "push --parent parent --namespace me --modules cat --dataset org/animals --calibration-split validation",
+        ],
+        ["inspect google/vit-base-patch16-224-in21k"],
+    ],
+    ids=COMMANDS,
+)
+def test_no_option_is_ignored(lines, hub, monkeypatch):
+    monkeypatch.setattr(commands, "run_demo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(commands, "format_demo", str)
+    read, known = set(), set()
+    for line in lines:
+        found = vars(build_parser().parse_args(line.split())) | {"command_line": line}
+        run = found.pop("run")
+        known |= set(found) - {"command", "command_line"}
+        run(Recorded(**found, _read=read))
+    assert known - read == set()
+
+
+@pytest.mark.parametrize("spelling", ["--round-to", "--round_to"])
+def test_widths_are_rounded_up_and_thresholds_close_neurons(spelling, stage):
+    widths, shares = [], []
+    for name, words in {"a": [], "b": [spelling, "16"], "c": ["--threshold", "0.2"], "d": ["--threshold=0.9"]}.items():
+        assert main(["extract", "--parent", "parent", "--labels", "cat", "dog", "--output-dir", name, *words]) == 0
+        config = json.loads((stage / name / "config.json").read_text())
+        widths.append([site["widths"]["intermediate"] for site in config["sites"] if "intermediate" in site["widths"]])
+        shares.append(config["retained_neurons"])
+    assert all(width % 16 for width in widths[0])
+    assert widths[1] == [-(-width // 16) * 16 for width in widths[0]]
+    assert shares[2] > shares[0] > shares[3]
+
+
+def test_names_of_labels_come_before_ids(stage, capsys):
+    assert main(["extract", "--parent", "parent", "--labels", "1", "0", "--output-dir", "by-id"]) == 0
+    assert "['dog', 'cat']" in capsys.readouterr().out
+    config = json.loads((stage / "parent" / "config.json").read_text())
+    config |= {"id2label": {str(i): str(i + 1) for i in range(5)}, "label2id": {str(i + 1): i for i in range(5)}}
+    (stage / "parent" / "config.json").write_text(json.dumps(config))
+    assert main(["extract", "--parent", "parent", "--labels", "1", "2", "--output-dir", "by-name"]) == 0
+    assert "['1', '2']" in capsys.readouterr().out
+
+
+def test_train_and_evaluate(stage, capsys):
+    assert main(TRAIN.split()) == 0
+    config = json.loads((stage / "out" / "config.json").read_text())
+    assert config["nemo_config"]["group_column"] == "domain"
+    assert config["training"]["command"].startswith("nemo-hf train --model")
+    assert "eval_accuracy" in json.loads((stage / "out" / "report.json").read_text())["metrics"]
+    capsys.readouterr()
+    words = "evaluate --parent out --dataset org/texts --label-column intent --labels animals cat+ship --output r.json"
+    assert main(words.split()) == 0
+    reports = json.loads((stage / "r.json").read_text())
+    assert [report["labels"] for report in reports] == [["cat", "dog", "frog"], ["cat", "ship"]]
+    assert "cat,dog,frog" in capsys.readouterr().out
+
+
+def test_evaluate_passes_its_options_on(stage):
+    words = [
+        "evaluate",
+        "--parent",
+        "parent",
+        "--dataset",
+        "org/animals",
+        "--labels",
+        "cat",
+        "--split",
+        "train",
+        "--batch-size",
+        "7",
+    ]
+    for name, more in {"a": [], "b": ["--threshold", "0.9"], "c": ["--round-to", "16"]}.items():
+        assert main([*words, *more, "--output", name]) == 0
+    usual, narrow, wide = (json.loads((stage / name).read_text())[0] for name in "abc")
+    assert narrow["neuron_retention_rate"] < usual["neuron_retention_rate"] < wide["neuron_retention_rate"]
+    assert narrow["threshold"] == 0.9
+    assert usual["samples"] == 6  # of 30 in the split
+
+
+def test_push_uploads_one_model_or_a_parent_with_modules(hub, stage, capsys):
+    words = "push --parent parent --namespace me --name animals --modules cat cat+dog --private --license mit"
+    assert main(words.split()) == 0
+    assert "cat+dog: me/cat-dog" in capsys.readouterr().out
+    assert hub.repos["me/animals"].private
+    assert b"license: mit" in hub.files("me/cat")["README.md"]
+    assert main(["push", "parent", "--repo_id", "me/again"]) == 0
+    assert hub.files("me/again")["model.safetensors"] == hub.files("me/animals")["model.safetensors"]
+    assert (
+        main(
+            ["push", "cat-dog", "--repo-id", "me/m", "--parent-repo", "me/animals", "--datasets", "org/a", "--dry-run"]
+        )
+        == 0
+    )
+    card = (stage / "cat-dog" / "README.md").read_text()
+    assert "me/animals" in card
+    assert "org/a" in card
+    assert "me/m" not in hub.repos
+
+
+@pytest.mark.parametrize("source", ["google/vit-base-patch16-224-in21k", "parent", "cat-dog"])
+def test_inspect_lists_the_sites(source, capsys):
+    assert main(["inspect", source]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1][:2] == ["vit.layers.0.attention", "attention"]
+    assert int(rows[2][2]) == 48 if source != "cat-dog" else int(rows[2][2]) < 48
+
+
+def test_tokens_are_not_recorded():
+    for name in ("--hub_token", "--hub-token", "--push-to-hub-token"):
+        for words in ([name, "secret"], [f"{name}=secret"]):
+            assert "secret" not in safe_command(["nemo-hf", "train", *words])
+
+
+def saved(rows, names=None):
+    features = names and datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)},
+    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet("data/train-0.parquet")
+    return "data"
+
+
+def test_texts_with_labels_by_name():
+    data = load_data(saved({"text": ["w1 w2", "w3"], "label": ["dog", "cat"], "rest": [1, 2]}), BERT, ["train"])
+    assert (data.task, data.names) == ("text-classification", ["cat", "dog"])
+    batch = data.collator([data.splits["train"][index] for index in (0, 1)])
+    assert set(batch) - {"token_type_ids"} == {"input_ids", "attention_mask", "labels"}
+    assert batch["input_ids"].tolist() == [[3, 4], [5, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_images_are_prepared_when_they_are_read():
+    data = load_data("org/animals", "google/vit-base-patch16-224-in21k", ["train"])
+    batch = data.collator([data.splits["train"][index] for index in (0, 1)])
+    assert (data.task, batch["pixel_values"].shape) == ("image-classification", (2, 3, 16, 16))
+    assert batch["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("names", [None, ["dog", "ant"]])
+def test_labels_are_numbered_as_the_model_numbers_them(names):
+    labels = [0, 1, 0] if names else ["dog", "ant", "dog"]
+    source = saved({"text": ["w1", "w2", "w3"], "label": labels}, names)
+    assert load_data(source, BERT, ["train"], names=["ant", "bee", "dog"]).splits["train"]["labels"] == [2, 0, 2]
+    with pytest.raises(ValueError, match=r"Got the labels \['ant'\].*expected some of"):
+        load_data(source, BERT, ["train"], names=["dog", "bee"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"splits": ["test"]}, r"Got the split 'test'.*expected one of \['train'\]"),
+        ({"label_column": "intent"}, r"Got no column 'intent'.*expected one of"),
+        ({"input_column": "sentence"}, r"Got no column 'sentence'.*expected one of"),
+        ({}, r"Got the columns \['text', 'title'\].*expected one"),
+    ],
+)
+def test_missing_columns_are_named(options, message):
+    source = saved({"text": ["w1"], "title": ["w2 w3"], "label": [0]})
+    with pytest.raises(ValueError, match=message):
+        load_data(source, BERT, **{"splits": ["train"], **options})
+    assert load_data(source, BERT, ["train"], input_column="title").splits["train"][0]["input_ids"] == [4, 5]
