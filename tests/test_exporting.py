@@ -29,9 +29,9 @@ from transformers import (
 
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, calibrate_rejection, make_parent
 from nemo_hf.cli.main import main
-from nemo_hf.export.narrowing import restored_state
 from nemo_hf.export.onnx import plain_config
 from nemo_hf.export.plain_model import compare_latency
+from nemo_hf.export.uniform_widths import zero_padded_state
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.neurons.sites import with_pruning_modes
@@ -196,7 +196,7 @@ def test_restored_weights_are_the_parents_where_they_were_kept(pruning_mode):
     widths = {entry["key"]: entry["widths"] for entry in module.config.sites}
     with torch.device("meta"):
         plain = module.config.plain_class(plain_config(module))
-    restored = restored_state(plain, module.sites, widths, module.model.state_dict())
+    restored = zero_padded_state(plain, module.sites, widths, module.model.state_dict())
     before = parent.model.state_dict()
     assert restored.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in restored.items())

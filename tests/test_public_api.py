@@ -17,7 +17,7 @@ SIGNATURES = {
     "compose": ["modules", "labels", "batches"],
     "compute_relevance": ["parent", "batches", "accelerator", "show_progress"],
     "evaluate_module": [
-        *["parent", "labels", "batches", "module", "threshold", "round_to", "seed", "show_progress"],
+        *["parent", "labels", "batches", "module", "threshold", "round_to", "seed", "show_progress", "metrics"],
     ],
     "make_parent": ["model", "nemo_config", "label_groups", "inputs"],
     "nemo_loss": [
@@ -81,7 +81,7 @@ FIELDS = {
         *["labels", "groups", "accuracy", "parent_restricted_accuracy", "controls", "samples", "parameters"],
         *["parent_parameters", "megabytes", "parent_megabytes", "macs", "parent_macs", "neuron_retention_rate"],
         *["weight_retention_rate", "latency_ms", "parent_latency_ms", "device", "input_shape", "threshold", "seed"],
-        "rejection",
+        *["rejection", "latency_note", "metrics", "parent_metrics"],
     ],
     "NeMoModelConfig": [
         *["base_config", "base_class", "role", "nemo_config", "label_groups", "label_ids", "sites"],

@@ -1,4 +1,4 @@
-"""Modules as ONNX files, which onnxruntime must give the same outputs before they are moved into place."""
+"""Exports modules to ONNX, and checks onnxruntime's outputs before the files are moved into place."""
 
 import copy
 import inspect
@@ -25,10 +25,10 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 ONNX_NAME = "model.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4
-"""Share of the largest logit by which onnxruntime's kernels may differ; they sum in another order."""
+"""Share of the largest logit by which onnxruntime may differ, whose kernels sum in another order."""
 LARGEST_FILE = 1_500_000_000
-"""Bytes of weights over which they go to a file of their own: an ONNX file itself holds at most 2 GB."""
-OTHER_WAYS = "Use save_pretrained, whose files this library loads, or {}."
+"""Bytes of weights over which they go to a file of their own: an ONNX file holds at most 2 GB."""
+OTHER_WAYS = "Use save_pretrained, whose files nemo_hf loads, or {}."
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check_is_module(module: NeMoPreTrainedModel) -> None:
     """Refuses parents, which have masks, with a `ValueError`."""
     if module.is_parent:
         raise ValueError(
-            "Got a parent; expected a module, which computes without masks. Call extract_module(labels) on it first, "
+            "Got a parent; expected a module, which has no masks. Call extract_module(labels) on it first, "
             "or detach_masks() for the plain model inside."
         )
 
@@ -81,12 +81,12 @@ def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
 def export_onnx(
     module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
 ) -> OnnxExport:
-    """Does what `ExportMixin.export_onnx` says, as a function of the module."""
+    """Exports a module to ONNX; see the method `export_onnx`."""
     check_is_module(module)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Got no {' and no '.join(missing)}; expected the packages that ONNX files are written and checked with. "
+            f"Got no {' and no '.join(missing)}; expected the packages that write and check ONNX files. "
             "Run: pip install 'nemo-hf[onnx]'"
         )
     exact = _cpu_copy(module)
@@ -121,7 +121,7 @@ def _cpu_copy(module: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
 
 
 def traced_inputs(module: NeMoPreTrainedModel) -> dict[str, Tensor]:
-    """Random inputs with all that a processor gives, token types too where the model tells them apart."""
+    """Random inputs as a processor gives them, with token types where the model has embeddings for several."""
     inputs = random_inputs(module)
     types = getattr(module.model.config, "type_vocab_size", 0)
     if "input_ids" in inputs and types > 1 and "token_type_ids" in inspect.signature(module.model.forward).parameters:
@@ -165,7 +165,7 @@ def _trace(
     except Exception as error:  # the exporter raises whatever the model's code meets
         raise UnsupportedArchitectureError(
             f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {_names(free)} "
-            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't hang on values of inputs. "
+            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't depend on input values. "
             f"{OTHER_WAYS.format('save_plain')}"
         ) from error
 
@@ -176,7 +176,7 @@ def _names(free: Mapping[str, Mapping[int, str]]) -> str:
 
 @contextmanager
 def _quiet_tracing() -> Iterator[None]:
-    """Hides what torch's exporter says of its own parts: deprecations, axis names, packages it can do without."""
+    """Hides the exporter's warnings about itself: deprecations, axis names, optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -189,12 +189,7 @@ def _quiet_tracing() -> Iterator[None]:
 
 
 class OnnxRunner:
-    """Calls a model in an ONNX file with tensors.
-
-    Args:
-        path: The file.
-        threads: Number of threads of an operation.
-    """
+    """Calls the model in an ONNX file with tensors, on a number of threads for each operation."""
 
     def __init__(self, path: str | Path, threads: int) -> None:
         import onnxruntime
@@ -218,7 +213,7 @@ def _check_onnx(
     outputs: Sequence[str],
     path: Path,
 ) -> tuple[float, float]:
-    """Largest difference that onnxruntime makes on batches of other sizes and lengths, and what is allowed."""
+    """Largest difference of onnxruntime's outputs on batches of several sizes and lengths, and the tolerance."""
     runner = OnnxRunner(path, torch.get_num_threads())
     differences, tolerance = [], ONNX_TOLERANCE
     for batch in _batches(inputs, free):
@@ -227,7 +222,7 @@ def _check_onnx(
         tolerance = max(tolerance, ONNX_TOLERANCE * expected.logits.abs().max().item())
         for name, got in zip(outputs, runner(**batch), strict=True):
             differences.append((got - expected[name]).abs().max().item())
-    refused = [difference for difference in differences if not difference <= tolerance]  # also what is no number
+    refused = [difference for difference in differences if not difference <= tolerance]  # also NaN
     if refused:
         raise UnsupportedArchitectureError(
             f"Got an ONNX file of a {module.config.base_class} whose outputs differ from the module's by "
@@ -238,13 +233,13 @@ def _check_onnx(
 
 
 def _batches(inputs: Mapping[str, Tensor], free: Mapping[str, Mapping[int, str]]) -> Iterator[dict[str, Tensor]]:
-    """The samples as they are, one alone, the last ones (with padding), more of them, and shorter ones."""
+    """The samples as they are, the first alone, the others (with padding), more of them, and shorter ones."""
     yield dict(inputs)
     yield {name: value[:1] for name, value in inputs.items()}
     yield {name: value[1:] for name, value in inputs.items()}
     yield {name: torch.cat([value, value[1:]]) for name, value in inputs.items()}
     if any(1 in dims for dims in free.values()):
-        # The start goes: where a model looks for the end of a text, it stays.
+        # Cut at the start, since some models look for the end of a text.
         length = min(value.shape[1] for name, value in inputs.items() if 1 in free[name])
         for gone in (length // 4, length // 3):
             yield {name: value[:, gone:].contiguous() if 1 in free[name] else value for name, value in inputs.items()}
