@@ -15,12 +15,12 @@ from nemo_hf import NeMoConfig, evaluate_module, make_parent
 from nemo_hf.evaluation.latency import count_macs
 from nemo_hf.evaluation.report import format_table, other_groups, random_masks
 from nemo_hf.models.extraction import make_plan
-from nemo_hf.neurons.trial_inputs import random_inputs
 
 SAMPLES = image_samples(40, seed=3)
 METRIC = """
 import datasets
 import evaluate
+import numpy
 
 class Agreement(evaluate.Metric):
     def _info(self):
@@ -30,9 +30,8 @@ class Agreement(evaluate.Metric):
         return evaluate.MetricInfo(description="", citation="", features=features)
 
     def _compute(self, predictions, references, factor=1.0):
-        right = sum(p == r for p, r in zip(predictions, references))
-        scores = {"agreement": factor * right / len(references)}
-        return scores if self.config_name == "multilabel" else {**scores, "mean_id": sum(predictions) / len(predictions)}
+        right = numpy.array(predictions) == numpy.array(references)
+        return {"agreement": factor * right.mean(), "highest_id": numpy.max([predictions, references])}
 """
 
 
@@ -139,15 +138,6 @@ def test_operations_are_those_of_the_matrix_products(parent):
     assert count_macs(parent.extract_module([3, 1])) < count_macs(parent)
 
 
-def test_evaluation_leaves_the_parent_as_it_was(parent):
-    before = {name: value.clone() for name, value in parent.state_dict().items()}
-    parent.train()
-    report_of(parent, [3, 1])
-    assert parent.training
-    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
-    assert parent(**random_inputs(parent)).neuron_masks.keys() == {site.key for site in parent.sites}
-
-
 def test_the_table_has_a_row_for_each_module(parent):
     reports = [report_of(parent, ids).to_dict() for ids in ([3, 1], [0, 1, 2, 3, 4])]
     del reports[1]["latency_ms"]["8"]
@@ -165,18 +155,21 @@ def test_other_groups_without_a_neuron_count_as_the_empty_mask(parent):
     assert controls["other"] == controls["empty"]
 
 
-def test_an_autocast_around_the_parent_does_not_count(parent):
-    expected = report_of(parent, [3, 1]).parent_restricted_accuracy
+def test_evaluation_ignores_autocast_and_leaves_the_parent_as_it_was(parent):
+    before = {name: value.clone() for name, value in parent.state_dict().items()}
     forward = parent.forward
 
-    def wrapped(*args, **kwargs):
+    def autocast(*args, **kwargs):  # accelerate wraps the forward of a model that it prepared
         output = forward(*args, **kwargs)
         output.logits = -output.logits
         return output
 
-    parent.forward = wrapped
-    assert report_of(parent, [3, 1]).parent_restricted_accuracy == expected
-    assert parent.forward is wrapped
+    parent.forward = autocast
+    parent.train()
+    assert report_of(parent, [3, 1]).parent_restricted_accuracy == naive_accuracy(built(), [3, 1])
+    assert parent.training
+    assert parent.forward is autocast
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
 
 
 def test_data_without_labels_are_refused(parent):
@@ -191,8 +184,7 @@ def test_library_metrics_get_ids_of_the_modules_labels_and_survive_files(parent,
     report = report_of(parent, [3, 1], module=module, metrics={metric: {"factor": 2.0}})
     assert report.metrics["agreement"] == pytest.approx(2 * report.accuracy)
     assert report.parent_metrics["agreement"] == pytest.approx(2 * report.parent_restricted_accuracy)
-    pixels = torch.stack([sample["pixel_values"] for sample in SAMPLES if sample["labels"] in (3, 1)])
-    assert report.metrics["mean_id"] == pytest.approx(module(pixels).logits.argmax(-1).float().mean().item())
+    assert report.metrics["highest_id"] == report.parent_metrics["highest_id"] == 1
     module.save_pretrained(tmp_path)
     assert type(module).from_pretrained(tmp_path).report == report.to_dict()
 
@@ -204,7 +196,7 @@ def test_library_metrics_get_zeros_and_ones_where_samples_have_several_labels(me
     randomize_relevance(parent)
     samples = [{**s, "labels": torch.eye(5)[s["labels"]]} for s in SAMPLES]
     report = report_of(parent, [3], samples, metrics=metric)
-    assert report.metrics == {"agreement": pytest.approx(report.accuracy)}
+    assert report.metrics["agreement"] == pytest.approx(report.accuracy)
 
 
 def test_metrics_that_can_not_be_loaded_or_computed_are_refused(parent, metric, tmp_path, monkeypatch):
@@ -212,7 +204,7 @@ def test_metrics_that_can_not_be_loaded_or_computed_are_refused(parent, metric, 
         report_of(parent, [3, 1], metrics=[str(tmp_path / "none.py")])
     with pytest.raises(ValueError, match=r"can't be computed with the keyword arguments {'average': 'macro'}"):
         report_of(parent, [3, 1], metrics={metric: {"average": "macro"}})
-    with pytest.raises(ValueError, match=r"Got agreement=nan .*expected one finite number"):
+    with pytest.raises(ValueError, match=r"Got agreement=.*nan.*expected one finite number"):
         report_of(parent, [3, 1], metrics={metric: {"factor": float("nan")}})
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(ImportError, match=r"pip install 'nemo-hf\[metrics\]'"):
