@@ -103,11 +103,11 @@ def test_a_given_module_is_measured_by_its_own_plan(parent, options):
 
 def test_what_is_not_the_modules_is_refused(parent):
     module = parent.extract_module(["cat"], round_to=16)
-    with pytest.raises(ValueError, match=r"labels=\['dog'\] and a module of \['cat'\]; expected the module's own"):
+    with pytest.raises(ValueError, match=r"labels=\['dog'\] and a module of \['cat'\] .*expected the module's own"):
         report_of(parent, ["dog"], module=module)
-    with pytest.raises(ValueError, match=r"Got threshold=0.5 and a module cut with threshold=0.6"):
+    with pytest.raises(ValueError, match=r"Got threshold=0.5 and a module .* cut with threshold=0.6"):
         report_of(parent, ["cat"], module=module, threshold=0.5)
-    with pytest.raises(ValueError, match=r"Got round_to=8 and a module cut with round_to=16"):
+    with pytest.raises(ValueError, match=r"Got round_to=8 and a module .* round_to=16"):
         report_of(parent, ["cat"], module=module, round_to=8)
     with pytest.raises(ValueError, match=r"Got a parent as module; expected a module"):
         report_of(parent, ["cat"], module=parent)

@@ -5,8 +5,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,7 @@ LARGEST_SPREAD = 2.0
 
 @dataclass(frozen=True)
 class Latency:
-    """Lower quartiles of the runs in milliseconds, by what ran and batch size; the note says which sizes are left out.
-
-    All runners have the same batch sizes, since figures of different moments can't be compared.
-    """
+    """Lower quartiles of the runs in milliseconds, by what ran and batch size; the note says which are left out."""
 
     device: str
     milliseconds: dict[str, dict[str, float]]
@@ -84,28 +81,28 @@ def time_runs(
 ) -> Latency:
     """Times callables in turn, so that a busy moment of the machine meets all of them.
 
-    Args:
-        runners: What to time, by name; they take model inputs by name.
-        sample: Model inputs on the device of the runners, of which the first sample is repeated.
-        batch_sizes: Sizes of the batches.
-        clock: Returns seconds.
-
-    Returns:
-        Their latency, without the batch sizes at which the runs of one of them disagree.
+    They take model inputs by name, batches of the first sample repeated. Batch sizes at which the runs of one of them
+    disagree are left out for all, since they are compared.
     """
     device = next(iter(sample.values())).device
     milliseconds: dict[str, dict[str, float]] = {name: {} for name in runners}
     unsteady = []
-    with _threads(LATENCY_THREADS):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(LATENCY_THREADS)
+    try:
         for size in batch_sizes:
             inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
             quartiles = _quartiles(runners, inputs, device, clock)
-            disagree = [name for name, (low, high) in quartiles.items() if high > LARGEST_SPREAD * low]
-            for name in disagree:
-                low, high = quartiles[name]
-                unsteady.append(f"batch size {size} ({name}: quartiles {low:.3g} and {high:.3g} ms)")
-            for name, (low, _) in quartiles.items() if not disagree else ():
+            disagree = [
+                f"batch size {size} ({name}: quartiles {low:.3g} and {high:.3g} ms)"
+                for name, (low, _, high) in quartiles.items()
+                if high > LARGEST_SPREAD * low
+            ]
+            unsteady += disagree
+            for name, (low, *_) in quartiles.items() if not disagree else ():
                 milliseconds[name][str(size)] = round(low, 4)
+    finally:
+        torch.set_num_threads(threads)
     note = f"Left out, since runs disagree by more than a factor of {LARGEST_SPREAD:g}: {', '.join(unsteady)}."
     return Latency(device_name(device, LATENCY_THREADS), milliseconds, note if unsteady else None)
 
@@ -115,8 +112,16 @@ def _quartiles(
     inputs: Mapping[str, Tensor],
     device: torch.device,
     clock: Callable[[], float],
-) -> dict[str, tuple[float, float]]:
-    """Lower and upper quartile of each runner's times, in milliseconds."""
+) -> dict[str, list[float]]:
+    """The three quartiles of each runner's times, in milliseconds."""
+
+    def timed(runner: Callable[..., Any]) -> float:
+        _synchronize(device)
+        start = clock()
+        runner(**inputs)
+        _synchronize(device)
+        return 1000 * (clock() - start)
+
     for _ in range(WARM_UP_RUNS):
         for runner in runners.values():
             runner(**inputs)
@@ -126,28 +131,10 @@ def _quartiles(
         if run >= FEWEST_RUNS and clock() - started >= LATENCY_SECONDS:
             break
         for name, runner in runners.items():
-            times[name].append(_timed(runner, inputs, device, clock))
-    by_name = {name: statistics.quantiles(elapsed, n=4, method="inclusive") for name, elapsed in times.items()}
-    return {name: (1000 * quartiles[0], 1000 * quartiles[2]) for name, quartiles in by_name.items()}
+            times[name].append(timed(runner))
+    return {name: statistics.quantiles(elapsed, n=4, method="inclusive") for name, elapsed in times.items()}
 
 
-def _timed(
-    runner: Callable[..., Any], inputs: Mapping[str, Tensor], device: torch.device, clock: Callable[[], float]
-) -> float:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = clock()
-    runner(**inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,11 +15,7 @@ MetricLike = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
 def jaccard_indices(masks: Tensor) -> Tensor:
-    """Jaccard index of every two samples' masks.
-
-    Takes open neurons, boolean, shape (samples, neurons), and returns values in [0, 1], float32, shape
-    (samples, samples); two empty masks count as equal (1).
-    """
+    """Jaccard index of every two masks, (samples, neurons) to (samples, samples); two empty ones count as equal."""
     opened = masks.float()
     both = opened @ opened.T
     sizes = opened.sum(-1)
@@ -28,15 +24,10 @@ def jaccard_indices(masks: Tensor) -> Tensor:
 
 
 def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, float | None]:
-    """Mean Jaccard index of masks within groups (cohesion) and between groups (coupling).
+    """Mean Jaccard index of masks within groups (cohesion) and between groups (coupling); `None` without such pairs.
 
-    Args:
-        masks: Open neurons of each sample before any module mask, boolean, shape (samples, neurons).
-        groups: Group of each sample, shape (samples,), or membership, boolean, shape (samples, groups).
-
-    Returns:
-        Cohesion over all pairs of different samples that share a group, and coupling over all pairs that
-        share none; `None` where there is no such pair.
+    `masks` are the open neurons of each sample, (samples, neurons); `groups` its group, (samples,), or membership in
+    groups, boolean, (samples, groups). Pairs of different samples that share a group are within it.
 
     References:
         MwT (arXiv 2306.09376), section on cohesion and coupling; NeMo (arXiv 2508.11348).
@@ -49,36 +40,26 @@ def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, 
 
 
 class LibraryMetrics:
-    """Metrics of the library `evaluate`, loaded at once and computed for several models.
+    """Metrics of the library `evaluate`, loaded before they are needed; `None` loads none and needs no library.
 
-    Args:
-        metrics: Which; `None` loads none and does not need the library.
-        has_several_labels: Whether a sample may have several labels: metrics get their configuration "multilabel".
-
-    Raises:
-        ImportError: If `evaluate`, or a package that a metric needs, is missing.
-        OSError: If a metric can't be found or downloaded.
+    Where a sample may have several labels, metrics are loaded with their configuration "multilabel".
     """
 
     def __init__(self, metrics: MetricLike | None, has_several_labels: bool) -> None:
         named = [metrics] if isinstance(metrics, str) else metrics or []
-        self._options = dict(named) if isinstance(named, Mapping) else {name: {} for name in named}
-        self._metrics = {name: _load(name, has_several_labels) for name in self._options}
+        self._arguments = dict(named) if isinstance(named, Mapping) else {name: {} for name in named}
+        self._metrics = {name: _load(name, has_several_labels) for name in self._arguments}
 
     def compute(self, answers: Tensor, labels: Tensor) -> dict[str, float]:
-        """Computes all metrics of ids of a module's labels, shape (samples,), or 0 and 1, shape (samples, labels).
-
-        Raises:
-            ValueError: If a metric refuses its keyword arguments, or gives something else than finite numbers.
-        """
+        """Computes all metrics of label ids, shape (samples,), or of 0 and 1 for each label, (samples, labels)."""
         found: dict[str, float] = {}
         for name, metric in self._metrics.items():
-            options = self._options[name]
+            arguments = self._arguments[name]
             try:
-                result = metric.compute(predictions=answers.tolist(), references=labels.tolist(), **options)
+                result = metric.compute(predictions=answers.tolist(), references=labels.tolist(), **arguments)
             except Exception as error:  # metrics raise whatever the libraries behind them do
                 raise ValueError(
-                    f"The metric {name!r} can't be computed with the keyword arguments {options!r} "
+                    f"The metric {name!r} can't be computed with the keyword arguments {arguments!r} "
                     f"({type(error).__name__}: {error}). Pass others, as in metrics={{'f1': {{'average': 'macro'}}}}."
                 ) from error
             for key, value in result.items():
@@ -95,9 +76,7 @@ def _load(name: str, has_several_labels: bool) -> Any:
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError(
-            f"The metric {name!r} needs the package evaluate. Run: pip install 'nemo-hf[metrics]'"
-        ) from error
+        raise ImportError("Metrics need the package evaluate. Run: pip install 'nemo-hf[metrics]'") from error
     try:
         return evaluate.load(name, "multilabel" if has_several_labels else None, keep_in_memory=True)
     except ImportError:

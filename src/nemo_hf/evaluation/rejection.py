@@ -16,11 +16,7 @@ from nemo_hf.models.rejection import energy, score_energies
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
-    """Tells which samples have one of a module's labels: boolean, shape (batch,).
-
-    `labels` are the parent's label ids, shape (batch,), any other number for samples without a label; or 0 and 1 for
-    each label of the parent, shape (batch, labels).
-    """
+    """Which samples have one of a module's labels, (batch,), by the parent's label ids or 0 and 1 for each of them."""
     own = torch.tensor(module.config.label_ids, device=labels.device)
     return torch.isin(labels, own) if labels.ndim == 1 else (labels[:, own] > 0).any(-1)
 
@@ -67,8 +63,13 @@ def calibrate_rejection(
         raise ValueError("Got a parent; expected a module, which has only some labels. Cut one with extract_module.")
     if isinstance(accepted, bool) or not isinstance(accepted, (int, float)) or not 0 < accepted < 1:
         raise ValueError(f"Got accepted={accepted!r}; expected a share of the module's own samples in (0, 1).")
+    found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     with as_saved(module):
-        energies, is_own = _energies(module, tqdm(batches, desc="Rejection", disable=not show_progress))
+        for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
+            inputs, labels = inputs_and_labels(module, batch)
+            found.append(energy(module(**inputs).logits, module.config.has_several_labels).cpu())
+            owned.append(own_samples(module, labels).cpu())
+    energies, is_own = torch.cat(found), torch.cat(owned)
     if not bool(is_own.any()) or bool(is_own.all()):
         raise ValueError(
             f"Got {int(is_own.sum())} samples with the module's labels {module.config.label_ids} and "
@@ -77,17 +78,6 @@ def calibrate_rejection(
         )
     module.config.rejection = fit_rejection(energies, is_own, accepted)
     return module.config.rejection
-
-
-def _energies(module: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Energies of all samples, and which of them have a label of the module; both on the CPU."""
-    has_several = module.config.has_several_labels
-    energies, is_own = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-    for batch in batches:
-        inputs, labels = inputs_and_labels(module, batch)
-        energies.append(energy(module(**inputs).logits, has_several).cpu())
-        is_own.append(own_samples(module, labels).cpu())
-    return torch.cat(energies), torch.cat(is_own)
 
 
 def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str, float]:
@@ -126,10 +116,7 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
 
 
 def auroc(scores: Tensor, is_positive: Tensor) -> float | None:
-    """Probability that a positive sample scores above another one, ties counting half.
-
-    `None` where one of the two kinds has no sample.
-    """
+    """Probability that a positive sample scores above another one, ties counting half; `None` without one of them."""
     positive, negative = scores[is_positive], scores[~is_positive]
     if not len(positive) or not len(negative):
         return None

@@ -34,29 +34,26 @@ class ModuleReport:
     Args:
         labels: Names of the module's labels, in the order of its outputs.
         groups: Names of the label groups that it was cut for.
-        accuracy: Share of right answers of the stand-alone module, without fine-tuning. Where a sample may
-            have several labels, an answer is the yes or no to one label of the module, over all samples.
+        accuracy: Share of right answers of the module, without fine-tuning. Where a sample may have several
+            labels, an answer is the yes or no to one label of the module, over all samples.
         parent_restricted_accuracy: The same of the parent, its answers restricted to `labels`.
-        controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many
-            neurons in each part of each site), `other` (the mask of up to as many other groups; `None` if
-            there is no other group), `empty` (no neuron).
+        controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many neurons in
+            each part of each site), `other` (of up to as many other groups; `None` without any), `empty` (no neuron).
         samples: Number of samples with these labels; all of them where a sample may have several labels.
         parameters: Of the module; `parent_parameters` of the parent without generators.
         megabytes: 10^6 bytes of the module's parameters; `parent_megabytes` likewise.
         macs: Multiply-accumulates for one sample; `parent_macs` likewise.
-        neuron_retention_rate: Kept neurons over neurons; `weight_retention_rate`: kept parameters over
-            the parent's.
-        latency_ms: Milliseconds of a batch by its size, the lower quartile of repeated runs;
-            `parent_latency_ms`: of the plain model inside the parent, without masks. Batch sizes whose runs
-            disagree by more than a factor of two are left out, and `latency_note` names them.
+        neuron_retention_rate: Kept neurons over neurons; `weight_retention_rate`: parameters over the parent's.
+        latency_ms: Milliseconds of a batch by its size, the lower quartile of repeated runs; `parent_latency_ms` of
+            the plain model inside the parent. Sizes whose runs disagree by more than a factor of two are left out.
         device: Name of the device of the latency, a CPU's with its threads.
         input_shape: Shape of the sample whose latency and operations these are.
-            `threshold`: of the module's plan. `seed`: of the controls.
-        rejection: `auroc` of telling samples of the module's labels from all others by its energy (`None` if
-            there are no others); after `calibrate_rejection`, shares of own samples `accepted` and of others
-            `rejected` at its threshold.
-        metrics: Metrics of the library `evaluate` that were asked for; `parent_metrics`: those of the parent, its
-            answers restricted to `labels`.
+        threshold: Of the module's plan.
+        seed: Of the controls.
+        rejection: `auroc` of telling samples of the module's labels from others by its energy (`None` without others);
+            after `calibrate_rejection`, shares of own samples `accepted` and of others `rejected` at its threshold.
+        latency_note: Which batch sizes `latency_ms` leaves out, and why; `None` if none.
+        metrics: Metrics of the library `evaluate` that were asked for; `parent_metrics` of the restricted parent.
     """
 
     labels: list[str]
@@ -123,11 +120,6 @@ def evaluate_module(
             no sample has one of the labels, or a metric can't be computed.
         ImportError: If `metrics` are given without the package `evaluate`, or one that a metric needs.
         OSError: If a metric can't be loaded.
-
-    Example:
-        >>> report = evaluate_module(parent, ["cat", "dog"], loader, metrics=["f1"])  # doctest: +SKIP
-        >>> report.metrics  # doctest: +SKIP
-        {'f1': 0.93}
     """
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
@@ -143,36 +135,36 @@ def evaluate_module(
             masks["other"] = masks["empty"]
     module.to(parent.device)  # type: ignore[arg-type]
     with as_saved(parent, module):
-        found = _collect_answers(parent, module, masks, tqdm(batches, desc="Module", disable=not show_progress))
-    computed = [library_metrics.compute(answers, found.labels) for answers in (found.module, found.parent)]
+        progress = tqdm(batches, desc="Module", disable=not show_progress)
+        answers, right, energies, is_own = _collect_answers(parent, module, masks, progress)
+    accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
+    computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
     latency = measure_latency(parent, module)
-    bytes_each = [sum(p.numel() * p.element_size() for p in m.model.parameters()) for m in (module, parent)]
-    parameters = [base_parameters(m) for m in (module, parent)]
+    sizes: dict[str, Any] = {}
+    for prefix, model in (("", module), ("parent_", parent)):
+        size = sum(p.numel() * p.element_size() for p in model.model.parameters())
+        sizes[f"{prefix}parameters"], sizes[f"{prefix}megabytes"] = base_parameters(model), size / 1e6
+        sizes[f"{prefix}macs"] = count_macs(model)
     report = ModuleReport(
         labels=list(module.config.names.values()),
         groups=plan.groups,
-        accuracy=found.accuracy["module"],
-        parent_restricted_accuracy=found.accuracy["parent"],
-        controls={name: found.accuracy.get(name) for name in ("random", "other", "empty")},
-        samples=len(found.labels),
-        parameters=parameters[0],
-        parent_parameters=parameters[1],
-        megabytes=bytes_each[0] / 1e6,
-        parent_megabytes=bytes_each[1] / 1e6,
-        macs=count_macs(module),
-        parent_macs=count_macs(parent),
+        accuracy=accuracy["module"],
+        parent_restricted_accuracy=accuracy["parent"],
+        controls={name: accuracy.get(name) for name in ("random", "other", "empty")},
+        samples=len(right),
         neuron_retention_rate=plan.retained,
-        weight_retention_rate=parameters[0] / parameters[1],
+        weight_retention_rate=sizes["parameters"] / sizes["parent_parameters"],
         latency_ms=latency.milliseconds["module"],
         parent_latency_ms=latency.milliseconds["parent"],
+        latency_note=latency.note,
         device=latency.device,
         input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
         threshold=plan.threshold,
         seed=seed,
-        rejection=_rejection(module, found.energies, found.is_own),
-        latency_note=latency.note,
+        rejection=_rejection(module, energies, is_own),
         metrics=computed[0],
         parent_metrics=computed[1],
+        **sizes,
     )
     module.report = report.to_dict()
     return report
@@ -187,47 +179,28 @@ def _plan_of(
 ) -> ModulePlan:
     """The plan by which a module was cut from its parent, or a `ValueError` if it can't have been."""
     own = module.config
-    if module.is_parent or own.label_ids is None:
+    if module.is_parent:
         raise ValueError("Got a parent as module; expected a module. Cut one with extract_module(labels).")
+    own_names, own_ids = list(own.names.values()), own.label_ids or []
     ids, _ = resolve_labels(labels, parent.config.groups, parent.config.names)
-    if sorted(ids) != sorted(own.label_ids):
+    options = {"threshold": (threshold, own.relevance_threshold), "round_to": (round_to, own.round_to)}
+    differing = [f"{name}={given!r}" for name, (given, has) in options.items() if given not in (None, has)]
+    if sorted(ids) != sorted(own_ids) or differing:
         raise ValueError(
-            f"Got labels={labels!r} and a module of {list(own.names.values())}; expected the module's own labels. "
-            "Pass those, or leave module out to cut another."
+            f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with "
+            f"threshold={own.relevance_threshold}, round_to={own.round_to}; expected the module's own labels and "
+            "options. Leave the others out, or leave module out to cut another."
         )
-    options = (("threshold", threshold, own.relevance_threshold), ("round_to", round_to, own.round_to))
-    for name, given, has in options:
-        if given is not None and given != has:
-            raise ValueError(
-                f"Got {name}={given!r} and a module cut with {name}={has!r}; expected no other options than the "
-                f"module's. Leave {name} out, or leave module out to cut another."
-            )
-    plan = make_plan(parent, own.label_ids, own.relevance_threshold, own.round_to)
+    plan = make_plan(parent, own_ids, own.relevance_threshold, own.round_to)
     kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
-    names = [parent.config.names[index] for index in plan.label_ids]
-    is_same = (own.base_class, list(own.names.values())) == (parent.config.base_class, names)
+    names = [parent.config.names[index] for index in own_ids]
+    is_same = (own.base_class, own_names) == (parent.config.base_class, names)
     if not is_same or kept != plan.counts or own.retained_neurons not in (None, plan.retained):
         raise ValueError(
-            f"Got a module of {list(own.names.values())} that keeps other neurons than this parent's relevance says, "
-            "or has other labels or layers; expected a module of this parent as it is now. Load the parent that it was "
-            "cut from, or cut it anew."
+            f"Got a module of {own_names} with other labels, layers or neurons than this parent's relevance says; "
+            "expected a module of this parent as it is now. Load the parent that it was cut from, or cut it anew."
         )
     return plan
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Answers of the module and the parent, shape (samples,) or (samples, labels), and the right ones.
-
-    `accuracy` is by what answered, the controls too; `energies` and `is_own` are of all samples, shape (all samples,).
-    """
-
-    module: Tensor
-    parent: Tensor
-    labels: Tensor
-    accuracy: dict[str, float]
-    energies: Tensor
-    is_own: Tensor
 
 
 @torch.no_grad()
@@ -236,12 +209,16 @@ def _collect_answers(
     module: NeMoPreTrainedModel,
     masks: Mapping[str, Sequence[Mapping[str, Tensor]]],
     batches: Iterable[Mapping[str, Any]],
-) -> _Answers:
-    """Runs the module, and the parent, plain and under control masks, on the samples that have the module's labels."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Runs the module, its parent, and the parent under control masks, on the samples that have the module's labels.
+
+    Returns answers as ids of the module's labels, (draws, samples), or 0 and 1 for each, (draws, samples, labels), by
+    what answered; the right ones without draws; and of all samples the module's energies and which are its own.
+    """
     wanted = torch.tensor(module.config.label_ids, device=parent.device)
     has_several = parent.config.has_several_labels
-    static = [(name, mask) for name, draws in masks.items() for mask in draws]
-    expected, answered, energies, is_own = [], [], [], []
+    answers: dict[str, list[Tensor]] = {name: [] for name in ("module", "parent", *masks)}
+    right, energies, is_own = [], [], []
     for batch in batches:
         inputs, labels = inputs_and_labels(parent, batch)
         inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -253,32 +230,31 @@ def _collect_answers(
         if not chosen.any():
             continue
         inputs, labels = {name: value[chosen] for name, value in inputs.items()}, labels[chosen]
-        right = labels[:, wanted] > 0 if has_several else (labels[:, None] == wanted).int().argmax(-1)
-        runs = [logits[chosen], parent(**inputs).logits[:, wanted]]
-        runs += [parent(**inputs, static_masks=mask).logits[:, wanted] for _, mask in static]
-        answered.append(torch.stack([run > 0 if has_several else run.argmax(-1) for run in runs]).cpu())
-        expected.append(right.cpu())
-    if not expected:
+        found = labels[:, wanted] > 0 if has_several else (labels[:, None] == wanted).int().argmax(-1)
+        right.append(found.long().cpu())
+        runs = {"module": [logits[chosen]], "parent": [parent(**inputs).logits[:, wanted]]}
+        for name, draws in masks.items():
+            runs[name] = [parent(**inputs, static_masks=mask).logits[:, wanted] for mask in draws]
+        for name, outputs in runs.items():
+            drawn = torch.stack(outputs)
+            answers[name].append((drawn > 0 if has_several else drawn.argmax(-1)).long().cpu())
+    if not right:
         raise ValueError(
             f"Got evaluation data without a sample of the labels {list(module.config.names.values())}; expected at "
             "least one. Pass data that has these labels."
         )
-    answers, truth = torch.cat(answered, 1), torch.cat(expected)
-    shares = (answers == truth).double().flatten(1).mean(1)
-    names = ["module", "parent", *(name for name, _ in static)]
-    accuracy = {name: shares[[other == name for other in names]].mean().item() for name in names}
-    ids = (answers[0].long(), answers[1].long(), truth.long())
-    return _Answers(*ids, accuracy, torch.cat(energies), torch.cat(is_own))
+    joined = {name: torch.cat(parts, 1) for name, parts in answers.items()}
+    return joined, torch.cat(right), torch.cat(energies), torch.cat(is_own)
 
 
 @torch.no_grad()
 def measure_modularity(
     parent: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]], most: int
 ) -> dict[str, float | int | None]:
-    """Measures how alike the masks of samples are, within groups and between them.
+    """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`.
 
-    Reads batches on the parent's device until there are `most` samples, or a batch has no `labels`. Returns `cohesion`,
-    `coupling` (`None` without such pairs) and the number of `modularity_samples`; nothing without samples.
+    Reads batches on the parent's device until there are `most` samples, or a batch has no `labels`. Returns nothing
+    without samples.
     """
     opened: list[Tensor] = []
     groups: list[Tensor] = []

@@ -22,6 +22,10 @@ from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
 
+Inputs = Mapping[str, Tensor]
+Free = Mapping[str, Mapping[int, str]]
+"""Names of the dimensions of inputs that may have any size."""
+
 ONNX_NAME = "model.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4
@@ -37,8 +41,7 @@ class OnnxExport:
 
     Args:
         inputs: Input name to its dimensions, names for the free ones.
-        outputs: Names of the outputs: `"logits"` of shape (batch, labels), and `"rejection_scores"` of shape
-            (batch,) where the module is calibrated.
+        outputs: `"logits"`, shape (batch, labels), and `"rejection_scores"`, shape (batch,), of calibrated modules.
         difference: Largest difference between onnxruntime's outputs and the module's, in float32.
         tolerance: Largest difference that was allowed: 1e-4 times max(1, largest logit).
     """
@@ -53,8 +56,8 @@ def check_is_module(module: NeMoPreTrainedModel) -> None:
     """Refuses parents, which have masks, with a `ValueError`."""
     if module.is_parent:
         raise ValueError(
-            "Got a parent; expected a module, which has no masks. Call extract_module(labels) on it first, "
-            "or detach_masks() for the plain model inside."
+            "Got a parent; expected a module, which has no masks. Call extract_module(labels) first, or detach_masks() "
+            "for the plain model inside."
         )
 
 
@@ -78,9 +81,7 @@ def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
         (directory / name).write_bytes(content)
 
 
-def export_onnx(
-    module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
-) -> OnnxExport:
+def export_onnx(module: NeMoPreTrainedModel, directory: str | Path, inputs: Inputs | None = None) -> OnnxExport:
     """Exports a module to ONNX; see the method `export_onnx`."""
     check_is_module(module)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
@@ -134,20 +135,14 @@ def _free_dimensions(name: str, value: Tensor) -> dict[int, str]:
     """Names of the dimensions that may have any size: the batch, and the length of texts and waveforms."""
     if name == "input_values" and value.ndim == 2:
         return {0: "batch", 1: "samples"}
-    is_text = (
-        not value.is_floating_point() and value.ndim > 1 and name not in ("pixel_attention_mask", "spatial_shapes")
-    )
+    is_of_image = name in ("pixel_attention_mask", "spatial_shapes")
+    is_text = not value.is_floating_point() and value.ndim > 1 and not is_of_image
     return {0: "batch", 1: "tokens"} if is_text else {0: "batch"}
 
 
-def _trace(
-    module: NeMoPreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    free: Mapping[str, Mapping[int, str]],
-    outputs: Sequence[str],
-    path: Path,
-) -> None:
+def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Sequence[str], path: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    names = " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
     try:
         with torch.no_grad(), _quiet_tracing():
             torch.onnx.export(
@@ -164,14 +159,10 @@ def _trace(
             )
     except Exception as error:  # the exporter raises whatever the model's code meets
         raise UnsupportedArchitectureError(
-            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {_names(free)} "
+            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "
             f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't depend on input values. "
             f"{OTHER_WAYS.format('save_plain')}"
         ) from error
-
-
-def _names(free: Mapping[str, Mapping[int, str]]) -> str:
-    return " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
 
 
 @contextmanager
@@ -207,11 +198,7 @@ class OnnxRunner:
 
 
 def _check_onnx(
-    module: NeMoPreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    free: Mapping[str, Mapping[int, str]],
-    outputs: Sequence[str],
-    path: Path,
+    module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Sequence[str], path: Path
 ) -> tuple[float, float]:
     """Largest difference of onnxruntime's outputs on batches of several sizes and lengths, and the tolerance."""
     runner = OnnxRunner(path, torch.get_num_threads())
@@ -232,7 +219,7 @@ def _check_onnx(
     return max(differences), tolerance
 
 
-def _batches(inputs: Mapping[str, Tensor], free: Mapping[str, Mapping[int, str]]) -> Iterator[dict[str, Tensor]]:
+def _batches(inputs: Inputs, free: Free) -> Iterator[dict[str, Tensor]]:
     """The samples as they are, the first alone, the others (with padding), more of them, and shorter ones."""
     yield dict(inputs)
     yield {name: value[:1] for name, value in inputs.items()}

@@ -4,7 +4,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,16 @@ class PlainExport:
         module_parameters: Number of parameters of the module.
         full_parameters: Number of parameters of the plain model at full width, with the module's labels.
         changes: Widths that differ from the parent's configuration, by attribute, as `text_config.head_dim`.
-        difference: Largest difference between the logits of the two, both in float32. The plain model's weights are
-            rounded to the module's dtype afterwards.
+        difference: Largest difference of its logits from the module's in float32, before it is rounded to its dtype.
         tolerance: Largest difference that was allowed: 1e-5 times max(1, largest logit).
     """
 
     parameters: int
     module_parameters: int
     full_parameters: int
-    changes: dict[str, int] = field(default_factory=dict)
-    difference: float = 0.0
-    tolerance: float = 0.0
+    changes: dict[str, int]
+    difference: float
+    tolerance: float
 
 
 def save_plain(
@@ -82,14 +81,8 @@ def save_plain(
         plain.save_pretrained(temporary)
         write_processor(module, temporary)
         _check_files(plain, temporary)
-    return PlainExport(
-        parameters=plain.num_parameters(),
-        module_parameters=base_parameters(module),
-        full_parameters=full.num_parameters(),
-        changes=widths.changes,
-        difference=difference,
-        tolerance=tolerance,
-    )
+    sizes = (plain.num_parameters(), base_parameters(module), full.num_parameters())
+    return PlainExport(*sizes, changes=widths.changes, difference=difference, tolerance=tolerance)
 
 
 def _built(plain_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -172,28 +165,18 @@ def _check_files(plain: PreTrainedModel, directory: Path) -> None:
         if name not in state or not torch.equal(state[name].to(tensor.dtype), tensor.cpu()):
             raise UnsupportedArchitectureError(
                 f"The tensor {name!r} of a {type(plain).__name__} changes when it is saved and loaded. "
-                f"{OTHER_WAYS.format('export_onnx')}"
+                + OTHER_WAYS.format("export_onnx")
             )
 
 
 def compare_latency(
     module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
 ) -> dict[str, Any]:
-    """Times a module in all its formats beside the plain model inside its parent, in one process.
+    """Times a module in all its formats beside the plain model inside its parent.
 
-    Args:
-        module: The module.
-        parent: Its parent, on the same device; the masks are off.
-        batch_sizes: Sizes of the random batches.
-
-    Returns:
-        `device`, with the threads of torch and onnxruntime on a CPU; `latency_ms`, lower quartile of the runs in
-        milliseconds by batch size (a string) of `"parent"`, `"module"`, `"plain"` and `"onnx"`; and `latency_note`,
-        which names the batch sizes that are left out because runs disagree, or `None`. A format that the module
-        can't have is left out, and so is ONNX on another device than the CPU or without its packages.
-
-    Raises:
-        ValueError: If `module` is a parent, or `parent` none.
+    Returns `device`, with the threads of torch and onnxruntime on a CPU; `latency_ms` by format (`"parent"`,
+    `"module"`, `"plain"`, `"onnx"`) and batch size; and `latency_note`, as in `ModuleReport`. A format that the module
+    can't have is left out, and so is ONNX on another device than the CPU or without its packages.
     """
     check_is_module(module)
     runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval(), "module": module.model.eval()}

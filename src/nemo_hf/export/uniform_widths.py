@@ -43,28 +43,18 @@ class UniformWidths:
 def zero_padded_state(
     plain: PreTrainedModel, sites: Sequence[NeuronSite], widths: Mapping[str, Mapping[str, int]], state: State
 ) -> dict[str, Tensor]:
-    """Gives a module's weights the shapes of the plain model at full width, with zeros for what was cut.
+    """Gives a module's tensors the shapes of the plain model at full width, with zeros for what was cut.
 
-    Args:
-        plain: The plain model at full width with the module's labels, on the meta device.
-        sites: The module's sites.
-        widths: Site key to the widths of its cut, as `SiteCut.widths`.
-        state: The tensors of the model inside the module.
-
-    Returns:
-        The plain model's tensors, on the CPU, floating ones in float32. With them it computes what the module
-        does, as long as zeros stay zeros between the layers.
-
-    Raises:
-        ValueError: If a tensor is missing or fits no cut.
+    `plain` may be on the meta device; `widths` are those of the module's cuts by site key, as `SiteCut.widths`. Returns
+    tensors on the CPU, floating ones in float32; a `ValueError` says which one is missing or fits no cut.
     """
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     by_name = tensor_cuts(plain, [_original_cut(site, widths[site.key], state) for site in sites], {})
     padded = {}
     for name, full in plain.state_dict().items():
         if name not in state:
             raise ValueError(f"Got a module without the tensor {name!r}; expected all of a {type(plain).__name__}'s.")
-        tensor = state[name].detach().cpu()
-        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        tensor = state[name].float() if state[name].is_floating_point() else state[name]
         if name in by_name:
             tensor = uncut_tensor(tensor, by_name[name], full.shape)
         if tensor.shape != full.shape:
@@ -77,23 +67,18 @@ def zero_padded_state(
 
 
 def _original_cut(site: NeuronSite, widths: Mapping[str, int], state: State) -> SiteCut:
-    """A cut of the full-width layers with the module's shapes; dense layers say not which neurons, so the first."""
+    """A cut of the full-width layers with the module's shapes; dense layers don't say which neurons: the first."""
     if site.cut_by.is_scattered:
-        indices: dict[tuple[str, str], Tensor | None] = {}
         paths = {site.output, *(rows.layer for rows, _ in site.produced())}
-        for path in paths:
-            for side in ("output", "input"):
-                index = state.get(f"{path}.{side}_indices")
-                indices[path, side] = None if index is None else index.cpu()
-        layers = {path: LayerCut(indices[path, "output"], indices[path, "input"], is_scattered=True) for path in paths}
-        return SiteCut({}, layers)
+        indices = {path: (state.get(f"{path}.output_indices"), state.get(f"{path}.input_indices")) for path in paths}
+        return SiteCut({}, {path: LayerCut(*index, is_scattered=True) for path, index in indices.items()})
     if not isinstance(site, AttentionSite):
         return site_cut(site, {part: torch.arange(widths[part]) for part in site.parts})
     heads = site.head_dim * torch.arange(widths["key_value_heads"]).unsqueeze(-1)
     dims = (heads + torch.arange(widths["head_dim"])).flatten()
     if not site.is_rotary:
         return site_cut(site, {"query_key": dims, "value": dims})
-    angles = state[f"{site.name}.{ROTARY_NAME}.angle_indices"].cpu()[: widths["head_dim"] // 2]
+    angles = state[f"{site.name}.{ROTARY_NAME}.angle_indices"][: widths["head_dim"] // 2]
     kept = torch.cat([angles[:1], angles[1:][angles[1:] > 0]])  # frequencies in rising order, then zeros as padding
     return site_cut(site, {"query_key": kept, "value": dims})
 
@@ -101,17 +86,11 @@ def _original_cut(site: NeuronSite, widths: Mapping[str, int], state: State) -> 
 def uniform_widths(
     plain: PreTrainedModel, sites: Sequence[NeuronSite], state: State, shapes_of: Callable[[PreTrainedConfig], Shapes]
 ) -> Iterator[UniformWidths]:
-    """Finds configurations of smaller widths by trying them.
+    """Finds configurations of smaller widths whose shapes fit, the smallest first and the full width last.
 
-    Args:
-        plain: The plain model at full width, on the meta device.
-        sites: Its sites.
-        state: Its zero-padded tensors.
-        shapes_of: Returns the shapes of the tensors of a model with a configuration, none if it allows no model.
-
-    Yields:
-        Those whose shapes fit, the smallest first and the full width last. Whether the model then computes the
-        same is for the caller to try.
+    Takes the plain model at full width, on the meta device, its sites and its zero-padded tensors. `shapes_of` returns
+    the shapes of the tensors of a model with a configuration, none if it allows no model. Whether the model then
+    computes the same is for the caller to try.
     """
     search = _Search(plain, sites, state, shapes_of)
     full = UniformWidths(plain.config)
