@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, LABELS, NAMES, fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, T5Config, T5ForSequenceClassification
+from transformers import AutoModelForImageClassification
 
-from nemo_hf import NeMoConfig, UnsupportedArchitectureError, calibrate_rejection, make_parent
+from nemo_hf import NeMoConfig, UnsupportedArchitectureError, calibrate_rejection
 from nemo_hf.cli.main import main
 from nemo_hf.evaluation import latency
-from nemo_hf.export.onnx import plain_config
 from nemo_hf.export.plain_model import compare_latency
-from nemo_hf.export.uniform_widths import zero_padded_state
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.base import base_parameters
 from nemo_hf.neurons.sites import with_pruning_modes
@@ -27,16 +25,7 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 @cache
 def built_parent(family, hard_masks=True):
-    nemo_config = NeMoConfig(relevance_threshold=0.6, hard_masks=hard_masks)
-    if family in FAMILIES:
-        parent = attach_masks(fresh(family), nemo_config)
-    else:
-        torch.manual_seed(0)
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-        base = T5ForSequenceClassification(T5Config(vocab_size=120, **sizes, **NAMES))
-        for parameter in base.parameters():
-            torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.3)
-        parent = make_parent(base, nemo_config)
+    parent = attach_masks(fresh(family), NeMoConfig(relevance_threshold=0.6, hard_masks=hard_masks))
     randomize_relevance(parent)
     return parent.eval()
 
@@ -85,7 +74,6 @@ def assert_plain(module, directory):
         ("llama", {"pruning_mode": "scatter"}, {"intermediate_size"}, {}),
         ("llama", {"empty_head": True}, {"intermediate_size"}, {"num_attention_heads": 2, "num_key_value_heads": 1}),
         ("swin", {}, set(), {}),
-        ("t5", {"empty_head": True}, {"d_ff"}, {"num_heads": 3}),
     ],
 )
 def test_plain_models_give_the_modules_logits_at_smaller_widths(family, options, widths, heads, tmp_path):
@@ -111,22 +99,6 @@ def test_the_rescaled_softmax_is_folded_back(tmp_path):
     rescaled = {site.key: "dense-rescaled" for site in module.sites if site.kind == "attention"}
     module.sites = with_pruning_modes(module.sites, rescaled)
     assert_plain(module, tmp_path)
-
-
-@pytest.mark.parametrize("mode", ["dense", "scatter"])
-def test_padded_weights_are_the_parents_where_all_neurons_are_kept(mode):
-    parent = copy.deepcopy(built_parent("bert"))
-    for mask in parent.masks.site_masks():
-        mask.relevance.fill_(255)
-    parent.set_sites(with_pruning_modes(parent.sites, {site.key: mode for site in parent.sites}))
-    module = parent.extract_module(list(LABELS))
-    widths = {entry["key"]: entry["widths"] for entry in module.config.sites}
-    with torch.device("meta"):
-        plain = module.config.plain_class(plain_config(module))
-    padded = zero_padded_state(plain, module.sites, widths, module.model.state_dict())
-    before = parent.model.state_dict()
-    assert padded.keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in padded.items())
 
 
 def test_plain_files_have_the_modules_dtype_and_processor(tmp_path):
@@ -272,8 +244,7 @@ def test_the_command_line_exports(tmp_path, capsys, monkeypatch):
     words = ["export", "--module", str(tmp_path / "module"), "--output_dir", str(tmp_path / "plain")]
     assert main([*words, "--format", "plain"]) == 0
     assert f"{base_parameters(module):,}" in capsys.readouterr().out
-    inputs = random_inputs(module)
-    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
+    plain, inputs = AutoModelForImageClassification.from_pretrained(tmp_path / "plain"), random_inputs(module)
     assert torch.allclose(logits(plain, inputs), logits(module, inputs), atol=1e-5)
     monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None)
     assert main([*words, "--format", "onnx"]) == 2
@@ -283,7 +254,7 @@ def test_the_command_line_exports(tmp_path, capsys, monkeypatch):
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 def test_supported_families_are_plain_or_refused(monkeypatch, tmp_path):
-    """One family in six, and the two that are refused."""
+    """One family in six, those with particular widths, and the two that are refused."""
     benchmarks = Path(__file__).parents[1] / "examples" / "benchmarks"
     monkeypatch.syspath_prepend(benchmarks)
     sweep = importlib.import_module("families")
@@ -291,8 +262,9 @@ def test_supported_families_are_plain_or_refused(monkeypatch, tmp_path):
     # The plain class shares layers that the module cuts differently; transformers 5.23 zeroes a row when it loads.
     expected = {"ZambaForSequenceClassification", "FunnelForSequenceClassification"}
     supported = [row for row in data["families"] if row["status"] == "supported"]
+    chosen = {"T5ForSequenceClassification", "WhisperForAudioClassification", "Wav2Vec2ForSequenceClassification"}
     refused = set()
-    for row in [*supported[::6], *(row for row in supported if row["class"] in expected)]:
+    for row in [*supported[::6], *(row for row in supported if row["class"] in expected | chosen)]:
         parent, _ = sweep.attach(sweep.tiny_model(row["model_type"], row["class"], row["spread"]))
         randomize_relevance(parent)
         try:
