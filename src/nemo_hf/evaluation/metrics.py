@@ -35,7 +35,7 @@ def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, 
     indices = jaccard_indices(masks)
     same = shares_group(groups)
     different_samples = ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
-    within, between = indices[same & different_samples], indices[~same]
+    within, between = indices[same & different_samples], indices[~same & different_samples]
     return within.mean().item() if len(within) else None, between.mean().item() if len(between) else None
 
 
