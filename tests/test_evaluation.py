@@ -55,7 +55,7 @@ def metric(tmp_path_factory):
 
 
 def report_of(parent, labels, samples=SAMPLES, **options):
-    return evaluate_module(parent, labels, DataLoader(samples, batch_size=7), show_progress=False, **options)
+    return evaluate_module(parent, labels, DataLoader(samples, batch_size=15), show_progress=False, **options)
 
 
 @torch.no_grad()
@@ -164,10 +164,11 @@ def test_evaluation_ignores_autocast_and_leaves_the_parent_as_it_was(parent):
         output.logits = -output.logits
         return output
 
+    module = parent.extract_module([3, 1]).train()
     parent.forward = autocast
     parent.train()
-    assert report_of(parent, [3, 1]).parent_restricted_accuracy == naive_accuracy(built(), [3, 1])
-    assert parent.training
+    assert report_of(parent, [3, 1], module=module).parent_restricted_accuracy == naive_accuracy(built(), [3, 1])
+    assert all(layer.training for model in (parent, module) for layer in model.modules())
     assert parent.forward is autocast
     assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
 

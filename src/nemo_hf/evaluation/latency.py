@@ -66,10 +66,10 @@ def count_macs(model: NeMoPreTrainedModel) -> int:
 def measure_latency(
     parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
 ) -> Latency:
-    """Times a module (`"module"`) and the plain model inside its parent (`"parent"`) in one process."""
+    """Times a module (`"module"`) and the plain model inside its parent (`"parent"`), both in eval mode."""
     plain = copy.deepcopy(parent).detach_masks().eval()
     sample = {name: value.to(parent.device) for name, value in random_inputs(module).items()}
-    return time_runs({"module": module.model.eval(), "parent": plain}, sample, batch_sizes)
+    return time_runs({"module": module.model, "parent": plain}, sample, batch_sizes)
 
 
 @torch.no_grad()
@@ -93,13 +93,12 @@ def time_runs(
         for size in batch_sizes:
             inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
             quartiles = _quartiles(runners, inputs, device, clock)
-            disagree = [
-                f"batch size {size} ({name}: quartiles {low:.3g} and {high:.3g} ms)"
-                for name, (low, _, high) in quartiles.items()
-                if high > LARGEST_SPREAD * low
-            ]
-            unsteady += disagree
-            for name, (low, *_) in quartiles.items() if not disagree else ():
+            worst = max(quartiles, key=lambda name: quartiles[name][2] / quartiles[name][0])
+            low, _, high = quartiles[worst]
+            if high > LARGEST_SPREAD * low:
+                unsteady.append(f"batch size {size} ({worst}: quartiles {low:.3g} and {high:.3g} ms)")
+                continue
+            for name, (low, *_) in quartiles.items():
                 milliseconds[name][str(size)] = round(low, 4)
     finally:
         torch.set_num_threads(threads)

@@ -137,9 +137,9 @@ def evaluate_module(
     with as_saved(parent, module):
         progress = tqdm(batches, desc="Module", disable=not show_progress)
         answers, right, energies, is_own = _collect_answers(parent, module, masks, progress)
+        computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
+        latency = measure_latency(parent, module)
     accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
-    computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
-    latency = measure_latency(parent, module)
     sizes: dict[str, Any] = {}
     for prefix, model in (("", module), ("parent_", parent)):
         size = sum(p.numel() * p.element_size() for p in model.model.parameters())

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, time_runs
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, exact_float32
+from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
 from nemo_hf.models.files import replaced_directory
 from nemo_hf.models.loading import hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
@@ -179,8 +179,8 @@ def compare_latency(
     can't have is left out, and so is ONNX on another device than the CPU or without its packages.
     """
     check_is_module(module)
-    runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval(), "module": module.model.eval()}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval(), "module": module.model}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), as_saved(module):
         sample = traced_inputs(module)
         try:
             runners["plain"] = _smallest_plain(module, None)[1].to(module.dtype)  # type: ignore[arg-type]
