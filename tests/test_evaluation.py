@@ -198,6 +198,10 @@ def test_library_metrics_get_zeros_and_ones_where_samples_have_several_labels(me
     samples = [{**s, "labels": torch.eye(5)[s["labels"]]} for s in SAMPLES]
     report = report_of(parent, [3], samples, metrics=metric)
     assert report.metrics["agreement"] == pytest.approx(report.accuracy)
+    module = parent.extract_module([3])
+    module.config.rejection = {"weight": 1.0, "bias": 0.0, "threshold": 0.5, "accepted": 0.9, "rejected": 0.9}
+    others = [sample for sample in samples if not sample["labels"][3]]
+    assert report_of(parent, [3], others, module=module).rejection["accepted"] is None  # of no own sample
 
 
 def test_metrics_that_can_not_be_loaded_or_computed_are_refused(parent, metric, tmp_path, monkeypatch):

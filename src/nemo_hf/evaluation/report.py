@@ -1,6 +1,5 @@
 """Evaluates a module on its labels: accuracy beside controls, size, operations, latency and rejection."""
 
-import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,8 +20,6 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
 from .metrics import LibraryMetrics, MetricLike, cohesion_and_coupling
 from .rejection import auroc, inputs_and_labels, own_samples
-
-logger = logging.getLogger(__name__)
 
 RANDOM_DRAWS = 5
 
@@ -269,7 +266,6 @@ def measure_modularity(
     if not opened:
         return {}
     samples = sum(len(part) for part in groups)
-    logger.info("Cohesion and coupling are measured over %d samples.", samples)
     cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))
     return {"cohesion": cohesion, "coupling": coupling, "modularity_samples": samples}
 
@@ -277,11 +273,10 @@ def measure_modularity(
 def _rejection(module: NeMoPreTrainedModel, energies: Tensor, is_own: Tensor) -> dict[str, float | None]:
     """How well a module tells its own samples from others."""
     found = {"auroc": auroc(energies, is_own), "accepted": None, "rejected": None}
-    fit = module.config.rejection
-    if fit:
+    if fit := module.config.rejection:
         is_rejected = score_energies(energies, fit) > fit["threshold"]
-        found["accepted"] = 1 - is_rejected[is_own].float().mean().item()
-        found["rejected"] = None if bool(is_own.all()) else is_rejected[~is_own].float().mean().item()
+        for name, decided in (("accepted", ~is_rejected[is_own]), ("rejected", is_rejected[~is_own])):
+            found[name] = decided.float().mean().item() if len(decided) else None
     return found
 
 
