@@ -1,95 +1,132 @@
-"""A module's report against naive recounts."""
+"""A module's report against naive recounts, with metrics of the library `evaluate` and its evaluators."""
 
+import copy
+import sys
+from functools import cache
+
+import datasets
 import pytest
 import torch
-from conftest import image_samples, randomize_relevance
+from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
 from torch.utils.data import DataLoader
+from transformers import pipeline
 
 from nemo_hf import NeMoConfig, evaluate_module, make_parent
 from nemo_hf.evaluation.latency import count_macs
-from nemo_hf.evaluation.report import format_table
+from nemo_hf.evaluation.report import format_table, other_groups, random_masks
 from nemo_hf.models.extraction import make_plan
-from nemo_hf.neurons.trial_inputs import random_inputs
+
+SAMPLES = image_samples(40, seed=3)
+METRIC = """
+import datasets
+import evaluate
+import numpy
+
+class Agreement(evaluate.Metric):
+    def _info(self):
+        ids = datasets.Value("int32")
+        ids = datasets.Sequence(ids) if self.config_name == "multilabel" else ids
+        features = datasets.Features({"predictions": ids, "references": ids})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references, factor=1.0):
+        right = numpy.array(predictions) == numpy.array(references)
+        return {"agreement": factor * right.mean(), "highest_id": numpy.max([predictions, references])}
+"""
 
 
-@pytest.fixture
-def parent(vit):
-    parent = make_parent(vit, NeMoConfig(relevance_threshold=0.6)).eval()
-    randomize_relevance(parent)
+@cache
+def built(family="vit", seed=0, targets=("ffn", "attention")):
+    parent = make_parent(fresh(family), NeMoConfig(relevance_threshold=0.6, targets=list(targets))).eval()
+    randomize_relevance(parent, seed)
     return parent
 
 
 @pytest.fixture
-def samples():
-    return image_samples(60, seed=3)
+def parent():
+    return copy.deepcopy(built())
 
 
-def report_of(parent, samples, labels, **options):
-    return evaluate_module(parent, labels, DataLoader(samples, batch_size=7), show_progress=False, **options)
+@pytest.fixture(scope="module")
+def metric(tmp_path_factory):
+    script = tmp_path_factory.mktemp("metric") / "agreement.py"
+    script.write_text(METRIC)
+    return str(script)
+
+
+def report_of(parent, labels, samples=SAMPLES, **options):
+    return evaluate_module(parent, labels, DataLoader(samples, batch_size=15), show_progress=False, **options)
 
 
 @torch.no_grad()
-def naive_accuracy(model, samples, ids, static=None, restrict=True):
+def naive_accuracy(model, ids, static=None, restrict=True):
+    chosen = [sample for sample in SAMPLES if sample["labels"] in ids]
+    options = {} if static is None else {"static_masks": static}
     right = 0
-    chosen = [sample for sample in samples if sample["labels"] in ids]
     for sample in chosen:
-        options = {} if static is None else {"static_masks": static}
         logits = model(sample["pixel_values"][None], **options).logits[0]
-        logits = logits[ids] if restrict else logits
-        right += ids[int(logits.argmax())] == sample["labels"]
+        right += ids[int((logits[ids] if restrict else logits).argmax())] == sample["labels"]
     return right / len(chosen)
 
 
 @pytest.mark.parametrize("ids", [[3, 1], [0], [0, 1, 2, 3, 4]])
-def test_accuracies_equal_a_naive_recount(parent, samples, ids):
-    report = report_of(parent, samples, ids)
+def test_accuracies_equal_a_naive_recount(parent, ids):
+    report = report_of(parent, ids)
     module = parent.extract_module(ids)
-    assert report.accuracy == pytest.approx(naive_accuracy(module, samples, ids, restrict=False))
-    assert report.parent_restricted_accuracy == pytest.approx(naive_accuracy(parent, samples, ids))
+    assert report.accuracy == pytest.approx(naive_accuracy(module, ids, restrict=False))
+    assert report.accuracy == pytest.approx(naive_accuracy(parent, ids, make_plan(parent, ids).static))
+    assert report.parent_restricted_accuracy == pytest.approx(naive_accuracy(parent, ids))
     empty = {site.key: torch.zeros(site.neurons) for site in parent.sites}
-    assert report.controls["empty"] == pytest.approx(naive_accuracy(parent, samples, ids, empty))
-    assert report.samples == sum(sample["labels"] in ids for sample in samples)
+    assert report.controls["empty"] == pytest.approx(naive_accuracy(parent, ids, empty))
+    assert (report.controls["other"] is None) == (len(ids) == 5)
+    assert report.samples == sum(sample["labels"] in ids for sample in SAMPLES)
 
 
-def test_the_module_is_as_good_as_the_parent_under_its_mask(parent, samples):
-    report = report_of(parent, samples, [3, 1])
-    static = make_plan(parent, [3, 1]).static
-    assert report.accuracy == pytest.approx(naive_accuracy(parent, samples, [3, 1], static))
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}, {"round_to": 16}])
+def test_a_given_module_is_measured_by_its_own_plan(parent, options):
+    module = parent.extract_module([3, 1], **options)
+    report = report_of(parent, ["dog", "ship"], module=module, seed=5, **options)
+    plan = make_plan(parent, [3, 1], **options)
+    assert module.report == report.to_dict()
+    assert report.neuron_retention_rate == module.config.retained_neurons
+    assert report.threshold == module.config.relevance_threshold == options.get("threshold", 0.6)
+    assert report.labels == ["ship", "dog"]
+    drawn = random_masks(plan.static, parent, seed=5)
+    for entry, site in zip(module.config.sites, parent.sites, strict=True):
+        for masks in drawn:
+            assert masks[site.key].sum() == plan.static[site.key].sum() == entry["kept"][-1]
+    random = [naive_accuracy(parent, [3, 1], masks) for masks in drawn]
+    assert report.controls["random"] == pytest.approx(sum(random) / 5)
+    other = make_plan(parent, other_groups(parent, plan.groups, 5), **options).static
+    assert report.controls["other"] == pytest.approx(naive_accuracy(parent, [3, 1], other))
 
 
-def test_the_other_control_is_the_mask_of_disjoint_groups(parent, samples):
-    report = report_of(parent, samples, [0, 1, 2])
-    others = [[3, 4]]  # all that is left
-    static = make_plan(parent, others[0]).static
-    assert report.controls["other"] == pytest.approx(naive_accuracy(parent, samples, [0, 1, 2], static))
-    assert report_of(parent, samples, [0, 1, 2, 3, 4]).controls["other"] is None
+def test_what_is_not_the_modules_is_refused(parent):
+    module = parent.extract_module(["cat"], round_to=16)
+    with pytest.raises(ValueError, match=r"labels=\['dog'\] and a module of \['cat'\] .*expected the module's own"):
+        report_of(parent, ["dog"], module=module)
+    with pytest.raises(ValueError, match=r"Got threshold=0.5 and a module .* cut with threshold=0.6"):
+        report_of(parent, ["cat"], module=module, threshold=0.5)
+    with pytest.raises(ValueError, match=r"Got round_to=8 and a module .* round_to=16"):
+        report_of(parent, ["cat"], module=module, round_to=8)
+    with pytest.raises(ValueError, match=r"Got a parent as module; expected a module"):
+        report_of(parent, ["cat"], module=parent)
+    for stranger in (built(seed=1), built("deit"), built(targets=("ffn",))):
+        with pytest.raises(ValueError, match=r"expected a module of this parent"):
+            report_of(parent, ["cat"], module=stranger.extract_module(["cat"]))
 
 
-def test_random_controls_have_the_modules_size_and_follow_the_seed(parent, samples):
-    from nemo_hf.evaluation.report import random_masks
-
-    static = make_plan(parent, [0, 1]).static
-    drawn = random_masks(static, parent, seed=5)
-    assert len(drawn) == 5
-    for masks in drawn:
-        for site in parent.sites:
-            sizes = list(site.parts.values())
-            ours, theirs = masks[site.key].split(sizes), static[site.key].split(sizes)
-            assert [part.sum() for part in ours] == [part.sum() for part in theirs]
-    accuracies = [naive_accuracy(parent, samples, [0, 1], masks) for masks in drawn]
-    report = report_of(parent, samples, [0, 1], seed=5)
-    assert report.controls["random"] == pytest.approx(sum(accuracies) / 5)
-
-
-def test_sizes_are_recounted_from_the_files(parent, samples, tmp_path):
-    report = report_of(parent, samples, [3, 1])
-    module = parent.extract_module([3, 1])
+def test_sizes_are_recounted(parent):
+    report, module = report_of(parent, [3, 1]), parent.extract_module([3, 1])
     assert report.parameters == sum(p.numel() for p in module.model.parameters())
     assert report.parent_parameters == sum(p.numel() for p in parent.model.parameters())
     assert report.weight_retention_rate == report.parameters / report.parent_parameters
     assert report.megabytes * 1e6 == 4 * report.parameters
     kept = sum(int(mask.sum()) for mask in make_plan(parent, [3, 1]).static.values())
     assert report.neuron_retention_rate == kept / sum(site.neurons for site in parent.sites)
+    assert list(report.latency_ms) == list(report.parent_latency_ms) == ["1", "8", "32"]
+    assert report.device.startswith("cpu (")
+    assert report.device.endswith(", 1 thread)")
 
 
 def test_operations_are_those_of_the_matrix_products(parent):
@@ -101,66 +138,108 @@ def test_operations_are_those_of_the_matrix_products(parent):
     assert count_macs(parent.extract_module([3, 1])) < count_macs(parent)
 
 
-def test_latency_is_reported_by_batch_size_for_module_and_parent(parent, samples):
-    report = report_of(parent, samples, [3, 1])
-    assert list(report.latency_ms) == list(report.parent_latency_ms) == ["1", "8", "32"]
-    assert all(value > 0 for value in [*report.latency_ms.values(), *report.parent_latency_ms.values()])
-    assert report.device.startswith("cpu (")
-
-
-def test_measuring_leaves_the_parent_as_it_was(parent, samples):
-    before = {name: value.clone() for name, value in parent.state_dict().items()}
-    parent.train()
-    report_of(parent, samples, [3, 1])
-    assert parent.training
-    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
-    inputs = random_inputs(parent)
-    assert parent(**inputs).neuron_masks.keys() == {site.key for site in parent.sites}
-
-
-def test_the_table_has_a_row_a_module(parent, samples):
-    reports = [report_of(parent, samples, ids).to_dict() for ids in ([3, 1], [0, 1, 2, 3, 4])]
+def test_the_table_has_a_row_for_each_module(parent):
+    reports = [report_of(parent, ids).to_dict() for ids in ([3, 1], [0, 1, 2, 3, 4])]
+    del reports[1]["latency_ms"]["8"]
     lines = format_table(reports).splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("ship,dog")
     assert f"{reports[0]['accuracy']:.3f}" in lines[2]
+    assert "/-/" in lines[3]
 
 
-def test_other_groups_without_a_neuron_leave_the_report_alone(parent, samples):
+def test_other_groups_without_a_neuron_count_as_the_empty_mask(parent):
     for mask in parent.masks.site_masks():
         mask.relevance[2:] = 0
-    report = report_of(parent, samples, [0, 1])
-    assert report.controls["other"] == report.controls["empty"]
+    controls = report_of(parent, [0, 1]).controls
+    assert controls["other"] == controls["empty"]
 
 
-def test_the_module_carries_its_report_until_it_trains(parent, samples, tmp_path):
-    module = parent.extract_module([3, 1])
-    report = report_of(parent, samples, [3, 1], module=module).to_dict()
-    module.save_pretrained(tmp_path)
-    loaded = type(module).from_pretrained(tmp_path)
-    assert loaded.report == report
-    assert loaded.train().report is None
-
-
-def test_an_autocast_around_the_parent_does_not_count(parent, samples):
-    plain = report_of(parent, samples, [3, 1])
+def test_evaluation_ignores_autocast_and_leaves_the_parent_as_it_was(parent):
+    before = {name: value.clone() for name, value in parent.state_dict().items()}
     forward = parent.forward
 
-    def in_half_precision(*args, **kwargs):
+    def autocast(*args, **kwargs):  # accelerate wraps the forward of a model that it prepared
         output = forward(*args, **kwargs)
         output.logits = -output.logits
         return output
 
-    parent.forward = in_half_precision
-    assert report_of(parent, samples, [3, 1]).parent_restricted_accuracy == plain.parent_restricted_accuracy
-    assert parent.forward is in_half_precision
+    module = parent.extract_module([3, 1]).train()
+    parent.forward = autocast
+    parent.train()
+    assert report_of(parent, [3, 1], module=module).parent_restricted_accuracy == naive_accuracy(built(), [3, 1])
+    assert all(layer.training for model in (parent, module) for layer in model.modules())
+    assert parent.forward is autocast
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
 
 
-def test_batches_without_labels_are_refused(parent):
+def test_data_without_labels_are_refused(parent):
     with pytest.raises(ValueError, match="expected 'labels'"):
         evaluate_module(parent, [0, 1], [{"pixel_values": torch.zeros(2, 3, 16, 16)}], show_progress=False)
+    with pytest.raises(ValueError, match=r"without a sample of the labels \['car'\]; expected at least one"):
+        report_of(parent, [2], [sample for sample in SAMPLES if sample["labels"] != 2])
 
 
-def test_data_without_the_labels_is_refused(parent, samples):
-    with pytest.raises(ValueError, match="expected at least one"):
-        report_of(parent, [sample for sample in samples if sample["labels"] != 2], [2])
+def test_library_metrics_get_ids_of_the_modules_labels_and_survive_files(parent, metric, tmp_path):
+    module = parent.extract_module([3, 1])
+    report = report_of(parent, [3, 1], module=module, metrics={metric: {"factor": 2.0}})
+    assert report.metrics["agreement"] == pytest.approx(2 * report.accuracy)
+    assert report.parent_metrics["agreement"] == pytest.approx(2 * report.parent_restricted_accuracy)
+    assert report.metrics["highest_id"] == report.parent_metrics["highest_id"] == 1
+    module.save_pretrained(tmp_path)
+    assert type(module).from_pretrained(tmp_path).report == report.to_dict()
+
+
+def test_library_metrics_get_zeros_and_ones_where_samples_have_several_labels(metric):
+    base = fresh("vit")
+    base.config.problem_type = "multi_label_classification"
+    parent = make_parent(base, NeMoConfig(relevance_threshold=0.6)).eval()
+    randomize_relevance(parent)
+    samples = [{**s, "labels": torch.eye(5)[s["labels"]]} for s in SAMPLES]
+    report = report_of(parent, [3], samples, metrics=metric)
+    assert report.metrics["agreement"] == pytest.approx(report.accuracy)
+    module = parent.extract_module([3])
+    module.config.rejection = {"weight": 1.0, "bias": 0.0, "threshold": 0.5, "accepted": 0.9, "rejected": 0.9}
+    others = [sample for sample in samples if not sample["labels"][3]]
+    assert report_of(parent, [3], others, module=module).rejection["accepted"] is None  # of no own sample
+
+
+def test_metrics_that_can_not_be_loaded_or_computed_are_refused(parent, metric, tmp_path, monkeypatch):
+    with pytest.raises(OSError, match=r"none.py' can't be loaded .*path of a metric script"):
+        report_of(parent, [3, 1], metrics=[str(tmp_path / "none.py")])
+    with pytest.raises(ValueError, match=r"can't be computed with the keyword arguments {'average': 'macro'}"):
+        report_of(parent, [3, 1], metrics={metric: {"average": "macro"}})
+    with pytest.raises(ValueError, match=r"Got agreement=.*nan.*expected one finite number"):
+        report_of(parent, [3, 1], metrics={metric: {"factor": float("nan")}})
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ImportError, match=r"pip install 'nemo-hf\[metrics\]'"):
+        report_of(parent, [3, 1], metrics=["f1"])
+    assert report_of(parent, [3, 1]).metrics == {}
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_evaluators_run_a_module_by_name_and_as_a_pipeline(family, metric, tmp_path, monkeypatch):
+    import evaluate
+    from PIL import Image
+
+    module = built(family).extract_module(["ship", "dog"])
+    module.attach_processor(image_processor() if family == "vit" else tokenizer())
+    module.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (12, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    words = torch.randint(0, 118, (12, 6), generator=generator).tolist()
+    column, values = {
+        "vit": ("image", [Image.fromarray(image.numpy()) for image in pixels]),
+        "bert": ("text", [" ".join(f"w{word}" for word in text) for text in words]),
+    }[family]
+    names = ["ship"] * 5 + ["dog"] * 7
+    data = datasets.Dataset.from_dict({column: values, "label": [module.config.label2id[name] for name in names]})
+    pipe = pipeline(module.task, model=str(tmp_path))
+    answers = [pipe(value)[0]["label"] for value in values]
+    for given in (str(tmp_path), pipe):
+        if given is pipe:  # evaluate 0.4.6 compares it with a class that transformers 5 has not
+            monkeypatch.setattr("transformers.TFPreTrainedModel", (), raising=False)
+        result = evaluate.evaluator(module.task).compute(
+            model_or_pipeline=given, data=data, metric=evaluate.load(metric), label_mapping=module.config.label2id
+        )
+        assert result["agreement"] == sum(a == name for a, name in zip(answers, names, strict=True)) / 12

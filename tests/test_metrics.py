@@ -1,4 +1,4 @@
-"""Cohesion and coupling are means of Jaccard indices over pairs."""
+"""Cohesion and coupling against naive means over pairs; latency with a fake clock."""
 
 import itertools
 import statistics
@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 
+from nemo_hf.evaluation import latency
 from nemo_hf.evaluation.metrics import cohesion_and_coupling, jaccard_indices
 
 MASKS = torch.rand(7, 12, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -23,32 +24,78 @@ def test_jaccard_indices_are_those_of_sets():
     torch.testing.assert_close(jaccard_indices(masks), expected)
 
 
-def test_two_empty_masks_are_equal_and_an_empty_one_shares_nothing():
-    masks = torch.tensor([[False, False], [False, False], [True, False]])
-    assert jaccard_indices(masks).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
-
-
 def test_cohesion_and_coupling_are_the_double_loop():
     pairs = list(itertools.combinations(range(len(GROUPS)), 2))
     within = [jaccard(MASKS[i], MASKS[j]) for i, j in pairs if GROUPS[i] == GROUPS[j]]
     between = [jaccard(MASKS[i], MASKS[j]) for i, j in pairs if GROUPS[i] != GROUPS[j]]
-    cohesion, coupling = cohesion_and_coupling(MASKS, GROUPS)
-    assert cohesion == pytest.approx(statistics.mean(within), abs=1e-6)
-    assert coupling == pytest.approx(statistics.mean(between), abs=1e-6)
+    expected = statistics.mean(within), statistics.mean(between)
+    assert cohesion_and_coupling(MASKS, GROUPS) == pytest.approx(expected, abs=1e-6)
+    assert cohesion_and_coupling(torch.nn.functional.one_hot(GROUPS).bool(), GROUPS) == (1.0, 0.0)
 
 
-def test_masks_that_tell_the_groups_have_cohesion_one_and_coupling_zero():
-    masks = torch.nn.functional.one_hot(GROUPS).bool()
-    assert cohesion_and_coupling(masks, GROUPS) == (1.0, 0.0)
-
-
-def test_where_there_is_no_pair_there_is_no_number():
+def test_without_a_pair_there_is_no_mean():
     assert cohesion_and_coupling(MASKS[:3], torch.tensor([0, 1, 2]))[0] is None
     assert cohesion_and_coupling(MASKS[:3], torch.tensor([1, 1, 1]))[1] is None
     assert cohesion_and_coupling(MASKS[:1], torch.tensor([0])) == (None, None)
 
 
-def test_more_samples_than_float16_counts_are_exact():
-    masks = torch.ones(2, 5000, dtype=torch.bool)
-    masks[1, 0] = False
-    assert jaccard_indices(masks)[0, 1].item() == pytest.approx(4999 / 5000)
+class Clock:
+    """Seconds that pass only while a runner runs."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.runs = []
+
+    def __call__(self):
+        return self.now
+
+    def runner(self, name, milliseconds):
+        """A callable that takes the given times in turn, by batch size."""
+        times = {size: itertools.cycle(values) for size, values in milliseconds.items()}
+
+        def run(pixels):
+            assert torch.get_num_threads() == 1
+            self.runs.append((name, len(pixels)))
+            self.now += next(times[len(pixels)]) / 1000
+
+        return run
+
+    def time(self, batch_sizes, **milliseconds):
+        runners = {name: self.runner(name, times) for name, times in milliseconds.items()}
+        return latency.time_runs(runners, {"pixels": torch.zeros(4, 3)}, batch_sizes, clock=self)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(latency, "WARM_UP_RUNS", 1)
+    monkeypatch.setattr(latency, "LATENCY_RUNS", 30)
+    monkeypatch.setattr(latency, "LARGEST_SPREAD", 2.0)
+    torch.set_num_threads(2)
+    yield Clock()
+    torch.set_num_threads(1)
+
+
+def test_latency_is_the_lower_quartile_of_interleaved_runs(clock):
+    times = [7.0, *(10.0 + index % 4 for index in range(30))]  # the first warms up
+    found = clock.time([1], module={1: times}, parent={1: [20.0]})
+    assert found.milliseconds == {
+        "module": {"1": pytest.approx(statistics.quantiles(times[1:], n=4, method="inclusive")[0])},
+        "parent": {"1": 20.0},
+    }
+    assert found.note is None
+    assert clock.runs == [("module", 1), ("parent", 1)] * 31
+    assert found.device.endswith(", 1 thread)")
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("milliseconds", "runs"), [(100.0, 20), (5000.0, 5)])
+def test_slow_models_run_less_often(clock, milliseconds, runs):
+    assert clock.time([8], module={8: [milliseconds]}).milliseconds == {"module": {"8": milliseconds}}
+    assert len(clock.runs) == 1 + runs
+
+
+def test_batch_sizes_whose_runs_disagree_are_left_out_with_the_reason(clock):
+    found = clock.time([1, 8], module={1: [1.0], 8: [2.0]}, parent={1: [3.0, 3.5], 8: [4.0, 8.1]})
+    assert found.milliseconds == {"module": {"1": 1.0}, "parent": {"1": 3.0}}
+    expected = "runs disagree by more than a factor of 2: batch size 8 (parent: quartiles 4 and 8.1 ms)."
+    assert expected in found.note

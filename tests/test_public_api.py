@@ -14,7 +14,7 @@ SIGNATURES = {
     "calibrate_rejection": "module batches accepted show_progress",
     "compose": "modules labels batches",
     "compute_relevance": "parent batches accelerator show_progress",
-    "evaluate_module": "parent labels batches module threshold round_to seed show_progress",
+    "evaluate_module": "parent labels batches module threshold round_to seed show_progress metrics",
     "make_parent": "model nemo_config label_groups inputs",
     "nemo_loss": "logits labels neuron_masks groups contrastive_weight sparsity_weight temperature",
     "propose_sites": "model inputs",
@@ -26,9 +26,9 @@ SIGNATURES = {
     "NeMoConfig.from_json_file": "path",
     "NeMoConfig.to_dict": "self",
     "NeMoConfig.to_json_file": "self path",
-    "NeMoForAudioClassification": "config base_model",
+    "NeMoForAudioClassification": "config base_model sites",
     "NeMoForAudioClassification.forward": f"self input_values input_features {MASKED}",
-    "NeMoForImageClassification": "config base_model",
+    "NeMoForImageClassification": "config base_model sites",
     "NeMoForImageClassification.attach_processor": "self processor",
     "NeMoForImageClassification.detach_masks": "self",
     "NeMoForImageClassification.export_onnx": "self directory inputs",
@@ -40,7 +40,7 @@ SIGNATURES = {
     " commit_description private token revision create_pr max_shard_size",
     "NeMoForImageClassification.save_plain": "self directory inputs",
     "NeMoForImageClassification.save_pretrained": "self save_directory push_to_hub repo_id kwargs",
-    "NeMoForSequenceClassification": "config base_model",
+    "NeMoForSequenceClassification": "config base_model sites",
     "NeMoForSequenceClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",
     "NeMoTrainer": "model args data_collator train_dataset trainer_args nemo_config relevance_dataset trainer_kwargs",
     "NeMoTrainer.calibrate_rejection": "self module eval_dataset accepted",
@@ -51,7 +51,7 @@ SIGNATURES = {
 FIELDS = {
     "ModuleReport": "labels groups accuracy parent_restricted_accuracy controls samples parameters parent_parameters"
     " megabytes parent_megabytes macs parent_macs neuron_retention_rate weight_retention_rate latency_ms"
-    " parent_latency_ms device input_shape threshold seed rejection",
+    " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites relevance_source parent"
     " relevance_threshold round_to retained_neurons equivalence rejection is_tuned training processor_files",
 }

@@ -1,4 +1,4 @@
-"""What a module costs to run: operations and latency, beside the plain model inside its parent."""
+"""Operations and latency of a module, beside the plain model inside its parent."""
 
 import copy
 import platform
@@ -6,6 +6,8 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,28 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 LATENCY_BATCHES = (1, 8, 32)
-LATENCY_RUNS = 15
+LATENCY_THREADS = 1
+"""CPU threads of all timed models: one can't be oversubscribed, and figures compare between machines."""
+WARM_UP_RUNS = 3
+LATENCY_RUNS = 30
+FEWEST_RUNS = 5
+LATENCY_SECONDS = 2.0
+"""Time for the runs of one batch size; it ends them once there are `FEWEST_RUNS`."""
+LARGEST_SPREAD = 2.0
+"""Upper over lower quartile of the runs, above which a batch size is left out."""
 
 
-def device_name(device: torch.device) -> str:
-    """Names a device as its maker does, a CPU with the number of threads that torch uses."""
+@dataclass(frozen=True)
+class Latency:
+    """Lower quartiles of the runs in milliseconds, by what ran and batch size; the note says which are left out."""
+
+    device: str
+    milliseconds: dict[str, dict[str, float]]
+    note: str | None = None
+
+
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """Names a device as its maker does, a CPU with its threads; `None` takes those that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -30,91 +49,91 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu" and info.is_file():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
         name = models[0] if models else name
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     return f"{device.type} ({name}, {threads} thread{'' if threads == 1 else 's'})"
 
 
 def count_macs(model: NeMoPreTrainedModel) -> int:
-    """Counts multiply-accumulates of linear layers, convolutions and attention for one sample.
-
-    Args:
-        model: A parent, which counts as the plain model inside, or a module.
-
-    Returns:
-        Half the floating-point operations that torch's counter sees for one random sample.
-    """
-    inputs = {name: value[:1] for name, value in random_inputs(model).items()}
+    """Counts multiply-accumulates of linear layers, convolutions and attention for one sample, without masks."""
+    inputs = {name: value[:1].to(model.device) for name, value in random_inputs(model).items()}
     # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _plain_call(model, inputs)
+    masks_off = nullcontext() if model.masks is None else model.masks.disabled()
+    with torch.no_grad(), masks_off, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.model(**inputs)
     return int(counter.get_total_flops()) // 2
 
 
-def _plain_call(model: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Runs the plain model inside, whose masks would cost time that a user of it does not spend."""
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    if model.masks is None:
-        model.model(**inputs)
-    else:
-        with model.masks.disabled():
-            model.model(**inputs)
-
-
-@torch.no_grad()
 def measure_latency(
     parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Times a module and the plain model inside its parent, alternating in one process.
-
-    Args:
-        parent: The parent; its masks are off.
-        module: The module.
-        batch_sizes: Sizes of the random batches.
-
-    Returns:
-        Median milliseconds by batch size, of the module and of the parent.
-    """
+) -> Latency:
+    """Times a module (`"module"`) and the plain model inside its parent (`"parent"`), both in eval mode."""
     plain = copy.deepcopy(parent).detach_masks().eval()
-    module.eval()
     sample = {name: value.to(parent.device) for name, value in random_inputs(module).items()}
-    medians = median_times({"module": module.model, "parent": plain}, sample, batch_sizes)
-    return medians["module"], medians["parent"]
+    return time_runs({"module": module.model, "parent": plain}, sample, batch_sizes)
 
 
 @torch.no_grad()
-def median_times(
-    runners: Mapping[str, Callable[..., Any]], sample: Mapping[str, Tensor], batch_sizes: Sequence[int]
-) -> dict[str, dict[str, float]]:
-    """Times callables in turn on the same batches, so that a busy moment of the machine meets all of them.
+def time_runs(
+    runners: Mapping[str, Callable[..., Any]],
+    sample: Mapping[str, Tensor],
+    batch_sizes: Sequence[int],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Times callables in turn, so that a busy moment of the machine meets all of them.
 
-    Args:
-        runners: What to time, by name; takes model inputs by name.
-        sample: Model inputs, of which the first sample is repeated.
-        batch_sizes: Sizes of the batches.
-
-    Returns:
-        Name to median milliseconds by batch size.
+    They take model inputs by name, batches of the first sample repeated. Batch sizes at which the runs of one of them
+    disagree are left out for all, since they are compared.
     """
-    medians: dict[str, dict[str, float]] = {name: {} for name in runners}
-    for size in batch_sizes:
-        inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
-        times: dict[str, list[float]] = {name: [] for name in runners}
-        for run in range(LATENCY_RUNS + 3):
-            for name, runner in runners.items():
-                elapsed = _timed(runner, inputs)
-                if run >= 3:  # the first runs warm caches up
-                    times[name].append(elapsed)
-        for name, elapsed_times in times.items():
-            medians[name][str(size)] = round(statistics.median(elapsed_times) * 1000, 4)
-    return medians
+    device = next(iter(sample.values())).device
+    milliseconds: dict[str, dict[str, float]] = {name: {} for name in runners}
+    unsteady = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(LATENCY_THREADS)
+    try:
+        for size in batch_sizes:
+            inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
+            quartiles = _quartiles(runners, inputs, device, clock)
+            worst = max(quartiles, key=lambda name: quartiles[name][2] / quartiles[name][0])
+            low, _, high = quartiles[worst]
+            if high > LARGEST_SPREAD * low:
+                unsteady.append(f"batch size {size} ({worst}: quartiles {low:.3g} and {high:.3g} ms)")
+                continue
+            for name, (low, *_) in quartiles.items():
+                milliseconds[name][str(size)] = round(low, 4)
+    finally:
+        torch.set_num_threads(threads)
+    note = f"Left out, since runs disagree by more than a factor of {LARGEST_SPREAD:g}: {', '.join(unsteady)}."
+    return Latency(device_name(device, LATENCY_THREADS), milliseconds, note if unsteady else None)
 
 
-def _timed(runner: Callable[..., Any], inputs: Mapping[str, Tensor]) -> float:
-    is_cuda = next(iter(inputs.values())).is_cuda
-    if is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    runner(**inputs)
-    if is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _quartiles(
+    runners: Mapping[str, Callable[..., Any]],
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
+    """The three quartiles of each runner's times, in milliseconds."""
+
+    def timed(runner: Callable[..., Any]) -> float:
+        _synchronize(device)
+        start = clock()
+        runner(**inputs)
+        _synchronize(device)
+        return 1000 * (clock() - start)
+
+    for _ in range(WARM_UP_RUNS):
+        for runner in runners.values():
+            runner(**inputs)
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    started = clock()
+    for run in range(LATENCY_RUNS):
+        if run >= FEWEST_RUNS and clock() - started >= LATENCY_SECONDS:
+            break
+        for name, runner in runners.items():
+            times[name].append(timed(runner))
+    return {name: statistics.quantiles(elapsed, n=4, method="inclusive") for name, elapsed in times.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Rejection of inputs that have none of a module's labels: calibrated and measured."""
+"""Calibrates the rejection of inputs that have none of a module's labels, and measures it."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,23 +10,24 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.label_checks import check_label_shape
 from nemo_hf.models.rejection import energy, score_energies
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
-    """Tells which samples have one of a module's labels.
-
-    Args:
-        module: The module.
-        labels: The parent's label ids, shape (batch,), any other number for samples of no label; or 0 and 1
-            for each label of the parent, shape (batch, labels).
-
-    Returns:
-        Boolean, shape (batch,).
-    """
+    """Which samples have one of a module's labels, (batch,), by the parent's label ids or 0 and 1 for each of them."""
     own = torch.tensor(module.config.label_ids, device=labels.device)
     return torch.isin(labels, own) if labels.ndim == 1 else (labels[:, own] > 0).any(-1)
+
+
+def inputs_and_labels(model: NeMoPreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Moves a batch to a model's device and takes its labels out, checked."""
+    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if (labels := inputs.pop("labels", None)) is None:
+        raise ValueError(f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data.")
+    check_label_shape(labels, model.config.has_several_labels)
+    return inputs, labels
 
 
 @torch.no_grad()
@@ -36,16 +37,16 @@ def calibrate_rejection(
     accepted: float = 0.95,
     show_progress: bool = True,
 ) -> dict[str, float]:
-    """Lets a module score how likely an input has none of its labels, and says from which score to reject.
+    """Calibrates how likely an input has none of a module's labels, and chooses the score over which to reject it.
 
-    From then on the module's output has `rejection_scores`; `config.rejection` keeps the fit and is saved with
+    From then on the module's output has `rejection_scores`; `config.rejection` holds the fit and is saved with
     the module. The scores come from the energy of the logits, so that a module of one label has them too.
 
     Args:
         module: The module.
         batches: Batches of model inputs with `labels`, the parent's label ids, of validation data: samples of the
             module's labels and of others.
-        accepted: Share of the module's own samples, in (0, 1), that the threshold shall let through.
+        accepted: Share of the module's own samples, in (0, 1), that is to be accepted.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -59,15 +60,16 @@ def calibrate_rejection(
         Energy as in arXiv 2010.03759, calibrated by logistic regression.
     """
     if module.is_parent:
-        raise ValueError("Got a parent; expected a module, which lacks labels. Cut one with extract_module first.")
+        raise ValueError("Got a parent; expected a module, which has only some labels. Cut one with extract_module.")
     if isinstance(accepted, bool) or not isinstance(accepted, (int, float)) or not 0 < accepted < 1:
         raise ValueError(f"Got accepted={accepted!r}; expected a share of the module's own samples in (0, 1).")
-    was_training = module.training
-    module.train(False)
-    try:
-        energies, is_own = _energies(module, tqdm(batches, desc="Rejection", disable=not show_progress))
-    finally:
-        module.train(was_training)
+    found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    with as_saved(module):
+        for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
+            inputs, labels = inputs_and_labels(module, batch)
+            found.append(energy(module(**inputs).logits, module.config.has_several_labels).cpu())
+            owned.append(own_samples(module, labels).cpu())
+    energies, is_own = torch.cat(found), torch.cat(owned)
     if not bool(is_own.any()) or bool(is_own.all()):
         raise ValueError(
             f"Got {int(is_own.sum())} samples with the module's labels {module.config.label_ids} and "
@@ -78,37 +80,12 @@ def calibrate_rejection(
     return module.config.rejection
 
 
-def _energies(module: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Energies of all samples, and which of them have a label of the module; both on the CPU."""
-    has_several = module.config.has_several_labels
-    energies, is_own = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-    for batch in batches:
-        inputs = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if (labels := inputs.pop("labels", None)) is None:
-            raise ValueError(
-                f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
-            )
-        check_label_shape(labels, has_several)
-        energies.append(energy(module(**inputs).logits, has_several).cpu())
-        is_own.append(own_samples(module, labels).cpu())
-    return torch.cat(energies), torch.cat(is_own)
-
-
 def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str, float]:
-    """Calibrates scores on samples that have a module's labels and on samples that have none.
+    """Fits rejection scores to the energies of samples, of which `is_own` have a label of the module.
 
-    Args:
-        energies: Energies of the samples, shape (samples,).
-        is_own: Which samples have a label of the module, boolean, shape (samples,), some of each kind.
-        accepted: Share of the module's own samples, in (0, 1), that the threshold shall let through.
-
-    Returns:
-        `weight` and `bias` of the logistic function of the energy, fitted as if both kinds were equally
-        frequent; the `threshold` of the scores; and the shares of own samples `accepted` and of others
-        `rejected` at it.
-
-    References:
-        Platt scaling with its smoothed targets; Guo et al. (arXiv 1706.04599) on why scores need it.
+    The score is a logistic function of the energy with a `weight` and `bias`, fitted as if own and other samples were
+    equally frequent (Platt scaling with its smoothed targets). The `threshold` is the lowest at which a share
+    `accepted` of the own samples is accepted; the shares of own samples accepted and of others rejected come with it.
     """
     energies = energies.double()
     center, scale = energies.mean(), energies.std().clamp(min=1e-6)
@@ -130,8 +107,8 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
     weight, bias = line.detach()
     rejection = {"weight": (weight / scale).item(), "bias": (bias - weight * center / scale).item()}
     own = score_energies(energies[is_own], rejection).sort().values
-    last = own[math.ceil(accepted * len(own)) - 1]  # the last sample to be accepted; others compute it in float32
-    rejection["threshold"] = last.item() * (1 + 1e-4)
+    last = own[math.ceil(accepted * len(own)) - 1]  # the last sample to be accepted
+    rejection["threshold"] = last.item() * (1 + 1e-4)  # above what it scores in float32
     is_rejected = score_energies(energies, rejection) > rejection["threshold"]
     rejection["accepted"] = 1 - is_rejected[is_own].double().mean().item()
     rejection["rejected"] = is_rejected[~is_own].double().mean().item()
@@ -139,15 +116,7 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
 
 
 def auroc(scores: Tensor, is_positive: Tensor) -> float | None:
-    """Chance that a positive sample scores above another one, ties counting half.
-
-    Args:
-        scores: Shape (samples,).
-        is_positive: Boolean, shape (samples,).
-
-    Returns:
-        A number in [0, 1], or `None` where one of the two kinds has no sample.
-    """
+    """Probability that a positive sample scores above another one, ties counting half; `None` without one of them."""
     positive, negative = scores[is_positive], scores[~is_positive]
     if not len(positive) or not len(negative):
         return None

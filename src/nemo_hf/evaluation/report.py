@@ -1,29 +1,25 @@
-"""A module's report: accuracy beside controls, size, operations and latency."""
+"""Evaluates a module on its labels: accuracy beside controls, size, operations, latency and rejection."""
 
-import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nemo_hf.config import LabelLike
+from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.extraction import extract_module, make_plan
-from nemo_hf.models.label_checks import check_label_shape
+from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.label_groups import group_indices, sample_groups
 from nemo_hf.models.rejection import energy, score_energies
 from nemo_hf.neurons.trial_inputs import random_inputs
 
-from .latency import count_macs, device_name, measure_latency
-from .metrics import cohesion_and_coupling
-from .rejection import auroc, own_samples
-
-logger = logging.getLogger(__name__)
+from .latency import LATENCY_BATCHES, count_macs, measure_latency
+from .metrics import LibraryMetrics, MetricLike, cohesion_and_coupling
+from .rejection import auroc, inputs_and_labels, own_samples
 
 RANDOM_DRAWS = 5
 
@@ -35,26 +31,26 @@ class ModuleReport:
     Args:
         labels: Names of the module's labels, in the order of its outputs.
         groups: Names of the label groups that it was cut for.
-        accuracy: Share of right answers of the stand-alone module, without fine-tuning. Where a sample may
-            have several labels, an answer is the yes or no to one label of the module, over all samples.
+        accuracy: Share of right answers of the module, without fine-tuning. Where a sample may have several
+            labels, an answer is the yes or no to one label of the module, over all samples.
         parent_restricted_accuracy: The same of the parent, its answers restricted to `labels`.
-        controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many
-            neurons in each part of each site), `other` (the mask of up to as many other groups; `None` if
-            there is no other group), `empty` (no neuron).
+        controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many neurons in
+            each part of each site), `other` (of up to as many other groups; `None` without any), `empty` (no neuron).
         samples: Number of samples with these labels; all of them where a sample may have several labels.
         parameters: Of the module; `parent_parameters` of the parent without generators.
         megabytes: 10^6 bytes of the module's parameters; `parent_megabytes` likewise.
         macs: Multiply-accumulates for one sample; `parent_macs` likewise.
-        neuron_retention_rate: Kept neurons over neurons; `weight_retention_rate`: kept parameters over
-            the parent's.
-        latency_ms: Median milliseconds of a batch by its size; `parent_latency_ms`: of the plain model
-            inside the parent, without masks.
+        neuron_retention_rate: Kept neurons over neurons; `weight_retention_rate`: parameters over the parent's.
+        latency_ms: Milliseconds of a batch by its size, the lower quartile of repeated runs; `parent_latency_ms` of
+            the plain model inside the parent. Sizes whose runs disagree by more than a factor of two are left out.
         device: Name of the device of the latency, a CPU's with its threads.
         input_shape: Shape of the sample whose latency and operations these are.
-            `threshold`: of the module's plan. `seed`: of the controls.
-        rejection: `auroc` of telling samples of the module's labels from all others by its energy (`None` if
-            there are no others); after `calibrate_rejection`, shares of own samples `accepted` and of others
-            `rejected` at its threshold.
+        threshold: Of the module's plan.
+        seed: Of the controls.
+        rejection: `auroc` of telling samples of the module's labels from others by its energy (`None` without others);
+            after `calibrate_rejection`, shares of own samples `accepted` and of others `rejected` at its threshold.
+        latency_note: Which batch sizes `latency_ms` leaves out, and why; `None` if none.
+        metrics: Metrics of the library `evaluate` that were asked for; `parent_metrics` of the restricted parent.
     """
 
     labels: list[str]
@@ -78,6 +74,9 @@ class ModuleReport:
     threshold: float
     seed: int
     rejection: dict[str, float | None]
+    latency_note: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    parent_metrics: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain data for JSON."""
@@ -93,89 +92,166 @@ def evaluate_module(
     round_to: int | None = None,
     seed: int = 0,
     show_progress: bool = True,
+    metrics: MetricLike | None = None,
 ) -> ModuleReport:
-    """Measures a module and its controls on the samples that have its labels.
+    """Evaluates a module and its controls on the samples that have its labels.
 
     Args:
         parent: The parent.
-        labels: Label ids, label names or group names.
-        batches: Batches of model inputs with `labels`, of data that chose nothing.
+        labels: Label ids, label names or group names; with `module` those of the module.
+        batches: Batches of model inputs with `labels`, the parent's label ids, of held-out data.
         module: The module, if it is cut already; `None` cuts it. It carries the report from then on.
-        threshold: As in `extract_module`.
-        round_to: As in `extract_module`.
+        threshold: As in `extract_module`; with `module` that of the module counts.
+        round_to: As in `extract_module`; with `module` that of the module counts.
         seed: Seed of the random and other control.
         show_progress: Whether to show a progress bar.
+        metrics: Names of metrics of the library `evaluate`, or paths of metric scripts; or keyword arguments of
+            their `compute` by name, as in `{"f1": {"average": "macro"}}`. They get ids of the module's labels,
+            0 for the first, or 0 and 1 for each label where a sample may have several.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: If the labels make no module, or no sample has one of them.
+        ValueError: If the labels make no module, `module` is not the parent's module for these labels and options,
+            no sample has one of the labels, or a metric can't be computed.
+        ImportError: If `metrics` are given without the package `evaluate`, or one that a metric needs.
+        OSError: If a metric can't be loaded.
     """
-    plan = make_plan(parent, labels, threshold, round_to)
+    library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)
-    masks = {"empty": [_empty_masks(parent)], "random": random_masks(plan.static, parent, seed)}
+    plan = _plan_of(module, parent, labels, threshold, round_to)
+    empty = {site.key: torch.zeros(site.neurons) for site in parent.sites}
+    masks = {"empty": [empty], "random": random_masks(plan.static, parent, seed)}
     other = other_groups(parent, plan.groups, seed)
     if other:
         try:
-            masks["other"] = [make_plan(parent, other, plan.threshold, round_to).static]
+            masks["other"] = [make_plan(parent, other, plan.threshold, plan.round_to).static]
         except ValueError:  # these groups open no neuron at all
             masks["other"] = masks["empty"]
     module.to(parent.device)  # type: ignore[arg-type]
     with as_saved(parent, module):
-        right, samples, known = _count_right(parent, module, plan.label_ids, masks, batches, show_progress)
-    if not samples:
-        raise ValueError(
-            f"Got evaluation data without a sample of the labels {plan.label_ids}; expected at least one. "
-            "Pass data that has these labels."
-        )
-    controls = {name: right[name] / samples / len(draws) for name, draws in masks.items()}
-    latencies = measure_latency(parent, module)
-    bytes_each = [sum(p.numel() * p.element_size() for p in m.model.parameters()) for m in (module, parent)]
-    parameters = [base_parameters(m) for m in (module, parent)]
-    names = parent.config.names
+        progress = tqdm(batches, desc="Module", disable=not show_progress)
+        answers, right, energies, is_own = _collect_answers(parent, module, masks, progress)
+        computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
+        latency = measure_latency(parent, module)
+    accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
+    sizes: dict[str, Any] = {}
+    for prefix, model in (("", module), ("parent_", parent)):
+        size = sum(p.numel() * p.element_size() for p in model.model.parameters())
+        sizes[f"{prefix}parameters"], sizes[f"{prefix}megabytes"] = base_parameters(model), size / 1e6
+        sizes[f"{prefix}macs"] = count_macs(model)
     report = ModuleReport(
-        labels=[names[index] for index in plan.label_ids],
+        labels=list(module.config.names.values()),
         groups=plan.groups,
-        accuracy=right["module"] / samples,
-        parent_restricted_accuracy=right["parent"] / samples,
-        controls={name: controls.get(name) for name in ("random", "other", "empty")},
-        samples=samples,
-        parameters=parameters[0],
-        parent_parameters=parameters[1],
-        megabytes=bytes_each[0] / 1e6,
-        parent_megabytes=bytes_each[1] / 1e6,
-        macs=count_macs(module),
-        parent_macs=count_macs(parent),
+        accuracy=accuracy["module"],
+        parent_restricted_accuracy=accuracy["parent"],
+        controls={name: accuracy.get(name) for name in ("random", "other", "empty")},
+        samples=len(right),
         neuron_retention_rate=plan.retained,
-        weight_retention_rate=parameters[0] / parameters[1],
-        latency_ms=latencies[0],
-        parent_latency_ms=latencies[1],
-        device=device_name(parent.device),
+        weight_retention_rate=sizes["parameters"] / sizes["parent_parameters"],
+        latency_ms=latency.milliseconds["module"],
+        parent_latency_ms=latency.milliseconds["parent"],
+        latency_note=latency.note,
+        device=latency.device,
         input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
         threshold=plan.threshold,
         seed=seed,
-        rejection=_rejection(module, *known),
+        rejection=_rejection(module, energies, is_own),
+        metrics=computed[0],
+        parent_metrics=computed[1],
+        **sizes,
     )
     module.report = report.to_dict()
     return report
+
+
+def _plan_of(
+    module: NeMoPreTrainedModel,
+    parent: NeMoPreTrainedModel,
+    labels: LabelLike | Sequence[LabelLike],
+    threshold: float | None,
+    round_to: int | None,
+) -> ModulePlan:
+    """The plan by which a module was cut from its parent, or a `ValueError` if it can't have been."""
+    own = module.config
+    if module.is_parent:
+        raise ValueError("Got a parent as module; expected a module. Cut one with extract_module(labels).")
+    own_names, own_ids = list(own.names.values()), own.label_ids or []
+    ids, _ = resolve_labels(labels, parent.config.groups, parent.config.names)
+    options = {"threshold": (threshold, own.relevance_threshold), "round_to": (round_to, own.round_to)}
+    differing = [f"{name}={given!r}" for name, (given, has) in options.items() if given not in (None, has)]
+    if sorted(ids) != sorted(own_ids) or differing:
+        raise ValueError(
+            f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with "
+            f"threshold={own.relevance_threshold}, round_to={own.round_to}; expected the module's own labels and "
+            "options. Leave the others out, or leave module out to cut another."
+        )
+    plan = make_plan(parent, own_ids, own.relevance_threshold, own.round_to)
+    kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
+    names = [parent.config.names[index] for index in own_ids]
+    is_same = (own.base_class, own_names) == (parent.config.base_class, names)
+    if not is_same or kept != plan.counts or own.retained_neurons not in (None, plan.retained):
+        raise ValueError(
+            f"Got a module of {own_names} with other labels, layers or neurons than this parent's relevance says; "
+            "expected a module of this parent as it is now. Load the parent that it was cut from, or cut it anew."
+        )
+    return plan
+
+
+@torch.no_grad()
+def _collect_answers(
+    parent: NeMoPreTrainedModel,
+    module: NeMoPreTrainedModel,
+    masks: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    batches: Iterable[Mapping[str, Any]],
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Runs the module, its parent, and the parent under control masks, on the samples that have the module's labels.
+
+    Returns answers as ids of the module's labels, (draws, samples), or 0 and 1 for each, (draws, samples, labels), by
+    what answered; the right ones without draws; and of all samples the module's energies and which are its own.
+    """
+    wanted = torch.tensor(module.config.label_ids, device=parent.device)
+    has_several = parent.config.has_several_labels
+    answers: dict[str, list[Tensor]] = {name: [] for name in ("module", "parent", *masks)}
+    right, energies, is_own = [], [], []
+    for batch in batches:
+        inputs, labels = inputs_and_labels(parent, batch)
+        inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        logits = module(**inputs).logits
+        own = own_samples(module, labels)
+        energies.append(energy(logits, has_several).cpu())
+        is_own.append(own.cpu())
+        chosen = torch.ones_like(own) if has_several else own
+        if not chosen.any():
+            continue
+        inputs, labels = {name: value[chosen] for name, value in inputs.items()}, labels[chosen]
+        found = labels[:, wanted] > 0 if has_several else (labels[:, None] == wanted).int().argmax(-1)
+        right.append(found.long().cpu())
+        runs = {"module": [logits[chosen]], "parent": [parent(**inputs).logits[:, wanted]]}
+        for name, draws in masks.items():
+            runs[name] = [parent(**inputs, static_masks=mask).logits[:, wanted] for mask in draws]
+        for name, outputs in runs.items():
+            drawn = torch.stack(outputs)
+            answers[name].append((drawn > 0 if has_several else drawn.argmax(-1)).long().cpu())
+    if not right:
+        raise ValueError(
+            f"Got evaluation data without a sample of the labels {list(module.config.names.values())}; expected at "
+            "least one. Pass data that has these labels."
+        )
+    joined = {name: torch.cat(parts, 1) for name, parts in answers.items()}
+    return joined, torch.cat(right), torch.cat(energies), torch.cat(is_own)
 
 
 @torch.no_grad()
 def measure_modularity(
     parent: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]], most: int
 ) -> dict[str, float | int | None]:
-    """Measures how alike the masks of samples are, within groups and between them.
+    """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`.
 
-    Args:
-        parent: The parent.
-        batches: Batches of model inputs with `labels`, on the parent's device.
-        most: Number of samples after which no further batch is read.
-
-    Returns:
-        `cohesion`, `coupling` (`None` without such pairs) and the number of `modularity_samples`; nothing if
-        the batches have no labels.
+    Reads batches on the parent's device until there are `most` samples, or a batch has no `labels`. Returns nothing
+    without samples.
     """
     opened: list[Tensor] = []
     groups: list[Tensor] = []
@@ -190,83 +266,22 @@ def measure_modularity(
     if not opened:
         return {}
     samples = sum(len(part) for part in groups)
-    logger.info("Cohesion and coupling are measured over %d samples.", samples)
     cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))
     return {"cohesion": cohesion, "coupling": coupling, "modularity_samples": samples}
-
-
-@torch.no_grad()
-def _count_right(
-    parent: NeMoPreTrainedModel,
-    module: NeMoPreTrainedModel,
-    label_ids: Sequence[int],
-    masks: Mapping[str, Sequence[Mapping[str, Tensor]]],
-    batches: Iterable[Mapping[str, Any]],
-    show_progress: bool,
-) -> tuple[dict[str, float], int, tuple[Tensor, Tensor]]:
-    """Counts right answers of the module, the parent restricted, and the parent under control masks.
-
-    Returns also the energies of the module's answers to all samples, and which samples have its labels.
-    """
-    wanted = torch.tensor(label_ids, device=parent.device)
-    right = dict.fromkeys(["module", "parent", *masks], 0.0)
-    samples = 0
-    energies, is_own = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-    for batch in tqdm(batches, desc="Module", disable=not show_progress):
-        if "labels" not in batch:
-            raise ValueError(
-                f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
-            )
-        labels = batch["labels"].to(parent.device)
-        check_label_shape(labels, parent.config.has_several_labels)
-        has_several = parent.config.has_several_labels
-        chosen = torch.ones(len(labels), dtype=torch.bool) if has_several else torch.isin(labels, wanted)
-        inputs = {k: v.to(parent.device) for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
-        logits = module(**inputs).logits
-        energies.append(energy(logits, has_several).cpu())
-        is_own.append(own_samples(module, labels).cpu())
-        if not chosen.any():
-            continue
-        inputs = {name: values[chosen] for name, values in inputs.items()}
-        labels = labels[chosen]
-        samples += len(labels)
-        answers = [("module", logits[chosen]), ("parent", parent(**inputs).logits[:, wanted])]
-        for name, draws in masks.items():
-            answers += [(name, parent(**inputs, static_masks=mask).logits[:, wanted]) for mask in draws]
-        for name, logits in answers:
-            if has_several:
-                right[name] += ((logits > 0) == (labels[:, wanted] > 0)).float().mean(-1).sum().item()
-            else:
-                right[name] += int((wanted[logits.argmax(-1)] == labels).sum())
-    return right, samples, (torch.cat(energies), torch.cat(is_own))
 
 
 def _rejection(module: NeMoPreTrainedModel, energies: Tensor, is_own: Tensor) -> dict[str, float | None]:
     """How well a module tells its own samples from others."""
     found = {"auroc": auroc(energies, is_own), "accepted": None, "rejected": None}
-    fit = module.config.rejection
-    if fit:
+    if fit := module.config.rejection:
         is_rejected = score_energies(energies, fit) > fit["threshold"]
-        found["accepted"] = 1 - is_rejected[is_own].float().mean().item()
-        found["rejected"] = None if bool(is_own.all()) else is_rejected[~is_own].float().mean().item()
+        for name, decided in (("accepted", ~is_rejected[is_own]), ("rejected", is_rejected[~is_own])):
+            found[name] = decided.float().mean().item() if len(decided) else None
     return found
 
 
-def _empty_masks(parent: NeMoPreTrainedModel) -> dict[str, Tensor]:
-    return {site.key: torch.zeros(site.neurons) for site in parent.sites}
-
-
 def random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed: int) -> list[dict[str, Tensor]]:
-    """Draws the masks of the random control.
-
-    Args:
-        static: Site key to a module's static mask, shape (neurons,).
-        parent: The parent.
-        seed: Seed of the draws.
-
-    Returns:
-        Masks with as many open neurons in each part of each site.
-    """
+    """Draws masks with as many open neurons in each part of each site as a module's static masks have."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for _ in range(RANDOM_DRAWS):
@@ -279,53 +294,37 @@ def random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed
 
 
 def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) -> list[int]:
-    """Draws the groups of the other control.
-
-    Args:
-        parent: The parent.
-        groups: Names of a module's groups.
-        seed: Seed of the draw.
-
-    Returns:
-        Label ids of as many groups as given, or fewer, from all the others.
-    """
+    """Draws as many groups as given, or all others if these are fewer; returns their label ids."""
     others = {name: ids for name, ids in parent.config.groups.items() if name not in groups}
     chosen = random.Random(seed).sample(sorted(others), min(len(groups), len(others)))  # noqa: S311
     return [index for name in chosen for index in others[name]]
 
 
 def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Renders module reports as a table for a terminal.
-
-    Args:
-        reports: Reports as `ModuleReport.to_dict` gives them.
-
-    Returns:
-        Lines of text: one row a module.
-    """
+    """Renders reports, as `ModuleReport.to_dict` gives them, as a table for a terminal with a row for each module."""
     header = ["module", "neurons", "weights", "parameters", "MB", "MACs"]
-    header += ["raw acc", "parent", "random", "other", "empty", "ms b1/b8/b32"]
+    header += ["raw acc", "parent", "random", "other", "empty", f"ms {'/'.join(f'b{n}' for n in LATENCY_BATCHES)}"]
     rows = [header]
     for report in reports:
-        names = [str(name) for name in report["labels"]]
-        label = ",".join(names) if len(",".join(names)) <= 24 else f"{'+'.join(report['groups'])[:24]}"
-        times = "/".join(f"{value:.1f}" for value in report["latency_ms"].values())
-        parent_times = "/".join(f"{value:.1f}" for value in report["parent_latency_ms"].values())
-        controls = report["controls"]
+        labels = ",".join(str(name) for name in report["labels"])
+        shares = [report[name] for name in ("accuracy", "parent_restricted_accuracy")]
+        shares += [report["controls"][name] for name in ("random", "other", "empty")]
         rows.append(
             [
-                label,
+                labels if len(labels) <= 24 else "+".join(report["groups"])[:24],
                 f"{report['neuron_retention_rate']:.2f}",
                 f"{report['weight_retention_rate']:.2f}",
                 f"{report['parameters']:,}",
                 f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
                 f"{report['macs'] / report['parent_macs']:.2f}",
-                f"{report['accuracy']:.3f}",
-                f"{report['parent_restricted_accuracy']:.3f}",
-                *("-" if controls[name] is None else f"{controls[name]:.3f}" for name in ("random", "other", "empty")),
-                f"{times} of {parent_times}",
+                *("-" if share is None else f"{share:.3f}" for share in shares),
+                " of ".join(_times(report[name]) for name in ("latency_ms", "parent_latency_ms")),
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _times(by_size: Mapping[str, float]) -> str:
+    return "/".join(f"{by_size[str(size)]:.1f}" if str(size) in by_size else "-" for size in LATENCY_BATCHES)

@@ -1,4 +1,4 @@
-"""Modules as ONNX files, which onnxruntime must give the same outputs before they are moved into place."""
+"""Exports modules to ONNX, and checks onnxruntime's outputs before the files are moved into place."""
 
 import copy
 import inspect
@@ -22,13 +22,17 @@ from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
 
+Inputs = Mapping[str, Tensor]
+Free = Mapping[str, Mapping[int, str]]
+"""Names of the dimensions of inputs that may have any size."""
+
 ONNX_NAME = "model.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4
-"""Share of the largest logit by which onnxruntime's kernels may differ; they sum in another order."""
+"""Share of the largest logit by which onnxruntime may differ, whose kernels sum in another order."""
 LARGEST_FILE = 1_500_000_000
-"""Bytes of weights over which they go to a file of their own: an ONNX file itself holds at most 2 GB."""
-OTHER_WAYS = "Use save_pretrained, whose files this library loads, or {}."
+"""Bytes of weights over which they go to a file of their own: an ONNX file holds at most 2 GB."""
+OTHER_WAYS = "Use save_pretrained, whose files nemo_hf loads, or {}."
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,7 @@ class OnnxExport:
 
     Args:
         inputs: Input name to its dimensions, names for the free ones.
-        outputs: Names of the outputs: `"logits"` of shape (batch, labels), and `"rejection_scores"` of shape
-            (batch,) where the module is calibrated.
+        outputs: `"logits"`, shape (batch, labels), and `"rejection_scores"`, shape (batch,), of calibrated modules.
         difference: Largest difference between onnxruntime's outputs and the module's, in float32.
         tolerance: Largest difference that was allowed: 1e-4 times max(1, largest logit).
     """
@@ -53,8 +56,8 @@ def check_is_module(module: NeMoPreTrainedModel) -> None:
     """Refuses parents, which have masks, with a `ValueError`."""
     if module.is_parent:
         raise ValueError(
-            "Got a parent; expected a module, which computes without masks. Call extract_module(labels) on it first, "
-            "or detach_masks() for the plain model inside."
+            "Got a parent; expected a module, which has no masks. Call extract_module(labels) first, or detach_masks() "
+            "for the plain model inside."
         )
 
 
@@ -78,15 +81,13 @@ def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
         (directory / name).write_bytes(content)
 
 
-def export_onnx(
-    module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
-) -> OnnxExport:
-    """Does what `ExportMixin.export_onnx` says, as a function of the module."""
+def export_onnx(module: NeMoPreTrainedModel, directory: str | Path, inputs: Inputs | None = None) -> OnnxExport:
+    """Exports a module to ONNX; see the method `export_onnx`."""
     check_is_module(module)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Got no {' and no '.join(missing)}; expected the packages that ONNX files are written and checked with. "
+            f"Got no {' and no '.join(missing)}; expected the packages that write and check ONNX files. "
             "Run: pip install 'nemo-hf[onnx]'"
         )
     exact = _cpu_copy(module)
@@ -121,7 +122,7 @@ def _cpu_copy(module: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
 
 
 def traced_inputs(module: NeMoPreTrainedModel) -> dict[str, Tensor]:
-    """Random inputs with all that a processor gives, token types too where the model tells them apart."""
+    """Random inputs as a processor gives them, with token types where the model has embeddings for several."""
     inputs = random_inputs(module)
     types = getattr(module.model.config, "type_vocab_size", 0)
     if "input_ids" in inputs and types > 1 and "token_type_ids" in inspect.signature(module.model.forward).parameters:
@@ -134,20 +135,14 @@ def _free_dimensions(name: str, value: Tensor) -> dict[int, str]:
     """Names of the dimensions that may have any size: the batch, and the length of texts and waveforms."""
     if name == "input_values" and value.ndim == 2:
         return {0: "batch", 1: "samples"}
-    is_text = (
-        not value.is_floating_point() and value.ndim > 1 and name not in ("pixel_attention_mask", "spatial_shapes")
-    )
+    is_of_image = name in ("pixel_attention_mask", "spatial_shapes")
+    is_text = not value.is_floating_point() and value.ndim > 1 and not is_of_image
     return {0: "batch", 1: "tokens"} if is_text else {0: "batch"}
 
 
-def _trace(
-    module: NeMoPreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    free: Mapping[str, Mapping[int, str]],
-    outputs: Sequence[str],
-    path: Path,
-) -> None:
+def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Sequence[str], path: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    names = " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
     try:
         with torch.no_grad(), _quiet_tracing():
             torch.onnx.export(
@@ -164,19 +159,15 @@ def _trace(
             )
     except Exception as error:  # the exporter raises whatever the model's code meets
         raise UnsupportedArchitectureError(
-            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {_names(free)} "
-            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't hang on values of inputs. "
+            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "
+            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't depend on input values. "
             f"{OTHER_WAYS.format('save_plain')}"
         ) from error
 
 
-def _names(free: Mapping[str, Mapping[int, str]]) -> str:
-    return " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
-
-
 @contextmanager
 def _quiet_tracing() -> Iterator[None]:
-    """Hides what torch's exporter says of its own parts: deprecations, axis names, packages it can do without."""
+    """Hides the exporter's warnings about itself: deprecations, axis names, optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -189,12 +180,7 @@ def _quiet_tracing() -> Iterator[None]:
 
 
 class OnnxRunner:
-    """Calls a model in an ONNX file with tensors.
-
-    Args:
-        path: The file.
-        threads: Number of threads of an operation.
-    """
+    """Calls the model in an ONNX file with tensors, on a number of threads for each operation."""
 
     def __init__(self, path: str | Path, threads: int) -> None:
         import onnxruntime
@@ -212,13 +198,9 @@ class OnnxRunner:
 
 
 def _check_onnx(
-    module: NeMoPreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    free: Mapping[str, Mapping[int, str]],
-    outputs: Sequence[str],
-    path: Path,
+    module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Sequence[str], path: Path
 ) -> tuple[float, float]:
-    """Largest difference that onnxruntime makes on batches of other sizes and lengths, and what is allowed."""
+    """Largest difference of onnxruntime's outputs on batches of several sizes and lengths, and the tolerance."""
     runner = OnnxRunner(path, torch.get_num_threads())
     differences, tolerance = [], ONNX_TOLERANCE
     for batch in _batches(inputs, free):
@@ -227,7 +209,7 @@ def _check_onnx(
         tolerance = max(tolerance, ONNX_TOLERANCE * expected.logits.abs().max().item())
         for name, got in zip(outputs, runner(**batch), strict=True):
             differences.append((got - expected[name]).abs().max().item())
-    refused = [difference for difference in differences if not difference <= tolerance]  # also what is no number
+    refused = [difference for difference in differences if not difference <= tolerance]  # also NaN
     if refused:
         raise UnsupportedArchitectureError(
             f"Got an ONNX file of a {module.config.base_class} whose outputs differ from the module's by "
@@ -237,14 +219,14 @@ def _check_onnx(
     return max(differences), tolerance
 
 
-def _batches(inputs: Mapping[str, Tensor], free: Mapping[str, Mapping[int, str]]) -> Iterator[dict[str, Tensor]]:
-    """The samples as they are, one alone, the last ones (with padding), more of them, and shorter ones."""
+def _batches(inputs: Inputs, free: Free) -> Iterator[dict[str, Tensor]]:
+    """The samples as they are, the first alone, the others (with padding), more of them, and shorter ones."""
     yield dict(inputs)
     yield {name: value[:1] for name, value in inputs.items()}
     yield {name: value[1:] for name, value in inputs.items()}
     yield {name: torch.cat([value, value[1:]]) for name, value in inputs.items()}
     if any(1 in dims for dims in free.values()):
-        # The start goes: where a model looks for the end of a text, it stays.
+        # Cut at the start, since some models look for the end of a text.
         length = min(value.shape[1] for name, value in inputs.items() if 1 in free[name])
         for gone in (length // 4, length // 3):
             yield {name: value[:, gone:].contiguous() if 1 in free[name] else value for name, value in inputs.items()}

@@ -35,7 +35,7 @@ STALE = [
     "training_args.bin",
 ]
 """Files of an older push that go, unless they are pushed anew."""
-TIMED = ("latency_ms", "parent_latency_ms", "device", "formats")
+TIMED = ("latency_ms", "parent_latency_ms", "latency_note", "device", "formats")
 """What differs between two measurements of the same module."""
 
 

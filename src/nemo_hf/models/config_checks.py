@@ -277,7 +277,7 @@ def is_report(value: Mapping[str, Any]) -> bool:
         Whether all that `ModuleReport.to_dict` gives is there, or the `metrics` of a parent, each of its type; entries
         of other names may be anything.
     """
-    if "metrics" in value:
+    if "metrics" in value and "labels" not in value:  # of a parent
         return isinstance(value["metrics"], Mapping) and all(
             _is_line(name) and not set("`|") & set(name) and (not isinstance(entry, int) or abs(entry) <= 2**63)
             for name, entry in value["metrics"].items()

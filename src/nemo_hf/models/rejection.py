@@ -1,4 +1,4 @@
-"""Rejection of inputs that have none of a module's labels, from the energy of its logits, as pure functions."""
+"""Rejection scores: how likely an input has none of a module's labels, from the energy of its logits."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,10 @@ from torch.nn import functional as F
 
 
 def energy(logits: Tensor, has_several: bool = False) -> Tensor:
-    """How much a module answers at all, whatever it answers: high for inputs of its own labels.
+    """Negative energy of logits (batch, labels), high for inputs of a module's own labels: (batch,), float32.
 
-    Args:
-        logits: Shape (batch, labels).
-        has_several: Whether each label is a yes or no of its own.
-
-    Returns:
-        The logarithm of the sum of e^logit over the labels, or the sum of log(1 + e^logit) where each label is
-        a yes or no; shape (batch,), float32. It is the negative of what the source calls energy.
+    It is the logarithm of the sum of e^logit over the labels, or, where each label is a yes or no of its own
+    (`has_several`), the sum of log(1 + e^logit).
 
     References:
         Liu et al., Energy-based out-of-distribution detection (arXiv 2010.03759); for several labels Wang et al.
@@ -27,16 +22,9 @@ def energy(logits: Tensor, has_several: bool = False) -> Tensor:
 
 
 def rejection_scores(logits: Tensor, rejection: Mapping[str, float], has_several: bool = False) -> Tensor:
-    """Calibrated chance that an input has none of a module's labels.
+    """Calibrated probability that inputs have none of a module's labels: (batch,), float32, in [0, 1].
 
-    Args:
-        logits: Shape (batch, labels).
-        rejection: What `fit_rejection` returned.
-        has_several: As in `energy`.
-
-    Returns:
-        Shape (batch,), float32, values in [0, 1]; an input whose score is over `rejection["threshold"]` is
-        to be rejected.
+    `rejection` is what `fit_rejection` returned; inputs that score over its `threshold` are to be rejected.
     """
     return score_energies(energy(logits, has_several), rejection)
 
