@@ -270,7 +270,8 @@ class NeMoForSequenceClassification(NeMoClassifier):
         """Classifies texts: `input_ids` and `attention_mask` of shape (batch, tokens), 1 for tokens and 0 for padding.
 
         `token_type_ids` and `bbox` are left out where the plain model does not take them; they are named here since
-        `Trainer` drops columns that the signature does not name. Other arguments as in `NeMoForImageClassification`.
+        `Trainer` drops columns that the signature does not name. `labels`, `static_masks`, `static_samples`,
+        `output_neuron_masks`, `return_dict` and `kwargs` are those of `NeMoForImageClassification.forward`.
         """
         known = inspect.signature(self.model.forward).parameters
         extras = {"token_type_ids": token_type_ids, "bbox": bbox}
@@ -296,9 +297,10 @@ class NeMoForAudioClassification(NeMoClassifier):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:
-        """Classifies recordings: waveforms of shape (batch, samples), spectrograms or features, as the model wants.
+        """Classifies recordings: `input_values`, such as waveforms of shape (batch, samples), or `input_features`.
 
-        Other arguments as in `NeMoForImageClassification`.
+        `labels`, `static_masks`, `static_samples`, `output_neuron_masks`, `return_dict` and `kwargs` are those of
+        `NeMoForImageClassification.forward`.
         """
         inputs = {"input_values": input_values, "input_features": input_features}
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
