@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from nemo_hf.evaluation.report import ModuleReport
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.config_checks import _MODULE_REPORT
-from nemo_hf.models.files import WeightFiles, processor_files, replaced_directory, write_json
+from nemo_hf.models.config_checks import MODULE_REPORT as _MODULE_REPORT
+from nemo_hf.models.files import processor_files, replaced_directory, write_json
 from nemo_hf.models.remote_files import find_file, read_companions, recorded_names
+from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.pruning.layer_cuts import PAD
 from nemo_hf.pruning.tensor_slices import TensorCut
 

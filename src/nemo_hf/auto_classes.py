@@ -21,7 +21,7 @@ from .models.base import NeMoOutput, NeMoPreTrainedModel
 from .models.composed_model import NeMoComposedConfig, NeMoComposedModel
 from .models.configuration import NeMoModelConfig
 from .models.extraction import cut_on_load, extract_module
-from .models.file_mixin import pin_revision
+from .models.saved_model import pin_revision
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip

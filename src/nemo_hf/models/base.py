@@ -22,9 +22,9 @@ from nemo_hf.pruning.layer_cuts import ScatterLinear, close_attention, resize, r
 from nemo_hf.pruning.plan import module_masks
 
 from .configuration import NeMoModelConfig, task_of
-from .file_mixin import FileMixin, pin_revision
 from .label_checks import check_label_shape
 from .rejection import rejection_scores
+from .saved_model import SavedModel
 
 
 @dataclass
@@ -49,7 +49,7 @@ class NeMoOutput(ModelOutput):
     rejection_scores: Tensor | None = None
 
 
-class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
+class NeMoPreTrainedModel(SavedModel):
     """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
 
     config: NeMoModelConfig
@@ -67,7 +67,12 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = {"generator"}
     task = ""
 
-    def __init__(self, config: NeMoModelConfig, base_model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: NeMoModelConfig,
+        base_model: PreTrainedModel | None = None,
+        sites: Sequence[NeuronSite] | None = None,
+    ) -> None:
         super().__init__(config)
         self._check_config(config)
         is_from_config = base_model is None
@@ -78,8 +83,10 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
         self.report = None
         self.main_input_name = self.model.main_input_name
         self.nemo_config = nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
-        found = model_sites(self.model, nemo_config, user_site_entries(config.sites))
-        self.sites = found if config.sites is None and not is_from_config else self._chosen_sites(found)
+        if sites is None:
+            found = model_sites(self.model, nemo_config, user_site_entries(config.sites))
+            sites = found if config.sites is None and not is_from_config else self._chosen_sites(found)
+        self.sites = list(sites)
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)
         self.masks: NeuronMasks | None = None
         if config.role == "module":
@@ -300,26 +307,10 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
             **kwargs: As in `transformers`. `save_original_format` defaults to `False`, because `Trainer`
                 resumes and loads its best model by the names that the weights have in memory.
         """
-        kwargs.setdefault("save_original_format", False)
         base_config = self.config.base_config
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
-        self._save_files(save_directory, **kwargs)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
-    ) -> Self:
-        """Loads a parent or a module; arguments as in `transformers`.
-
-        Raises:
-            OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
-        """
-        if pretrained_model_name_or_path is not None:
-            pin_revision(pretrained_model_name_or_path, kwargs)
-        loaded: Self = cls._load_files(pretrained_model_name_or_path, model_args, kwargs)
-        return loaded
+        super().save_pretrained(save_directory, **kwargs)
 
 
 def _build_base(config: NeMoModelConfig) -> PreTrainedModel:

@@ -1,9 +1,11 @@
 """Configuration of parents and modules: all that is needed to build their shapes, as data."""
 
 import inspect
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
 import transformers
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
@@ -18,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATIO
 
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
-from .config_checks import REMEDY, check_config, leaves
+from . import config_checks as checks
 
 MAPPINGS = {
     "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -28,9 +30,49 @@ MAPPINGS = {
 
 SEVERAL_LABELS = "multi_label_classification"
 """Value of `problem_type` under which each label is a yes or no of its own."""
+MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}
+"""Arguments of `from_pretrained` that are for the model, not for its configuration."""
 
 
-class NeMoModelConfig(PreTrainedConfig):
+class SavedConfig(PreTrainedConfig):
+    """Base of both configurations of this library: checks what a file says before anything is built from it."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration from what a file says; as in `transformers`, with one exception.
+
+        The Auto classes pass all arguments of a model's `from_pretrained` through here. Those for the model itself are
+        returned as unused, and so are the names of our own fields: these describe the saved weights.
+
+        Raises:
+            UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
+            ValueError: If an entry has the wrong type or is out of range.
+        """
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        checks.check_config(config_dict, cls)
+        # Code beside the weights is never loaded, and a copy of the model saved anew may have none.
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        try:
+            cls._prepare(config_dict)
+            config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        except (ImportError, OSError, ValueError):
+            raise
+        except Exception as error:  # of whatever kind the plain model's own checks raise
+            raise ValueError(
+                f"Got a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]}); expected "
+                f"that of a {'parent or module' if cls is NeMoModelConfig else 'composed model'}. {checks.REMEDY}"
+            ) from error
+        return (config, {**unused, **passed}) if wants_unused else config
+
+    @classmethod
+    def _prepare(cls, config_dict: dict[str, Any]) -> None:
+        """Checks what fields can't check one by one, and builds what `transformers` would build otherwise."""
+
+
+@strict
+class NeMoModelConfig(SavedConfig):
     """Configuration of a parent or a module.
 
     Args:
@@ -46,8 +88,9 @@ class NeMoModelConfig(PreTrainedConfig):
             how many neurons each of its groups uses and how many it keeps in all.
         relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
         parent: Module: Hub repository that it was cut from, or `None`.
-        relevance_threshold: Module: the threshold of its plan. `round_to`: what its widths were filled up to.
-            `retained_neurons`: its neuron retention rate.
+        relevance_threshold: Module: the threshold of its plan.
+        round_to: Module: what its widths were filled up to.
+        retained_neurons: Module: its neuron retention rate.
         equivalence: Result of the last equivalence check, or `None`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         is_tuned: Module: whether it was trained further since it was cut.
@@ -61,21 +104,25 @@ class NeMoModelConfig(PreTrainedConfig):
 
     base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
     base_class: str = "ViTForImageClassification"
-    role: str = "parent"
-    nemo_config: dict | None = None  # type: ignore[type-arg]
-    label_groups: list | None = None  # type: ignore[type-arg]
-    label_ids: list | None = None  # type: ignore[type-arg]
-    sites: list | None = None  # type: ignore[type-arg]
-    relevance_source: str = "initial"
+    role: Literal["parent", "module"] = "parent"
+    nemo_config: dict[str, Any] | None = None
+    label_groups: list[dict[str, Any]] | None = validated_field(checks.check_label_groups, default=None)
+    label_ids: list[int] | None = validated_field(checks.check_label_ids, default=None)
+    sites: list[dict[str, Any]] | None = validated_field(checks.holds(checks.SITE), default=None)
+    # As in transformers, whose own declarations strict dataclasses can't read.
+    id2label: dict[int, str] | dict[str, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    relevance_source: Literal["initial", "running", "exact"] = "initial"
     parent: str | None = None
-    relevance_threshold: float | None = None
-    round_to: int | None = None
-    retained_neurons: float | None = None
-    equivalence: dict | None = None  # type: ignore[type-arg]
-    rejection: dict | None = None  # type: ignore[type-arg]
+    relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
+    round_to: int | None = validated_field(checks.within(1, checks.LARGEST_COUNT), default=None)
+    retained_neurons: float | int | None = validated_field(checks.within(0, 1), default=None)
+    equivalence: dict[str, Any] | None = validated_field(checks.holds(checks.EQUIVALENCE), default=None)
+    rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
     is_tuned: bool = False
-    training: dict | None = None  # type: ignore[type-arg]
-    processor_files: list | None = None  # type: ignore[type-arg]
+    training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
+    processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
 
     @property
     def names(self) -> dict[int, str]:
@@ -98,19 +145,20 @@ class NeMoModelConfig(PreTrainedConfig):
         assert isinstance(self.base_config, PreTrainedConfig)
         return find_base_class(self.base_class, self.base_config)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the configuration from what a file says; as in `transformers`.
+    def validate_labels(self) -> None:
+        """Checks that labels are numbered from 0 on, and that they are classes."""
+        if set(self.names) != set(range(len(self.names))) or self.problem_type == "regression":
+            raise ValueError(
+                "expected id2label to name labels from 0 on and problem_type to be a classification, got "
+                f"{list(self.names)[:12]} and {self.problem_type}"
+            )
 
-        Raises:
-            UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
-            ValueError: If an entry has the wrong type or is out of range.
-        """
-        check_config(config_dict)
-        check_keys(config_dict)
-        base = config_dict.get("base_config") or {}
-        known = not isinstance(base, dict) or "model_type" not in base or base["model_type"] in CONFIG_MAPPING
-        if not known:
+    @classmethod
+    def _prepare(cls, config_dict: dict[str, Any]) -> None:
+        base = config_dict.get("base_config")
+        if not isinstance(base, dict) or "model_type" not in base:
+            return
+        if base["model_type"] not in CONFIG_MAPPING:
             raise UnsupportedArchitectureError(
                 f"Got a {config_dict.get('role')} of a {config_dict.get('base_class')!r} of model type "
                 f"{base['model_type']!r}, which transformers {transformers.__version__} does not know; expected one "
@@ -118,19 +166,8 @@ class NeMoModelConfig(PreTrainedConfig):
                 f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
                 "AutoModelForImageClassification.register(...)."
             )
-        # Code beside the weights is for loading without nemo_hf; a copy of the model saved anew may have none.
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
-        try:
-            if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
-                config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
-            return super().from_dict(config_dict, **kwargs)
-        except (ImportError, OSError, ValueError):
-            raise
-        except Exception as error:  # of whatever kind the plain model's own checks raise
-            raise ValueError(
-                f"Got a config.json that makes no configuration ({type(error).__name__}: {error}); expected that of a "
-                f"parent or module. {REMEDY}"
-            ) from error
+        # By its own from_dict: timm's configuration names labels in another way.
+        config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
@@ -138,32 +175,8 @@ class NeMoModelConfig(PreTrainedConfig):
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def check_keys(config_dict: dict[str, Any]) -> None:
-    """Refuses entries that would take the place of a method: unknown ones become attributes of a configuration.
-
-    Args:
-        config_dict: What a config.json holds.
-
-    Raises:
-        ValueError: If an entry has the name of a method.
-    """
-    for path, _ in leaves(config_dict):
-        is_attribute = path and not {"label2id", "nemo_config", "training"} & set(path[:-1])
-        if is_attribute and (path[-1].startswith("__") or callable(getattr(PreTrainedConfig, path[-1], None))):
-            raise ValueError(
-                f"Got {'.'.join(path)} in config.json, the name of a method; expected options of models. {REMEDY}"
-            )
-
-
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Finds the class of a plain model.
-
-    Args:
-        name: Name of the class.
-        base_config: Configuration of the plain model.
-
-    Returns:
-        The class, of `transformers` or registered with its Auto classes for this configuration.
+    """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration.
 
     Raises:
         UnsupportedArchitectureError: If there is none.
@@ -195,13 +208,7 @@ def model_class(task: str, config_class: type[PreTrainedConfig]) -> Any:
 
 
 def task_of(base_class: type[PreTrainedModel]) -> str:
-    """Tells the task of a plain model's class.
-
-    Args:
-        base_class: A class of `transformers`, or one that is registered with its Auto classes.
-
-    Returns:
-        `"image-classification"`, `"text-classification"` or `"audio-classification"`.
+    """Returns `"image-classification"`, `"text-classification"` or `"audio-classification"` for a plain model's class.
 
     Raises:
         TypeError: If the class is for another task.

@@ -18,9 +18,10 @@ from nemo_hf.pruning.layer_cuts import RotaryAngles, ScatterLinear
 
 from .config_checks import REMEDY
 from .configuration import NeMoModelConfig
-from .files import WeightFiles
-from .remote_files import LARGEST_JSON, find_file
+from .remote_files import find_file, read_json
+from .weight_files import WeightFiles
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 FOREIGN_FILES = ("adapter_config.json",)
 """Files by which `transformers` would load other weights than those beside the configuration."""
 SPARE_BYTES = 256 * 2**20
@@ -36,14 +37,7 @@ def open_model(
     variant: str | None = None,
     kind: type[PreTrainedConfig] = NeMoModelConfig,
 ) -> tuple[Any, WeightFiles]:
-    """Reads the configuration of a parent or module and the headers of its weights.
-
-    Args:
-        source: Directory or Hub repository.
-        hub_options: Options of the Hub, such as `revision`.
-        config: The configuration, if it is loaded already.
-        variant: Variant of the weights, as in `from_pretrained`.
-        kind: Class of the configuration.
+    """Reads the configuration of a saved model, of the class `kind` unless it is given, and the headers of its weights.
 
     Returns:
         A configuration of its own, and the opened weights.
@@ -54,12 +48,13 @@ def open_model(
     """
     if config is None:
         path = find_file(source, "config.json", hub_options)
-        if path and path.stat().st_size > LARGEST_JSON:
-            raise OSError(
-                f"Got {str(path)!r} of {path.stat().st_size} bytes; expected at most {LARGEST_JSON}. {REMEDY}"
+        model_type = read_json(path).get("model_type") if path else kind.model_type
+        if model_type != kind.model_type:
+            raise ValueError(
+                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.model_type!r} of nemo_hf. "
+                "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
-        check_model_type(source, hub_options, kind)
-        config = kind.from_pretrained(source, **hub_options)
+        config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
     for name in FOREIGN_FILES:
         if find_file(source, name, hub_options):
             raise ValueError(
@@ -73,35 +68,6 @@ def open_model(
             "Save the model again."
         )
     return copy.deepcopy(config), WeightFiles(source, hub_options, variant)
-
-
-def check_model_type(
-    source: str | Path, hub_options: Mapping[str, Any], kind: type[PreTrainedConfig] = NeMoModelConfig
-) -> None:
-    """Checks that a directory or repository holds a parent or module.
-
-    Args:
-        source: Directory or Hub repository.
-        hub_options: Options of the Hub, such as `revision`.
-        kind: Class of the configuration that is expected.
-
-    Raises:
-        ValueError: If it holds another model, or its configuration is nested too deep to be read.
-    """
-    try:
-        config, _ = kind.get_config_dict(source, **hub_options)
-        model_type = config.get("model_type")
-    except (RecursionError, AttributeError, TypeError) as error:  # nested too deep, or no mapping
-        raise ValueError(
-            f"Got a config.json in {str(source)!r} that can't be read ({error}); expected that of a parent or module. "
-            f"{REMEDY}"
-        ) from error
-    if model_type != kind.model_type:
-        expected = "a parent or module" if kind is NeMoModelConfig else "modules that were joined"
-        raise ValueError(
-            f"Got {str(source)!r} of model type {model_type!r}; expected {expected} of nemo_hf. "
-            "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
-        )
 
 
 @contextmanager
@@ -131,15 +97,7 @@ def _bounded_build(most: int) -> Iterator[None]:
 
 
 def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
-    """Builds a model without memory for its weights, and compares it with what its files hold.
-
-    Args:
-        kind: Class of the parent or module.
-        config: Its configuration; it becomes the model's.
-        weights: Its opened weights.
-
-    Returns:
-        The model on the meta device.
+    """Builds a model of the class `kind` without memory for its weights, and compares it with what its files hold.
 
     Raises:
         UnsupportedArchitectureError: If the class of the plain model is unknown.
@@ -193,14 +151,7 @@ def _check_labels(model: Any) -> None:
 
 
 def check_values(model: Any) -> None:
-    """Checks loaded tensors that steer where others are read or written.
-
-    Args:
-        model: A parent or module.
-
-    Raises:
-        ValueError: If an index is out of range, or a mean mask holds something else than shares.
-    """
+    """Checks the tensors of a parent or module that steer where others are read or written."""
     for path, layer in model.named_modules():
         if isinstance(layer, ScatterLinear):
             _check_indices(f"{path}.input_indices", layer.input_indices, layer.full_inputs, is_increasing=True)
@@ -234,15 +185,7 @@ def _check_indices(name: str, indices: Tensor | None, size: int | None, is_incre
 
 
 def check_loaded(source: str, info: Mapping[str, Any]) -> None:
-    """Checks that a model got exactly the tensors that it has.
-
-    Args:
-        source: Directory or Hub repository, for the message.
-        info: What `from_pretrained(..., output_loading_info=True)` returned of the loading.
-
-    Raises:
-        ValueError: If a tensor is missing, unexpected or of another shape.
-    """
+    """Checks that a model got exactly the tensors that it has; `info` is the loading info of `transformers`."""
     if info["mismatched_keys"]:
         name, got, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Files beside a model, in a directory or a repository of the Hub: found, compared with checksums, bounded in size.
+"""Reading of files in a directory or a repository of the Hub, which may come from a stranger.
 
-They may come from a stranger. Paths don't leave their folder, and nothing is unpickled or run.
+Paths don't leave their folder, sizes are bounded, contents are compared with checksums; nothing is unpickled or run.
 """
 
 import hashlib
@@ -16,26 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers.utils.hub import cached_file
 
-from .config_checks import is_companion, is_report, leaves
+from .config_checks import check_report, is_companion, leaves
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+                   "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 """Usual files of tokenizers, image processors and feature extractors, where a configuration names none."""
 LARGEST_JSON = 16 * 2**20
 LARGEST_COMPANION = 512 * 2**20
@@ -47,15 +35,7 @@ CLOCK_TOLERANCE = 2.0
 
 
 def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> Path | None:
-    """Finds a file of a local directory or a Hub repository (through the ordinary cache).
-
-    Args:
-        source: The directory or repository id.
-        name: File name.
-        hub_options: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
-
-    Returns:
-        Its local path, or `None` if there is no such file.
+    """Finds a file of a local directory or a Hub repository (through the ordinary cache); `None` if it has none.
 
     Raises:
         OSError: If it can't be fetched, or arrives damaged.
@@ -85,11 +65,8 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
 def check_content(path: Path, since: float) -> None:
     """Compares a file of the Hub's cache with its checksum, by which the cache names it.
 
-    `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer.
-
-    Args:
-        path: The file; of one that is no link into the cache's blobs no checksum is known.
-        since: Time in seconds since the epoch; older files count as checked, unless they are small.
+    `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer. Files that are
+    older than `since` (seconds since the epoch) count as checked, unless they are small.
 
     Raises:
         OSError: If the content is another one; the file is then removed from the cache.
@@ -99,19 +76,17 @@ def check_content(path: Path, since: float) -> None:
     if blob.parent.name != "blobs" or (about.st_mtime < since and about.st_size > ALWAYS_CHECKED):
         return
     if re.fullmatch("[0-9a-f]{64}", known):
-        starts = [hashlib.sha256()]
+        hashes = [hashlib.sha256()]
     elif re.fullmatch("[0-9a-f]{40}", known):  # of git, which hashes a heading first, or of a mirror
-        starts = [
-            hashlib.sha1(b"blob %d\0" % about.st_size, usedforsecurity=False),
-            hashlib.sha1(usedforsecurity=False),
-        ]
+        heading = b"blob %d\0" % about.st_size
+        hashes = [hashlib.sha1(start, usedforsecurity=False) for start in (heading, b"")]
     else:
         return
     with blob.open("rb") as file:
         while part := file.read(2**20):
-            for start in starts:
-                start.update(part)
-    if known not in [start.hexdigest() for start in starts]:
+            for each in hashes:
+                each.update(part)
+    if known not in [each.hexdigest() for each in hashes]:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise OSError(
@@ -121,27 +96,18 @@ def check_content(path: Path, since: float) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that may come from a stranger.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The mapping that it holds.
-
-    Raises:
-        OSError: If it is too large, no JSON, no mapping or nested too deep.
-    """
+    """Reads a JSON file; an `OSError` tells if it is too large, no mapping or nested too deep."""
     size = path.stat().st_size
-    problem = f"{size} bytes" if size > LARGEST_JSON else ""
+    problem, data = f"{size} bytes", None
     try:
-        data = None if problem else json.loads(path.read_bytes())
-        problem = problem or ("" if isinstance(data, dict) else f"a {type(data).__name__}")
-        for _ in leaves(data):
-            pass
+        if size <= LARGEST_JSON:
+            data = json.loads(path.read_bytes())
+            problem = f"a {type(data).__name__}"
+            for _ in leaves(data):
+                pass
     except (ValueError, RecursionError) as error:
-        problem = str(error)
-    if problem or not isinstance(data, dict):
+        problem, data = str(error), None
+    if not isinstance(data, dict):
         raise OSError(
             f"Got {str(path)!r} with {problem}; expected a JSON mapping of at most {LARGEST_JSON} bytes. "
             "Save or download it again."
@@ -150,13 +116,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
-    """Names of a processor's files that a configuration records, so that loading reads just these.
+    """Names of a processor's files that a configuration records, without those of code, weights and the model's own.
 
-    Args:
-        files: The files by name.
-
-    Returns:
-        The names in order, without those of code, weights and the model's own files; `None` if there are no files.
+    Loading reads just these; `None` if there are no files.
     """
     return sorted(filter(is_companion, files)) if files else None
 
@@ -188,12 +150,16 @@ def read_companions(
             )
     path = find_file(source, REPORT_NAME, hub_options)
     report = read_json(path) if path else None
-    if report is not None and not is_report(report):
+    try:
+        if report is not None:
+            check_report(report)
+    except (TypeError, ValueError) as error:
         logger.warning(
-            "Got a %s in %r that is no report of a parent or module; expected the numbers that evaluation writes. "
+            "Got a %s in %r that is no report of a parent or module (%s); expected the numbers that evaluation writes. "
             "It is left out: evaluate the model again.",
             REPORT_NAME,
             str(source),
+            str(error)[:500],
         )
         report = None
     return {name: found.read_bytes() for name, found in paths.items() if found}, report
