@@ -14,7 +14,6 @@ from .configuration import NeMoModelConfig, SavedConfig, model_class
 from .saved_model import SavedModel
 
 MOST_PARTS = 1000
-PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 class NeMoComposedConfig(SavedConfig):
@@ -29,6 +28,7 @@ class NeMoComposedConfig(SavedConfig):
     """
 
     model_type = "nemo_hf_composed"
+    describes = "modules that were joined"
 
     parts: list | None = None  # type: ignore[type-arg]
     label_order: list | None = None  # type: ignore[type-arg]
@@ -148,16 +148,6 @@ class NeMoComposedModel(SavedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
     ) -> None:
-        """Saves weights, configuration and processor, whole or not at all.
-
-        Args:
-            save_directory: Where to.
-            **kwargs: As in `transformers`; with `push_to_hub=True` the main process uploads the model too.
-        """
-        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
-        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        """Saves weights, configuration and processor, as modules do."""
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now
         super().save_pretrained(save_directory, **kwargs)
-        if push and kwargs.get("is_main_process", True):
-            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)  # type: ignore[arg-type]

@@ -12,10 +12,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import type_validator
 
-DEEPEST = 24
-"""Levels of nested lists and mappings; ordinary files have 5."""
-LARGEST_COUNT = 100_000
-"""Layers, labels, heads and the like; configurations make a list or a loop of as many entries."""
+DEEPEST = 24  # levels of nested lists and mappings; ordinary files have 5
+LARGEST_COUNT = 100_000  # of layers, labels, heads and the like; configurations loop over as many
 LARGEST_NUMBER = 2**48
 LONGEST_TEXT = 10_000
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -32,10 +30,8 @@ NO_COMPANION = re.compile(
     r"|.*(\.safetensors|\.index\.json|\.bin|\.pt|\.pth|\.pkl|\.py)"
 )
 """Names, in lower case, of the model's own files, of weights and of code."""
-FREE_TEXTS = ("labels", "groups", "command")
-"""Entries of records that may have line breaks; model cards escape them."""
-FREE_NUMBERS = ("metrics", "arguments")
-"""Entries of records whose numbers may be infinite or NaN, as the loss of a training that failed."""
+FREE_TEXTS = ("labels", "groups", "command")  # entries of records that may have line breaks; model cards escape them
+FREE_NUMBERS = ("metrics", "arguments")  # entries of records whose numbers may be infinite or NaN
 REMEDY = "The config.json is damaged or of another version: save or download the model again."
 
 # Types of the entries of records; of those that may be missing `None` is one.
@@ -75,11 +71,7 @@ PARENT_REPORT = {"metrics": dict[str, Any]}
 
 
 def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yields the path of keys to each value of nested JSON, and the value; an entry of a list has the list's path.
-
-    Raises:
-        ValueError: If the nesting is too deep to be copied and written.
-    """
+    """Yields the path of keys to each value of nested JSON, and the value; an entry of a list has the list's path."""
     waiting: list[tuple[tuple[str, ...], int, Any]] = [((), 0, data)]
     while waiting:
         path, depth, value = waiting.pop()
@@ -93,11 +85,7 @@ def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def check_config(data: Mapping[str, Any], config_class: type) -> None:
-    """Checks keys and numbers of a config.json; the fields of `config_class` check types.
-
-    Raises:
-        ValueError: If a number is NaN or absurdly large, or a key is the name of a method or one of `LOADING_KEYS`.
-    """
+    """Refuses numbers in a config.json that are NaN or absurdly large, names of methods, and `LOADING_KEYS`."""
     repeats: Counter[str] = Counter()
     for path, value in leaves(data):
         if not path or "training" in path[:2]:  # a record, from which nothing is built
@@ -136,12 +124,7 @@ def _refused(path: tuple[str, ...], value: Any, expected: str) -> ValueError:
 
 
 def check_record(data: Any, types: Mapping[str, Any]) -> None:
-    """Checks the types of a record's entries, and that whatever is in it are bounded numbers and texts of one line.
-
-    Raises:
-        TypeError: If an entry has the wrong type, or is missing.
-        ValueError: If a number or a text is out of bounds.
-    """
+    """Checks the types of a record's entries, and that all in it are finite numbers and texts of one line."""
     type_validator("record", data, dict)
     for name, kind in types.items():
         type_validator(name, data.get(name), kind)

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict, validated_field
@@ -16,26 +16,25 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
 
-MAPPINGS = {
-    "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    "text-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "audio-classification": MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+TASKS = {
+    "image-classification": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    "text-classification": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "audio-classification": ("ForAudioClassification", MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
 }
-
-SEVERAL_LABELS = "multi_label_classification"
-"""Value of `problem_type` under which each label is a yes or no of its own."""
-MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}
-"""Arguments of `from_pretrained` that are for the model, not for its configuration."""
+"""For each task, what names of its classes have in them, and the classes that its Auto class knows."""
+SEVERAL_LABELS = "multi_label_classification"  # the problem_type under which each label is a yes or no of its own
+MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 
 
 class SavedConfig(PreTrainedConfig):
     """Base of both configurations of this library: checks what a file says before anything is built from it."""
+
+    describes: ClassVar[str] = "a parent or module"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -62,7 +61,7 @@ class SavedConfig(PreTrainedConfig):
         except Exception as error:  # of whatever kind the plain model's own checks raise
             raise ValueError(
                 f"Got a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]}); expected "
-                f"that of a {'parent or module' if cls is NeMoModelConfig else 'composed model'}. {checks.REMEDY}"
+                f"that of {cls.describes}. {checks.REMEDY}"
             ) from error
         return (config, {**unused, **passed}) if wants_unused else config
 
@@ -176,12 +175,8 @@ class NeMoModelConfig(SavedConfig):
 
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration.
-
-    Raises:
-        UnsupportedArchitectureError: If there is none.
-    """
-    for mapping in MAPPINGS.values():
+    """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration."""
+    for _, mapping in TASKS.values():
         for candidate in _registered(mapping, type(base_config)):
             if candidate.__name__ == name:
                 return candidate
@@ -204,27 +199,19 @@ def _registered(mapping: Any, config_class: type[PreTrainedConfig] | None) -> tu
 
 def model_class(task: str, config_class: type[PreTrainedConfig]) -> Any:
     """Finds the class of this library that is registered with the Auto class of a task for a configuration."""
-    return _registered(MAPPINGS[task], config_class)[0]
+    return _registered(TASKS[task][1], config_class)[0]
 
 
 def task_of(base_class: type[PreTrainedModel]) -> str:
-    """Returns `"image-classification"`, `"text-classification"` or `"audio-classification"` for a plain model's class.
-
-    Raises:
-        TypeError: If the class is for another task.
-    """
-    name = base_class.__name__
-    if name in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in name:
-        return "audio-classification"
-    if "ForImageClassification" in name:
-        return "image-classification"
-    if "ForSequenceClassification" in name:
-        return "text-classification"
-    for task, mapping in MAPPINGS.items():
+    """Returns the task of a plain model's class, a key of `TASKS`; a `TypeError` tells if it is for another one."""
+    for task, (_, mapping) in TASKS.items():  # before the names: Wav2Vec2ForSequenceClassification is for audio
         if base_class in _registered(mapping, base_class.config_class):
             return task
+    for task, (name, _) in TASKS.items():
+        if name in base_class.__name__:
+            return task
     raise TypeError(
-        f"Got a {name}; expected a class for image, sequence or audio classification: a mask is of a whole sample, and "
-        "so must be its labels. Load the model with AutoModelForImageClassification or "
+        f"Got a {base_class.__name__}; expected a class for image, sequence or audio classification: a mask is of a "
+        "whole sample, and so must be its labels. Load the model with AutoModelForImageClassification or "
         "AutoModelForSequenceClassification."
     )

@@ -18,9 +18,6 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
 
     If the block raises, `directory` is untouched. Files in it of other names stay, except those that match a pattern in
     `stale`, such as shards of an older save.
-
-    Raises:
-        NotADirectoryError: If `directory` is a file.
     """
     directory = Path(directory)
     if directory.is_file():

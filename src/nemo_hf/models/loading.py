@@ -10,24 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf.pruning.layer_cuts import RotaryAngles, ScatterLinear
 
 from .config_checks import REMEDY
-from .configuration import NeMoModelConfig
+from .configuration import NeMoModelConfig, SavedConfig
 from .remote_files import find_file, read_json
 from .weight_files import WeightFiles
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-FOREIGN_FILES = ("adapter_config.json",)
-"""Files by which `transformers` would load other weights than those beside the configuration."""
-SPARE_BYTES = 256 * 2**20
-"""What a model may take beyond the size of its files: tables that are computed, and a little damage."""
-SPARE_ENTRIES = 10_000
-ENTRIES_PER_TENSOR = 20
+SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
+SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 20
 
 
 def open_model(
@@ -35,32 +30,23 @@ def open_model(
     hub_options: Mapping[str, Any],
     config: Any = None,
     variant: str | None = None,
-    kind: type[PreTrainedConfig] = NeMoModelConfig,
+    kind: type[SavedConfig] = NeMoModelConfig,
 ) -> tuple[Any, WeightFiles]:
-    """Reads the configuration of a saved model, of the class `kind` unless it is given, and the headers of its weights.
-
-    Returns:
-        A configuration of its own, and the opened weights.
-
-    Raises:
-        OSError: If a file is missing or damaged.
-        ValueError: If it holds another model, or the configuration is wrong.
-    """
+    """Reads a saved model's configuration, of the class `kind` (or copies it, if given), and its weights' headers."""
     if config is None:
         path = find_file(source, "config.json", hub_options)
         model_type = read_json(path).get("model_type") if path else kind.model_type
         if model_type != kind.model_type:
             raise ValueError(
-                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.model_type!r} of nemo_hf. "
+                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. "
                 "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
-    for name in FOREIGN_FILES:
-        if find_file(source, name, hub_options):
-            raise ValueError(
-                f"Got {str(source)!r} with {name}, by which transformers would load weights from elsewhere; expected "
-                "a parent or module alone. Remove that file."
-            )
+    if find_file(source, "adapter_config.json", hub_options):
+        raise ValueError(
+            f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
+            "expected a parent or module alone. Remove that file."
+        )
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
         raise ValueError(
@@ -97,12 +83,7 @@ def _bounded_build(most: int) -> Iterator[None]:
 
 
 def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
-    """Builds a model of the class `kind` without memory for its weights, and compares it with what its files hold.
-
-    Raises:
-        UnsupportedArchitectureError: If the class of the plain model is unknown.
-        ValueError: If the configuration builds no model, or one far larger than the files.
-    """
+    """Builds a model of the class `kind` without memory for its weights, and compares it with what its files hold."""
     try:
         with (
             torch.device("meta"),

@@ -26,21 +26,13 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokeniz
                    "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 """Usual files of tokenizers, image processors and feature extractors, where a configuration names none."""
 LARGEST_JSON = 16 * 2**20
-LARGEST_COMPANION = 512 * 2**20
-"""Bytes of a tokenizer or image processor's file."""
-ALWAYS_CHECKED = 2**20
-"""Bytes up to which a file from the Hub is compared with its checksum at every load, not only when it arrives."""
-CLOCK_TOLERANCE = 2.0
-"""Seconds by which the clocks of a file system and of this machine may differ."""
+LARGEST_COMPANION = 512 * 2**20  # bytes of a tokenizer or image processor's file
+ALWAYS_CHECKED = 2**20  # bytes up to which a file is compared with its checksum at every load, not only on arrival
+CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of a file system and of this machine may differ
 
 
 def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> Path | None:
-    """Finds a file of a local directory or a Hub repository (through the ordinary cache); `None` if it has none.
-
-    Raises:
-        OSError: If it can't be fetched, or arrives damaged.
-        ValueError: If the path leads out of the directory or repository.
-    """
+    """Finds a file of a local directory or a Hub repository (through the ordinary cache); `None` if it has none."""
     inner = Path(hub_options.get("subfolder") or "", name)
     if inner.is_absolute() or ".." in inner.parts:
         raise ValueError(
@@ -67,9 +59,6 @@ def check_content(path: Path, since: float) -> None:
 
     `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer. Files that are
     older than `since` (seconds since the epoch) count as checked, unless they are small.
-
-    Raises:
-        OSError: If the content is another one; the file is then removed from the cache.
     """
     blob = path.resolve()
     known, about = blob.name, blob.stat()
@@ -126,19 +115,9 @@ def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
 def read_companions(
     source: str | Path, hub_options: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """Reads the processor's files and the report that lie beside a model's weights.
+    """Reads the processor's files (those of these names that are there; `None`: the usual ones) and the report, if any.
 
-    Args:
-        source: Directory or Hub repository.
-        hub_options: Options of the Hub, such as `revision`.
-        names: Names of the processor's files; `None` looks for the usual ones.
-
-    Returns:
-        The content of the processor's files by name, without those that are missing, and the report or `None`.
-        A report that is none of a parent or module is left out with a warning: the model runs without.
-
-    Raises:
-        OSError: If a file is too large, can't be fetched or arrives damaged, or the report is no JSON mapping.
+    A report that is none of a parent or module is left out with a warning: the model runs without.
     """
     names = PROCESSOR_FILES if names is None else names
     paths = {name: find_file(source, name, hub_options) for name in names}

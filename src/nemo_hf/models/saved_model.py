@@ -11,6 +11,9 @@ from .files import processor_files, replaced_directory, write_json
 from .loading import HUB_OPTIONS, build_on_meta, check_loaded, check_values, open_model
 from .remote_files import REPORT_NAME, read_companions, recorded_names
 
+PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
+                "create_pr")  # fmt: skip
+
 
 class SavedModel(PreTrainedModel):
     """A model of `transformers` that is saved and loaded together with its processor and its report."""
@@ -36,9 +39,13 @@ class SavedModel(PreTrainedModel):
 
         Args:
             save_directory: Where to.
-            **kwargs: As in `transformers`. `save_original_format` defaults to `False`, because `Trainer`
-                resumes and loads its best model by the names that the weights have in memory.
+            **kwargs: As in `transformers`; with `push_to_hub=True` the main process uploads the model too, with the
+                options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
+                loads its best model by the names that the weights have in memory.
         """
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
         self.config.processor_files = recorded_names(self.processor_files)
         if not kwargs.get("is_main_process", True):
             return
@@ -49,6 +56,8 @@ class SavedModel(PreTrainedModel):
                 (temporary / name).write_bytes(content)
             if self.report is not None:
                 write_json(temporary / REPORT_NAME, self.report)
+        if push:
+            self.push_to_hub(str(repo_id or Path(save_directory).name), **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

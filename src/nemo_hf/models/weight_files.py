@@ -20,23 +20,13 @@ STORED_DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torc
 
 
 class WeightFiles:
-    """The tensors of a saved model, in one file or several.
-
-    Args:
-        source: Local directory or Hub repository id.
-        hub_options: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
-        variant: Variant of the weights, as in `from_pretrained`.
-
-    Raises:
-        OSError: If there are no safetensors weights, or a file is damaged.
-    """
+    """The tensors of a saved model, in one file or several; `size` is that of all files in bytes."""
 
     def __init__(self, source: str | Path, hub_options: Mapping[str, Any], variant: str | None = None) -> None:
         self._source = source
         self._files: dict[str, Any] = {}
         self._stored_names: dict[str, str] = {}
         self.size = 0
-        """Bytes of all files."""
         for path in _weight_paths(source, hub_options, f".{variant}" if variant else ""):
             opened = _open(path)
             if repeated := sorted(set(opened.keys()) & set(self._files)):
@@ -52,11 +42,7 @@ class WeightFiles:
         return len(self._files)
 
     def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
-        """Checks that integers are stored as such, and weights as floating-point numbers; passes over missing tensors.
-
-        Raises:
-            ValueError: If a tensor is stored as another kind of numbers.
-        """
+        """Checks that integers are stored as such, and weights as floating-point numbers."""
         for name in expected.keys() & self._files.keys():
             dtype, got = expected[name], self._lazy(name).get_dtype()
             allowed = STORED_FLOATS if dtype.is_floating_point else (STORED_DTYPES.get(dtype, got),)
@@ -67,11 +53,7 @@ class WeightFiles:
                 )
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
-        """Checks that just these tensors are there, with these shapes.
-
-        Raises:
-            ValueError: If a tensor is missing, unexpected or has another shape.
-        """
+        """Checks that just these tensors are there, with these shapes."""
         for name, shape in expected.items():
             if name not in self._files:
                 raise ValueError(
