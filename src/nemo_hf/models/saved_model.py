@@ -57,7 +57,7 @@ class SavedModel(PreTrainedModel):
             if self.report is not None:
                 write_json(temporary / REPORT_NAME, self.report)
         if push:
-            self.push_to_hub(str(repo_id or Path(save_directory).name), **options)
+            self.push_to_hub(str(repo_id or Path(save_directory).name), **options)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
