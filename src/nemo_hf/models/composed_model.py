@@ -37,7 +37,7 @@ class NeMoComposedConfig(SavedConfig):
     processor_files: list | None = None  # type: ignore[type-arg]
 
     @classmethod
-    def _prepare(cls, config_dict: dict[str, Any]) -> None:
+    def _check(cls, config_dict: Mapping[str, Any]) -> None:
         parts, order, scales, biases = (config_dict.get(n) for n in ("parts", "label_order", "scales", "biases"))
         count = len(parts) if isinstance(parts, list) and all(isinstance(part, dict) for part in parts) else 0
         names = [part.get("id2label") for part in parts or []] if count else []

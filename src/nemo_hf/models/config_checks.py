@@ -180,6 +180,12 @@ def check_label_ids(value: Any) -> None:
         raise ValueError(f"expected different label ids from 0 on, got {value}")
 
 
+def check_names(value: Any) -> None:
+    """Checks label names by id, which in a file is a string."""
+    if value is not None and {str(key) for key in value} != {str(index) for index in range(len(value))}:
+        raise ValueError(f"expected a name for each label from 0 on, got {value}")
+
+
 def within(low: float, high: float) -> Callable[[Any], None]:
     """Makes the check of a field that holds a number from `low` to `high`, or `None`."""
 

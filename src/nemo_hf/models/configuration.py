@@ -1,6 +1,7 @@
 """Configuration of parents and modules: all that is needed to build their shapes, as data."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -51,12 +52,15 @@ class SavedConfig(PreTrainedConfig):
         passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         checks.check_config(config_dict, cls)
+        cls._check(config_dict)
         # Code beside the weights is never loaded, and a copy of the model saved anew may have none.
         config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
         try:
-            cls._prepare(config_dict)
+            base = config_dict.get("base_config")
+            if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
+                config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
             config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        except (ImportError, OSError, ValueError):
+        except (ImportError, OSError):
             raise
         except Exception as error:  # of whatever kind the plain model's own checks raise
             raise ValueError(
@@ -66,8 +70,8 @@ class SavedConfig(PreTrainedConfig):
         return (config, {**unused, **passed}) if wants_unused else config
 
     @classmethod
-    def _prepare(cls, config_dict: dict[str, Any]) -> None:
-        """Checks what fields can't check one by one, and builds what `transformers` would build otherwise."""
+    def _check(cls, config_dict: Mapping[str, Any]) -> None:
+        """Checks what the fields can't check one by one."""
 
 
 @strict
@@ -109,7 +113,7 @@ class NeMoModelConfig(SavedConfig):
     label_ids: list[int] | None = validated_field(checks.check_label_ids, default=None)
     sites: list[dict[str, Any]] | None = validated_field(checks.holds(checks.SITE), default=None)
     # As in transformers, whose own declarations strict dataclasses can't read.
-    id2label: dict[int, str] | dict[str, str] | None = None
+    id2label: dict[int, str] | dict[str, str] | None = validated_field(checks.check_names, default=None)
     label2id: dict[str, int] | None = None
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     relevance_source: Literal["initial", "running", "exact"] = "initial"
@@ -144,20 +148,15 @@ class NeMoModelConfig(SavedConfig):
         assert isinstance(self.base_config, PreTrainedConfig)
         return find_base_class(self.base_class, self.base_config)
 
-    def validate_labels(self) -> None:
-        """Checks that labels are numbered from 0 on, and that they are classes."""
-        if set(self.names) != set(range(len(self.names))) or self.problem_type == "regression":
-            raise ValueError(
-                "expected id2label to name labels from 0 on and problem_type to be a classification, got "
-                f"{list(self.names)[:12]} and {self.problem_type}"
-            )
+    def validate_problem_type(self) -> None:
+        """Refuses regression, which has no labels."""
+        if self.problem_type == "regression":
+            raise ValueError("expected problem_type to be a classification, got regression")
 
     @classmethod
-    def _prepare(cls, config_dict: dict[str, Any]) -> None:
+    def _check(cls, config_dict: Mapping[str, Any]) -> None:
         base = config_dict.get("base_config")
-        if not isinstance(base, dict) or "model_type" not in base:
-            return
-        if base["model_type"] not in CONFIG_MAPPING:
+        if isinstance(base, dict) and base.get("model_type", "vit") not in CONFIG_MAPPING:
             raise UnsupportedArchitectureError(
                 f"Got a {config_dict.get('role')} of a {config_dict.get('base_class')!r} of model type "
                 f"{base['model_type']!r}, which transformers {transformers.__version__} does not know; expected one "
@@ -165,8 +164,6 @@ class NeMoModelConfig(SavedConfig):
                 f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
                 "AutoModelForImageClassification.register(...)."
             )
-        # By its own from_dict: timm's configuration names labels in another way.
-        config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
