@@ -399,30 +399,20 @@ def with_header(header: dict, data: bytes) -> bytes:
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 LIES = {
-    "same place": ({"a": ENTRY, "b": ENTRY}, 8),
-    "overlapping": ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, 12),
-    "gap": ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, 20),
-    "longer file": ({"a": ENTRY}, 9),
-    "shorter file": ({"a": ENTRY}, 7),
-    "another size": ({"a": {**ENTRY, "shape": [3]}}, 8),
-    "huge shape": ({"a": {**ENTRY, "shape": [2**62, 2]}}, 8),
-    "no dtype": ({"a": {**ENTRY, "dtype": "object"}}, 8),
-    "end before the start": ({"a": {**ENTRY, "data_offsets": [8, 0]}}, 8),
+    "same place": with_header({"a": ENTRY, "b": ENTRY}, bytes(8)),
+    "overlapping": with_header({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
+    "longer file": with_header({"a": ENTRY}, bytes(9)),
+    "shorter file": with_header({"a": ENTRY}, bytes(7)),
+    "huge shape": with_header({"a": {**ENTRY, "shape": [2**62, 2]}}, bytes(8)),
+    "no dtype": with_header({"a": {**ENTRY, "dtype": "object"}}, bytes(8)),
+    "absurd length": struct.pack("<Q", 2**63) + bytes(8),
 }
 
 
-@pytest.mark.parametrize(("header", "size"), list(LIES.values()), ids=list(LIES))
-def test_headers_that_lie_open_no_file(tmp_path, header, size):
+@pytest.mark.parametrize("content", list(LIES.values()), ids=list(LIES))
+def test_headers_that_lie_open_no_file(tmp_path, content):
     """So no tensor reads another's bytes, or memory that is not its own."""
-    (tmp_path / "model.safetensors").write_bytes(with_header(header, bytes(size)))
-    with pytest.raises(OSError, match="damaged or truncated"):
-        WeightFiles(tmp_path, {})
-
-
-@pytest.mark.parametrize("size", [0, 10**8 + 1, 2**64 - 1])
-def test_a_header_of_absurd_length_is_refused(saved, tmp_path, size):
-    content = (saved / "module" / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", size) + content[8:])
+    (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(OSError, match="damaged or truncated"):
         WeightFiles(tmp_path, {})
 
@@ -558,13 +548,6 @@ def fuzzing(examples: int):
     )
 
 
-def loads_or_refuses(directory: Path, options: dict) -> None:
-    try:
-        load(directory, **options)
-    except REFUSALS:
-        return
-
-
 @kinds
 @fuzzing(100)
 @given(data=st.data())
@@ -577,23 +560,16 @@ def test_any_entry_of_a_configuration_may_be_garbage(saved, kind, data):
 
 
 def check_loading(saved, tmp_path, kind, data) -> None:
-    """Loads with garbage in the configuration, in the header, or in some bytes of the header."""
-    options = data.draw(st.sampled_from(LOADS[kind]))
-    place = data.draw(st.sampled_from(["config", "header", "bytes"]))
-    file = "config.json" if place == "config" else "model.safetensors"
-    header, tensors = header_of(saved / kind / "model.safetensors")
-    content = with_header(header, tensors)
-    if place == "config":
-        content = json.dumps(mutated(data, config_of(saved / kind)))
-    elif place == "header":
-        content = with_header(mutated(data, header), tensors)
+    """Loads with garbage in the configuration or in the header of the weights."""
+    if data.draw(st.booleans()):
+        file, content = "config.json", json.dumps(mutated(data, config_of(saved / kind)))
     else:
-        changed = bytearray(content)
-        for _ in range(data.draw(st.integers(1, 4))):
-            where = data.draw(st.integers(0, 7) | st.integers(8, len(content) - len(tensors) - 1))
-            changed[where] = data.draw(st.integers(0, 255) | st.sampled_from(list(b'0123456789[]{}",:-')))
-        content = bytes(changed)
-    loads_or_refuses(damaged(saved / kind, tmp_path / "a", file, content), options)
+        header, tensors = header_of(saved / kind / "model.safetensors")
+        file, content = "model.safetensors", with_header(mutated(data, header), tensors)
+    try:
+        load(damaged(saved / kind, tmp_path / "a", file, content), **data.draw(st.sampled_from(LOADS[kind])))
+    except REFUSALS:
+        return
 
 
 @kinds

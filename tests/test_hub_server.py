@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fresh
-from httpx2 import RemoteProtocolError
 from hub_server import hub as hub
-from huggingface_hub import CommitOperationDelete, HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -20,7 +18,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import save
-from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils.hub import hf_api
 
 REPO = "me/x"
@@ -84,13 +81,6 @@ def test_a_folder_comes_back_equal_and_a_second_push_changes_nothing(hub, pushed
         pushed.create_repo(REPO)
 
 
-def test_files_are_deleted_in_a_commit(hub, pushed):
-    pushed.create_commit(REPO, [CommitOperationDelete("config.json")], commit_message="gone")
-    assert "config.json" not in hub.files(REPO)
-    with pytest.raises(EntryNotFoundError):
-        pushed.create_commit(REPO, [CommitOperationDelete("config.json")], commit_message="again")
-
-
 def test_revisions_are_apart(hub, pushed):
     first = hub.commits(REPO)[0].oid
     pushed.create_branch(REPO, branch="a", revision=first)
@@ -120,25 +110,6 @@ def test_private_repositories_and_writing_need_rights(hub, pushed):
     assert "hf_me" not in repr(hub.log)
 
 
-def test_cards_are_read_and_wrong_ones_refused(hub, pushed):
-    info = pushed.model_info(REPO)
-    assert (info.tags, info.library_name) == (["small"], "nemo_hf")
-    with pytest.raises(ValueError, match="Invalid metadata"):
-        put(pushed, b"---\na: [\n---\n", "README.md")
-    assert hub.files(REPO)["README.md"] == CARD
-
-
-def test_collections(hub, pushed):
-    made = pushed.create_collection("My models", description="small ones")
-    assert pushed.create_collection("My models", exists_ok=True).slug == made.slug
-    for note in ("first", "second"):
-        items = pushed.add_collection_item(made.slug, REPO, "model", note=note, exists_ok=True).items
-        assert [(item.item_id, item.item_type, item.note) for item in items] == [(REPO, "model", "first")]
-    with refused(404):
-        pushed.add_collection_item(made.slug, "me/absent", "model")
-    assert [found.title for found in pushed.list_collections(owner="me")] == ["My models"]
-
-
 def test_a_busy_hub_is_asked_again_and_an_error_is_raised_at_last(hub, pushed):
     rule = hub.misbehave(kind="status", path="/preupload/", status=503)
     put(pushed)
@@ -149,38 +120,12 @@ def test_a_busy_hub_is_asked_again_and_an_error_is_raised_at_last(hub, pushed):
     assert "newer" not in hub.files(REPO)
 
 
-def test_a_download_that_is_always_cut_leaves_no_file(hub, pushed):
-    hub.misbehave(kind="cut", method="GET", path="/resolve/", times=None)
-    with pytest.raises(RemoteProtocolError):
-        fetched()
-    assert cached() == []
-
-
 def test_the_client_takes_wrong_bytes_of_the_right_length(hub, pushed):
     """The reason for our own check of checksums: were it gone, that check could go as well."""
     hub.misbehave(kind="wrong_bytes", method="GET", path="/resolve/")
     got = fetched()
     assert len(got) == len(WEIGHTS)
     assert got != WEIGHTS
-
-
-def test_a_commit_whose_answer_is_lost_is_not_tried_again(hub, pushed):
-    hub.misbehave(kind="die_after", path="/commit/")
-    hub.misbehave(kind="cut", path="/commit/")
-    for commits in (2, 3):  # the second is made, but its answer is lost
-        with pytest.raises(RemoteProtocolError):
-            put(pushed)
-        assert len(hub.commits(REPO)) == commits
-
-
-def test_transformers_pushes_and_loads(hub):
-    model = fresh("bert")
-    model.push_to_hub(REPO)
-    loaded = AutoModelForSequenceClassification.from_pretrained(REPO).state_dict()
-    assert loaded.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(OSError, match="not a valid model identifier"):
-        AutoConfig.from_pretrained("me/absent")
 
 
 def test_the_client_is_as_before_afterwards():
