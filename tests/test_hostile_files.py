@@ -75,6 +75,11 @@ def damaged(source: Path, target: Path, file: str, content) -> Path:
     return target
 
 
+def changed(source: Path, target: Path, field: str, value) -> Path:
+    """A copy of a directory with another value in one field of its configuration."""
+    return damaged(source, target, "config.json", with_entry(config_of(source), tuple(field.split(".")), value))
+
+
 def load(directory, model=NeMoForImageClassification, **options):
     """Loads and runs a model, in bounded time."""
     start = time.monotonic()
@@ -210,15 +215,14 @@ def test_wrong_values_are_refused_when_they_are_set(saved):
     assert config.label_ids == [0, 1]
 
 
-@pytest.mark.parametrize("depth", [25, 900, 100_000])
-def test_deep_nesting_is_refused(saved, tmp_path, depth):
-    text = (saved / "parent" / "config.json").read_text().rstrip()[:-1]
-    deep = text + ',"deep":' + "[" * depth + "]" * depth + "}"
-    refused(damaged(saved / "parent", tmp_path / "a", "config.json", deep), kind="parent")
+NONE = (b"", b"[]", b"3", b"{", b"\xff\xfe", b"{}", b'{"role": 1e999}', b"[" * 99, b"[" * 10**5)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff\xfe", b"{}", b'{"role": 1e999}', b"[" * 99])
-def test_a_configuration_that_is_none_is_refused(saved, tmp_path, content):
+@pytest.mark.parametrize("content", [*NONE, 25, 900], ids=lambda content: repr(content)[:20])
+def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path, content):
+    if isinstance(content, int):
+        text = (saved / "module" / "config.json").read_text().rstrip()[:-1]
+        content = text + ',"deep":' + "[" * content + "]" * content + "}"
     refused(damaged(saved / "module", tmp_path / "a", "config.json", content))
 
 
@@ -241,15 +245,13 @@ WRONG_MODELS = [
 @kinds
 @pytest.mark.parametrize(("field", "value"), WRONG_MODELS, ids=str)
 def test_configurations_that_build_no_model_are_refused(saved, tmp_path, kind, field, value):
-    config = with_entry(config_of(saved / kind), tuple(field.split(".")), value)
     with pytest.raises(REFUSALS):
-        load(damaged(saved / kind, tmp_path / "a", "config.json", config), **LOADS[kind][-1])
+        load(changed(saved / kind, tmp_path / "a", field, value), **LOADS[kind][-1])
 
 
 @pytest.mark.parametrize("value", [[0, 5], [0], [0, 2], None], ids=str)
 def test_label_ids_that_are_not_the_module_s_are_refused(saved, tmp_path, value):
-    config = with_entry(config_of(saved / "module"), ("label_ids",), value)
-    refused(damaged(saved / "module", tmp_path / "a", "config.json", config), "label")
+    refused(changed(saved / "module", tmp_path / "a", "label_ids", value), "label")
 
 
 GROUPS = ([[0, 1], [2, 3]], [[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3, 4]])
@@ -258,8 +260,7 @@ GROUPS = ([[0, 1], [2, 3]], [[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3, 4]])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 def test_groups_that_are_no_partition_or_not_that_of_the_relevance_are_refused(saved, tmp_path, groups):
     value = [{"name": f"{index}", "labels": labels} for index, labels in enumerate(groups)]
-    config = with_entry(config_of(saved / "parent"), ("label_groups",), value)
-    refused(damaged(saved / "parent", tmp_path / "a", "config.json", config), "group|relevance", kind="parent")
+    refused(changed(saved / "parent", tmp_path / "a", "label_groups", value), "group|relevance", kind="parent")
 
 
 @contextmanager
@@ -275,19 +276,17 @@ def limited_memory(more: int):
 
 
 ABSURD = [
-    *((kind, ("base_config", name), 10**9) for kind in LOADS for name in ("hidden_size", "image_size", "num_channels")),
-    ("module", ("base_config", "num_hidden_layers"), 99_999),
-    ("module", ("sites", 0, "widths", "head_dim"), 10**12),
-    ("module", ("label_ids", 1), 10**12),
-    ("parent", ("base_config", "intermediate_size"), 10**9),
-    ("parent", ("nemo_config", "generator_rank"), 10**12),
+    *((kind, f"base_config.{name}", 10**9) for kind in LOADS for name in ("hidden_size", "image_size", "num_channels")),
+    ("module", "base_config.num_hidden_layers", 99_999),
+    ("module", "label_ids", [0, 10**12]),
+    ("parent", "base_config.intermediate_size", 10**9),
+    ("parent", "nemo_config.generator_rank", 10**12),
 ]
 
 
-@pytest.mark.parametrize(("kind", "keys", "value"), ABSURD, ids=str)
-def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, keys, value):
-    config = with_entry(config_of(saved / kind), keys, value)
-    directory = damaged(saved / kind, tmp_path / "a", "config.json", config)
+@pytest.mark.parametrize(("kind", "field", "value"), ABSURD, ids=str)
+def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field, value):
+    directory = changed(saved / kind, tmp_path / "a", field, value)
     with limited_memory(2**30):
         refused(directory, kind=kind)
     if value == 99_999:  # the bound on layers was for that build alone
@@ -420,66 +419,53 @@ def test_headers_that_lie_open_no_file(tmp_path, content):
 NAME = "model.vit.layernorm.weight"
 
 
-@kinds
-@pytest.mark.parametrize("change", [{"shape": [4, 8]}, {"dtype": "I32"}, {"dtype": "F8_E4M3", "shape": [128]}], ids=str)
-def test_a_header_of_another_model_is_refused(saved, tmp_path, kind, change):
+CHANGES = [
+    *((kind, NAME, {"shape": [4, 8]}) for kind in LOADS),
+    *((kind, NAME, {"dtype": "I32"}) for kind in LOADS),
+    ("module", NAME, {"dtype": "F8_E4M3", "shape": [128]}),
+    ("parent", "masks.0.relevance", {"dtype": "I8"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "change"), CHANGES, ids=str)
+def test_tensors_of_another_shape_or_kind_of_numbers_are_refused(saved, tmp_path, kind, name, change):
     header, data = header_of(saved / kind / "model.safetensors")
-    header[NAME] = {**header[NAME], **change}
+    header[name] = {**header[name], **change}
     directory = damaged(saved / kind, tmp_path / "a", "model.safetensors", with_header(header, data))
-    refused(directory, re.escape(NAME), kind=kind)
+    refused(directory, re.escape(name), "of shape" if list(change) == ["shape"] else "stored as", kind=kind)
 
 
-def with_tensor(source: Path, target: Path, name: str, change) -> Path:
-    """A copy of a directory with `change` applied to one tensor, in place or by what it returns."""
+def with_tensor(source: Path, target: Path, end: str, change) -> tuple[Path, str]:
+    """A copy of a directory with `change` applied to the first tensor whose name ends so, and that name."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
-    tensors[name] = change(tensors[name])
+    name = next(name for name in sorted(tensors) if name.endswith(end))
+    change(tensors[name])
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
+    return target, name
 
 
-STORED = [(NAME, torch.int64), ("masks.0.relevance", torch.int8), ("masks.sparsity_level", torch.float64)]
+VALUES = [
+    *(("scattered-module", "o_proj.input_indices", value, "increasing ones from 0 to 31") for value in (-1, 32, 2**40)),
+    ("scattered-module", "q_proj.output_indices", "repeat", "increasing ones from 0 to 31"),
+    *(("rotary-module", "angle_indices", value, "ones from 0 to 7") for value in (-1, 8)),
+    *(("rotary-parent", "masks.1.mean_mask", value, r"outside \[0, 1\]") for value in (NAN, -0.1, 1.5)),
+]
 
 
-@pytest.mark.parametrize(("name", "dtype"), STORED, ids=str)
-def test_numbers_of_another_kind_are_refused(saved, tmp_path, name, dtype):
-    directory = with_tensor(saved / "parent", tmp_path / "a", name, lambda tensor: tensor.to(dtype))
-    refused(directory, re.escape(name), "stored as", kind="parent")
+@pytest.mark.parametrize(("source", "end", "value", "words"), VALUES, ids=str)
+def test_values_that_steer_others_are_checked(saved, tmp_path, source, end, value, words):
+    def change(tensor):
+        tensor[-1] = tensor[-2] if value == "repeat" else value
 
-
-PLACES = ("o_proj.input_indices", "q_proj.output_indices")
-
-
-@pytest.mark.parametrize(("place", "value"), [(PLACES[0], -1), (PLACES[0], 32), (PLACES[1], 2**40), (PLACES[1], None)])
-def test_indices_that_are_out_of_range_or_repeated_are_refused(saved, tmp_path, place, value):
-    name = f"model.vit.layers.0.attention.{place}"
-
-    def change(indices):
-        indices[-1] = indices[-2] if value is None else value
-        return indices
-
-    directory = with_tensor(saved / "scattered-module", tmp_path / "a", name, change)
-    refused(directory, re.escape(name), "expected increasing ones from 0 to 31")
-
-
-@pytest.mark.parametrize("value", [-1, 8])
-def test_angles_out_of_range_are_refused(saved, tmp_path, value):
-    tensors = load_file(saved / "rotary-module" / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("angle_indices"))
-    directory = with_tensor(saved / "rotary-module", tmp_path / "a", name, lambda index: index.fill_(value))
-    refused(directory, re.escape(name), "expected ones from 0 to 7", model=NeMoForSequenceClassification)
-
-
-@pytest.mark.parametrize("value", [NAN, -0.1, 1.5])
-def test_mean_masks_that_are_no_shares_are_refused(saved, tmp_path, value):
-    name = "masks.1.mean_mask"
-    directory = with_tensor(saved / "rotary-parent", tmp_path / "a", name, lambda mean: mean.fill_(value))
-    refused(directory, re.escape(name), r"outside \[0, 1\]", kind="parent", model=NeMoForSequenceClassification)
+    directory, name = with_tensor(saved / source, tmp_path / "a", end, change)
+    model = NeMoForImageClassification if "scattered" in source else NeMoForSequenceClassification
+    refused(directory, re.escape(name), words, kind=source.split("-")[1], model=model)
 
 
 def test_weights_that_are_no_numbers_load(saved, tmp_path):
     """They are a training that failed, not a damaged file."""
-    directory = with_tensor(saved / "module", tmp_path / "a", NAME, lambda weight: weight.fill_(NAN))
+    directory, _ = with_tensor(saved / "module", tmp_path / "a", NAME, lambda weight: weight.fill_(NAN))
     assert load(directory)[1].isnan().all()
 
 
