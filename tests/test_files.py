@@ -106,6 +106,9 @@ def test_sharded_weights_are_read_as_one(tmp_path):
     weights = WeightFiles(tmp_path, {})
     assert torch.equal(weights.read("weight"), TENSOR)
     assert torch.equal(weights.read("bias"), TENSOR[0])
+    save_file({"bias": TENSOR[0].clone(), "weight": TENSOR}, tmp_path / "two.safetensors")
+    with pytest.raises(OSError, match=r"^Got the tensor 'weight' in several weight files of .*; expected each in one"):
+        WeightFiles(tmp_path, {})
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected .*\. Save the parent again"):
         WeightFiles(tmp_path, {})
@@ -234,3 +237,10 @@ def test_other_reports_are_left_out_with_a_warning(tmp_path, caplog):
         write_json(tmp_path / "report.json", report)
         assert read_companions(tmp_path, {}) == ({}, None), report
         assert "no report of a parent or module" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a":' * 30 + b"1" + b"}" * 30])
+def test_a_report_that_is_no_mapping_is_an_error(tmp_path, content):
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(OSError, match=r"^Got .*report\.json.*; expected a JSON mapping"):
+        read_companions(tmp_path, {})

@@ -19,21 +19,22 @@ from conftest import fresh, randomize_relevance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, ViTForImageClassification
+from transformers import AutoModelForImageClassification
 
 from nemo_hf import (
     NeMoConfig,
     NeMoForImageClassification,
     NeMoForSequenceClassification,
     NeMoModelConfig,
-    make_parent,
 )
+from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 REFUSALS = (OSError, ValueError)  # UnsupportedArchitectureError is a ValueError
 SECONDS = 10  # a refusal takes some hundredths; other programs may run beside
 LOADS = {"module": ({},), "parent": ({}, {"labels": ["cat", "dog"]})}
+pytestmark = pytest.mark.xdist_group("hostile")  # one worker makes the models
 kinds = pytest.mark.parametrize("kind", list(LOADS))
 
 
@@ -42,7 +43,7 @@ def saved(tmp_path_factory) -> Path:
     """A tiny parent and its module, and a scattered and a rotary pair."""
     root = tmp_path_factory.mktemp("saved")
     for name, family, pruning_mode in (("", "vit", ""), ("scattered-", "vit", "scatter"), ("rotary-", "llama", "")):
-        parent = make_parent(fresh(family), NeMoConfig(hard_masks=name != "rotary-")).eval()
+        parent = attach_masks(fresh(family), NeMoConfig(hard_masks=name != "rotary-")).eval()
         if pruning_mode:
             parent.set_sites([type(site)(**{**vars(site), "pruning_mode": pruning_mode}) for site in parent.sites])
         randomize_relevance(parent)
@@ -293,17 +294,6 @@ def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field,
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(12_000))
 
 
-def test_computed_tables_beyond_the_files_are_refused(saved, monkeypatch):
-    original = ViTForImageClassification.__init__
-
-    def with_table(self, config):
-        original(self, config)
-        self.register_buffer("table", torch.empty(2**30), persistent=False)
-
-    monkeypatch.setattr(ViTForImageClassification, "__init__", with_table)
-    refused(saved / "module", r"a model of 4\d{9} bytes")
-
-
 # Other files
 
 
@@ -314,12 +304,6 @@ def test_files_of_absurd_size_are_not_read(saved, tmp_path, name, size):
         file.truncate(size)  # takes no room on the disk
     with pytest.raises(OSError, match=rf"^Got .*{name}.* {size} bytes.*; expected "):
         NeMoForImageClassification.from_pretrained(directory)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a":' * 30 + b"1" + b"}" * 30])
-def test_a_report_that_is_none_is_refused(saved, tmp_path, content):
-    directory = damaged(saved / "module", tmp_path / "a", "report.json", content)
-    refused(directory, r"report\.json", "expected a JSON mapping")
 
 
 @pytest.mark.parametrize("subfolder", ["..", "../module", "a/../../module", "/"])
@@ -394,26 +378,6 @@ def header_of(path: Path) -> tuple[dict, bytes]:
 def with_header(header: dict, data: bytes) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
-
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-LIES = {
-    "same place": with_header({"a": ENTRY, "b": ENTRY}, bytes(8)),
-    "overlapping": with_header({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
-    "longer file": with_header({"a": ENTRY}, bytes(9)),
-    "shorter file": with_header({"a": ENTRY}, bytes(7)),
-    "huge shape": with_header({"a": {**ENTRY, "shape": [2**62, 2]}}, bytes(8)),
-    "no dtype": with_header({"a": {**ENTRY, "dtype": "object"}}, bytes(8)),
-    "absurd length": struct.pack("<Q", 2**63) + bytes(8),
-}
-
-
-@pytest.mark.parametrize("content", list(LIES.values()), ids=list(LIES))
-def test_headers_that_lie_open_no_file(tmp_path, content):
-    """So no tensor reads another's bytes, or memory that is not its own."""
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(OSError, match="damaged or truncated"):
-        WeightFiles(tmp_path, {})
 
 
 NAME = "model.vit.layernorm.weight"
@@ -492,14 +456,6 @@ def test_shards_lie_beside_their_index(sharded):
             WeightFiles(sharded, {})
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded):
-    first, second = sorted(sharded.glob("*.safetensors"))[:2]
-    tensors = load_file(first)
-    name = next(iter(tensors))
-    save_file({**load_file(second), name: tensors[name]}, second, {"format": "pt"})
-    refused(sharded, re.escape(name), "several weight files", kind="parent")
-
-
 # What hypothesis puts in place of a value
 
 SCALARS = st.one_of(
@@ -545,29 +501,16 @@ def test_any_entry_of_a_configuration_may_be_garbage(saved, kind, data):
         return
 
 
-def check_loading(saved, tmp_path, kind, data) -> None:
-    """Loads with garbage in the configuration or in the header of the weights."""
+@kinds
+@fuzzing(25)
+@given(data=st.data())
+def test_garbage_in_a_configuration_or_header_is_loaded_or_refused(saved, tmp_path, kind, data):
+    header, tensors = header_of(saved / kind / "model.safetensors")
     if data.draw(st.booleans()):
         file, content = "config.json", json.dumps(mutated(data, config_of(saved / kind)))
     else:
-        header, tensors = header_of(saved / kind / "model.safetensors")
         file, content = "model.safetensors", with_header(mutated(data, header), tensors)
     try:
         load(damaged(saved / kind, tmp_path / "a", file, content), **data.draw(st.sampled_from(LOADS[kind])))
     except REFUSALS:
         return
-
-
-@kinds
-@fuzzing(15)
-@given(data=st.data())
-def test_some_garbage_is_loaded_or_refused(saved, tmp_path, kind, data):
-    check_loading(saved, tmp_path, kind, data)
-
-
-@pytest.mark.sweep
-@kinds
-@fuzzing(300)
-@given(data=st.data())
-def test_much_garbage_is_loaded_or_refused(saved, tmp_path, kind, data):
-    check_loading(saved, tmp_path, kind, data)
