@@ -1,5 +1,6 @@
 """What a configuration names (the plain model's class, its task, its labels), and what passes it by on loading."""
 
+import inspect
 import json
 
 import pytest
@@ -23,9 +24,16 @@ from transformers import (
     WhisperForAudioClassification,
 )
 
-from nemo_hf import NeMoConfig, NeMoModelConfig, UnsupportedArchitectureError, compose, make_parent
+from nemo_hf import (
+    NeMoConfig,
+    NeMoForImageClassification,
+    NeMoModelConfig,
+    UnsupportedArchitectureError,
+    compose,
+    make_parent,
+)
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.configuration import find_base_class, task_of
+from nemo_hf.models.configuration import MODEL_OPTIONS, find_base_class, task_of
 
 
 class OwnConfig(ViTConfig):
@@ -222,6 +230,11 @@ def parent(vit, tmp_path):
     randomize_relevance(parent)
     parent.save_pretrained(tmp_path / "parent")
     return parent
+
+
+def test_the_options_that_pass_are_those_of_the_model():
+    parameters = inspect.signature(NeMoForImageClassification.from_pretrained).parameters.values()
+    assert {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} == MODEL_OPTIONS
 
 
 def widths(module) -> list[dict]:

@@ -17,7 +17,7 @@ MOST_PARTS = 1000
 
 
 class NeMoComposedConfig(SavedConfig):
-    """Configuration of several modules that answer together.
+    """Configuration of several modules with different labels that form one classifier.
 
     Args:
         parts: One `NeMoModelConfig` a module, as data.
@@ -71,7 +71,7 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 class NeMoComposedModel(SavedModel):
-    """Modules with different labels that answer together.
+    """Modules with different labels that form one classifier.
 
     A logit is `scale * logit of the module + bias`, with one scale and one bias a module.
     """

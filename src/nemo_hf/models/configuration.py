@@ -55,14 +55,16 @@ class SavedConfig(PreTrainedConfig):
         cls._check(config_dict)
         # Code beside the weights is never loaded, and a copy of the model saved anew may have none.
         config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        is_base_read = False
         try:
             base = config_dict.get("base_config")
             if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
                 config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
+            is_base_read = True
             config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        except (ImportError, OSError):
-            raise
         except Exception as error:  # of whatever kind the plain model's own checks raise
+            if isinstance(error, (ImportError, OSError)) or (is_base_read and isinstance(error, ValueError)):
+                raise  # a ValueError then tells of an argument
             raise ValueError(
                 f"Got a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]}); expected "
                 f"that of {cls.describes}. {checks.REMEDY}"
