@@ -275,6 +275,9 @@ def test_arguments_do_not_change_what_a_file_says_of_the_weights(parent, tmp_pat
     config, unused = AutoConfig.from_pretrained(tmp_path / "two", return_unused_kwargs=True, **options)
     assert {name: unused[name] for name in options} == options
     assert config.scales == [1.0, 1.0]
+    for wrong in (3, [3], ["../vocab.txt"]):
+        with pytest.raises(ValueError, match="'processor_files'"):
+            type(config).from_dict({**config.to_dict(), "processor_files": wrong})
 
 
 def test_sites_are_searched_once_on_loading(parent, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict, validated_field
 from torch import Tensor, nn
 
 from .base import NeMoOutput, NeMoPreTrainedModel
@@ -16,6 +17,7 @@ from .saved_model import SavedModel
 MOST_PARTS = 1000
 
 
+@strict
 class NeMoComposedConfig(SavedConfig):
     """Configuration of several modules with different labels that form one classifier.
 
@@ -34,7 +36,7 @@ class NeMoComposedConfig(SavedConfig):
     label_order: list | None = None  # type: ignore[type-arg]
     scales: list | None = None  # type: ignore[type-arg]
     biases: list | None = None  # type: ignore[type-arg]
-    processor_files: list | None = None  # type: ignore[type-arg]
+    processor_files: list[str] | None = validated_field(check_companions, default=None)
 
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:
@@ -56,7 +58,6 @@ class NeMoComposedConfig(SavedConfig):
                 f"the scales {str(scales)[:120]}; expected at most {MOST_PARTS} modules of single labels, each with a "
                 f"scale above 0 and a bias, and a place for each label. {REMEDY}"
             )
-        check_companions(config_dict.get("processor_files"))
 
     def part_configs(self) -> Iterator[NeMoModelConfig]:
         """Builds the configurations of the modules, one after another."""
