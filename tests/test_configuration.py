@@ -1,9 +1,13 @@
-"""What a configuration names: the class of the plain model, its task, its labels and its sites."""
+"""What a configuration names (the plain model's class, its task, its labels), and what passes it by on loading."""
+
+import inspect
+import json
 
 import pytest
 import transformers
 from conftest import IMAGE, LABELS, TEXT, fresh, randomize_relevance
 from transformers import (
+    AutoConfig,
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -20,9 +24,16 @@ from transformers import (
     WhisperForAudioClassification,
 )
 
-from nemo_hf import NeMoModelConfig, UnsupportedArchitectureError, make_parent
+from nemo_hf import (
+    NeMoConfig,
+    NeMoForImageClassification,
+    NeMoModelConfig,
+    UnsupportedArchitectureError,
+    compose,
+    make_parent,
+)
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.configuration import find_base_class, task_of
+from nemo_hf.models.configuration import MODEL_OPTIONS, find_base_class, task_of
 
 
 class OwnConfig(ViTConfig):
@@ -36,6 +47,12 @@ class OwnViT(ViTForImageClassification):
 
 
 class OtherViT(ViTForImageClassification):
+    config_class = OwnConfig
+
+
+class MyForImageClassification(ViTForImageClassification):
+    """Its name tells its task, but nobody would know it when it is loaded."""
+
     config_class = OwnConfig
 
 
@@ -68,27 +85,24 @@ def test_a_class_of_no_task_is_refused(base_class):
         task_of(base_class)
 
 
-@pytest.mark.parametrize(
-    ("auto_class", "task"),
-    [
-        (AutoModelForImageClassification, "image-classification"),
-        (AutoModelForSequenceClassification, "text-classification"),
-        (AutoModelForAudioClassification, "audio-classification"),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_a_registered_class_has_the_task_of_its_auto_class(registered, auto_class, task):
-    registered(OwnConfig, auto_class, OwnViT)
+AUTO_CLASSES = {
+    "image-classification": AutoModelForImageClassification,
+    "text-classification": AutoModelForSequenceClassification,
+    "audio-classification": AutoModelForAudioClassification,
+}
+
+
+@pytest.mark.parametrize("task", list(AUTO_CLASSES))
+def test_a_registered_class_has_the_task_of_its_auto_class(registered, task):
+    registered(OwnConfig, AUTO_CLASSES[task], OwnViT)
     assert task_of(OwnViT) == task
     assert find_base_class("OwnViT", OwnConfig()) is OwnViT
     with pytest.raises(UnsupportedArchitectureError, match="'OwnViT'"):
         find_base_class("OwnViT", ViTConfig())  # another configuration's
-    with pytest.raises(UnsupportedArchitectureError, match="'OwnBert'"):
-        find_base_class("OwnBert", OwnConfig())
 
 
 @pytest.mark.parametrize("name", ["OwnViT", "Trainer", "ViTConfig", "AutoModel", "os", "__doc__", ""])
-def test_a_class_that_is_not_there_is_told_how_to_register(name):
+def test_a_missing_class_is_refused_with_how_to_register_it(name):
     message = (
         rf"^Got the model class '{name}'; expected one of transformers {transformers.__version__} or one that is "
         rf"registered\. .* AutoConfig\.register\('own-vit', OwnConfig\) and .*\.register\(OwnConfig, {name}\)"
@@ -97,74 +111,17 @@ def test_a_class_that_is_not_there_is_told_how_to_register(name):
         find_base_class(name, OwnConfig())
 
 
-def test_a_model_whose_class_can_t_be_found_again_gets_no_masks(registered):
+def test_a_model_whose_class_could_not_be_found_again_gets_no_masks(registered):
     model = OwnViT(OwnConfig(**IMAGE))
     with pytest.raises(TypeError, match=r"^Got a OwnViT; "):
         make_parent(model)
+    named = MyForImageClassification(OwnConfig(**IMAGE))
+    with pytest.raises(UnsupportedArchitectureError, match=r"^Got the model class 'MyForImageClass\w+'; expected"):
+        make_parent(named)
     registered(OwnConfig, AutoModelForImageClassification, OtherViT)
     with pytest.raises(TypeError, match=r"^Got a OwnViT; "):
         make_parent(model)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
-
-
-class MyForImageClassification(ViTForImageClassification):
-    """Its name tells its task, but nobody would know it when it is loaded."""
-
-    config_class = OwnConfig
-
-
-def test_a_class_of_a_telling_name_must_be_registered_as_well(registered):
-    model = MyForImageClassification(OwnConfig(**IMAGE))
-    with pytest.raises(UnsupportedArchitectureError, match=r"^Got the model class 'MyForImageClass\w+'; expected"):
-        make_parent(model)
-    registered(OwnConfig, AutoModelForImageClassification, MyForImageClassification)
-    assert make_parent(model).config.base_class == "MyForImageClassification"
-
-
-def test_a_model_of_ones_own_class_survives_saving_and_is_cut_on_load(registered, tmp_path):
-    registered(OwnTextConfig, AutoModelForSequenceClassification, OwnBert)
-    model = OwnBert(OwnTextConfig(**TEXT))
-    model.load_state_dict(fresh("bert").state_dict())
-    parent = make_parent(model.eval())
-    randomize_relevance(parent)
-    parent.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert type(loaded.model) is OwnBert
-    assert type(loaded.config.base_config) is OwnTextConfig
-    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path, labels=["cat", "dog"], verify=True)
-    assert cut.config.equivalence["status"] == "verified"
-    assert type(cut.model) is OwnBert
-
-
-def test_a_file_of_a_class_that_is_not_registered_says_so(registered, tmp_path):
-    registered(OwnTextConfig, AutoModelForSequenceClassification, OwnBert)
-    attach_masks(OwnBert(OwnTextConfig(**TEXT))).save_pretrained(tmp_path)
-    config = NeMoModelConfig.from_pretrained(tmp_path)
-    config.base_class = "OwnViT"
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedArchitectureError, match=r"^Got the model class 'OwnViT'; expected .*'own-bert'"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path)
-
-
-def test_labels_without_names_are_numbered(tmp_path):
-    sizes = {"depths": [1, 1], "hidden_sizes": [16, 16], "num_attention_heads": [2, 2], "image_size": 16}
-    sizes |= {"patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2], "sequence_reduction_ratios": [2, 1]}
-    sizes |= {"num_encoder_blocks": 2}
-    model = PvtForImageClassification(PvtConfig(**sizes, num_labels=5)).eval()
-    assert not model.config.id2label
-    parent = attach_masks(model)
-    names = {index: f"LABEL_{index}" for index in range(5)}
-    assert parent.config.names == names
-    assert parent.config.label2id == {name: index for index, name in names.items()}
-    assert parent.config.groups == {name: [index] for index, name in names.items()}
-    parent.save_pretrained(tmp_path)
-    assert NeMoModelConfig.from_pretrained(tmp_path).names == names
-    module = parent.extract_module(["LABEL_3", 1])
-    assert module.config.names == {0: "LABEL_3", 1: "LABEL_1"}
-
-
-def test_labels_with_names_keep_them(vit):
-    assert list(attach_masks(vit).config.names.values()) == LABELS
 
 
 def test_a_class_of_the_same_name_as_another_is_refused(vit):
@@ -176,6 +133,24 @@ def test_a_class_of_the_same_name_as_another_is_refused(vit):
     Impostor.__name__ = type(vit).__name__
     with pytest.raises(UnsupportedArchitectureError, match="which this name stands for in files"):
         make_parent(Impostor(vit.config))
+
+
+def test_a_model_of_ones_own_class_survives_saving_and_is_cut_on_load(registered, tmp_path):
+    registered(OwnTextConfig, AutoModelForSequenceClassification, OwnBert)
+    model = OwnBert(OwnTextConfig(**TEXT))
+    model.load_state_dict(fresh("bert").state_dict())
+    parent = attach_masks(model.eval())
+    randomize_relevance(parent)
+    parent.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert (type(loaded.model), type(loaded.config.base_config)) == (OwnBert, OwnTextConfig)
+    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path, labels=["cat", "dog"], verify=True)
+    assert (type(cut.model), cut.config.equivalence["status"]) == (OwnBert, "verified")
+    config = NeMoModelConfig.from_pretrained(tmp_path)
+    config.base_class = "OwnViT"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitectureError, match=r"^Got the model class 'OwnViT'; expected .*'own-bert'"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 class NamedConfig(ViTConfig):
@@ -201,9 +176,116 @@ class NamedViT(ViTForImageClassification):
 
 def test_the_plain_models_configuration_is_read_by_its_own_method(registered, tmp_path):
     registered(NamedConfig, AutoModelForImageClassification, NamedViT)
-    parent = make_parent(NamedViT(NamedConfig(**IMAGE)))
+    parent = attach_masks(NamedViT(NamedConfig(**IMAGE)))
     randomize_relevance(parent)
     parent.extract_module([1, 3]).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert loaded.config.base_config.id2label == parent.config.base_config.id2label
     assert loaded.config.label_ids == [1, 3]
+
+
+def test_labels_without_names_are_numbered(vit, tmp_path):
+    sizes = {"depths": [1, 1], "hidden_sizes": [16, 16], "num_attention_heads": [2, 2], "image_size": 16}
+    sizes |= {"patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2], "sequence_reduction_ratios": [2, 1]}
+    model = PvtForImageClassification(PvtConfig(**sizes, num_encoder_blocks=2, num_labels=5)).eval()
+    assert not model.config.id2label
+    parent = attach_masks(model)
+    names = {index: f"LABEL_{index}" for index in range(5)}
+    assert parent.config.names == names
+    assert parent.config.groups == {name: [index] for index, name in names.items()}
+    parent.save_pretrained(tmp_path)
+    assert NeMoModelConfig.from_pretrained(tmp_path).names == names
+    assert parent.extract_module(["LABEL_3", 1]).config.names == {0: "LABEL_3", 1: "LABEL_1"}
+    assert list(attach_masks(vit).config.names.values()) == LABELS
+
+
+def test_the_configuration_survives_the_file(tmp_path):
+    options = NeMoConfig(temperature=0.5, targets=["ffn"], label_groups={"b": ["cat", 1], "a": [2, "ship", "frog"]})
+    groups = {f"group {index}": [index] for index in reversed(range(12))}  # the rows of the relevance have this order
+    said = {
+        "role": "module",
+        "nemo_config": options.to_dict(),
+        "label_groups": [{"name": name, "labels": ids} for name, ids in groups.items()],
+        "label_ids": [3, 1],
+        "sites": [{"key": "layer:ffn", "pruning_mode": "dense", "widths": {"intermediate": 3}}],
+        "relevance_source": "exact",
+        "relevance_threshold": 0.5,
+        "id2label": {index: f"label {index}" for index in range(12)},
+    }
+    NeMoModelConfig(base_config=ViTConfig(hidden_size=64), **said).save_pretrained(tmp_path)
+    loaded = NeMoModelConfig.from_pretrained(tmp_path)
+    assert (type(loaded.base_config), loaded.base_config.hidden_size) == (ViTConfig, 64)
+    assert {name: getattr(loaded, name) for name in said} == json.loads(json.dumps(said)) | {"id2label": loaded.names}
+    assert list(loaded.groups.items()) == list(groups.items())
+    assert list(loaded.names.items()) == list(said["id2label"].items())
+    assert NeMoConfig.from_dict(loaded.nemo_config) == options
+
+
+# Arguments of a model's from_pretrained come through the configuration's, if an Auto class is asked.
+
+
+@pytest.fixture
+def parent(vit, tmp_path):
+    parent = attach_masks(vit.eval())
+    randomize_relevance(parent)
+    parent.save_pretrained(tmp_path / "parent")
+    return parent
+
+
+def test_the_options_that_pass_are_those_of_the_model():
+    parameters = inspect.signature(NeMoForImageClassification.from_pretrained).parameters.values()
+    assert {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} == MODEL_OPTIONS
+
+
+def widths(module) -> list[dict]:
+    return [site["widths"] for site in module.config.sites]
+
+
+@pytest.mark.parametrize("options", [{"round_to": 16}, {"threshold": 0.9}, {"round_to": 16, "threshold": 0.9}], ids=str)
+def test_options_of_a_cut_reach_it_through_the_auto_classes(parent, tmp_path, options):
+    expected = parent.extract_module(["cat", "dog"], **options)
+    for verify in (False, True):
+        cut = AutoModelForImageClassification.from_pretrained(
+            tmp_path / "parent", labels=["cat", "dog"], verify=verify, **options
+        )
+        assert widths(cut) == widths(expected)
+        assert cut.config.round_to == options.get("round_to")
+        assert cut.config.relevance_threshold == options.get("threshold", 0.5)
+    assert widths(expected) != widths(parent.extract_module(["cat", "dog"]))
+
+
+def test_a_file_does_not_take_the_options_of_a_cut_away(parent, tmp_path):
+    """Any entry of a config.json becomes an attribute, and arguments of the same name would end there."""
+    path = tmp_path / "parent" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "labels": [3], "threshold": 0.1, "verify": 0}))
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=["cat"], threshold=0.9)
+    assert widths(cut) == widths(parent.extract_module(["cat"], threshold=0.9))
+
+
+def test_arguments_do_not_change_what_a_file_says_of_the_weights(parent, tmp_path):
+    directory = tmp_path / "parent"
+    options = {"role": "module", "round_to": 8, "training": {"processes": 1}, "parent": "me/x", "labels": [1]}
+    config, unused = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **options)
+    assert {name: unused[name] for name in options} == options
+    assert config.to_dict() == AutoConfig.from_pretrained(directory).to_dict()
+    with pytest.raises(TypeError, match="'parent'"):
+        AutoModelForImageClassification.from_pretrained(directory, parent="me/x")
+    compose([parent.extract_module([0]), parent.extract_module([1])]).save_pretrained(tmp_path / "two")
+    options = {"scales": [2.0, 2.0], "parts": [], "round_to": 8, "labels": [1]}
+    config, unused = AutoConfig.from_pretrained(tmp_path / "two", return_unused_kwargs=True, **options)
+    assert {name: unused[name] for name in options} == options
+    assert config.scales == [1.0, 1.0]
+    for wrong in (3, [3], ["../vocab.txt"]):
+        with pytest.raises(ValueError, match="'processor_files'"):
+            type(config).from_dict({**config.to_dict(), "processor_files": wrong})
+
+
+def test_sites_are_searched_once_on_loading(parent, tmp_path, monkeypatch):
+    import nemo_hf.models.base
+
+    calls = []
+    search = nemo_hf.models.base.model_sites
+    monkeypatch.setattr(nemo_hf.models.base, "model_sites", lambda *args: calls.append(1) or search(*args))
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "parent")
+    assert len(calls) == 1
+    assert loaded.sites == parent.sites

@@ -1,4 +1,4 @@
-"""Directories are written whole or not at all, and read by slice."""
+"""Directories are written whole or not at all, weights are read by slice, and reports and processors come back."""
 
 import json
 import re
@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from nemo_hf.evaluation.report import ModuleReport
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.config_checks import _MODULE_REPORT
-from nemo_hf.models.files import WeightFiles, processor_files, replaced_directory, write_json
+from nemo_hf.models.config_checks import MODULE_REPORT, type_validator
+from nemo_hf.models.files import processor_files, replaced_directory, write_json
 from nemo_hf.models.remote_files import find_file, read_companions, recorded_names
+from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.pruning.layer_cuts import PAD
 from nemo_hf.pruning.tensor_slices import TensorCut
 
@@ -28,20 +29,22 @@ def saved(directory, tensors=None) -> WeightFiles:
     return WeightFiles(directory, {})
 
 
-def test_files_arrive_together(tmp_path):
+def test_a_new_directory_appears_at_once(tmp_path):
+    (tmp_path / "plain").mkdir()
     with replaced_directory(tmp_path / "deep" / "out") as temporary:
         (temporary / "a").write_text("1")
         assert not (tmp_path / "deep" / "out").exists()
     assert contents(tmp_path / "deep" / "out") == {"a": "1"}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_files_of_other_names_stay(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "a").write_text("old")
-    (out / "b").write_text("old")
-    with replaced_directory(out) as temporary:
+    for name in ("a", "b", "shard-2"):
+        (out / name).write_text("old")
+    with replaced_directory(out, stale=("shard-*",)) as temporary:
         (temporary / "a").write_text("new")
         (temporary / "config.json").write_text("new")
     assert contents(out) == {"a": "new", "b": "old", "config.json": "new"}
@@ -53,83 +56,46 @@ def test_a_block_that_raises_leaves_nothing_behind(tmp_path, exists):
     if exists:
         out.mkdir()
         (out / "a").write_text("old")
-
-    def fail():
-        with replaced_directory(out) as temporary:
-            (temporary / "a").write_text("new")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
+    with pytest.raises(KeyboardInterrupt), replaced_directory(out) as temporary:  # noqa: PT012
+        (temporary / "a").write_text("new")
+        raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if exists else [])
     assert not exists or contents(out) == {"a": "old"}
-
-
-def test_a_new_directory_is_as_open_as_any_other(tmp_path):
-    (tmp_path / "plain").mkdir()
-    with replaced_directory(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_a_file_is_no_directory(tmp_path):
-    (tmp_path / "out").write_text("mine")
-
-    def write():
-        with replaced_directory(tmp_path / "out"):
-            pass
-
-    message = re.escape(f"Got {str(tmp_path / 'out')!r}, which is a file; expected a directory. Pass another path.")
-    with pytest.raises(NotADirectoryError, match=f"^{message}$"):
-        write()
-    assert contents(tmp_path) == {"out": "mine"}
 
 
 def test_json_is_written_whole(tmp_path):
     path = tmp_path / "deep" / "report.json"
     write_json(path, {"name": "Käse", "values": [1, None]})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Käse", "values": [1, None]}
     with pytest.raises(TypeError):
         write_json(path, {"not": {1, 2}})
-    assert json.loads(path.read_text(encoding="utf-8"))["name"] == "Käse"
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Käse", "values": [1, None]}
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [([0, 2], None), (None, [5, 1]), ([3, 0], [0, 4, 5]), ([], None), (None, []), ([1], []), ([0, 1, 2, 3], None)],
+    [([0, 2], None), (None, [5, 1]), ([3, 0], [0, 4, 5]), ([], None), (None, []), ([1], [])],
 )
-def test_slices_are_those_of_the_tensor(tmp_path, rows, columns):
-    indices = {
-        dim: torch.tensor(index, dtype=torch.long) for dim, index in ((0, rows), (1, columns)) if index is not None
-    }
-    expected = TENSOR
-    for dim, index in indices.items():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_slices_are_those_of_the_whole_tensor(tmp_path, rows, columns, dtype):
+    cut = {d: torch.tensor(index, dtype=torch.long) for d, index in ((0, rows), (1, columns)) if index is not None}
+    expected = TENSOR.to(dtype)
+    for dim, index in cut.items():
         expected = expected.index_select(dim, index)
-    got = saved(tmp_path).read("weight", TensorCut(indices))
+    got = saved(tmp_path, {"weight": TENSOR.to(dtype)}).read("weight", TensorCut(cut))
     assert torch.equal(got, expected)
+    assert got.dtype == dtype
     assert got.is_contiguous()
 
 
-def test_padding_reads_zeros_and_scales_multiply(tmp_path):
+def test_padding_scales_whole_tensors_and_constants(tmp_path):
+    weights = saved(tmp_path)
     cut = TensorCut({0: torch.tensor([2, PAD, 0])}, {0: torch.tensor([0.5, 7.0, 2.0])})
     expected = torch.stack([TENSOR[2] * 0.5, torch.zeros(6), TENSOR[0] * 2])
-    assert torch.equal(saved(tmp_path).read("weight", cut), expected)
-
-
-def test_one_dimension_whole_tensors_and_constants_are_read(tmp_path):
-    weights = saved(tmp_path)
+    assert torch.equal(weights.read("weight", cut), expected)
     assert torch.equal(weights.read("bias", TensorCut({0: torch.tensor([3, 1])})), TENSOR[[3, 1], 0])
     assert torch.equal(weights.read("weight"), TENSOR)
     assert torch.equal(weights.read("indices", TensorCut(constant=torch.tensor([4]))), torch.tensor([4]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
-def test_slices_keep_the_dtype(tmp_path, dtype):
-    weights = saved(tmp_path, {"weight": TENSOR.to(dtype)})
-    for index in ([0, 2], []):
-        cut = TensorCut({0: torch.tensor(index, dtype=torch.long)})
-        assert torch.equal(weights.read("weight", cut), TENSOR.to(dtype)[index])
 
 
 def test_sharded_weights_are_read_as_one(tmp_path):
@@ -140,20 +106,20 @@ def test_sharded_weights_are_read_as_one(tmp_path):
     weights = WeightFiles(tmp_path, {})
     assert torch.equal(weights.read("weight"), TENSOR)
     assert torch.equal(weights.read("bias"), TENSOR[0])
+    save_file({"bias": TENSOR[0].clone(), "weight": TENSOR}, tmp_path / "two.safetensors")
+    with pytest.raises(OSError, match=r"^Got the tensor 'weight' in several weight files of .*; expected each in one"):
+        WeightFiles(tmp_path, {})
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected .*\. Save the parent again"):
         WeightFiles(tmp_path, {})
 
 
-def test_a_missing_tensor_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"^Got weights .* without the tensor 'other'; expected .*\. Save or "):
-        saved(tmp_path).check_shapes({"other": (4, 6)})
-
-
 @pytest.mark.parametrize("shape", [(5, 6), (4, 5), (4,), (4, 6, 1)])
-def test_a_tensor_of_another_shape_is_named_with_both(tmp_path, shape):
+def test_tensors_that_are_missing_misshapen_or_too_many_are_named(tmp_path, shape):
     weights = saved(tmp_path)
     weights.check_shapes({"weight": (4, 6), "bias": (4,)})
+    with pytest.raises(ValueError, match=r"^Got weights .* without the tensor 'other'; expected .*\. Save or "):
+        weights.check_shapes({"other": (4, 6)})
     with pytest.raises(ValueError, match=r"^Got weights .* 1 unexpected tensors, such as 'bias'; expected exactly"):
         weights.check_shapes({"weight": (4, 6)})
     expected = re.escape(str(shape))
@@ -161,14 +127,15 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path, shape):
         weights.check_shapes({"weight": shape})
 
 
-@pytest.mark.parametrize("length", [0, 4, 40, -1])
-def test_a_truncated_file_is_named(tmp_path, length):
+@pytest.mark.parametrize("length", [0, 4, 40, -1, None])
+def test_a_truncated_or_missing_file_is_named(tmp_path, length):
     saved(tmp_path)
     path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(
-        OSError, match=r"^Got a damaged or truncated weight file .*model.safetensors.*; expected .*\. Save"
-    ):
+    content = path.read_bytes()
+    path.unlink()
+    if length is not None:
+        path.write_bytes(content[:length])
+    with pytest.raises(OSError, match=r"^Got .*model\.safetensors.*; expected .*\. Save (or download it|the parent)"):
         WeightFiles(tmp_path, {})
 
 
@@ -181,11 +148,6 @@ def test_weights_saved_before_are_not_read_again(tmp_path, vit, first, second):
     assert torch.equal(WeightFiles(tmp_path, {}).read("model.classifier.bias"), torch.full((5,), 7.0))
     loaded = type(parent).from_pretrained(tmp_path)
     assert torch.equal(loaded.model.classifier.bias.detach(), torch.full((5,), 7.0))
-
-
-def test_a_directory_without_weights_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"^Got .* without model.safetensors; expected .*\. Save the parent again"):
-        WeightFiles(tmp_path, {})
 
 
 def test_files_are_found_in_directories_and_their_subfolders(tmp_path):
@@ -203,17 +165,8 @@ class Processor:
         write_json(f"{directory}/folder/other.json", {})
 
 
-def test_a_processor_s_files_travel_by_name(tmp_path):
-    files = processor_files(Processor())
-    assert sorted(files) == ["tokenizer_config.json", "vocab.json"]
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    assert read_companions(tmp_path, {}) == (files, None)
-    write_json(tmp_path / "report.json", {"metrics": {"eval_accuracy": 1.0}})
-    assert read_companions(tmp_path, {}) == (files, {"metrics": {"eval_accuracy": 1.0}})
-
-
-def test_files_of_a_processor_are_read_by_the_names_that_are_recorded(tmp_path):
+def test_a_processor_s_files_are_read_by_the_names_that_are_recorded(tmp_path):
+    assert sorted(processor_files(Processor())) == ["tokenizer_config.json", "vocab.json"]
     files = {"dict.txt": b"a", "spm_char.model": b"b", "entity_vocab.json": b"{}"}
     for name, content in {**files, "vocab.txt": b"c"}.items():
         (tmp_path / name).write_bytes(content)
@@ -223,63 +176,71 @@ def test_files_of_a_processor_are_read_by_the_names_that_are_recorded(tmp_path):
     assert read_companions(tmp_path, {}, [*names, "bpe.codes"]) == (files, None)
     assert read_companions(tmp_path, {}) == ({"vocab.txt": b"c"}, None)
     assert read_companions(tmp_path, {}, []) == ({}, None)
-
-
-def test_code_and_weights_are_no_files_of_a_processor():
     assert recorded_names({"tokenization_own.py": b"", "vocab.txt": b"", "model.safetensors": b""}) == ["vocab.txt"]
     assert recorded_names({}) is None
 
 
-MODULE_REPORT = {
+TIMES = {"1": 1.0}
+REPORT = {
     "labels": ["cat"],
     "groups": ["cat"],
-    "accuracy": 0.5,
-    "parent_restricted_accuracy": 0.5,
-    "samples": 4,
+    **dict.fromkeys(("accuracy", "parent_restricted_accuracy", "megabytes", "parent_megabytes"), 0.5),
+    **dict.fromkeys(("neuron_retention_rate", "weight_retention_rate", "threshold"), 0.5),
+    **dict.fromkeys(("samples", "parameters", "parent_parameters", "macs", "parent_macs", "seed"), 4),
+    "latency_ms": TIMES,
+    "parent_latency_ms": TIMES,
     "controls": {"empty": 0.5, "other": None},
-    "parameters": 1,
-    "parent_parameters": 2,
-    "megabytes": 0.1,
-    "parent_megabytes": 0.2,
-    "macs": 1,
-    "parent_macs": 2,
-    "neuron_retention_rate": 0.5,
-    "threshold": 0.5,
-    "weight_retention_rate": 0.5,
-    "latency_ms": {"1": 1.0},
-    "parent_latency_ms": {"1": 2.0},
     "device": "cpu",
     "input_shape": [3, 8, 8],
-    "seed": 0,
     "rejection": {"auroc": None},
 }
-FORMATS = {"device": "cpu", "threads": 2, "latency_ms": {"plain": {"1": 1.0}}}
+FORMATS = {"device": "cpu", "threads": 2, "latency_ms": {"plain": TIMES}}
+
+
+def is_optional(kind) -> bool:
+    try:
+        type_validator("", None, kind)
+    except TypeError:
+        return False
+    return True
 
 
 def test_the_fields_of_a_report_are_those_of_the_class():
-    optional = {"latency_note", "metrics", "parent_metrics"}
-    assert set(MODULE_REPORT) == set(_MODULE_REPORT) == {field.name for field in fields(ModuleReport)} - optional
-
-
-@pytest.mark.parametrize("report", [MODULE_REPORT, {**MODULE_REPORT, "formats": FORMATS}, {"metrics": {}}])
-def test_right_reports_are_read(tmp_path, report, caplog):
-    write_json(tmp_path / "report.json", report)
-    assert read_companions(tmp_path, {})[1] == report
-    assert not caplog.records
+    needed = {name for name, kind in MODULE_REPORT.items() if not is_optional(kind)}
+    assert needed == set(REPORT)
+    assert needed <= {field.name for field in fields(ModuleReport)} <= set(MODULE_REPORT)
 
 
 @pytest.mark.parametrize(
     "report",
-    [
-        *({}, {"accuracy": 1.0}, {"metrics": 3}, {"metrics": {"a |\n\n# BUY": 1}}, {"metrics": {"a": 10**400}}),
-        *({name: value for name, value in MODULE_REPORT.items() if name != gone} for gone in MODULE_REPORT),
-        *({**MODULE_REPORT, name: wrong} for name in MODULE_REPORT for wrong in ("# BUY\n", [[3]], None)),
-        *({**MODULE_REPORT, "formats": wrong} for wrong in (3, {}, {**FORMATS, "latency_ms": {"plain": [1]}})),
-        {**MODULE_REPORT, "macs": 10**400},
-    ],
-    ids=lambda report: str(report)[:40],
-)
-def test_other_reports_are_left_out_with_a_warning(tmp_path, report, caplog):
+    [REPORT, {**REPORT, "formats": FORMATS}, {**REPORT, "latency_ms": {}, "latency_note": "busy"}, {"metrics": {}},
+     {"metrics": {"eval_loss": float("nan")}}],
+)  # fmt: skip
+def test_right_reports_are_read(tmp_path, report, caplog):
     write_json(tmp_path / "report.json", report)
-    assert read_companions(tmp_path, {}) == ({}, None)
-    assert "no report of a parent or module; expected" in caplog.text
+    assert json.dumps(read_companions(tmp_path, {})[1]) == json.dumps(report)
+    assert not caplog.records
+
+
+WRONG_REPORTS = [
+    *({}, {"accuracy": 1.0}, {"metrics": 3}, {"metrics": {"a |\n\n# BUY": 1}}, {"metrics": {"a": 10**400}}),
+    *({name: value for name, value in REPORT.items() if name != gone} for gone in REPORT),
+    *({**REPORT, name: wrong} for name in REPORT for wrong in ("# BUY\n", [[3]], None)),
+    *({**REPORT, "formats": wrong} for wrong in (3, {"device": "cpu"}, {**FORMATS, "latency_ms": {"plain": [1]}})),
+    *({**REPORT, "macs": 10**400}, {**REPORT, "latency_note": "a\nb"}),
+]
+
+
+def test_other_reports_are_left_out_with_a_warning(tmp_path, caplog):
+    for report in WRONG_REPORTS:
+        caplog.clear()
+        write_json(tmp_path / "report.json", report)
+        assert read_companions(tmp_path, {}) == ({}, None), report
+        assert "no report of a parent or module" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a":' * 30 + b"1" + b"}" * 30])
+def test_a_report_that_is_no_mapping_is_an_error(tmp_path, content):
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(OSError, match=r"^Got .*report\.json.*; expected a JSON mapping"):
+        read_companions(tmp_path, {})

@@ -39,7 +39,7 @@ SIGNATURES = {
     "NeMoForImageClassification.push_to_hub": "self repo_id parent license datasets tags commit_message"
     " commit_description private token revision create_pr max_shard_size",
     "NeMoForImageClassification.save_plain": "self directory inputs",
-    "NeMoForImageClassification.save_pretrained": "self save_directory push_to_hub repo_id kwargs",
+    "NeMoForImageClassification.save_pretrained": "self save_directory kwargs",
     "NeMoForSequenceClassification": "config base_model sites",
     "NeMoForSequenceClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",
     "NeMoTrainer": "model args data_collator train_dataset trainer_args nemo_config relevance_dataset trainer_kwargs",

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from nemo_hf.pruning.layer_cuts import ScatterLinear, close_attention, resize, r
 from nemo_hf.pruning.plan import module_masks
 
 from .configuration import NeMoModelConfig, task_of
-from .file_mixin import FileMixin, pin_revision
 from .label_checks import check_label_shape
 from .rejection import rejection_scores
+from .saved_model import SavedModel
 
 
 @dataclass
@@ -49,7 +49,7 @@ class NeMoOutput(ModelOutput):
     rejection_scores: Tensor | None = None
 
 
-class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
+class NeMoPreTrainedModel(SavedModel):
     """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
 
     config: NeMoModelConfig
@@ -306,30 +306,15 @@ class NeMoPreTrainedModel(FileMixin, PreTrainedModel):
 
         Args:
             save_directory: Where to.
-            **kwargs: As in `transformers`. `save_original_format` defaults to `False`, because `Trainer`
-                resumes and loads its best model by the names that the weights have in memory.
+            **kwargs: As in `transformers`; with `push_to_hub=True` the main process uploads the model too, with the
+                options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
+                loads its best model by the names that the weights have in memory.
         """
-        kwargs.setdefault("save_original_format", False)
         self.drop_stale_results()
         base_config = self.config.base_config
         assert isinstance(base_config, PreTrainedConfig)
         base_config.dtype = self.dtype
-        self._save_files(save_directory, **kwargs)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
-    ) -> Self:
-        """Loads a parent or a module; arguments as in `transformers`.
-
-        Raises:
-            OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
-        """
-        if pretrained_model_name_or_path is not None:
-            pin_revision(pretrained_model_name_or_path, kwargs)
-        loaded: Self = cls._load_files(pretrained_model_name_or_path, model_args, kwargs)
-        return loaded
+        super().save_pretrained(save_directory, **kwargs)
 
 
 def _hashes(tensors: Iterable[Tensor]) -> list[Any]:

@@ -1,61 +1,56 @@
-"""Several modules as one model with joint logits: its configuration, and one class per task."""
+"""Several modules as one model with joint logits: its configuration, and what its classes for each task share."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict, validated_field
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from .base import NeMoOutput, NeMoPreTrainedModel
-from .config_checks import REMEDY, are_numbers, check_config, is_permutation
-from .configuration import NeMoModelConfig, check_keys, model_class
-from .file_mixin import FileMixin, pin_revision
+from .config_checks import REMEDY, check_companions
+from .configuration import NeMoModelConfig, SavedConfig, model_class
+from .saved_model import SavedModel
 
 MOST_PARTS = 1000
-PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
-class NeMoComposedConfig(PreTrainedConfig):
-    """Configuration of several modules that answer together.
+@strict
+class NeMoComposedConfig(SavedConfig):
+    """Configuration of several modules with different labels that form one classifier.
 
     Args:
         parts: One `NeMoModelConfig` a module, as data.
         label_order: For each joint label, its place among the labels of all modules one after another.
-        scales: Factor of each module's logits. `biases`: what is added to them then.
-        biases: One number a module.
+        scales: Factor of each module's logits, above 0.
+        biases: What is added then to the logits of each module.
         processor_files: As in `NeMoModelConfig`.
     """
 
     model_type = "nemo_hf_composed"
+    describes = "modules that were joined"
 
     parts: list | None = None  # type: ignore[type-arg]
     label_order: list | None = None  # type: ignore[type-arg]
     scales: list | None = None  # type: ignore[type-arg]
     biases: list | None = None  # type: ignore[type-arg]
-    processor_files: list | None = None  # type: ignore[type-arg]
+    processor_files: list[str] | None = validated_field(check_companions, default=None)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the configuration from what a file says; as in `transformers`.
-
-        Raises:
-            ValueError: If an entry has the wrong type or is out of range.
-        """
-        check_config(config_dict)
-        check_keys(config_dict)
-        parts = config_dict.get("parts")
+    def _check(cls, config_dict: Mapping[str, Any]) -> None:
+        parts, order, scales, biases = (config_dict.get(n) for n in ("parts", "label_order", "scales", "biases"))
         count = len(parts) if isinstance(parts, list) and all(isinstance(part, dict) for part in parts) else 0
         names = [part.get("id2label") for part in parts or []] if count else []
-        order, scales = config_dict.get("label_order"), config_dict.get("scales")
         labels = sum(len(own) for own in names if isinstance(own, dict))
         if (
             not 0 < count <= MOST_PARTS
-            or not all(are_numbers(config_dict.get(name), count) for name in ("scales", "biases"))
+            or not all(_are_numbers(values, count) for values in (scales, biases))
             or min(scales or [0]) <= 0
-            or not is_permutation(order)
-            or not len(order or ()) == len(config_dict.get("id2label") or ()) == labels
+            or not _are_numbers(order, labels)
+            or sorted(order or []) != list(range(labels))
+            or len(config_dict.get("id2label") or ()) != labels
             or config_dict.get("problem_type") not in (None, "single_label_classification")
         ):
             raise ValueError(
@@ -63,16 +58,6 @@ class NeMoComposedConfig(PreTrainedConfig):
                 f"the scales {str(scales)[:120]}; expected at most {MOST_PARTS} modules of single labels, each with a "
                 f"scale above 0 and a bias, and a place for each label. {REMEDY}"
             )
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except (ImportError, OSError, ValueError):
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"Got a config.json that makes no configuration ({type(error).__name__}: {error}); expected that of "
-                f"modules that were joined. {REMEDY}"
-            ) from error
 
     def part_configs(self) -> Iterator[NeMoModelConfig]:
         """Builds the configurations of the modules, one after another."""
@@ -80,8 +65,14 @@ class NeMoComposedConfig(PreTrainedConfig):
             yield NeMoModelConfig.from_dict(dict(part))
 
 
-class NeMoComposedModel(FileMixin, PreTrainedModel):
-    """Modules with different labels that answer together.
+def _are_numbers(value: Any, count: int) -> bool:
+    """Tells whether a value is a list of so many finite numbers."""
+    is_list = isinstance(value, list) and len(value) == count
+    return is_list and all(type(entry) in (int, float) and math.isfinite(entry) for entry in value)
+
+
+class NeMoComposedModel(SavedModel):
+    """Modules with different labels that form one classifier.
 
     A logit is `scale * logit of the module + bias`, with one scale and one bias a module.
     """
@@ -122,10 +113,10 @@ class NeMoComposedModel(FileMixin, PreTrainedModel):
         names = [name for part in own for name in part.config.names.values()]
         joint = {int(index): str(name) for index, name in (config.id2label or {}).items()}
         order = config.label_order or []
-        told = [joint.get(index) for index in range(len(order))]
-        if sorted(order) != list(range(len(names))) or told != [names[place] for place in order]:
+        named = [joint.get(index) for index in range(len(order))]
+        if sorted(order) != list(range(len(names))) or named != [names[place] for place in order]:
             raise ValueError(
-                f"Got a config.json with the labels {told[:12]} of modules with {names[:12]}; expected each label of "
+                f"Got a config.json with the labels {named[:12]} of modules with {names[:12]}; expected each label of "
                 f"a module once. {REMEDY}"
             )
         if any(part.is_parent for part in own):
@@ -158,39 +149,8 @@ class NeMoComposedModel(FileMixin, PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
     ) -> None:
-        """Saves weights, configuration and processor, whole or not at all; as in `transformers`.
-
-        Args:
-            save_directory: Where to.
-            **kwargs: As in `transformers`.
-        """
-        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
-        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
-        kwargs.setdefault("save_original_format", False)
+        """Saves weights, configuration and processor, as modules do."""
+        for part in self.parts:
+            part.drop_stale_results()
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now
-        self._save_files(save_directory, **kwargs)
-        if push and kwargs.get("is_main_process", True):
-            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any
-    ) -> Self:
-        """Loads modules that were saved together.
-
-        Args:
-            pretrained_model_name_or_path: Directory or Hub repository.
-            *model_args: As in `transformers`. `kwargs` likewise.
-            **kwargs: As in `transformers`.
-
-        Returns:
-            The model in eval mode.
-
-        Raises:
-            OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
-        """
-        pin_revision(pretrained_model_name_or_path, kwargs)
-        loaded: Self = cls._load_files(pretrained_model_name_or_path, model_args, kwargs)
-        return loaded
+        super().save_pretrained(save_directory, **kwargs)

@@ -1,9 +1,12 @@
 """Configuration of parents and modules: all that is needed to build their shapes, as data."""
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 import transformers
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
@@ -14,23 +17,67 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
-from .config_checks import REMEDY, check_config, leaves
+from . import config_checks as checks
 
-MAPPINGS = {
-    "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    "text-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "audio-classification": MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+TASKS = {
+    "image-classification": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    "text-classification": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "audio-classification": ("ForAudioClassification", MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
 }
+"""For each task, what names of its classes have in them, and the classes that its Auto class knows."""
+SEVERAL_LABELS = "multi_label_classification"  # the problem_type under which each label is a yes or no of its own
+MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 
-SEVERAL_LABELS = "multi_label_classification"
-"""Value of `problem_type` under which each label is a yes or no of its own."""
+
+class SavedConfig(PreTrainedConfig):
+    """Base of both configurations of this library: checks what a file says before anything is built from it."""
+
+    describes: ClassVar[str] = "a parent or module"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration from what a file says; as in `transformers`, with one exception.
+
+        The Auto classes pass all arguments of a model's `from_pretrained` through here. Those for the model itself are
+        returned as unused, and so are the names of our own fields: these describe the saved weights.
+
+        Raises:
+            UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
+            ValueError: If an entry has the wrong type or is out of range.
+        """
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        checks.check_config(config_dict, cls)
+        cls._check(config_dict)
+        # Code beside the weights is never loaded, and a copy of the model saved anew may have none.
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        is_base_read = False
+        try:
+            base = config_dict.get("base_config")
+            if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
+                config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
+            is_base_read = True
+            config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        except Exception as error:  # of whatever kind the plain model's own checks raise
+            if isinstance(error, (ImportError, OSError)) or (is_base_read and isinstance(error, ValueError)):
+                raise  # a ValueError then tells of an argument
+            raise ValueError(
+                f"Got a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]}); expected "
+                f"that of {cls.describes}. {checks.REMEDY}"
+            ) from error
+        return (config, {**unused, **passed}) if wants_unused else config
+
+    @classmethod
+    def _check(cls, config_dict: Mapping[str, Any]) -> None:
+        """Checks what the fields can't check one by one."""
 
 
-class NeMoModelConfig(PreTrainedConfig):
+@strict
+class NeMoModelConfig(SavedConfig):
     """Configuration of a parent or a module.
 
     Args:
@@ -46,8 +93,9 @@ class NeMoModelConfig(PreTrainedConfig):
             how many neurons each of its groups uses and how many it keeps in all.
         relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
         parent: Module: Hub repository that it was cut from, or `None`.
-        relevance_threshold: Module: the threshold of its plan. `round_to`: what its widths were filled up to.
-            `retained_neurons`: its neuron retention rate.
+        relevance_threshold: Module: the threshold of its plan.
+        round_to: Module: what its widths were filled up to.
+        retained_neurons: Module: its neuron retention rate.
         equivalence: Result of the last equivalence check, or `None`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         is_tuned: Module: whether it was trained further since it was cut.
@@ -61,21 +109,25 @@ class NeMoModelConfig(PreTrainedConfig):
 
     base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
     base_class: str = "ViTForImageClassification"
-    role: str = "parent"
-    nemo_config: dict | None = None  # type: ignore[type-arg]
-    label_groups: list | None = None  # type: ignore[type-arg]
-    label_ids: list | None = None  # type: ignore[type-arg]
-    sites: list | None = None  # type: ignore[type-arg]
-    relevance_source: str = "initial"
+    role: Literal["parent", "module"] = "parent"
+    nemo_config: dict[str, Any] | None = None
+    label_groups: list[dict[str, Any]] | None = validated_field(checks.check_label_groups, default=None)
+    label_ids: list[int] | None = validated_field(checks.check_label_ids, default=None)
+    sites: list[dict[str, Any]] | None = validated_field(checks.holds(checks.SITE), default=None)
+    # As in transformers, whose own declarations strict dataclasses can't read.
+    id2label: dict[int, str] | dict[str, str] | None = validated_field(checks.check_names, default=None)
+    label2id: dict[str, int] | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    relevance_source: Literal["initial", "running", "exact"] = "initial"
     parent: str | None = None
-    relevance_threshold: float | None = None
-    round_to: int | None = None
-    retained_neurons: float | None = None
-    equivalence: dict | None = None  # type: ignore[type-arg]
-    rejection: dict | None = None  # type: ignore[type-arg]
+    relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
+    round_to: int | None = validated_field(checks.within(1, checks.LARGEST_COUNT), default=None)
+    retained_neurons: float | int | None = validated_field(checks.within(0, 1), default=None)
+    equivalence: dict[str, Any] | None = validated_field(checks.holds(checks.EQUIVALENCE), default=None)
+    rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
     is_tuned: bool = False
-    training: dict | None = None  # type: ignore[type-arg]
-    processor_files: list | None = None  # type: ignore[type-arg]
+    training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
+    processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
 
     @property
     def names(self) -> dict[int, str]:
@@ -98,24 +150,15 @@ class NeMoModelConfig(PreTrainedConfig):
         assert isinstance(self.base_config, PreTrainedConfig)
         return find_base_class(self.base_class, self.base_config)
 
-    def build_plain(self) -> PreTrainedModel:
-        """Builds the plain model inside, at full width."""
-        assert isinstance(self.base_config, PreTrainedConfig)
-        return self.plain_class(self.base_config)
+    def validate_problem_type(self) -> None:
+        """Refuses regression, which has no labels."""
+        if self.problem_type == "regression":
+            raise ValueError("expected problem_type to be a classification, got regression")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the configuration from what a file says; as in `transformers`.
-
-        Raises:
-            UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
-            ValueError: If an entry has the wrong type or is out of range.
-        """
-        check_config(config_dict)
-        check_keys(config_dict)
-        base = config_dict.get("base_config") or {}
-        known = not isinstance(base, dict) or "model_type" not in base or base["model_type"] in CONFIG_MAPPING
-        if not known:
+    def _check(cls, config_dict: Mapping[str, Any]) -> None:
+        base = config_dict.get("base_config")
+        if isinstance(base, dict) and base.get("model_type", "vit") not in CONFIG_MAPPING:
             raise UnsupportedArchitectureError(
                 f"Got a {config_dict.get('role')} of a {config_dict.get('base_class')!r} of model type "
                 f"{base['model_type']!r}, which transformers {transformers.__version__} does not know; expected one "
@@ -123,19 +166,11 @@ class NeMoModelConfig(PreTrainedConfig):
                 f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
                 "AutoModelForImageClassification.register(...)."
             )
-        # Code beside the weights is for loading without nemo_hf; a copy of the model saved anew may have none.
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
-        try:
-            if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
-                config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
-            return super().from_dict(config_dict, **kwargs)
-        except (ImportError, OSError, ValueError):
-            raise
-        except Exception as error:  # of whatever kind the plain model's own checks raise
-            raise ValueError(
-                f"Got a config.json that makes no configuration ({type(error).__name__}: {error}); expected that of a "
-                f"parent or module. {REMEDY}"
-            ) from error
+
+    def build_plain(self) -> PreTrainedModel:
+        """Builds the plain model inside, at full width."""
+        assert isinstance(self.base_config, PreTrainedConfig)
+        return self.plain_class(self.base_config)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
@@ -143,37 +178,9 @@ class NeMoModelConfig(PreTrainedConfig):
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def check_keys(config_dict: dict[str, Any]) -> None:
-    """Refuses entries that would take the place of a method: unknown ones become attributes of a configuration.
-
-    Args:
-        config_dict: What a config.json holds.
-
-    Raises:
-        ValueError: If an entry has the name of a method.
-    """
-    for path, _ in leaves(config_dict):
-        is_attribute = path and not {"label2id", "nemo_config", "training"} & set(path[:-1])
-        if is_attribute and (path[-1].startswith("__") or callable(getattr(PreTrainedConfig, path[-1], None))):
-            raise ValueError(
-                f"Got {'.'.join(path)} in config.json, the name of a method; expected options of models. {REMEDY}"
-            )
-
-
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Finds the class of a plain model.
-
-    Args:
-        name: Name of the class.
-        base_config: Configuration of the plain model.
-
-    Returns:
-        The class, of `transformers` or registered with its Auto classes for this configuration.
-
-    Raises:
-        UnsupportedArchitectureError: If there is none.
-    """
-    for mapping in MAPPINGS.values():
+    """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration."""
+    for _, mapping in TASKS.values():
         for candidate in _registered(mapping, type(base_config)):
             if candidate.__name__ == name:
                 return candidate
@@ -196,33 +203,19 @@ def _registered(mapping: Any, config_class: type[PreTrainedConfig] | None) -> tu
 
 def model_class(task: str, config_class: type[PreTrainedConfig]) -> Any:
     """Finds the class of this library that is registered with the Auto class of a task for a configuration."""
-    return _registered(MAPPINGS[task], config_class)[0]
+    return _registered(TASKS[task][1], config_class)[0]
 
 
 def task_of(base_class: type[PreTrainedModel]) -> str:
-    """Tells the task of a plain model's class.
-
-    Args:
-        base_class: A class of `transformers`, or one that is registered with its Auto classes.
-
-    Returns:
-        `"image-classification"`, `"text-classification"` or `"audio-classification"`.
-
-    Raises:
-        TypeError: If the class is for another task.
-    """
-    name = base_class.__name__
-    if name in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values() or "ForAudioClassification" in name:
-        return "audio-classification"
-    if "ForImageClassification" in name:
-        return "image-classification"
-    if "ForSequenceClassification" in name:
-        return "text-classification"
-    for task, mapping in MAPPINGS.items():
+    """Returns the task of a plain model's class, a key of `TASKS`; a `TypeError` tells if it is for another one."""
+    for task, (_, mapping) in TASKS.items():  # before the names: Wav2Vec2ForSequenceClassification is for audio
         if base_class in _registered(mapping, base_class.config_class):
             return task
+    for task, (name, _) in TASKS.items():
+        if name in base_class.__name__:
+            return task
     raise TypeError(
-        f"Got a {name}; expected a class for image, sequence or audio classification: a mask is of a whole sample, and "
-        "so must be its labels. Load the model with AutoModelForImageClassification or "
+        f"Got a {base_class.__name__}; expected a class for image, sequence or audio classification: a mask is of a "
+        "whole sample, and so must be its labels. Load the model with AutoModelForImageClassification or "
         "AutoModelForSequenceClassification."
     )

@@ -22,10 +22,9 @@ from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor, tensor_cuts
 from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
-from .file_mixin import HUB_OPTIONS
-from .files import WeightFiles
-from .loading import build_plain_on_meta, check_mean_masks, hidden_progress, open_model
+from .loading import HUB_OPTIONS, build_plain_on_meta, check_mean_masks, hidden_progress, open_model
 from .remote_files import hub_name, read_companions
+from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 

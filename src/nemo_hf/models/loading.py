@@ -11,23 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf.pruning.layer_cuts import RotaryAngles, ScatterLinear
 
 from .config_checks import REMEDY
-from .configuration import NeMoModelConfig
-from .files import WeightFiles
-from .remote_files import LARGEST_JSON, find_file
+from .configuration import NeMoModelConfig, SavedConfig
+from .remote_files import find_file, read_json
+from .weight_files import WeightFiles
 
-FOREIGN_FILES = ("adapter_config.json",)
-"""Files by which `transformers` would load other weights than those beside the configuration."""
-SPARE_BYTES = 256 * 2**20
-"""What a model may take beyond the size of its files: tables that are computed, and a little damage."""
-SPARE_ENTRIES = 10_000
-ENTRIES_PER_TENSOR = 20
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
+SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 20
 
 
 def open_model(
@@ -35,38 +32,23 @@ def open_model(
     hub_options: Mapping[str, Any],
     config: Any = None,
     variant: str | None = None,
-    kind: type[PreTrainedConfig] = NeMoModelConfig,
+    kind: type[SavedConfig] = NeMoModelConfig,
 ) -> tuple[Any, WeightFiles]:
-    """Reads the configuration of a parent or module and the headers of its weights.
-
-    Args:
-        source: Directory or Hub repository.
-        hub_options: Options of the Hub, such as `revision`.
-        config: The configuration, if it is loaded already.
-        variant: Variant of the weights, as in `from_pretrained`.
-        kind: Class of the configuration.
-
-    Returns:
-        A configuration of its own, and the opened weights.
-
-    Raises:
-        OSError: If a file is missing or damaged.
-        ValueError: If it holds another model, or the configuration is wrong.
-    """
+    """Reads a saved model's configuration, of the class `kind` (or copies it, if given), and its weights' headers."""
     if config is None:
         path = find_file(source, "config.json", hub_options)
-        if path and path.stat().st_size > LARGEST_JSON:
-            raise OSError(
-                f"Got {str(path)!r} of {path.stat().st_size} bytes; expected at most {LARGEST_JSON}. {REMEDY}"
-            )
-        check_model_type(source, hub_options, kind)
-        config = kind.from_pretrained(source, **hub_options)
-    for name in FOREIGN_FILES:
-        if find_file(source, name, hub_options):
+        model_type = read_json(path).get("model_type") if path else kind.model_type
+        if model_type != kind.model_type:
             raise ValueError(
-                f"Got {str(source)!r} with {name}, by which transformers would load weights from elsewhere; expected "
-                "a parent or module alone. Remove that file."
+                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. "
+                "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
+        config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
+    if find_file(source, "adapter_config.json", hub_options):
+        raise ValueError(
+            f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
+            "expected a parent or module alone. Remove that file."
+        )
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
         raise ValueError(
@@ -74,35 +56,6 @@ def open_model(
             "Save the model again."
         )
     return copy.deepcopy(config), WeightFiles(source, hub_options, variant)
-
-
-def check_model_type(
-    source: str | Path, hub_options: Mapping[str, Any], kind: type[PreTrainedConfig] = NeMoModelConfig
-) -> None:
-    """Checks that a directory or repository holds a parent or module.
-
-    Args:
-        source: Directory or Hub repository.
-        hub_options: Options of the Hub, such as `revision`.
-        kind: Class of the configuration that is expected.
-
-    Raises:
-        ValueError: If it holds another model, or its configuration is nested too deep to be read.
-    """
-    try:
-        config, _ = kind.get_config_dict(source, **hub_options)
-        model_type = config.get("model_type")
-    except (RecursionError, AttributeError, TypeError) as error:  # nested too deep, or no mapping
-        raise ValueError(
-            f"Got a config.json in {str(source)!r} that can't be read ({error}); expected that of a parent or module. "
-            f"{REMEDY}"
-        ) from error
-    if model_type != kind.model_type:
-        expected = "a parent or module" if kind is NeMoModelConfig else "modules that were joined"
-        raise ValueError(
-            f"Got {str(source)!r} of model type {model_type!r}; expected {expected} of nemo_hf. "
-            "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
-        )
 
 
 @contextmanager
@@ -200,14 +153,7 @@ def _check_labels(config: NeMoModelConfig, outputs: int) -> None:
 
 
 def check_values(model: Any) -> None:
-    """Checks loaded tensors that steer where others are read or written.
-
-    Args:
-        model: A parent or module.
-
-    Raises:
-        ValueError: If an index is out of range, or a mean mask holds something else than shares.
-    """
+    """Checks the tensors of a parent or module that steer where others are read or written."""
     for path, layer in model.named_modules():
         if isinstance(layer, ScatterLinear):
             _check_indices(f"{path}.input_indices", layer.input_indices, layer.full_inputs, is_increasing=True)
@@ -241,15 +187,7 @@ def _check_indices(name: str, indices: Tensor | None, size: int | None, is_incre
 
 
 def check_loaded(source: str, info: Mapping[str, Any]) -> None:
-    """Checks that a model got exactly the tensors that it has.
-
-    Args:
-        source: Directory or Hub repository, for the message.
-        info: What `from_pretrained(..., output_loading_info=True)` returned of the loading.
-
-    Raises:
-        ValueError: If a tensor is missing, unexpected or of another shape.
-    """
+    """Checks that a model got exactly the tensors that it has; `info` is the loading info of `transformers`."""
     if info["mismatched_keys"]:
         name, got, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Files beside a model, in a directory or a repository of the Hub: found, compared with checksums, bounded in size.
+"""Reading of files in a directory or a repository of the Hub, which may come from a stranger.
 
-They may come from a stranger. Paths don't leave their folder, and nothing is unpickled or run.
+Paths don't leave their folder, sizes are bounded, contents are compared with checksums; nothing is unpickled or run.
 """
 
 import hashlib
@@ -16,51 +16,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers.utils.hub import cached_file
 
-from .config_checks import is_companion, is_report, leaves
+from .config_checks import check_report, is_companion, leaves
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+                   "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 """Usual files of tokenizers, image processors and feature extractors, where a configuration names none."""
 LARGEST_JSON = 16 * 2**20
-LARGEST_COMPANION = 512 * 2**20
-"""Bytes of a tokenizer or image processor's file."""
-ALWAYS_CHECKED = 2**20
-"""Bytes up to which a file from the Hub is compared with its checksum at every load, not only when it arrives."""
-CLOCK_TOLERANCE = 2.0
-"""Seconds by which the clocks of a file system and of this machine may differ."""
+LARGEST_COMPANION = 512 * 2**20  # bytes of a tokenizer or image processor's file
+ALWAYS_CHECKED = 2**20  # bytes up to which a file is compared with its checksum at every load, not only on arrival
+CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of a file system and of this machine may differ
 
 
 def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> Path | None:
-    """Finds a file of a local directory or a Hub repository (through the ordinary cache).
-
-    Args:
-        source: The directory or repository id.
-        name: File name.
-        hub_options: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
-
-    Returns:
-        Its local path, or `None` if there is no such file.
-
-    Raises:
-        OSError: If it can't be fetched, or arrives damaged.
-        ValueError: If the path leads out of the directory or repository.
-    """
+    """Finds a file of a local directory or a Hub repository (through the ordinary cache); `None` if it has none."""
     inner = Path(hub_options.get("subfolder") or "", name)
     if inner.is_absolute() or ".." in inner.parts:
         raise ValueError(
@@ -85,33 +57,25 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
 def check_content(path: Path, since: float) -> None:
     """Compares a file of the Hub's cache with its checksum, by which the cache names it.
 
-    `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer.
-
-    Args:
-        path: The file; of one that is no link into the cache's blobs no checksum is known.
-        since: Time in seconds since the epoch; older files count as checked, unless they are small.
-
-    Raises:
-        OSError: If the content is another one; the file is then removed from the cache.
+    `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer. Files that are
+    older than `since` (seconds since the epoch) count as checked, unless they are small.
     """
     blob = path.resolve()
     known, about = blob.name, blob.stat()
     if blob.parent.name != "blobs" or (about.st_mtime < since and about.st_size > ALWAYS_CHECKED):
         return
     if re.fullmatch("[0-9a-f]{64}", known):
-        starts = [hashlib.sha256()]
+        hashes = [hashlib.sha256()]
     elif re.fullmatch("[0-9a-f]{40}", known):  # of git, which hashes a heading first, or of a mirror
-        starts = [
-            hashlib.sha1(b"blob %d\0" % about.st_size, usedforsecurity=False),
-            hashlib.sha1(usedforsecurity=False),
-        ]
+        heading = b"blob %d\0" % about.st_size
+        hashes = [hashlib.sha1(start, usedforsecurity=False) for start in (heading, b"")]
     else:
         return
     with blob.open("rb") as file:
         while part := file.read(2**20):
-            for start in starts:
-                start.update(part)
-    if known not in [start.hexdigest() for start in starts]:
+            for each in hashes:
+                each.update(part)
+    if known not in [each.hexdigest() for each in hashes]:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise OSError(
@@ -121,27 +85,18 @@ def check_content(path: Path, since: float) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that may come from a stranger.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The mapping that it holds.
-
-    Raises:
-        OSError: If it is too large, no JSON, no mapping or nested too deep.
-    """
+    """Reads a JSON file; an `OSError` tells if it is too large, no mapping or nested too deep."""
     size = path.stat().st_size
-    problem = f"{size} bytes" if size > LARGEST_JSON else ""
+    problem, data = f"{size} bytes", None
     try:
-        data = None if problem else json.loads(path.read_bytes())
-        problem = problem or ("" if isinstance(data, dict) else f"a {type(data).__name__}")
-        for _ in leaves(data):
-            pass
+        if size <= LARGEST_JSON:
+            data = json.loads(path.read_bytes())
+            problem = f"a {type(data).__name__}"
+            for _ in leaves(data):
+                pass
     except (ValueError, RecursionError) as error:
-        problem = str(error)
-    if problem or not isinstance(data, dict):
+        problem, data = str(error), None
+    if not isinstance(data, dict):
         raise OSError(
             f"Got {str(path)!r} with {problem}; expected a JSON mapping of at most {LARGEST_JSON} bytes. "
             "Save or download it again."
@@ -150,13 +105,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
-    """Names of a processor's files that a configuration records, so that loading reads just these.
+    """Names of a processor's files that a configuration records, without those of code, weights and the model's own.
 
-    Args:
-        files: The files by name.
-
-    Returns:
-        The names in order, without those of code, weights and the model's own files; `None` if there are no files.
+    Loading reads just these; `None` if there are no files.
     """
     return sorted(filter(is_companion, files)) if files else None
 
@@ -164,19 +115,9 @@ def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
 def read_companions(
     source: str | Path, hub_options: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """Reads the processor's files and the report that lie beside a model's weights.
+    """Reads the processor's files (those of these names that are there; `None`: the usual ones) and the report, if any.
 
-    Args:
-        source: Directory or Hub repository.
-        hub_options: Options of the Hub, such as `revision`.
-        names: Names of the processor's files; `None` looks for the usual ones.
-
-    Returns:
-        The content of the processor's files by name, without those that are missing, and the report or `None`.
-        A report that is none of a parent or module is left out with a warning: the model runs without.
-
-    Raises:
-        OSError: If a file is too large, can't be fetched or arrives damaged, or the report is no JSON mapping.
+    A report that is none of a parent or module is left out with a warning: the model runs without.
     """
     names = PROCESSOR_FILES if names is None else names
     paths = {name: find_file(source, name, hub_options) for name in names}
@@ -188,12 +129,16 @@ def read_companions(
             )
     path = find_file(source, REPORT_NAME, hub_options)
     report = read_json(path) if path else None
-    if report is not None and not is_report(report):
+    try:
+        if report is not None:
+            check_report(report)
+    except (TypeError, ValueError) as error:
         logger.warning(
-            "Got a %s in %r that is no report of a parent or module; expected the numbers that evaluation writes. "
+            "Got a %s in %r that is no report of a parent or module (%s); expected the numbers that evaluation writes. "
             "It is left out: evaluate the model again.",
             REPORT_NAME,
             str(source),
+            str(error)[:500],
         )
         report = None
     return {name: found.read_bytes() for name, found in paths.items() if found}, report

@@ -1,0 +1,109 @@
+"""Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils.hub import resolve_revision
+
+from .files import processor_files, replaced_directory, write_json
+from .loading import HUB_OPTIONS, build_on_meta, check_loaded, check_values, open_model
+from .remote_files import REPORT_NAME, read_companions, recorded_names
+
+PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
+                "create_pr")  # fmt: skip
+
+
+class SavedModel(PreTrainedModel):
+    """A model of `transformers` that is saved and loaded together with its processor and its report."""
+
+    config: Any
+    config_class: Any
+    processor_files: dict[str, bytes]
+    """Files of the tokenizer, image processor or feature extractor, by name."""
+    report: dict[str, Any] | None
+    """What was measured of these weights; it is saved beside them."""
+
+    def attach_processor(self, processor: Any) -> None:
+        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
+        self.processor_files = processor_files(processor)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
+        """Saves weights, configuration, processor and report.
+
+        A new directory appears whole or not at all. In one that is there already the files are replaced one
+        by one when all are written, the configuration last.
+
+        Args:
+            save_directory: Where to.
+            **kwargs: As in `transformers`; with `push_to_hub=True` the main process uploads the model too, with the
+                options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
+                loads its best model by the names that the weights have in memory.
+        """
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        self.config.processor_files = recorded_names(self.processor_files)
+        if not kwargs.get("is_main_process", True):
+            return
+        kwargs.setdefault("save_original_format", False)
+        with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME)) as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            for name, content in self.processor_files.items():
+                (temporary / name).write_bytes(content)
+            if self.report is not None:
+                write_json(temporary / REPORT_NAME, self.report)
+        if push:
+            self.push_to_hub(str(repo_id or Path(save_directory).name), **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """Loads what `save_pretrained` saved; arguments as in `transformers`.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            OSError: If a file is missing or damaged.
+            ValueError: If a tensor is missing or has another shape than the configuration says.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None:
+            pin_revision(source, kwargs)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        if source is not None:
+            config = kwargs["config"] if isinstance(kwargs.get("config"), cls.config_class) else None
+            opened = open_model(source, hub_options, config, kwargs.get("variant"), cls.config_class)
+            checked = build_on_meta(cls, *opened)
+            if not model_args and (sites := getattr(checked, "sites", None)):
+                model_args = (None, sites)  # found already
+            hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
+            kwargs["use_safetensors"] = True  # nothing is unpickled
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # check_loaded names them; transformers alone would draw them anew
+        try:
+            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. "
+                "Save or download it again."
+            ) from error
+        model, info = loaded
+        check_loaded(str(source), info)
+        for part in getattr(model, "parts", [model]):
+            check_values(part)
+        if source is not None:
+            model.processor_files, model.report = read_companions(source, hub_options, model.config.processor_files)
+        result: Self = loaded if wants_info else model
+        return result
+
+
+def pin_revision(source: str | Path, kwargs: dict[str, Any]) -> None:
+    """Sets `revision` in the arguments of `from_pretrained` to one commit for all files."""
+    where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if kwargs.get(name)}
+    kwargs["revision"] = resolve_revision(source, kwargs.get("revision"), **where)
