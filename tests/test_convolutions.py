@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NAMES, image_samples, randomize_relevance
-from nemo_hf.export.standalone import write_code
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -287,7 +286,6 @@ def test_modules_leave_as_any_others_do(name, tmp_path):
     inputs = images(parent)
     module = parent.extract_module(ASKED, inputs=inputs)
     module.save_pretrained(tmp_path / "code")
-    write_code(module, tmp_path / "code", inputs)  # compares what it loads
     module.save_plain(tmp_path / "plain")
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
     assert type(plain) is type(parent.model)

@@ -281,7 +281,6 @@ ABSURD = [
     ("module", "base_config.num_hidden_layers", 99_999),
     ("module", "label_ids", [0, 10**12]),
     ("parent", "base_config.intermediate_size", 10**9),
-    ("parent", "nemo_config.generator_rank", 10**12),
 ]
 
 
@@ -292,6 +291,12 @@ def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field,
         refused(directory, kind=kind)
     if value == 99_999:  # the bound on layers was for that build alone
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(12_000))
+
+
+def test_an_absurd_rank_of_generators_takes_no_memory(saved, tmp_path):
+    directory = changed(saved / "parent", tmp_path / "a", "nemo_config.generator_rank", 10**12)
+    with limited_memory(2**30), pytest.raises(ValueError, match="^Got .*; expected"):
+        NeMoForImageClassification.from_pretrained(directory)
 
 
 # Other files

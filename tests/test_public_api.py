@@ -52,8 +52,8 @@ FIELDS = {
     "ModuleReport": "labels groups accuracy parent_restricted_accuracy controls samples parameters parent_parameters"
     " megabytes parent_megabytes macs parent_macs neuron_retention_rate weight_retention_rate latency_ms"
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
-    "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites relevance_source parent"
-    " relevance_threshold round_to retained_neurons equivalence rejection is_tuned training processor_files",
+    "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
+    " problem_type relevance_source parent relevance_threshold round_to retained_neurons equivalence rejection is_tuned training processor_files",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 

@@ -31,7 +31,7 @@ NO_COMPANION = re.compile(
 )
 """Names, in lower case, of the model's own files, of weights and of code."""
 FREE_TEXTS = ("labels", "groups", "command")  # entries of records that may have line breaks; model cards escape them
-FREE_NUMBERS = ("metrics", "arguments")  # entries of records whose numbers may be infinite or NaN
+FREE_NUMBERS = ("metrics", "parent_metrics", "arguments")  # entries of records whose numbers may be infinite or NaN
 REMEDY = "The config.json is damaged or of another version: save or download the model again."
 
 # Types of the entries of records; of those that may be missing `None` is one.
@@ -64,6 +64,7 @@ MODULE_REPORT = {
     "input_shape": list[int],
     "latency_note": str | None,
     "metrics": dict[str, Any] | None,
+    "parent_metrics": dict[str, Any] | None,
     "formats": dict[str, Any] | None,
 }
 FORMATS = {"device": str, "latency_ms": dict[str, dict[str, Number]]}

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.configuration_utils import SubConfigSpec
 
+from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
@@ -97,6 +98,7 @@ class NeMoModelConfig(SavedConfig):
         round_to: Module: what its widths were filled up to.
         retained_neurons: Module: its neuron retention rate.
         equivalence: Result of the last equivalence check, or `None`.
+        id2label: Label names by id; `label2id` and `problem_type` likewise as in `transformers`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         is_tuned: Module: whether it was trained further since it was cut.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
@@ -166,6 +168,11 @@ class NeMoModelConfig(SavedConfig):
                 f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
                 "AutoModelForImageClassification.register(...)."
             )
+        options = config_dict.get("nemo_config")
+        try:
+            NeMoConfig.from_dict(options if isinstance(options, Mapping) else {})
+        except TypeError as error:
+            raise ValueError(f"{error} {checks.REMEDY}") from error
 
     def build_plain(self) -> PreTrainedModel:
         """Builds the plain model inside, at full width."""

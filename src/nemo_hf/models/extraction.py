@@ -279,7 +279,8 @@ def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:
         read = {f"masks.{index}.{name}": (len(config.groups), site.neurons) for index, site in enumerate(sites)}
         weights.check_dtypes(dict.fromkeys(read, dtype))
         shapes |= read
-    weights.check_shapes(shapes, others="masks.")
+    others = ("masks.sparsity_level", *(f"masks.{index}." for index in range(len(sites))))
+    weights.check_shapes(shapes, others)
     relevance = {site.key: weights.read(f"masks.{index}.relevance") for index, site in enumerate(sites)}
     means = {site.key: weights.read(f"masks.{index}.mean_mask") for index, site in enumerate(sites) if has_means}
     check_mean_masks(list(means.values()))

@@ -52,7 +52,7 @@ class WeightFiles:
                     f"{' or '.join(allowed)}. Save or download the model again."
                 )
 
-    def check_shapes(self, expected: Mapping[str, Sequence[int]], others: str | None = None) -> None:
+    def check_shapes(self, expected: Mapping[str, Sequence[int]], others: tuple[str, ...] = ()) -> None:
         """Checks that these tensors are there with these shapes, and besides only names that start with `others`."""
         for name, shape in expected.items():
             if name not in self._files:
@@ -67,7 +67,7 @@ class WeightFiles:
                     "The weights and config.json are not of the same model: save or download them again."
                 )
         unexpected = set(self._files) - set(expected)
-        if strange := sorted(name for name in unexpected if others is None or not name.startswith(others)):
+        if strange := sorted(name for name in unexpected if not name.startswith(others)):
             raise ValueError(
                 f"Got weights of {str(self._source)!r} with {len(strange)} unexpected tensors, such as {strange[0]!r}; "
                 "expected exactly those of the configuration. Save or download the parent again."
