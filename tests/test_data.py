@@ -2,8 +2,7 @@
 
 import datasets
 import pytest
-from conftest import fresh
-from test_modeling import image_processor, tokenizer
+from conftest import fresh, image_processor, tokenizer
 
 from nemo_hf.cli.data import load_data
 
@@ -56,19 +55,17 @@ def test_images_are_prepared_when_they_are_read(tmp_path):
     assert batch["labels"].tolist() == [0, 1]
 
 
-def test_labels_are_numbered_as_the_model_numbers_them(tmp_path, text_model):
-    source = saved(tmp_path, {"text": ["w1", "w2", "w3"], "label": ["dog", "ant", "dog"]})
+@pytest.mark.parametrize("is_class_label", [False, True])
+def test_labels_are_numbered_as_the_model_numbers_them(is_class_label, tmp_path, text_model):
+    features, values = None, ["dog", "ant", "dog"]
+    if is_class_label:
+        features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["dog", "ant"])}
+        features, values = datasets.Features(features), [0, 1, 0]
+    source = saved(tmp_path, {"text": ["w1", "w2", "w3"], "label": values}, features)
     data = load_data(source, text_model, ["train"], names=["ant", "bee", "cat", "dog"])
     assert data.splits["train"]["labels"] == [3, 0, 3]
     with pytest.raises(ValueError, match=r"Got the labels \['ant'\].*expected some of"):
         load_data(source, text_model, ["train"], names=["dog", "bee"])
-
-
-def test_class_labels_in_another_order_are_mapped_by_name(tmp_path, text_model):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["dog", "ant"])})
-    source = saved(tmp_path, {"text": ["w1", "w2"], "label": [0, 1]}, features)
-    data = load_data(source, text_model, ["train"], names=["ant", "bee", "dog"])
-    assert data.splits["train"]["labels"] == [2, 0]
 
 
 @pytest.mark.parametrize(

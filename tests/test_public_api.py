@@ -72,6 +72,7 @@ SIGNATURES = {
         "trainer_kwargs",
     ],
     "NeMoTrainer.calibrate_rejection": ["self", "module", "eval_dataset", "accepted"],
+    "NeMoTrainer.evaluate_modularity": ["self", "eval_dataset"],
     "NeMoTrainer.evaluate_module": ["self", "labels", "eval_dataset", "kwargs"],
     "NeMoTrainer.extract_module": ["self", "labels", "kwargs"],
     "NeMoTrainer.update_relevance": ["self"],

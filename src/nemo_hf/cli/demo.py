@@ -102,7 +102,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     )
     assert isinstance(trainer, NeMoTrainer)
     trainer.train()
-    measured = trainer.evaluate()
+    measured = trainer.evaluate() | trainer.evaluate_modularity()
     parent = trainer.parent
     trainer.save_model(str(output / "parent"))
     modules = [_module(trainer, labels, output) for labels in MODULES]
@@ -116,8 +116,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
             "accuracy": measured["eval_accuracy"],
             "parameters": base_parameters(parent),
             "generator_parameters": _count(parent.masks),
-            "cohesion": measured["eval_cohesion"],
-            "coupling": measured["eval_coupling"],
+            "cohesion": measured["cohesion"],
+            "coupling": measured["coupling"],
         },
         "test_indices": test_indices,
         "modules": modules,
