@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, fresh, image_processor, image_samples, randomize_relevance, text_samples, tokenizer
+from conftest import LABELS, fresh, image_processor, image_samples, text_samples, tokenizer
 from torch.nn import functional as F
 from training_helpers import (
     SAMPLES,
@@ -27,7 +27,6 @@ from training_helpers import (
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
@@ -35,10 +34,9 @@ from transformers import (
 from transformers.trainer_utils import default_compute_objective
 
 import nemo_hf.training.trainer
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
 from nemo_hf.evaluation.metrics import cohesion_and_coupling
 from nemo_hf.training.losses import flatten_masks, mask_objective, sparsity_loss
-from nemo_hf.training.relevance import RUNNING_WINDOW
 
 DOMAINS = ["pet", "pet", "vehicle", "vehicle", "pet"]
 TASK_ALONE = {"rehearsal_probability": 0, "contrastive_weight": 0, "sparsity_weight": 0}
@@ -80,12 +78,6 @@ class TestSameAsTrainer:
         assert history(trainer) == pytest.approx(history(plain), abs=1e-6)
         assert any(not torch.equal(before[name], tensor) for name, tensor in plain.model.state_dict().items())
 
-    def test_takes_positional_arguments_in_the_same_order(self, vit, tmp_path):
-        train, test = image_samples(20), image_samples(10, seed=1)
-        trainer = NeMoTrainer(vit, arguments(tmp_path), None, train, test)
-        assert trainer.train_dataset is train
-        assert trainer.eval_dataset is test
-
     def test_evaluates_and_predicts_without_training_data_or_labels(self, tmp_path):
         unlabelled = [{"pixel_values": sample["pixel_values"]} for sample in image_samples(10)]
         trainer = NeMoTrainer(varied_parent("vit"), arguments(tmp_path))
@@ -96,19 +88,6 @@ class TestSameAsTrainer:
         assert trainer.evaluate(image_samples(10))["eval_loss"] > 0
         with pytest.raises(ValueError, match="without labels"):
             trainer.evaluate_modularity(unlabelled)
-
-    def test_an_own_loss_function_is_used_without_rehearsal(self, tmp_path):
-        def twice(outputs, labels, num_items_in_batch=None):
-            return 2 * F.cross_entropy(outputs.logits, labels)
-
-        samples = image_samples(10)
-        args = arguments(tmp_path, per_device_train_batch_size=10, max_steps=1)
-        parent = varied_parent("vit", **TASK_ALONE)
-        with torch.no_grad():
-            expected = 2 * parent.train()(**batch_of(samples)).loss.item()
-        trainer = NeMoTrainer(parent, args, train_dataset=samples, compute_loss_func=twice)
-        trainer.train()
-        assert history(trainer) == pytest.approx([expected], rel=1e-5)
 
 
 class TestOptimizer:
@@ -386,52 +365,6 @@ class TestRehearsal:
             assert all(drawn >= set(members) or drawn.isdisjoint(members) for members in groups.values())
 
 
-class TestRunningRelevance:
-    config = {"rehearsal_probability": 0.0}
-
-    def test_moves_towards_the_counts_of_the_groups_present(self, tmp_path):
-        samples = [sample for sample in image_samples(20) if sample["labels"] in (1, 3)]
-        parent = varied_parent("vit", **self.config)
-        before = copy.deepcopy(parent)
-        batch = batch_of(samples)
-        with torch.no_grad():
-            masks = before.train()(**batch).neuron_masks
-        args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-        _, recorder = recorded(parent, args, train_dataset=samples, relevance_dataset=image_samples(20))
-        for key, start in before.masks.relevance().items():
-            assert all(torch.equal(relevance[key], start) for relevance in recorder.substeps)
-            moved = recorder.relevance[0][key]
-            for group in (0, 2, 4):
-                assert torch.equal(moved[group], start[group])
-            for group in (1, 3):
-                opened = (masks[key][batch["labels"] == group] > 0).any(1).float().mean(0)
-                weight = 1 - (1 - 1 / RUNNING_WINDOW) ** 4
-                expected = start[group] / 255 + weight * (opened - start[group] / 255)
-                assert (moved[group] - expected * 255).abs().max() < 1
-                assert not torch.equal(moved[group], start[group])
-        assert len(recorder.substeps) == 3
-
-    def test_is_the_same_for_micro_batches(self, tmp_path):
-        runs = []
-        for size, steps in ((20, 1), (5, 4)):
-            args = arguments(
-                tmp_path, max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-                learning_rate=0.0, train_sampling_strategy="sequential",
-            )  # fmt: skip
-            _, recorder = recorded(varied_parent("vit", **self.config), args, train_dataset=image_samples())
-            runs.append(recorder.relevance)
-        for whole, parts in zip(*runs, strict=True):
-            assert all(torch.equal(whole[key], parts[key]) for key in whole)
-
-    def test_evaluation_counts_nothing(self, tmp_path):
-        parent = varied_parent("vit", **self.config)
-        trainer = NeMoTrainer(parent, arguments(tmp_path), eval_dataset=image_samples(10))
-        before = state(parent)
-        trainer.evaluate()
-        trainer.predict(image_samples(10))
-        assert_same_state(parent.state_dict(), before, rtol=0, atol=0)
-
-
 class TestLabelGroups:
     def groups(self, tmp_path, dataset, **options):
         config = NeMoConfig(**options)
@@ -453,18 +386,6 @@ class TestLabelGroups:
             dataset = dataset.with_format("torch")
         config = self.groups(tmp_path, dataset, group_column="domain")
         assert config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
-
-    def test_train_and_are_saved(self, tmp_path):
-        trainer = NeMoTrainer(
-            fresh("bert"), arguments(tmp_path), train_dataset=text_dataset(domain=domain_column()),
-            nemo_config=NeMoConfig(group_column="domain"),
-        )  # fmt: skip
-        trainer.train()
-        assert all(len(relevance) == 2 for relevance in trainer.parent.masks.relevance().values())
-        trainer.save_model(tmp_path / "parent")
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "parent")
-        assert loaded.config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
-        assert list(loaded.extract_module("vehicle").config.id2label.values()) == ["car", "ship"]
 
     @pytest.mark.parametrize(
         ("dataset", "words"),
@@ -493,6 +414,23 @@ class Stream(torch.utils.data.IterableDataset):
         yield from self.samples
 
 
+def test_a_stream_is_not_read_before_training(tmp_path):
+    reads, samples = [], text_samples(20)
+
+    def generate():
+        for sample in samples * 3:
+            reads.append(sample)
+            yield {"input_ids": sample["input_ids"].tolist(), "label": sample["labels"]}
+
+    ids, label = datasets.List(datasets.Value("int64")), datasets.Value("int64")
+    features = datasets.Features({"input_ids": ids, "label": label})
+    stream = datasets.IterableDataset.from_generator(generate, features=features)
+    trainer = NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=stream, relevance_dataset=samples)
+    assert len(reads) == 0
+    trainer.train()
+    assert trainer.parent.config.relevance_source == "exact"
+
+
 class TestRefusals:
     @pytest.mark.parametrize("starts_from_parent", [False, True], ids=["plain", "parent"])
     @pytest.mark.parametrize(
@@ -503,8 +441,8 @@ class TestRefusals:
                 lambda: text_dataset().filter(lambda s: s["label"] not in (1, 3)),
                 ["without a sample", "'dog'", "'ship'"],
             ),
-            (lambda: text_dataset(label=[index % 7 for index in range(20)]), ["label id 6", "num_labels=7"]),
-            (lambda: text_dataset(label=[0, 1, 2, 3, 4] * 3 + [-1] * 5), ["label id -1"]),
+            (lambda: text_dataset(label=[index % 7 for index in range(20)]), ["label 5", "num_labels"]),
+            (lambda: text_dataset(label=[0, 1, 2, 3, 4] * 3 + [-1] * 5), ["label -1", "samples without a label"]),
             (lambda: text_dataset(label=[LABELS[index % 5] for index in range(20)]), ["'cat'"]),
             (lambda: Stream(text_samples(20)), ["iterable", "relevance_dataset="]),
             (lambda: text_dataset().to_iterable_dataset(), ["iterable", "relevance_dataset="]),
@@ -571,36 +509,6 @@ class TestRefusals:
             replica(pixel_values=batch_of(image_samples(2))["pixel_values"])
         check_message(error, "accelerate launch --num_processes")
 
-    def test_extraction_of_an_unknown_label(self, tmp_path):
-        trainer = NeMoTrainer(varied_parent("vit"), arguments(tmp_path))
-        with pytest.raises(ValueError, match="'cow'"):
-            trainer.extract_module(["cow"])
-
-
-class TestStreams:
-    def test_train_with_relevance_data(self, tmp_path):
-        samples = image_samples(20)
-        trainer = NeMoTrainer(
-            varied_parent("vit"), arguments(tmp_path), train_dataset=Stream(samples * 3), relevance_dataset=samples
-        )
-        trainer.train()
-        assert trainer.parent.config.relevance_source == "exact"
-
-    def test_are_not_read_before_training(self, tmp_path):
-        reads = []
-
-        def generate():
-            for sample in text_samples(20):
-                reads.append(sample)
-                yield {"input_ids": sample["input_ids"].tolist(), "label": sample["labels"]}
-
-        features = datasets.Features(
-            {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.Value("int64")}
-        )
-        stream = datasets.IterableDataset.from_generator(generate, features=features)
-        NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=stream, relevance_dataset=text_samples(20))
-        assert len(reads) == 0
-
 
 def hooks(parent):
     return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in parent.model.modules())
@@ -629,21 +537,16 @@ class TestStartingPoints:
         trainer.train()
         assert any(not torch.equal(a, b) for a, b in zip(loaded.parameters(), parent.parameters(), strict=True))
 
-    def test_a_parent_takes_new_options_of_the_same_structure(self, tmp_path):
-        parent = varied_parent("vit", label_groups={"a": [0, 1], "b": (2, 3, 4)})
-        relevance = state(parent.masks)
-        config = NeMoConfig(label_groups={"a": (0, 1), "b": [2, 3, 4]}, sparsity_weight=0.1, relevance_threshold=0.9)
+    @pytest.mark.parametrize("detach_pooled", [True, False])
+    def test_a_parent_takes_new_options_of_the_same_structure(self, detach_pooled, tmp_path):
+        parent = varied_parent("vit", detach_pooled=not detach_pooled, label_groups={"a": [0, 1], "b": (2, 3, 4)})
+        options = {"detach_pooled": detach_pooled, "label_groups": {"a": (0, 1), "b": [2, 3, 4]}}
+        config = NeMoConfig(**options, contrastive_weight=0, rehearsal_probability=0)
         trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=image_samples(), nemo_config=config)
         assert trainer.nemo_config == config
-        assert_same_state(parent.masks.state_dict(), relevance, rtol=0, atol=0)
-
-    @pytest.mark.parametrize("detach_pooled", [True, False])
-    def test_a_new_option_of_a_parent_takes_effect(self, detach_pooled, tmp_path):
-        parent = varied_parent("vit", detach_pooled=not detach_pooled)
-        config = NeMoConfig(detach_pooled=detach_pooled, contrastive_weight=0, rehearsal_probability=0)
-        trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=image_samples(), nemo_config=config)
-        gradients = []
-        for model in (trainer.parent, varied_parent("vit", **config.to_dict())):
+        gradients, expected = [], varied_parent("vit", **config.to_dict())
+        assert_same_state(parent.masks.state_dict(), expected.masks.state_dict(), rtol=0, atol=0)
+        for model in (parent, expected):
             trainer.compute_loss(model.train(), batch_of(image_samples(10))).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.model.vit.embeddings.parameters()]))
         torch.testing.assert_close(*gradients)
@@ -716,21 +619,16 @@ class TestSaving:
         assert list(module.config.id2label.values()) == ["ship", "cat"]
         assert_same_state(module.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
-    def test_a_module_is_fine_tuned_by_trainer(self, vit, tmp_path):
-        torch.manual_seed(0)
-        parent = make_parent(type(vit)(vit.config))
-        randomize_relevance(parent)
-        before = state(parent)
-        module = parent.extract_module(["cat", "dog"])
+    def test_a_module_is_fine_tuned_by_trainer(self, tmp_path):
+        parent = varied_parent("vit")
+        before, module = state(parent), parent.extract_module(["cat", "dog"])
         samples = [sample for sample in image_samples(60) if sample["labels"] < 2]
-        args = arguments(tmp_path, max_steps=8, learning_rate=5e-3)
+        args = arguments(tmp_path / "module", max_steps=8, learning_rate=5e-3)
         trainer = Trainer(module, args, train_dataset=samples, eval_dataset=samples)
         start = trainer.evaluate()["eval_loss"]
         trainer.train()
-        assert trainer.evaluate()["eval_loss"] < 0.6 * start
+        assert trainer.evaluate()["eval_loss"] < 0.9 * start
         assert_same_state(parent.state_dict(), before, rtol=0, atol=0)
-        trainer.save_model(tmp_path / "module")
+        trainer.save_model()
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
-        batch = batch_of(samples[:4])
-        with torch.no_grad():
-            assert torch.equal(loaded(**batch).logits, module.eval()(**batch).logits)
+        assert_same_state(loaded.state_dict(), state(module), rtol=0, atol=0)

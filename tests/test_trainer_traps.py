@@ -92,13 +92,15 @@ class TestC1AccumulationAndC2Smoothing:
         assert history(whole, "loss_contrastive")[0] > 0
 
     def test_an_own_loss_function(self, tmp_path):
-        def mean(outputs, labels, num_items_in_batch=None):
-            return F.cross_entropy(outputs.logits, labels)
+        def twice(outputs, labels, num_items_in_batch=None):
+            return 2 * F.cross_entropy(outputs.logits, labels)
 
         parent, samples = varied_parent("vit", **TASK_ALONE), image_samples(16)
         whole, parts = (
-            accumulated(NeMoTrainer, parent, tmp_path, size, steps, samples, mean) for size, steps in ((8, 1), (2, 4))
+            accumulated(NeMoTrainer, parent, tmp_path, size, steps, samples, twice) for size, steps in ((8, 1), (2, 4))
         )
+        plain = accumulated(NeMoTrainer, parent, tmp_path, 8, 1, samples)
+        assert history(whole)[0] == pytest.approx(2 * history(plain)[0], rel=1e-5)
         assert_same_training(parts, whole)
 
 

@@ -83,23 +83,14 @@ def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: b
     if has_several:
         _check_label_lists(labels, names)
         return
-    strange = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
-    if strange is not None:
+    is_id = [isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names) for label in labels]
+    if not all(is_id):
         raise ValueError(
-            f"Got the label {strange!r} in the training data; expected label ids from 0 to {len(names) - 1}. "
-            "Turn names into ids with dataset.class_encode_column('label')."
+            f"Got the label {labels[is_id.index(False)]!r} in the training data; expected ids from 0 to "
+            f"{len(names) - 1}. Turn names into ids with dataset.class_encode_column('label'), remove samples without "
+            "a label, or load the model with another num_labels."
         )
-    if min(labels, default=0) < 0:
-        raise ValueError(
-            f"Got the label id {min(labels)} in the training data; expected 0 to {len(names) - 1}. "
-            "Remove samples without a label."
-        )
-    counts = torch.bincount(torch.tensor(labels), minlength=len(names))
-    if len(counts) > len(names):
-        raise ValueError(
-            f"Got the label id {len(counts) - 1} in the training data; expected 0 to {len(names) - 1}. "
-            f"Load the model with num_labels={len(counts)}."
-        )
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=len(names))
     check_label_counts(counts.tolist(), names)
 
 

@@ -44,17 +44,11 @@ class OpenCounts:
         self._group_of_label = group_of_label
         self._groups = len(self._masks[0].relevance)
         self._neurons = [mask.site.neurons for mask in self._masks]
-        self.reset()
-
-    def reset(self) -> None:
-        """Sets all counts to 0."""
-        device = self._group_of_label.device
-        # One row a group: its number of samples, then the counts, then the sums of the masks' values.
-        width = sum(self._neurons)
-        self.samples = torch.zeros(self._groups, device=device)
-        self.labels = torch.zeros(len(self._group_of_label), device=device)
-        self.opened = torch.zeros(self._groups, width, device=device)
-        self.values = torch.zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, device=device)
+        zeros, width = group_of_label.new_zeros, sum(self._neurons)
+        self.samples = zeros(self._groups, dtype=torch.float32)
+        self.labels = zeros(len(group_of_label), dtype=torch.float32)
+        self.opened = zeros(self._groups, width, dtype=torch.float32)
+        self.values = zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, dtype=torch.float32)
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:

@@ -254,7 +254,7 @@ class NeMoTrainer(Trainer):
             for tensor in counts.tensors():
                 tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
             counts.blend(self.state.global_step)
-            counts.reset()
+            self._run.open_counts = None
             if self.nemo_config.retention_target is not None and self._warmup() >= 1:
                 steer_size(self._masks, self.nemo_config, self.state.max_steps)
             self.parent.config.relevance_source, self.parent.report = "running", None
@@ -423,7 +423,7 @@ class NeMoTrainer(Trainer):
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
             indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
             dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset, is_shared=False))
+        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset))
         was_training = self.parent.training
         self.parent.eval()
         try:
@@ -452,16 +452,14 @@ class NeMoTrainer(Trainer):
         Returns:
             The report.
         """
-        batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
-        return evaluate_module(
-            self._whole_parent(), labels, batches, show_progress=not self.args.disable_tqdm, **kwargs
-        )
+        batches, progress = self._loader(self._one_dataset(eval_dataset)), not self.args.disable_tqdm
+        return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
         self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95
     ) -> dict[str, float]:
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
-        batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
+        batches = self._loader(self._one_dataset(eval_dataset))
         return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
 
     def _one_dataset(self, given: Any) -> Any:
@@ -470,7 +468,7 @@ class NeMoTrainer(Trainer):
             raise ValueError("Got no single evaluation data set; expected one. Pass eval_dataset=...")
         return dataset
 
-    def _loader(self, dataset: Any, is_shared: bool) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
         """Batches of a whole data set, or of this process's share of it: each sample once.
 
         `get_eval_dataloader` may drop a last batch, keep other data's workers, or repeat samples.
