@@ -108,8 +108,8 @@ def trainer_of(directory, trainer_class=NeMoTrainer, **options):
     )
 
 
-def trained(directory, resumes_from=None, **options):
-    """A run with everything in it: losses, the exact relevance at its end, evaluation and a module's report."""
+def trained(directory, resumes_from=None, evaluates=False, **options):
+    """A run: losses, the state with the exact relevance at its end, evaluation and a module's report."""
     trainer = trainer_of(directory, **options)
     trainer.train(resume_from_checkpoint=resumes_from if resumes_from in (True, None) else str(resumes_from))
     names = ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate", "grad_norm")
@@ -117,7 +117,7 @@ def trained(directory, resumes_from=None, **options):
         "losses": {name: torch.tensor(history(trainer, name)) for name in names},
         "state": state(trainer._whole_parent()),
     }
-    if resumes_from is None:
+    if evaluates:
         metrics = trainer.evaluate() | trainer.evaluate_modularity()
         report = trainer.evaluate_module([1, 3]).to_dict()
         names = ("accuracy", "parent_restricted_accuracy", "samples", "parameters", "neuron_retention_rate")
@@ -136,7 +136,7 @@ def replicated(out):
     for setting in SETTINGS:
         for name, splits in MICRO_BATCHES.items():
             found[f"{setting} {name}"] = gradients_of(setting, splits, out)
-    found["trained"] = trained(out / "two", **SAVED)
+    found["trained"] = trained(out / "two", evaluates=True, **SAVED)
     found["resumed"] = trained(out / "two again", out / "one" / "checkpoint-2")
     found["checkpointing"] = trained(out / "replayed", activation_checkpointing=True)
     found["bf16"] = trained(out / "bf16", bf16=True)
@@ -145,7 +145,7 @@ def replicated(out):
 
 def sharded(out):
     """Runs under FSDP2."""
-    found = {"trained": trained(out / "sharded", **SHARDED, **SAVED)}
+    found = {"trained": trained(out / "sharded", evaluates=True, **SHARDED, **SAVED)}
     found["resumed"] = trained(out / "sharded again", out / "sharded" / "checkpoint-2", **SHARDED)
     replaying = {"fsdp_config": {"activation_checkpointing": True}}
     found["checkpointing"] = trained(out / "sharded replayed", **SHARDED, **replaying)

@@ -10,6 +10,7 @@ from conftest import build, image_samples, randomize_relevance, text_samples
 from transformers import TrainerCallback, TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
+from nemo_hf.config import SHAPING_OPTIONS
 
 SAMPLES = {"vit": image_samples, "bert": text_samples, "albert": text_samples}
 
@@ -49,9 +50,10 @@ _PARENTS = {}
 
 def varied_parent(family, seed=0, **options):
     """A parent without dropout whose masks differ by sample, some of them closed, and with a random relevance."""
-    key = (family, seed, repr(options))
+    shaping = {name: value for name, value in options.items() if name in SHAPING_OPTIONS}
+    key = (family, seed, repr(shaping))
     if key not in _PARENTS:
-        parent = without_dropout(make_parent(build(family, seed), NeMoConfig(**options)))
+        parent = without_dropout(make_parent(build(family, seed), NeMoConfig(**shaping)))
         generator = torch.Generator().manual_seed(seed)
         for mask in parent.masks.site_masks():
             for weight in (mask.generator.down.weight, mask.generator.up.weight):
@@ -59,7 +61,9 @@ def varied_parent(family, seed=0, **options):
             torch.nn.init.zeros_(mask.generator.up.bias)
         randomize_relevance(parent, seed)
         _PARENTS[key] = parent
-    return copy.deepcopy(_PARENTS[key])
+    parent = copy.deepcopy(_PARENTS[key])
+    parent.set_nemo_config(NeMoConfig(**options))
+    return parent
 
 
 def batch_of(samples):

@@ -46,7 +46,7 @@ MODULARITY_SAMPLES = 1000
 
 @dataclass
 class TrainingState:
-    """What training steps collect; `NeMoTrainer.train` starts with a new one, and evaluation leaves it alone."""
+    """What training steps collect; each training starts with a new one, and evaluation leaves it alone."""
 
     sums: dict[str, Any] = field(default_factory=dict)  # of logged terms, since the last log
     steps: int = 0  # micro-batches in `sums`
@@ -55,13 +55,14 @@ class TrainingState:
     has_warned: bool = False  # of a batch without two samples of a group
 
 
-class _TrainingRecorder(TrainerCallback):
-    """Records how a parent is trained, when model and arguments (of a trial, too) are those that training runs with."""
+class _TrainingStart(TrainerCallback):
+    """Starts a new state and records how the parent is trained, once model and arguments are final (in trials, too)."""
 
     def __init__(self, trainer: "NeMoTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        self.trainer._run = TrainingState()
         parent, data = self.trainer.parent, self.trainer._training_data
         base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
         parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
@@ -124,7 +125,7 @@ class NeMoTrainer(Trainer):
                 "depends on the rehearsed module here. Set NeMoConfig(rehearsal_probability=0)."
             )
         self._attach_processor(self.parent)
-        self.add_callback(_TrainingRecorder(self))
+        self.add_callback(_TrainingStart(self))
 
     @property
     def parent(self) -> NeMoClassifier:
@@ -240,7 +241,6 @@ class NeMoTrainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
-        self._run = TrainingState()
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
         self.update_relevance()
         warn_of_one_core(self._masks, self.nemo_config)
