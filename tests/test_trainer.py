@@ -36,6 +36,7 @@ from transformers.trainer_utils import default_compute_objective
 import nemo_hf.training.trainer
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
 from nemo_hf.evaluation.metrics import cohesion_and_coupling
+from nemo_hf.training.data import column_values, groups_from_column
 from nemo_hf.training.losses import flatten_masks, mask_objective, sparsity_loss
 
 DOMAINS = ["pet", "pet", "vehicle", "vehicle", "pet"]
@@ -365,27 +366,26 @@ class TestRehearsal:
             assert all(drawn >= set(members) or drawn.isdisjoint(members) for members in groups.values())
 
 
-class TestLabelGroups:
-    def groups(self, tmp_path, dataset, **options):
-        config = NeMoConfig(**options)
-        return NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=dataset, nemo_config=config).parent.config
-
-    def test_from_names_and_ids_or_each_label(self, tmp_path):
-        config = self.groups(tmp_path, text_dataset())
-        assert config.groups == {name: [index] for index, name in enumerate(LABELS)}
-        given = {"pet": ["cat", 1, "frog"], "vehicle": ["car", 3]}
-        config = self.groups(tmp_path, text_dataset(), label_groups=given)
-        assert config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
-
+class TestGroupColumn:
     @pytest.mark.parametrize("kind", ["strings", "class labels", "formatted"])
-    def test_from_a_column(self, kind, tmp_path):
+    def test_names_the_groups(self, kind):
         dataset = text_dataset(domain=domain_column())
         if kind == "class labels":
             dataset = dataset.cast_column("domain", datasets.ClassLabel(names=["vehicle", "pet"]))
         elif kind == "formatted":
             dataset = dataset.with_format("torch")
-        config = self.groups(tmp_path, dataset, group_column="domain")
-        assert config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
+        labels = column_values(dataset, ("labels", "label"))
+        groups = groups_from_column(dataset, "domain", labels, dict(enumerate(LABELS)))
+        assert groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
+
+    def test_is_read_by_the_trainer(self, tmp_path):
+        given = {
+            "train_dataset": text_dataset(domain=domain_column()),
+            "nemo_config": NeMoConfig(group_column="domain"),
+        }
+        parent = NeMoTrainer(fresh("bert"), arguments(tmp_path), **given).parent
+        assert parent.config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
+        assert all(len(relevance) == 2 for relevance in parent.masks.relevance().values())
 
     @pytest.mark.parametrize(
         ("dataset", "words"),
@@ -396,9 +396,10 @@ class TestLabelGroups:
         ],
         ids=["two groups of a label", "no column", "no datasets.Dataset"],
     )
-    def test_columns_that_are_refused(self, dataset, words, tmp_path):
+    def test_is_refused(self, dataset, words):
+        labels = column_values(dataset, ("label",))
         with pytest.raises(ValueError, match="Got") as error:
-            self.groups(tmp_path, dataset, group_column="domain")
+            groups_from_column(dataset, "domain", labels, dict(enumerate(LABELS)))
         check_message(error, *words)
 
 

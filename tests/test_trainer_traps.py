@@ -28,7 +28,7 @@ from training_helpers import (
 )
 from transformers import Trainer
 
-from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance, make_parent
+from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance
 
 FAMILIES = pytest.mark.parametrize("family", ["bert", "vit"])
 SMOOTHING = pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -219,13 +219,6 @@ class TestC7UnusedParameters:
             assert parameter.grad is not None, name
             assert bool(parameter.grad.any()) == bool(weight), name
 
-    def test_every_parameter_gets_a_gradient_in_a_plain_step(self, tmp_path):
-        parent = varied_parent("bert")
-        trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=text_samples(10))
-        parent.train()
-        trainer.compute_loss(parent, batch_of(text_samples(10))).backward()
-        assert [name for name, parameter in parent.named_parameters() if parameter.grad is None] == []
-
 
 class TestC8ResumeAndBestModel:
     @pytest.mark.parametrize("steps", [1, 2])
@@ -285,11 +278,3 @@ class TestC8ResumeAndBestModel:
         for name, tensor in parameters.items():
             assert torch.equal(tensor, best[name]), name
             assert not tensor.is_floating_point() or not torch.equal(tensor, last[name]), name
-
-    def test_a_new_parent_resumes_a_plain_start(self, vit, tmp_path):
-        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-        whole = NeMoTrainer(make_parent(copy.deepcopy(vit)), args, train_dataset=image_samples())
-        whole.train()
-        resumed = NeMoTrainer(vit, args, train_dataset=image_samples())  # other generators
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        assert_same_state(resumed.parent.state_dict(), whole.parent.state_dict(), rtol=0, atol=1e-6)

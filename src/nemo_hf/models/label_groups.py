@@ -1,4 +1,4 @@
-"""Label groups of labels and samples."""
+"""Which label groups the labels and the samples of a batch belong to."""
 
 import torch
 from torch import Tensor

@@ -177,9 +177,7 @@ def nemo_loss(
         NeMo (arXiv 2508.11348), overall objective; the sparsity term is ours.
     """
     masks, widths = flatten_masks(neuron_masks)
-    if labels.ndim == 1:
-        task = F.cross_entropy(logits.float(), labels)
-    else:
-        task = restricted_binary_cross_entropy(logits, labels)
+    is_list = labels.ndim == 2
+    task = restricted_binary_cross_entropy(logits, labels) if is_list else F.cross_entropy(logits.float(), labels)
     contrast = mask_objective(masks, widths, groups, temperature=temperature)
     return task + contrastive_weight * contrast + sparsity_weight * sparsity_loss(masks, widths)

@@ -311,7 +311,7 @@ class NeMoTrainer(Trainer):
         """Weight of this process's mean with which the mean over processes is the mean over all samples."""
         if self.args.world_size == 1:
             return 1.0
-        own = torch.tensor(float(real), device=self.parent.device)
+        own = torch.full((), float(real), device=self.parent.device)  # a copy from the host would wait
         return own / self._mean_over_processes(own).clamp(min=1 / self.args.world_size)
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
