@@ -8,64 +8,47 @@ from pathlib import Path
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, reduce
 from conftest import image_samples
-from test_trainer import arguments, batch_of, history, lively_parent, state
+from training_helpers import arguments, batch_of, history, state, varied_parent
 
 from nemo_hf import NeMoTrainer
-from nemo_hf.config import OBJECTIVES
-from nemo_hf.models.label_groups import group_membership
-from nemo_hf.training.distributed import gather_masks, mean_over_processes, processes
-from nemo_hf.training.losses import mask_objective
+from nemo_hf.training.distributed import gather_masks
 
-RANK = int(os.environ.get("RANK", "0"))
-SPLITS = {"even": (4, 4), "uneven": (6, 3), "lonely": (5, 1)}
-"""Samples of each of two processes."""
-GROUPS = torch.tensor(
-    [0, 0, 1, 1, 0, 2, 2, 1, 3]
-)  # the third group lies with one process alone, the last has one sample
+RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 SETTINGS = {
     "plain": {"rehearsal_probability": 0.0},
-    "rehearsed": {"rehearsal_probability": 1.0},
     "specific": {"rehearsal_probability": 1.0, "specificity_weight": 0.5},
-    "cohesion": {"rehearsal_probability": 0.0, "objective": "cohesion-coupling"},
+    "cohesion": {"rehearsal_probability": 1.0, "objective": "cohesion-coupling"},
     "authors": {"rehearsal_probability": 0.0, "objective": "contrastive-authors"},
+    "soft": {"rehearsal_probability": 1.0, "hard_masks": False},
     "within": {"rehearsal_probability": 0.0, "gather_across_devices": False},
 }
+MICRO_BATCHES = {"accumulated": [(4, 4), (6, 3)], "one left": [(5, 1)], "one each": [(1, 1)]}
+"""Samples of each of two processes, one pair a micro-batch."""
 EVALUATED = 11
 
 
 def own_part(values, split):
     """This process's part of all samples; all of them where there is one process."""
-    if processes() == 1:
+    if PROCESSES == 1:
         return values[: sum(split)]
     return values[sum(split[:RANK]) : sum(split[: RANK + 1])]
 
 
-def objective_of(objective, split, has_several):
-    """Loss of masks and its gradient, both as the mean over processes."""
-    generator = torch.Generator().manual_seed(3)
-    samples = sum(split)
-    whole = [torch.rand(samples, width, generator=generator).sub(0.3).relu() for width in (7, 4)]
-    masks = [own_part(mask, split).requires_grad_() for mask in whole]
-    groups = GROUPS[:samples]
-    if has_several:
-        lists = (torch.rand(samples, 5, generator=generator) > 0.6).long()
-        groups = group_membership(lists, torch.tensor([0, 0, 1, 2, 2]), 3)
-    groups = own_part(groups, split)
-    gathered = gather_masks(masks, groups, 6) if processes() > 1 else None
-    loss = mask_objective(objective, masks, groups, 0.2, 0.7, gathered, mean_over_processes)
-    loss.backward()
-    return {
-        "loss": mean_over_processes(loss),
-        "masks": torch.cat([mask.grad / processes() for mask in masks], -1),
-    }
+def gathered(split=(2, 1), capacity=3):
+    """What `gather_masks` returns on this process, and the gradient of a loss that differs by process."""
+    rows = torch.arange(6.0).view(3, 2) + 1
+    masks = own_part(rows, split).clone().requires_grad_()
+    found = gather_masks(masks, own_part(torch.tensor([4, 0, 7]), split), capacity)
+    (found.masks * (RANK + 1)).sum().backward()
+    return found, masks.grad
 
 
 def gradients_of(setting, splits, directory):
     """Losses of an optimizer step's micro-batches and the gradient of every parameter."""
-    parent = lively_parent("vit", warmup_ratio=0.0, **SETTINGS[setting])
-    args = arguments(directory, per_device_train_batch_size=6 if processes() > 1 else 9)
+    parent = varied_parent("vit", warmup_ratio=0.0, **SETTINGS[setting])
+    args = arguments(directory, per_device_train_batch_size=9 // PROCESSES + 2)
     trainer = NeMoTrainer(parent, args, train_dataset=image_samples(10))
     trainer.state.max_steps, trainer.state.global_step = 10, 3
     model = trainer.accelerator.prepare_model(trainer.model)
@@ -75,10 +58,10 @@ def gradients_of(setting, splits, directory):
         batch = batch_of(own_part(samples[start:], split))
         start += sum(split)
         is_last = index == len(splits) - 1
-        with nullcontext() if is_last or processes() == 1 else model.no_sync():
+        with nullcontext() if is_last or PROCESSES == 1 else model.no_sync():
             loss = trainer.compute_loss(model, batch) / len(splits)
             loss.backward()
-        losses.append(mean_over_processes(loss))
+        losses.append(reduce(loss.detach(), "mean"))
     found = {name: parameter.grad for name, parameter in parent.named_parameters()}
     return {"losses": torch.stack(losses), **found}
 
@@ -88,9 +71,9 @@ class ShardedTrainer(NeMoTrainer):
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        accelerator_state = self.accelerator.state
+        accelerator_state.distributed_type = DistributedType.FSDP
+        accelerator_state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = True
 
 
@@ -103,11 +86,12 @@ class DyingTrainer(NeMoTrainer):
         super()._save_rng_state(output_dir)
 
 
-def trainer_of(directory, batch, trainer_class=NeMoTrainer, **options):
-    parent = lively_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
+def trainer_of(directory, trainer_class=NeMoTrainer, **options):
+    """A trainer whose steps take 2 x 10 of 63 samples, on however many processes."""
+    parent = varied_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
     args = arguments(
         directory,
-        per_device_train_batch_size=batch // processes(),
+        per_device_train_batch_size=10 // PROCESSES,
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=2,
         optim="sgd",
@@ -124,44 +108,36 @@ def trainer_of(directory, batch, trainer_class=NeMoTrainer, **options):
     )
 
 
-def losses_of(trainer):
+def trained(directory, resumes_from=None, evaluates=False, **options):
+    """A run: losses, the state with the exact relevance at its end, evaluation and a module's report."""
+    trainer = trainer_of(directory, **options)
+    trainer.train(resume_from_checkpoint=resumes_from if resumes_from in (True, None) else str(resumes_from))
     names = ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate", "grad_norm")
-    return {name: torch.tensor(history(trainer, name)) for name in names}
-
-
-def trained(directory, **options):
-    """A run with everything in it: losses, the exact relevance at its end, evaluation and a module's report."""
-    trainer = trainer_of(directory, 10, **options)
-    trainer.train()
-    metrics = trainer.evaluate()
-    report = trainer.evaluate_module([1, 3]).to_dict()
-    names = ("accuracy", "parent_restricted_accuracy", "samples", "parameters", "neuron_retention_rate")
-    return {
-        "losses": losses_of(trainer),
+    found = {
+        "losses": {name: torch.tensor(history(trainer, name)) for name in names},
         "state": state(trainer._whole_parent()),
-        "eval": {name: metrics[f"eval_{name}"] for name in ("loss", "accuracy", "cohesion", "coupling")},
-        "report": {**{name: report[name] for name in names}, **report["controls"]},
     }
+    if evaluates:
+        metrics = trainer.evaluate() | trainer.evaluate_modularity()
+        report = trainer.evaluate_module([1, 3]).to_dict()
+        names = ("accuracy", "parent_restricted_accuracy", "samples", "parameters", "neuron_retention_rate")
+        found["eval"] = {name: metrics[name] for name in ("eval_loss", "eval_accuracy", "cohesion", "coupling")}
+        found["report"] = {**{name: report[name] for name in names}, **report["controls"]}
+    return found
 
 
-def resumed(directory, checkpoint, **options):
-    trainer = trainer_of(directory, 10, **options)
-    trainer.train(resume_from_checkpoint=checkpoint if checkpoint is True else str(checkpoint))
-    return {"losses": losses_of(trainer), "state": state(trainer._whole_parent())}
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+SHARDED = {"trainer_class": ShardedTrainer, "fsdp": True}
 
 
 def replicated(out):
-    """Objectives, gradients and runs under DDP."""
-    found = {}
-    for objective in OBJECTIVES:
-        for name, split in SPLITS.items():
-            for has_several in (False, True):
-                found[f"{objective} {name} {has_several}"] = objective_of(objective, split, has_several)
+    """Gathering, gradients and runs under DDP."""
+    found = {"gathered": gathered()}
     for setting in SETTINGS:
-        found[f"{setting} accumulated"] = gradients_of(setting, [(4, 4), (6, 3)], out)
-    found["one sample"] = gradients_of("plain", [(5, 1)], out)
-    found["trained"] = trained(out / "two", save_strategy="steps", save_steps=2)
-    found["resumed"] = resumed(out / "two again", out / "one" / "checkpoint-2")
+        for name, splits in MICRO_BATCHES.items():
+            found[f"{setting} {name}"] = gradients_of(setting, splits, out)
+    found["trained"] = trained(out / "two", evaluates=True, **SAVED)
+    found["resumed"] = trained(out / "two again", out / "one" / "checkpoint-2")
     found["checkpointing"] = trained(out / "replayed", activation_checkpointing=True)
     found["bf16"] = trained(out / "bf16", bf16=True)
     return found
@@ -169,30 +145,26 @@ def replicated(out):
 
 def sharded(out):
     """Runs under FSDP2."""
-    options = {"trainer_class": ShardedTrainer, "fsdp": True}
-    saved = {"save_strategy": "steps", "save_steps": 2}
-    found = {"trained": trained(out / "sharded", **options, **saved)}
-    found["resumed"] = resumed(out / "sharded again", out / "sharded" / "checkpoint-2", **options)
+    found = {"trained": trained(out / "sharded", evaluates=True, **SHARDED, **SAVED)}
+    found["resumed"] = trained(out / "sharded again", out / "sharded" / "checkpoint-2", **SHARDED)
     replaying = {"fsdp_config": {"activation_checkpointing": True}}
-    found["checkpointing"] = trained(out / "sharded replayed", **options, **replaying)
+    found["checkpointing"] = trained(out / "sharded replayed", **SHARDED, **replaying)
     return found
 
 
 def resharded(out):
     """Goes on under FSDP2 on another number of processes."""
-    options = {"trainer_class": ShardedTrainer, "fsdp": True}
-    return {"resumed": resumed(out / "resharded", out / "sharded" / "checkpoint-2", **options)}
+    return {"resumed": trained(out / "resharded", out / "sharded" / "checkpoint-2", **SHARDED)}
 
 
 def dying(out):
     """A run that loses a process."""
-    trainer_of(out / "dying", 10, DyingTrainer, save_strategy="steps", save_steps=2).train()
+    trainer_of(out / "dying", DyingTrainer, **SAVED).train()
     return {}
 
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     name, out = sys.argv[1], Path(sys.argv[2])
-    found = {"replicated": replicated, "sharded": sharded, "resharded": resharded, "dying": dying}[name](out)
-    torch.save(found, out / f"{name}-{RANK}.pt")
+    torch.save(globals()[name](out), out / f"{name}-{RANK}.pt")
     torch.distributed.destroy_process_group()

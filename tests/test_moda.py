@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import NAMES, TEXT, image_samples, text_samples
 from test_convolutions import images, paper
-from test_trainer import arguments
+from training_helpers import arguments
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,

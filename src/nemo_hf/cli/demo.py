@@ -15,7 +15,7 @@ from transformers.models.vit import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.evaluation.report import format_table, measure_modularity
+from nemo_hf.evaluation.report import format_table
 from nemo_hf.hub.pictures import draw_neurons
 from nemo_hf.models.base import base_parameters
 from nemo_hf.models.files import write_json
@@ -68,7 +68,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     trainer.train()
     accuracies = [each.evaluate()["eval_accuracy"] for each in (plain, trainer)]
     parent, parameters = trainer.parent, base_parameters(trainer.parent)
-    modularity = measure_modularity(parent, trainer.get_eval_dataloader(), most=len(test))
+    modularity = trainer.evaluate_modularity()
     trainer.save_model(str(output / "parent"))
     report: dict[str, Any] = {
         "seed": seed,

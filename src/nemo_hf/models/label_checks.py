@@ -6,15 +6,7 @@ import torch
 
 
 def check_label_shape(labels: torch.Tensor, has_several: bool) -> None:
-    """Refuses a batch whose labels are not of the kind that the model is for.
-
-    Args:
-        labels: Labels of a batch.
-        has_several: Whether a sample may have several labels.
-
-    Raises:
-        ValueError: Naming the option that says so.
-    """
+    """Raises a ValueError if a batch has one label a sample where the model is for several, or the other way round."""
     if (labels.ndim == 2) != has_several:
         kind = "a list of zeros and ones" if labels.ndim == 2 else "one label id"
         problem = "multi_label_classification" if labels.ndim == 2 else "single_label_classification"
@@ -26,15 +18,7 @@ def check_label_shape(labels: torch.Tensor, has_several: bool) -> None:
 
 
 def check_label_counts(counts: Sequence[float], id2label: Mapping[int, str]) -> None:
-    """Refuses training data in which some label has no sample.
-
-    Args:
-        counts: Number of samples by label id.
-        id2label: The labels.
-
-    Raises:
-        ValueError: Naming the labels.
-    """
+    """Raises a ValueError if some label has no sample; `counts` are numbers of samples by label id."""
     missing = [id2label[index] for index, count in enumerate(counts) if not count]
     if missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Labels of a batch, checked, and the label groups that its samples belong to."""
+"""Which label groups the labels and the samples of a batch belong to."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,10 @@ from .base import NeMoPreTrainedModel
 
 
 def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Tensor:
-    """Tells which label groups each sample belongs to.
+    """Marks the groups of each sample, boolean, shape (batch, groups).
 
-    Args:
-        labels: Label ids, shape (batch,), or 0/1 for each label, shape (batch, labels), where a sample may
-            have several or none.
-        group_of_label: Group of each label id, shape (labels,).
-        groups: Number of groups.
-
-    Returns:
-        Boolean, shape (batch, groups).
+    `labels` are ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels), where a sample may have several
+    labels or none; `group_of_label` is the group of each label, shape (labels,).
     """
     of_label = F.one_hot(group_of_label, groups)
     if labels.ndim == 1:
@@ -26,14 +20,9 @@ def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Ten
 
 
 def shares_group(groups: Tensor, others: Tensor | None = None) -> Tensor:
-    """Tells which two samples have a group in common.
+    """Marks which samples share a group with which others (`None`: the same), boolean, shape (batch, samples).
 
-    Args:
-        groups: Group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
-        others: Groups of the samples to compare with; `None`: the same.
-
-    Returns:
-        Boolean, shape (batch, samples).
+    Both are the group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
     """
     others = groups if others is None else others
     if groups.ndim == 1:
@@ -50,16 +39,7 @@ def group_indices(parent: NeMoPreTrainedModel) -> Tensor:
 
 
 def sample_groups(parent: NeMoPreTrainedModel, labels: Tensor, group_of_label: Tensor) -> Tensor:
-    """Returns the group of each sample, or its membership in groups where it may have several labels.
-
-    Args:
-        parent: The parent.
-        labels: Label ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels).
-        group_of_label: What `group_indices` returned.
-
-    Returns:
-        Shape (batch,), or boolean of shape (batch, groups).
-    """
+    """Returns the group of each sample, shape (batch,), or where it may have several labels its `group_membership`."""
     if labels.ndim == 1:
         return group_of_label[labels]
     return group_membership(labels, group_of_label, len(parent.config.groups))

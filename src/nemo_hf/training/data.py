@@ -1,4 +1,4 @@
-"""Data sets: what they say about labels and groups, and how the command line reads them."""
+"""Checks of training data, and the label groups that a column of them names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,15 +12,7 @@ from nemo_hf.models.label_checks import check_label_counts
 
 
 def check_columns(dataset: Any, is_counted: bool) -> None:
-    """Refuses training data on which relevance can't be counted, or without labels.
-
-    Args:
-        dataset: Training data.
-        is_counted: Whether the exact relevance is counted on these data too.
-
-    Raises:
-        ValueError: If they are a stream that would have to end, or have no column of labels.
-    """
+    """Refuses training data without a column of labels, and a stream if relevance `is_counted` on it."""
     if isinstance(dataset, IterableDataset) and is_counted:
         raise ValueError(
             "Got an iterable data set to train on; expected a finite one for the exact relevance after training. "
@@ -35,7 +27,7 @@ def check_columns(dataset: Any, is_counted: bool) -> None:
 
 
 def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
-    """A column of a `datasets.Dataset` without transforms, or `None` for other data."""
+    """The first of some columns that a `datasets.Dataset` has, without transforms; `None` for other data."""
     if not isinstance(dataset, datasets.Dataset):
         return None  # a stream must not be read before training
     name = next((name for name in names if name in dataset.column_names), None)
@@ -51,21 +43,10 @@ def groups_from_column(
     id2label: Mapping[int, str],
     has_several_labels: bool = False,
 ) -> dict[str, list[LabelLike]]:
-    """Reads label groups from a column that names each sample's group.
+    """Reads label groups, name to label ids, from a column that names each sample's group.
 
-    Args:
-        dataset: A `datasets.Dataset` to train on.
-        column: Name of the column; its values are strings, or integers, which stand for the names of a
-            `ClassLabel` if the column has them.
-        labels: The label ids of the data set.
-        id2label: The labels.
-        has_several_labels: Whether a sample may have several labels.
-
-    Returns:
-        Group name to label ids, in the order of the labels.
-
-    Raises:
-        ValueError: If there is no such column, it is no function of the label, or samples have several labels.
+    Integers in it stand for the names of a `ClassLabel`, if the column is one. All samples of a label must be of one
+    group.
     """
     if has_several_labels:
         raise ValueError(
@@ -95,36 +76,21 @@ def groups_from_column(
 
 
 def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: bool = False) -> None:
-    """Refuses training data whose labels are not the model's, each at least once.
+    """Refuses training data whose labels are not those of the model, `names`, each at least once.
 
-    Args:
-        labels: The label ids of the data set; with several labels a sample, lists of 0 and 1.
-        names: The labels.
-        has_several: Whether a sample may have several labels.
-
-    Raises:
-        ValueError: If an id is too large, a list has another length, or some label has no sample.
+    `labels` are ids, or with several labels a sample lists of 0 and 1.
     """
     if has_several:
         _check_label_lists(labels, names)
         return
-    strange = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
-    if strange is not None:
+    is_id = [isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names) for label in labels]
+    if not all(is_id):
         raise ValueError(
-            f"Got the label {strange!r} in the training data; expected label ids from 0 to {len(names) - 1}. "
-            "Turn names into ids with dataset.class_encode_column('label')."
+            f"Got the label {labels[is_id.index(False)]!r} in the training data; expected ids from 0 to "
+            f"{len(names) - 1}. Turn names into ids with dataset.class_encode_column('label'), remove samples without "
+            "a label, or load the model with another num_labels."
         )
-    if min(labels, default=0) < 0:
-        raise ValueError(
-            f"Got the label id {min(labels)} in the training data; expected 0 to {len(names) - 1}. "
-            "Remove samples without a label."
-        )
-    counts = torch.bincount(torch.tensor(labels), minlength=len(names))
-    if len(counts) > len(names):
-        raise ValueError(
-            f"Got the label id {len(counts) - 1} in the training data; expected 0 to {len(names) - 1}. "
-            f"Load the model with num_labels={len(counts)}."
-        )
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=len(names))
     check_label_counts(counts.tolist(), names)
 
 

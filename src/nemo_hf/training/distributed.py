@@ -1,70 +1,55 @@
-"""Several processes as one: gathered masks, means over all samples, and what sharded models need."""
+"""What training in several processes needs: gathered masks, the samples that count, sharded parents, refusals."""
 
+import copy
+import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch import distributed as dist
+from transformers.trainer_utils import sort_checkpoints
+
+from nemo_hf.auto_classes import NeMoClassifier
 
 from .losses import GatheredMasks
 
 logger = logging.getLogger(__name__)
 
+STATE_NAME = "trainer_state.json"
+"""File that is written last into a checkpoint."""
 
-def processes() -> int:
-    """Number of processes that train together; 1 without `torch.distributed`."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Returns the mean of a tensor over all processes, without gradient; all processes must call it."""
-    if processes() == 1:
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total / processes()
-
-
-# torch 2.13 renames both.
+# torch 2.13 renames both. Its own all_gather with a gradient is deprecated in favour of one in a private module.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes one after another; backward sums what all processes' losses say of the own rows."""
+    """Rows of all processes one after another; backward sums the gradients of all processes for the own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:  # (capacity, width) -> (processes * capacity, width)
-        gathered = rows.new_empty(processes() * len(rows), *rows.shape[1:])
+        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
         _ALL_GATHER(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        own = gradient.new_empty(len(gradient) // processes(), *gradient.shape[1:])
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
         _REDUCE_SCATTER(own, gradient.contiguous())
         return own
 
 
-def gather_masks(masks: Sequence[Tensor], groups: Tensor, capacity: int) -> GatheredMasks:
-    """Gathers the masks of all processes' samples, with gradient; all processes must call it.
+def gather_masks(masks: Tensor, groups: Tensor, capacity: int) -> GatheredMasks:
+    """Gathers the flat masks of all processes' samples, with gradient; all processes must call it.
 
-    Shorter batches are filled up with rows that `is_sample` tells apart, so that no size has to be asked of the other
-    processes, for which the host would wait.
-
-    Args:
-        masks: Soft masks, one tensor a site, each of shape (batch, neurons).
-        groups: Group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
-        capacity: Largest number of samples of a process's batch, the same in all processes.
-
-    Returns:
-        The masks, the groups and the samples of all processes.
-
-    Raises:
-        ValueError: If the batch is larger than `capacity`.
+    Batches are filled up to `capacity` rows, the same in all processes, so that no process has to wait on the host for
+    the others' batch sizes. A larger batch is a ValueError.
     """
     batch = len(groups)
     if batch > capacity:
@@ -73,45 +58,20 @@ def gather_masks(masks: Sequence[Tensor], groups: Tensor, capacity: int) -> Gath
             "since all processes gather as many masks. Raise it, or set NeMoConfig(gather_across_devices=False)."
         )
     filled = (0, 0, 0, capacity - batch)
-    flat = nn.functional.pad(torch.cat([mask.float() for mask in masks], -1), filled)
     columns = groups[:, None] if groups.ndim == 1 else groups
-    known = torch.cat([torch.ones_like(columns[:, :1]), columns], -1)
-    known = _Gather.apply(nn.functional.pad(known.long(), filled))
-    everyone = _Gather.apply(flat).split([mask.shape[-1] for mask in masks], -1)
+    known = torch.cat([torch.ones_like(columns[:, :1]), columns], -1).long()
+    known = _Gather.apply(nn.functional.pad(known, filled))
+    everyone = _Gather.apply(nn.functional.pad(masks.float(), filled))
     found = known[:, 1] if groups.ndim == 1 else known[:, 1:].bool()
     return GatheredMasks(everyone, found, known[:, 0].bool(), dist.get_rank() * capacity)
 
 
-def share_of_samples(batch: int, device: torch.device) -> Tensor | float:
-    """Weight of a process's mean over its samples, so that the mean over all processes is that over all samples.
+def real_samples(batch: int, gradient_state: Any, rank: int, processes: int) -> int:
+    """Number of first samples of a process's batch that count.
 
-    Args:
-        batch: Number of samples in the batch of this process.
-        device: Where to compute.
-
-    Returns:
-        Number of samples times processes over the number of all processes' samples; 1 without other processes.
+    Accelerate fills the last batches of all processes up with samples from the start of the data.
     """
-    if processes() == 1:
-        return 1.0
-    own = torch.full((), float(batch), device=device)
-    return own / mean_over_processes(own)
-
-
-def real_samples(batch: int, gradient_state: Any, rank: int) -> int:
-    """Number of samples of a pass's last batch that are no repetition.
-
-    Accelerate fills the last batches of all processes up with samples from the start.
-
-    Args:
-        batch: Number of samples in the batch of this process.
-        gradient_state: The accelerator's, which knows the running data loader.
-        rank: Index of this process.
-
-    Returns:
-        The number of first samples that count.
-    """
-    if processes() == 1 or not gradient_state.end_of_dataloader:
+    if processes == 1 or not gradient_state.end_of_dataloader:
         return batch
     remainder = int(gradient_state.remainder)
     if remainder < 0:
@@ -120,7 +80,7 @@ def real_samples(batch: int, gradient_state: Any, rank: int) -> int:
 
 
 def _remainder_after_resuming(loader: Any) -> int:
-    """Samples of a pass's last batch over all processes, which a loader that skips batches does not know itself."""
+    """Samples in the last batches of all processes, which a loader that skips batches does not know itself."""
     shard = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
     if shard is None or not hasattr(shard, "num_processes") or shard.drop_last:
         return -1
@@ -134,17 +94,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Iterates over a process's batches; with a sharded model until all processes have gone through theirs.
+    """Yields a process's batches and whether they count.
 
-    Args:
-        batches: Batches of this process.
-        model: The model that will be called with each batch.
-
-    Yields:
-        A batch and whether it counts: a process that is through early repeats its last one for the others' sake.
-
-    Raises:
-        ValueError: If the model is sharded and this process has no batch at all.
+    With a sharded model, a process that is through early repeats its last batch, which does not count, until all are
+    through. A process without any batch is then a ValueError.
     """
     if not is_sharded(model):
         yield from ((batch, True) for batch in batches)
@@ -153,8 +106,7 @@ def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[
     device = next(model.parameters()).device
     while True:
         batch = next(iterator, None)
-        are_left = torch.tensor(float(batch is not None), device=device)
-        if not bool(mean_over_processes(are_left) > 0):
+        if not bool(reduce(torch.tensor(float(batch is not None), device=device)) > 0):
             return
         last = last if batch is None else batch
         if last is None:
@@ -166,16 +118,10 @@ def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[
 
 
 def sharded_layers(model: Any) -> list[str]:
-    """Names of the classes of layers that become units of FSDP2.
+    """Sorted class names of the layers that become units of FSDP2.
 
-    Those that the model names, but for the one around its input embeddings, which accelerate makes a unit of its
-    own: parameters can't be spread twice.
-
-    Args:
-        model: A model of `transformers`.
-
-    Returns:
-        Sorted class names.
+    Those that the model names, except one around its input embeddings, which accelerate makes a unit of its own:
+    parameters can't be sharded twice.
     """
     embeddings = model.get_input_embeddings()
     names = set()
@@ -186,34 +132,58 @@ def sharded_layers(model: Any) -> list[str]:
     return sorted(names)
 
 
-def whole_state(model: nn.Module, is_wanted: bool = True) -> dict[str, Tensor]:
-    """Returns the state of a sharded model with whole tensors in main memory; all processes must call it together.
+def whole_state(model: nn.Module, to_first_process: bool = False) -> dict[str, Any]:
+    """State of a sharded model with whole tensors; all processes must call it together.
 
-    Args:
-        model: The model.
-        is_wanted: Whether this process wants the tensors; if not, it only sends its parts.
-
-    Returns:
-        Name to tensor; nothing if they are not wanted. On the device there is one whole tensor at a time.
+    `to_first_process` collects it in the main memory of that process alone; the others get nothing.
     """
-    state = {}
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if is_wanted:
-            state[name] = whole.detach().cpu()
-    return state
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes long
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=to_first_process))
+
+
+def whole_copy(parent: NeMoClassifier) -> NeMoClassifier:
+    """A copy of a sharded parent with whole parameters, in eval mode; all processes must call it together."""
+    plain_class = type(parent).__bases__[-1]  # `fully_shard` puts a class of its own before it
+    copied: NeMoClassifier = plain_class(copy.deepcopy(parent.config))
+    copied.load_state_dict(whole_state(parent), assign=True)
+    copied.processor_files, copied.report = parent.processor_files, parent.report
+    copied.to(parent.device)  # type: ignore[arg-type]
+    copied.eval()
+    return copied
+
+
+def whole_checkpoint(output_dir: str, given: str | bool) -> str:
+    """The checkpoint to resume from: `given`, or if that is `True` the last one that was written to its end."""
+    found = sort_checkpoints(output_dir) if given is True else [str(given)]
+    for folder in reversed(found):
+        with suppress(OSError, ValueError):
+            json.loads(Path(folder, STATE_NAME).read_text(encoding="utf-8"))
+            return folder
+    raise ValueError(
+        f"Got {[Path(folder).name for folder in found]} to resume from; expected a checkpoint with {STATE_NAME}, "
+        "which is written last. Name another checkpoint, or start anew."
+    )
+
+
+def check_start(model: Any) -> None:
+    """Refuses a model in `nn.DataParallel`, and a start in which only one process reads the weights."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(name, "").lower() in ("1", "true") for name in names):
+        raise ValueError(
+            "Got fsdp_cpu_ram_efficient_loading: true, under which only one process reads the weights; expected false, "
+            "since every process finds the neurons and tries cuts. Set it in the accelerate configuration."
+        )
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "Got a model in nn.DataParallel; expected the model itself and one process a GPU, since masks are one "
+            f"state a process. Launch with: accelerate launch --num_processes {max(1, len(model.device_ids))} "
+            "your_script.py"
+        )
 
 
 def check_parallelism(args: Any, accelerator: Any) -> None:
-    """Refuses ways to spread a model under which the masks would be wrong or lost.
-
-    Args:
-        args: `TrainingArguments`.
-        accelerator: The trainer's `Accelerator`.
-
-    Raises:
-        ValueError: Naming the way to use instead.
-    """
+    """Refuses ways to spread a model under which the masks would be wrong or lost, naming the one to use instead."""
     if args.n_gpu > 1:
         raise ValueError(
             f"Got {args.n_gpu} GPUs in one process, which nn.DataParallel would use; expected one process a GPU, since "
@@ -227,7 +197,7 @@ def check_parallelism(args: Any, accelerator: Any) -> None:
             "fsdp_version: 2 in the accelerate configuration, as examples/accelerate_configs/fsdp2.yaml does."
         )
     if plugin is None and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")):
-        logger.warning("Got FSDP on CPUs, which accelerate leaves out there: every process holds the whole model.")
+        logger.warning("accelerate does not use FSDP on CPUs: every process holds the whole model.")
     split = getattr(accelerator, "parallelism_config", None)
     named = [n for n in ("tp", "cp", "sp") if split is not None and getattr(split, f"{n}_enabled", False)]
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:

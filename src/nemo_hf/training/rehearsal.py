@@ -1,19 +1,13 @@
-"""Module rehearsal: which groups a step trains as the module that would be cut for them now, and its masks."""
+"""Module rehearsal: draws the label groups that a training step runs as the module cut for them."""
 
 import random
 from collections.abc import Mapping, Sequence
 
 
 def draw_groups(groups: Mapping[str, Sequence[int]], probability: float, seed: str) -> list[int] | None:
-    """Draws the groups of one optimizer step: any number of them, but never all.
+    """Draws sorted indices of some groups but never all, or with 1 - `probability` none (`None`).
 
-    Args:
-        groups: Group name to label ids.
-        probability: Chance in [0, 1] that the step rehearses a module at all.
-        seed: Names the run and the step, so that its micro-batches and all processes draw the same.
-
-    Returns:
-        Sorted indices of groups, or `None` for a step without rehearsal.
+    `seed` names the run and the step, so that all micro-batches of a step and all processes draw the same.
     """
     most = len(groups) - 1
     draw = random.Random(seed)  # noqa: S311 - not for cryptography

@@ -1,4 +1,4 @@
-"""Relevance: which share of a group's samples opens each neuron, counted in one streaming pass."""
+"""Relevance, the share of a group's samples that open each neuron: counted exactly, or as a running average."""
 
 import logging
 import math
@@ -21,24 +21,22 @@ from .distributed import in_step
 logger = logging.getLogger(__name__)
 
 STEERING = 8.0
-"""Largest change of the logarithm of the sparsity weight over a whole training under a size target."""
+"""Largest change of the logarithm of the sparsity weight over a training with a size target."""
 
 BRAKE = 0.1
-"""Share of a size target below it over which the sparsity weight fades to 0."""
+"""How far below the size target, relative to it, the sparsity weight has faded to 0."""
 
 ONE_CORE = 0.95
-"""Mean share of the groups that keep a neuron, of those that any keeps, from which on modules hardly differ."""
+"""Share of the groups that keep a neuron, on average over kept neurons, above which modules hardly differ."""
 
 RUNNING_WINDOW = 64
-"""Samples of a group over which the running relevance averages, about."""
+"""Number of samples of a group over which the running relevance averages, roughly."""
 
 
 class OpenCounts:
     """Counts, by group and neuron, of the samples that open it: groups x neurons numbers, whatever the data.
 
-    Args:
-        masks: The parent's masks.
-        group_of_label: Group of each label id, shape (labels,).
+    `group_of_label` is the group of each label id, shape (labels,).
     """
 
     def __init__(self, masks: NeuronMasks, group_of_label: Tensor) -> None:
@@ -46,28 +44,19 @@ class OpenCounts:
         self._group_of_label = group_of_label
         self._groups = len(self._masks[0].relevance)
         self._neurons = [mask.site.neurons for mask in self._masks]
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts anew."""
-        device = self._group_of_label.device
-        # One row a group: its number of samples, then the counts, then the sums of the masks' values.
-        width = sum(self._neurons)
-        self.samples = torch.zeros(self._groups, device=device)
-        self.labels = torch.zeros(len(self._group_of_label), device=device)
-        self.opened = torch.zeros(self._groups, width, device=device)
-        self.values = torch.zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, device=device)
+        zeros, width = group_of_label.new_zeros, sum(self._neurons)
+        self.samples = zeros(self._groups, dtype=torch.float32)
+        self.labels = zeros(len(group_of_label), dtype=torch.float32)
+        self.opened = zeros(self._groups, width, dtype=torch.float32)
+        self.values = zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, dtype=torch.float32)
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Counts a batch.
+        """Counts the first samples of a batch, those that have labels; a neuron is open if it is in any call.
 
-        Args:
-            neuron_masks: Site key to soft masks of shape (batch, calls, neurons), of all sites; a neuron
-                counts as open if it is in any call.
-            labels: Label ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels).
+        Soft masks have shape (batch, calls, neurons); labels are ids, or 0 and 1 for each label.
         """
-        soft = torch.cat([neuron_masks[mask.site.key].amax(1) for mask in self._masks], -1)
+        soft = torch.cat([neuron_masks[mask.site.key][: len(labels)].amax(1) for mask in self._masks], -1)
         member = group_membership(labels, self._group_of_label, self._groups).T.to(soft.dtype)
         self.samples += member.sum(-1)
         self.labels += torch.bincount(labels, minlength=len(self.labels)) if labels.ndim == 1 else labels.sum(0)
@@ -93,12 +82,9 @@ class OpenCounts:
     def blend(self, step: int) -> None:
         """Moves the masks' relevance towards the counted shares, of the groups that were counted.
 
-        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Most
-        steps are smaller than the 1/255 that is stored, so they are rounded up or down at random, right
-        on average and the same whenever and wherever this step is taken.
-
-        Args:
-            step: Number of the optimizer step, the seed of the rounding.
+        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Most changes are
+        smaller than the 1/255 that is stored, so they are rounded up or down at random, right on average. The optimizer
+        step is the seed, so that all processes and a resumed run round alike.
         """
         share = (self.opened / self.samples.clamp(min=1)[:, None]).float()
         weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples.float()[:, None]
@@ -112,20 +98,21 @@ class OpenCounts:
             mask.relevance.copy_(torch.where(groups[:, None], part, mask.relevance))
 
 
-def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
-    """Warns if the groups keep nearly the same neurons although contrast was to part them.
-
-    Args:
-        masks: The parent's masks with their relevance.
-        config: The options.
-    """
+def _kept(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
+    """1 for the neurons that the module of each group keeps, 0 for others, shape (groups, neurons)."""
     kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
-    users = torch.cat(kept, -1).float().mean(0)
+    return torch.cat(kept, -1).float()
+
+
+def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
+    """Warns if all groups keep nearly the same neurons although the contrastive term was to separate them."""
+    kept = _kept(masks, config)
+    users = kept.mean(0)
     shared = users[users > 0].mean().nan_to_num(0.0).item()
-    if shared > ONE_CORE and config.contrastive_weight > 0 and len(kept[0]) > 1:
+    if shared > ONE_CORE and config.contrastive_weight > 0 and len(kept) > 1:
         logger.warning(
-            "Got neurons that %.0f %% of the label groups keep, on average over those that any keeps; expected groups "
-            "to differ. Their modules are one pruned model that answers for all labels alike. Train longer, or raise "
+            "All label groups keep nearly the same neurons (on average, %.0f %% of the groups share each kept neuron): "
+            "modules will differ in their labels, but hardly in their neurons. Train longer, or raise "
             "contrastive_weight (%g now).",
             100 * shared,
             config.contrastive_weight,
@@ -133,40 +120,29 @@ def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
 
 
 def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
-    """Returns how far the modules of one group are from the target on average: kept / wanted neurons - 1, a scalar."""
+    """Relative excess in size of the modules of one group on average: kept / wanted neurons - 1, a scalar."""
     assert config.retention_target is not None
-    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
     # A weight between two groups of channels stays if both its channels do.
     target = config.retention_target
     sites = [mask.site for mask in masks.site_masks()]
     wanted = sum((math.sqrt(target) if site.kind == "conv" else target) * site.neurons for site in sites)
-    return torch.cat(kept, -1).float().mean() / (wanted / sum(site.neurons for site in sites)) - 1
+    return _kept(masks, config).mean() / (wanted / sum(site.neurons for site in sites)) - 1
 
 
 def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
-    """Raises the weight of sparsity while modules of one group keep more than the target, and lowers it otherwise.
+    """Raises the sparsity weight while modules of one group are larger than the target, and lowers it otherwise.
 
-    Args:
-        masks: The parent's masks with their running relevance; their `sparsity_factor` changes.
-        config: The options, with a `retention_target`.
-        steps: Number of optimizer steps of the whole training.
+    `steps` is the number of optimizer steps of the whole training.
     """
     error = size_over_target(masks, config)
     masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, (1 - config.warmup_ratio) * steps))
 
 
 def sparsity_pressure(masks: NeuronMasks, config: NeMoConfig) -> Tensor | float:
-    """Weight of sparsity now, under a size target as steered so far.
+    """The sparsity weight of this step, as steered so far where there is a size target.
 
     It fades to 0 while modules are smaller than the target, since a neuron that is closed for every sample gets no
     gradient with which to open again.
-
-    Args:
-        masks: The parent's masks with their running relevance.
-        config: The options.
-
-    Returns:
-        A weight of at least 0.
     """
     if config.retention_target is None:
         return config.sparsity_weight
@@ -180,12 +156,12 @@ def compute_relevance(
     accelerator: Any = None,
     show_progress: bool = True,
 ) -> None:
-    """Replaces a parent's relevance by the exact one over a data set, in eval mode.
+    """Replaces a parent's relevance by the exact one, counted over a data set in eval mode.
 
     Args:
-        parent: The parent; its masks' `relevance` is written.
+        parent: The parent; its masks' `relevance` is written. Its report is dropped: it was measured before.
         batches: Batches of model inputs with `labels`, of the training data without augmentation.
-        accelerator: An `accelerate.Accelerator` whose processes each see a share of the data, or `None`.
+        accelerator: An `accelerate.Accelerator` whose processes each pass a share of the data, or `None`.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -217,4 +193,4 @@ def compute_relevance(
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
     check_label_counts(counts.labels.tolist(), parent.config.names)
     counts.write()
-    parent.config.relevance_source = "exact"
+    parent.config.relevance_source, parent.report = "exact", None

@@ -1,22 +1,26 @@
-"""`NeMoTrainer`: `transformers.Trainer` that trains neuron masks with the model."""
+"""`NeMoTrainer`: `transformers.Trainer` that trains a classifier together with its neuron masks."""
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
-from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.provenance import training_record
+from nemo_hf.hub.publish import CardOptions
 from nemo_hf.models.configuration import SEVERAL_LABELS
 from nemo_hf.models.label_checks import check_label_shape
 from nemo_hf.models.label_groups import group_indices, sample_groups, shares_group
@@ -24,17 +28,8 @@ from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import module_masks
 
+from . import distributed, hub_pushes, losses
 from .data import check_columns, check_labels, column_values, groups_from_column
-from .device_trainer import DeviceTrainer, refuse_data_parallel, refuse_empty_weights
-from .distributed import gather_masks, mean_over_processes, processes, share_of_samples
-from .losses import (
-    cross_entropy,
-    mask_objective,
-    restricted_binary_cross_entropy,
-    site_masks,
-    sparsity_loss,
-    specific_cross_entropy,
-)
 from .rehearsal import draw_groups
 from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
 
@@ -46,16 +41,41 @@ WATCHED_STEPS = 10
 """First steps in which batches without any pair of a group are looked for: it needs the host to wait."""
 
 MODULARITY_SAMPLES = 1000
-"""Samples of the evaluation data over which cohesion and coupling are measured at most."""
+"""Most samples over which cohesion and coupling are measured."""
 
 
-class NeMoTrainer(DeviceTrainer):
+@dataclass
+class TrainingState:
+    """What training steps collect; each training starts with a new one, and evaluation leaves it alone."""
+
+    sums: dict[str, Any] = field(default_factory=dict)  # of logged terms, since the last log
+    steps: int = 0  # micro-batches in `sums`
+    open_counts: OpenCounts | None = None  # of the current optimizer step
+    group_of_label: Tensor | None = None  # (labels,)
+    has_warned: bool = False  # of a batch without two samples of a group
+
+
+class _TrainingStart(TrainerCallback):
+    """Starts a new state and records how the parent is trained, once model and arguments are final (in trials, too)."""
+
+    def __init__(self, trainer: "NeMoTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        self.trainer._run = TrainingState()
+        parent, data = self.trainer.parent, self.trainer._training_data
+        base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
+        parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
+        parent.report = None
+
+
+class NeMoTrainer(Trainer):
     """Trains a classification model together with neuron masks, in place of `transformers.Trainer`.
 
     The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
     the cross-entropy a contrastive and a sparsity term over the masks and, in a share of the steps, runs the
     samples of a random set of groups as the module for these groups would (module rehearsal). The log gets
-    `loss_task`, `loss_contrastive` and `neuron_retention_rate`; evaluation gets cohesion and coupling.
+    `loss_task`, `loss_contrastive`, `neuron_retention_rate` and `dead_neuron_rate`.
 
     Args:
         model: A plain model, or a parent to train on.
@@ -89,12 +109,12 @@ class NeMoTrainer(DeviceTrainer):
         relevance_dataset: Any = None,
         **trainer_kwargs: Any,
     ) -> None:
-        refuse_empty_weights()
-        refuse_data_parallel(model)
+        distributed.check_start(model)
         self._given_config = nemo_config
         self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
         check_columns(train_dataset, is_counted=self._relevance_dataset is train_dataset)
         self._training_data = train_dataset
+        self._run = TrainingState()
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
@@ -105,11 +125,7 @@ class NeMoTrainer(DeviceTrainer):
                 "depends on the rehearsed module here. Set NeMoConfig(rehearsal_probability=0)."
             )
         self._attach_processor(self.parent)
-        self._open_counts: OpenCounts | None = None
-        self._groups: Tensor | None = None
-        self._logged: dict[str, Tensor] = {}
-        self._logged_steps = 0
-        self._warned_no_positive = False
+        self.add_callback(_TrainingStart(self))
 
     @property
     def parent(self) -> NeMoClassifier:
@@ -121,21 +137,21 @@ class NeMoTrainer(DeviceTrainer):
         return model
 
     @property
+    def nemo_config(self) -> NeMoConfig:
+        """The options of this run."""
+        return self.parent.nemo_config
+
+    @property
     def _masks(self) -> NeuronMasks:
         masks = self.parent.masks
         assert masks is not None
         return masks
 
     @property
-    def nemo_config(self) -> NeMoConfig:
-        """The options of this run."""
-        return self.parent.nemo_config
-
-    @property
     def _group_of_label(self) -> Tensor:
-        if self._groups is None or self._groups.device != self.parent.device:
-            self._groups = group_indices(self.parent)
-        return self._groups
+        if self._run.group_of_label is None:
+            self._run.group_of_label = group_indices(self.parent)
+        return self._run.group_of_label
 
     def _attach_processor(self, parent: NeMoClassifier) -> None:
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -143,7 +159,7 @@ class NeMoTrainer(DeviceTrainer):
             parent.attach_processor(processor)
 
     def call_model_init(self, trial: Any = None) -> NeMoClassifier:
-        """Builds the plain model and attaches masks to it."""
+        """Builds the plain model and attaches masks to it; as in `Trainer`."""
         model = super().call_model_init(trial)
         assert isinstance(model, PreTrainedModel)
         parent = self._as_parent(model)
@@ -175,6 +191,25 @@ class NeMoTrainer(DeviceTrainer):
         assert isinstance(parent, NeMoClassifier)
         return parent
 
+    def _whole_parent(self) -> NeMoClassifier:
+        return distributed.whole_copy(self.parent) if distributed.is_sharded(self.parent) else self.parent
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Creates the accelerator and refuses ways to spread the model under which masks would be wrong."""
+        super().create_accelerator_and_postprocess()
+        distributed.check_parallelism(self.args, self.accelerator)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = distributed.sharded_layers(self.parent)
+        if plugin is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            # The whole parent is saved besides, and accelerate 1.15 waits forever when it resumes from this kind.
+            plugin.state_dict_config = plugin.optim_state_dict_config = None  # they belong to the kind
+            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)
+        return wrapped
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
@@ -190,7 +225,6 @@ class NeMoTrainer(DeviceTrainer):
         rate = self.nemo_config.mask_learning_rate
         if rate is None:
             rate = MASK_LEARNING_RATE_FACTOR * self.args.learning_rate
-        assert self.parent.masks is not None
         trained = self.parent if model is None else model
         masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}
         for group in list(optimizer.param_groups):
@@ -200,12 +234,34 @@ class NeMoTrainer(DeviceTrainer):
                 optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains as `Trainer` does, then counts the exact relevance of the model that training ends with.
+
+        It resumes only from checkpoints that were written to their end; `True` takes the last of them.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
+        result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.update_relevance()
+        warn_of_one_core(self._masks, self.nemo_config)
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        counts = self._run.open_counts
+        if self.accelerator.sync_gradients and counts is not None:
+            for tensor in counts.tensors():
+                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+            counts.blend(self.state.global_step)
+            self._run.open_counts = None
+            if self.nemo_config.retention_target is not None and self._warmup() >= 1:
+                steer_size(self._masks, self.nemo_config, self.state.max_steps)
+            self.parent.config.relevance_source, self.parent.report = "running", None
+        return loss
+
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`."""
         inputs = dict(inputs)
@@ -215,65 +271,69 @@ class NeMoTrainer(DeviceTrainer):
                 f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
             )
         check_label_shape(labels, self.parent.config.has_several_labels)
+        real = self._real_samples(len(labels), model.training)
         if not model.training:
             outputs = model(**inputs)
-            loss = self._task_loss(outputs, labels, None, self._real_samples(len(labels), is_training=False))
+            loss = self._task_loss(outputs, labels, None, real)
             return (loss, outputs) if return_outputs else loss
-        rehearsed, in_module = self._rehearsed_groups(), None
-        if rehearsed is not None:
-            in_module = torch.isin(self._group_of_label, rehearsed)
-            inputs["static_masks"] = module_masks(self._masks, rehearsed, self.nemo_config.relevance_threshold)
-            # With several labels a module must say no to samples of none of its own, so it sees all of them.
-            if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
-                inputs["static_samples"] = in_module[labels]
-        outputs = model(**inputs)
-        kept = self._real_samples(len(labels), is_training=True)
-        share = share_of_samples(kept, labels.device)
-        loss = share * self._task_loss(outputs, labels, in_module, kept)
-        self._count_open({key: mask[:kept] for key, mask in outputs.neuron_masks.items()}, labels[:kept])
-        total = loss + self._mask_terms(outputs.neuron_masks, labels, kept, loss, share)
-        return (total, outputs) if return_outputs else total
 
-    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, kept: int) -> Tensor:
-        """Loss of the first `kept` answers; `in_module` tells the labels of the module that is rehearsed, if any."""
-        if kept < len(labels):  # of none the mean would be no number: it weighs nothing then
-            outputs, labels = type(outputs)(logits=outputs.logits[: max(1, kept)]), labels[: max(1, kept)]
+        config = self.nemo_config
+        in_module = self._rehearse(inputs, labels)
+        outputs = model(**inputs)
+        share = self._share_of_samples(real)
+        task = share * self._task_loss(outputs, labels, in_module, real)
+
+        labels = labels[:real]
+        run = self._run
+        run.open_counts = run.open_counts or OpenCounts(self._masks, self._group_of_label)
+        run.open_counts.add(outputs.neuron_masks, labels)
+        masks, widths = losses.flatten_masks(outputs.neuron_masks)  # (batch, neurons)
+        masks = masks[:real]
+        contrast = self._contrast(masks, widths, sample_groups(self.parent, labels, self._group_of_label))
+        sparsity = share * losses.sparsity_loss(masks, widths)
+        retained = share * losses.sparsity_loss(masks > 0, widths)
+        terms = {"loss_task": task, "loss_contrastive": contrast, "neuron_retention_rate": retained}
+        run.sums = {name: run.sums.get(name, 0) + value.detach() for name, value in terms.items()}
+        run.steps += 1
+
+        mask_terms = config.contrastive_weight * contrast + sparsity_pressure(self._masks, config) * sparsity
+        loss = task + self._warmup() * mask_terms
+        return (loss, outputs) if return_outputs else loss
+
+    def _real_samples(self, batch: int, is_training: bool) -> int:
+        """Number of a batch's first samples that are not repeated ones, with which last batches are filled up."""
+        state = self.accelerator.gradient_state
+        if is_training and not state.sync_gradients:  # all micro-batches of a step are read before its first one
+            return batch
+        return distributed.real_samples(batch, state, self.args.process_index, self.args.world_size)
+
+    def _share_of_samples(self, real: int) -> Tensor | float:
+        """Weight of this process's mean with which the mean over processes is the mean over all samples."""
+        if self.args.world_size == 1:
+            return 1.0
+        own = torch.full((), float(real), device=self.parent.device)  # a copy from the host would wait
+        return own / self._mean_over_processes(own).clamp(min=1 / self.args.world_size)
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(values.detach(), reduction="mean")
+        return mean
+
+    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, real: int) -> Tensor:
+        """Mean loss of the first `real` answers; `in_module` marks the labels of the module that is rehearsed, if any.
+
+        A batch without real samples weighs nothing, but the mean over none would be NaN: one sample stands in.
+        """
+        if real < len(labels):
+            outputs, labels = type(outputs)(logits=outputs.logits[: max(1, real)]), labels[: max(1, real)]
         if self.compute_loss_func is not None:
             loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
             return loss
         if self.parent.config.has_several_labels:
-            return restricted_binary_cross_entropy(outputs.logits, labels, in_module)
+            return losses.restricted_binary_cross_entropy(outputs.logits, labels, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
         if in_module is None or weight == 0:
-            return cross_entropy(outputs.logits, labels, smoothing)
-        return specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
-
-    def _mask_terms(
-        self, neuron_masks: Mapping[str, Tensor], labels: Tensor, kept: int, task_loss: Tensor, share: Tensor | float
-    ) -> Tensor:
-        config, groups = self.nemo_config, sample_groups(self.parent, labels[:kept], self._group_of_label)
-        masks = [mask[: max(1, kept)] for mask in site_masks(neuron_masks)]
-        own = [mask[:kept] for mask in masks]
-        gathered, everyone = None, groups
-        if processes() > 1 and config.gather_across_devices:
-            gathered = gather_masks(own, groups, self._train_batch_size)
-            everyone = gathered.groups
-        watches = self.state.global_step < WATCHED_STEPS and not self._warned_no_positive
-        if watches and not bool(shares_group(everyone).triu(1).any()):
-            self._warned_no_positive = True
-            logger.warning(
-                "Got a batch of %d samples of %d groups; expected two of one group, without which the contrastive "
-                "loss is 0. Raise per_device_train_batch_size, or use larger label groups.",
-                len(everyone),
-                len(everyone),
-            )
-        options = (config.temperature, config.coupling_weight, gathered, mean_over_processes)
-        contrast = mask_objective(config.objective, own, groups, *options)
-        retained = share * torch.stack([(mask > 0).float().mean() for mask in masks]).mean()
-        self._log_later(loss_task=task_loss, loss_contrastive=contrast, neuron_retention_rate=retained)
-        strength = self._warmup()
-        sparsity = sparsity_pressure(self._masks, config) * share * sparsity_loss(masks)
-        return strength * (config.contrastive_weight * contrast + sparsity)
+            return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
+        return losses.specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
 
     def _warmup(self) -> float:
         """Share of the mask terms' weights that counts at this step."""
@@ -288,70 +348,92 @@ class NeMoTrainer(DeviceTrainer):
         chosen = draw_groups(groups, config.rehearsal_probability, f"{self.args.seed} {self.state.global_step}")
         return None if chosen is None else torch.tensor(chosen, device=self.parent.device)
 
-    def _count_open(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
-        if self._open_counts is None:
-            self._open_counts = OpenCounts(self._masks, self._group_of_label)
-        self._open_counts.add(neuron_masks, labels)
+    def _rehearse(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
+        """Adds to the inputs the static masks of the module that this step rehearses; marks its labels, (labels,)."""
+        groups = self._rehearsed_groups()
+        if groups is None:
+            return None
+        in_module = torch.isin(self._group_of_label, groups)
+        inputs["static_masks"] = module_masks(self._masks, groups, self.nemo_config.relevance_threshold)
+        # With several labels a module must say no to samples of none of its own, so it sees all of them.
+        if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
+            inputs["static_samples"] = in_module[labels]
+        return in_module
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self._open_counts is not None:
-            for tensor in self._open_counts.tensors():
-                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
-            self._open_counts.blend(self.state.global_step)
-            self._open_counts.reset()
-            if self.nemo_config.retention_target is not None and self._warmup() >= 1:
-                steer_size(self._masks, self.nemo_config, self.state.max_steps)
-            self.parent.config.relevance_source = "running"
-        return loss
-
-    def _log_later(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self._logged[name] = self._logged.get(name, torch.zeros_like(value.detach())) + value.detach()
-        self._logged_steps += 1
+    def _contrast(self, masks: Tensor, widths: Sequence[int], groups: Tensor) -> Tensor:
+        """The objective over masks of shape (batch, neurons), compared over all processes if the options say so."""
+        config, is_alone, gathered = self.nemo_config, self.args.world_size == 1, None
+        if config.gather_across_devices and not is_alone:
+            gathered = distributed.gather_masks(masks, groups, self._train_batch_size)
+        if self.state.global_step < WATCHED_STEPS and not self._run.has_warned:
+            everyone = groups if gathered is None else gathered.groups[gathered.is_sample]
+            self._run.has_warned = not bool(shares_group(everyone).triu(1).any())
+            if self._run.has_warned:
+                logger.warning(
+                    "No two of the %d samples of a batch are of one label group, so the contrastive loss is 0. Raise "
+                    "per_device_train_batch_size, or use larger label groups.",
+                    len(everyone),
+                )
+        options = (config.objective, config.temperature, config.coupling_weight, gathered)
+        mean_counts = None if is_alone else self._mean_over_processes
+        return losses.mask_objective(masks, widths, groups, *options, mean_counts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
-        if "loss" in logs and self._logged_steps:
-            for name, total in self._logged.items():
-                logs[name] = round(mean_over_processes(total / self._logged_steps).item(), 6)
+        if "loss" in logs and self._run.steps:
+            for name, total in self._run.sums.items():
+                logs[name] = round(self._mean_over_processes(total / self._run.steps).item(), 6)
             logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
-            self._logged, self._logged_steps = {}, 0
+            self._run.sums, self._run.steps = {}, 0
         super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains as `Trainer` does, then counts the exact relevance of the model that it ends with."""
-        self._open_counts = None
-        self._logged, self._logged_steps = {}, 0
-        samples = len(self._training_data) if hasattr(self._training_data, "__len__") else None
-        base_model = (self.parent.config.training or {}).get("base_model") or self.parent.model.name_or_path
-        self.parent.config.training = training_record(self.args, base_model, samples)
-        result = super().train(*args, **kwargs)
-        self.update_relevance()
-        warn_of_one_core(self._masks, self.nemo_config)
-        return result
 
     def update_relevance(self) -> None:
         """Replaces the parent's relevance by the exact one over `relevance_dataset`."""
         batches = self._loader(self._relevance_dataset, is_shared=True)
         compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluates as `Trainer` does; adds cohesion and coupling over at most 1,000 samples."""
-        output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if output.metrics is None or description != "Evaluation":
-            return output
-        self.parent.report = {"metrics": output.metrics}  # saved with the model until it trains on
-        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        dataset = dataloader.dataset
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluates as `Trainer` does; the parent's report keeps the metrics of all data sets until it trains on."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._report(metrics)
+        return metrics
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        before = (self.parent.report or {}).get("metrics", {})
+        self.parent.report = {"metrics": {**before, **metrics}}
+
+    @torch.no_grad()
+    def evaluate_modularity(self, eval_dataset: Any = None) -> dict[str, float | int | None]:
+        """Measures how alike the masks of samples are, over at most 1,000 samples spread over the evaluation data.
+
+        Args:
+            eval_dataset: Data with labels in place of the trainer's `eval_dataset`.
+
+        Returns:
+            `cohesion`, the mean Jaccard index of the open neurons of two samples that share a label group; `coupling`,
+            that of two samples that share none (`None` without such pairs); and the number of `modularity_samples`.
+            The parent's report keeps them beside the metrics.
+
+        Raises:
+            ValueError: If the data are several sets or have no labels.
+        """
+        dataset = self._one_dataset(eval_dataset)
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
             indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
             dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset, is_shared=False))
-        measured = measure_modularity(self.parent, batches, MODULARITY_SAMPLES)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items() if value is not None})
-        return output
+        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset))
+        was_training = self.parent.training
+        self.parent.eval()
+        try:
+            measured = measure_modularity(self.parent, batches, MODULARITY_SAMPLES)
+        finally:
+            self.parent.train(was_training)
+        if not measured:
+            raise ValueError("Got evaluation data without labels; expected labels. Add a label column to the data.")
+        self._report({name: value for name, value in measured.items() if value is not None})
+        return measured
 
     def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoClassifier:
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""
@@ -370,14 +452,94 @@ class NeMoTrainer(DeviceTrainer):
         Returns:
             The report.
         """
-        batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
-        return evaluate_module(
-            self._whole_parent(), labels, batches, show_progress=not self.args.disable_tqdm, **kwargs
-        )
+        batches, progress = self._loader(self._one_dataset(eval_dataset)), not self.args.disable_tqdm
+        return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
         self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95
     ) -> dict[str, float]:
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
-        batches = self._loader(self._one_dataset(eval_dataset), is_shared=False)
+        batches = self._loader(self._one_dataset(eval_dataset))
         return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
+
+    def _one_dataset(self, given: Any) -> Any:
+        dataset = self.eval_dataset if given is None else given
+        if dataset is None or isinstance(dataset, dict):
+            raise ValueError("Got no single evaluation data set; expected one. Pass eval_dataset=...")
+        return dataset
+
+    def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
+        """Batches of a whole data set, or of this process's share of it: each sample once.
+
+        `get_eval_dataloader` may drop a last batch, keep other data's workers, or repeat samples.
+        """
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="evaluation")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
+        if is_shared and self.args.world_size > 1:
+            dataset = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        workers = self.args.dataloader_num_workers
+        return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=collator, num_workers=workers)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:  # what is written next says that the checkpoint is whole
+            self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole parent, sharded or not; all processes must call it. As in `Trainer`."""
+        if not distributed.is_sharded(self.parent):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, distributed.whole_state(self.parent, to_first_process=not self.args.save_on_each_node))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Trainer would write training_args.bin, a pickle; the processor goes with the model.
+        if self.args.should_save:
+            self.parent.save_pretrained(Path(str(output_dir or self.args.output_dir)), state_dict=state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the parent's card and picture into the output directory.
+
+        Of the arguments of `Trainer` it uses `license`, `tags`, `model_name` and `dataset_tags`; the parent knows its
+        base model and task.
+        """
+        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+        if self.is_world_process_zero():
+            listed = [given.get(name) or () for name in ("dataset_tags", "tags")]
+            data, tags = ((names,) if isinstance(names, str) else tuple(names) for names in listed)
+            options = CardOptions(license=given.get("license"), datasets=data, tags=tags)
+            hub_pushes.write_card(self, self.parent, given.get("model_name"), options)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads the parent with processor, report, card and picture, and deletes files of older pushes.
+
+        As in `Trainer`; further arguments go to `create_model_card`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        where: dict[str, Any] = {"token": token, "revision": revision}
+        return hub_pushes.upload(self, str(self.args.output_dir), commit_message, blocking=blocking, **where)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer._save_checkpoint calls it itself, so a callback can't stop it: that of `transformers` writes and
+        # uploads training_args.bin, a pickle, and no card.
+        hub_pushes.push_checkpoint(self, self.parent, Path(checkpoint_folder))

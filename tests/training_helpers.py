@@ -1,0 +1,128 @@
+"""What the tests of training share: arguments, parents whose masks differ by sample, recorded runs."""
+
+import copy
+import gc
+import re
+
+import pytest
+import torch
+from conftest import build, image_samples, randomize_relevance, text_samples
+from transformers import TrainerCallback, TrainingArguments
+
+from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
+from nemo_hf.config import SHAPING_OPTIONS
+
+SAMPLES = {"vit": image_samples, "bert": text_samples, "albert": text_samples}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collection():
+    """`Trainer.train` ends with a collection of garbage: 0.2 s over all of torch, unless that is set aside."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def arguments(directory, **options):
+    defaults = {
+        "output_dir": str(directory),
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "per_device_train_batch_size": 20,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "max_steps": 2,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def without_dropout(model):
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    return model
+
+
+_PARENTS = {}
+
+
+def varied_parent(family, seed=0, **options):
+    """A parent without dropout whose masks differ by sample, some of them closed, and with a random relevance."""
+    shaping = {name: value for name, value in options.items() if name in SHAPING_OPTIONS}
+    key = (family, seed, repr(shaping))
+    if key not in _PARENTS:
+        parent = without_dropout(make_parent(build(family, seed), NeMoConfig(**shaping)))
+        generator = torch.Generator().manual_seed(seed)
+        for mask in parent.masks.site_masks():
+            for weight in (mask.generator.down.weight, mask.generator.up.weight):
+                torch.nn.init.normal_(weight, std=0.5, generator=generator)
+            torch.nn.init.zeros_(mask.generator.up.bias)
+        randomize_relevance(parent, seed)
+        _PARENTS[key] = parent
+    parent = copy.deepcopy(_PARENTS[key])
+    parent.set_nemo_config(NeMoConfig(**options))
+    return parent
+
+
+def batch_of(samples):
+    return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+
+
+def history(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(got, expected, **tolerance):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def check_message(error, *words):
+    message = str(error.value)
+    assert re.fullmatch(r"Got .+; expected .+\. [A-Z].+", message), message
+    for word in words:
+        assert word in message
+
+
+class Recorder(TrainerCallback):
+    """Keeps what the parent was called with in training, and its relevance after each optimizer step."""
+
+    def __init__(self, parent):
+        self.calls, self.outputs, self.relevance, self.substeps, self.step = [], [], [], [], 0
+        self.parent = parent
+        parent.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        parent.register_forward_hook(self._on_output)
+
+    def _on_call(self, model, args, kwargs):
+        if model.training:
+            self.calls.append({**kwargs, "step": self.step})
+
+    def _on_output(self, model, args, output):
+        if model.training:
+            self.outputs.append(output)
+
+    def _relevance(self):
+        return {key: relevance.clone() for key, relevance in self.parent.masks.relevance().items()}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.substeps.append(self._relevance())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.relevance.append(self._relevance())
+
+
+def recorded(parent, args, **kwargs):
+    recorder = Recorder(parent)
+    trainer = NeMoTrainer(parent, args, callbacks=[recorder], **kwargs)
+    trainer.train()
+    return trainer, recorder
