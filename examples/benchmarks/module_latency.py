@@ -31,20 +31,10 @@ KEPT = (0.5, 0.25)
 Runner = Callable[..., object]
 
 
-def eager(model: NeMoPreTrainedModel) -> Runner:
-    """The plain model inside."""
-    return model.model.eval()
-
-
 def bfloat16(model: NeMoPreTrainedModel) -> Runner:
     """The model with weights and images in bfloat16."""
     half = copy.deepcopy(model.model).to(torch.bfloat16)
     return lambda **inputs: half(**{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()})
-
-
-def compiled(model: NeMoPreTrainedModel) -> Runner:
-    """The model under torch.compile."""
-    return torch.compile(model.model, dynamic=False)
 
 
 def onnx(model: NeMoPreTrainedModel) -> Runner:
@@ -59,8 +49,12 @@ def onnx(model: NeMoPreTrainedModel) -> Runner:
     return lambda **inputs: session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
 
 
-RUNTIMES = {"eager": (eager, (1, 8, 32, 128)), "bfloat16": (bfloat16, (1, 8, 32)), "onnx": (onnx, (1, 8, 32)),
-            "compiled": (compiled, (32,))}  # fmt: skip
+RUNTIMES = {
+    "eager": (lambda model: model.model.eval(), (1, 8, 32, 128)),
+    "bfloat16": (bfloat16, (1, 8, 32)),
+    "onnx": (onnx, (1, 8, 32)),
+    "compiled": (lambda model: torch.compile(model.model, dynamic=False), (32,)),
+}
 """Builder and batch sizes of each."""
 
 

@@ -43,12 +43,12 @@ Keep = Mapping[str, Mapping[str, Tensor]]
 
 
 @torch.no_grad()
-def logits_of(model, data: Split, masks: Mapping[str, Tensor] | None = None, **options) -> Tensor:
-    """Logits of all samples, shape (samples, labels), perhaps under static masks."""
+def logits_of(model, data: Split, masks: Mapping[str, Tensor] | None = None, name: str = "logits", **options) -> Tensor:
+    """Logits of all samples, shape (samples, labels), perhaps under static masks; or another output by its `name`."""
     options |= {} if masks is None else {"static_masks": masks}
     model.eval()
-    batches = ({name: value for name, value in batch.items() if name != "labels"} for batch in data.batches())
-    return torch.cat([model(**inputs, **options).logits for inputs in batches])
+    batches = ({key: value for key, value in batch.items() if key != "labels"} for batch in data.batches())
+    return torch.cat([model(**inputs, **options)[name] for inputs in batches])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -151,19 +151,12 @@ def measure_cuts(task: Task, parent, plain, splits: Sequence[Split], seed: int) 
         row["same_size"] = accuracy(logits_of(fresh, test), test.labels)
         pruned = masks_by_magnitude(plain, make_plan(parent, labels).keep)
         row["pruned"] = accuracy(logits_of(plain, test, pruned)[:, labels], test.labels)
-        rows.append(row | accepted_and_rejected(module, splits[2], labels))
+        rejected = (
+            logits_of(module, splits[2], name="rejection_scores") > module.config.rejection["threshold"]
+        ).float()
+        own = torch.isin(splits[2].labels, torch.tensor(labels))
+        rows.append({**row, "accepted": 1 - rejected[own].mean().item(), "rejected": rejected[~own].mean().item()})
     return rows
-
-
-@torch.no_grad()
-def accepted_and_rejected(module, data: Split, labels: Sequence[int]) -> dict[str, float]:
-    """Share of the module's own samples that it accepts, and of other samples that it rejects."""
-    own, scores = torch.isin(data.labels, torch.tensor(labels)), []
-    for batch in data.batches():
-        del batch["labels"]
-        scores.append(module(**batch).rejection_scores)
-    rejected = (torch.cat(scores) > module.config.rejection["threshold"]).float()
-    return {"accepted": 1 - rejected[own].mean().item(), "rejected": rejected[~own].mean().item()}
 
 
 def masks_by_magnitude(plain, keep: Keep) -> dict[str, Tensor]:

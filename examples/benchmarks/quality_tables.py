@@ -48,7 +48,9 @@ def loss_in_points(row: dict) -> float:
 def cells(rows: Rows, *columns: str) -> list[str]:
     """Means of columns, "-" where nothing was measured."""
     decimals = MEASURED | {"rejection": 3, "cohesion": 2, "coupling": 2, "by_sample": 3, "weights": 2, "dead": 2}
-    return [f"{mean(rows, c):.{decimals.get(c, 3)}f}" if all(c in row for row in rows) else "-" for c in columns]
+    return [
+        f"{mean(rows, c):.{decimals.get(c, 3)}f}" if rows and all(c in row for row in rows) else "-" for c in columns
+    ]
 
 
 def methods_table(stored: dict) -> str:
@@ -65,7 +67,13 @@ def methods_table(stored: dict) -> str:
             neurons, module, *controls = cells(own, *MEASURED)
             losses = [mean(same, loss_in_points) for same in grouped(own, "seed").values()]
             line += [upper_bound([100 * (row["plain"] - row["accuracy"]) for row in rows if "plain" in row])]
-            line += [*cells(rows, "by_sample"), *cells(singles[name], "neurons"), neurons, f"**{module}**", controls[0]]
+            line += [
+                *cells(rows, "by_sample"),
+                *cells(singles.get(name, []), "neurons"),
+                neurons,
+                f"**{module}**",
+                controls[0],
+            ]
             line += [upper_bound(losses), *controls[1:], f"{mean(own, specificity):.1f}", *cells(own, "rejection")]
             line += cells(rows, "cohesion", "coupling")
         lines.append([*line, *["-"] * (len(header) - len(line))])

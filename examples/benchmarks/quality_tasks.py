@@ -1,6 +1,5 @@
 """Data sets, models and label sets of `quality.py`: digits, CLINC150 and CIFAR-10."""
 
-import io
 import itertools
 import random
 import sys
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Image, load_dataset
-from PIL import Image as Picture
+from datasets import load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -109,39 +107,22 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """What all methods are measured on.
+    """What all methods are measured on."""
 
-    Args:
-        text: Data and model, for the tables.
-        splits: From a seed to training data (perhaps augmented), validation data and test data.
-        trainer: From a trainer class, training and validation data, seed, epochs and options to a trainer.
-        epochs: Epochs of each training.
-        sets: Sets of label groups by kind; a module is measured for each set.
-        modules: Sets whose modules are also cut, fine-tuned, trained from scratch and compared with pruning (seed 0).
-        batch: Batch size when a module is trained.
-        rate: Learning rate of that from scratch; fine-tuning takes a third.
-        groups: Label ids by name of the group.
-        options: Options of `NeMoConfig` for all methods on this task.
-        strangers: Returns inputs that have no label, if there are any.
-        draws: Number of masks of the random control.
-        methods: Options of further methods by name, which take precedence over `METHODS`.
-        model_class: Class that reads saved parents.
-    """
-
-    text: str
-    splits: Callable[[int], tuple[Split, Split, Split]]
-    trainer: Callable[..., Trainer]
-    epochs: int
-    sets: Mapping[str, Sequence[tuple[int, ...]]]
-    modules: Sequence[tuple[int, ...]]
-    batch: int
-    rate: float
-    groups: Mapping[str, Sequence[int]]
-    options: Mapping[str, object] = field(default_factory=dict)
-    strangers: Callable[[], Split] | None = None
-    draws: int = 2
-    methods: Mapping[str, dict] = field(default_factory=dict)
-    model_class: type = NeMoForImageClassification
+    text: str  # data and model, for the tables
+    splits: Callable[[int], Sequence[Split]]  # from a seed to training (perhaps augmented), validation and test data
+    trainer: Callable[..., Trainer]  # from trainer class, training and validation data, seed, epochs and options
+    epochs: int  # of each training
+    sets: Mapping[str, Sequence[tuple[int, ...]]]  # sets of label groups by kind; a module is measured for each set
+    modules: Sequence[tuple[int, ...]]  # sets whose modules are cut, tuned and compared at the same size, with seed 0
+    batch: int  # when a module is trained
+    rate: float  # when a module is trained from scratch; fine-tuning takes a third
+    groups: Mapping[str, Sequence[int]]  # label ids by name of the group
+    options: Mapping[str, object] = field(default_factory=dict)  # of `NeMoConfig`, for all methods
+    strangers: Callable[[], Split] | None = None  # inputs that have no label
+    draws: int = 2  # masks of the random control
+    methods: Mapping[str, dict] = field(default_factory=dict)  # in addition to `METHODS`, or in place of them
+    model_class: type = NeMoForImageClassification  # reads saved parents
 
 
 def drawn_sets(groups: int, size: int, count: int, first: Sequence[tuple[int, ...]] = ()) -> list[tuple[int, ...]]:
@@ -253,8 +234,8 @@ def cifar10_splits(data: str) -> tuple[tuple[Split, Split, Split], list[str]]:
     loaded = load_dataset("parquet", data_files=files)
 
     def split(name: str, start: int, count: int, is_augmented: bool = False) -> Split:
-        part = loaded[name].shuffle(seed=0).select(range(start, start + count)).cast_column("img", Image(decode=False))
-        images = np.stack([np.asarray(Picture.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in part["img"]])
+        part = loaded[name].shuffle(seed=0).select(range(start, start + count))
+        images = np.stack([np.asarray(image.convert("RGB")) for image in part["img"]])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return Split({"pixel_values": pixels}, torch.tensor(part["label"]), is_augmented)
 

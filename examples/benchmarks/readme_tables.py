@@ -102,12 +102,10 @@ def afterwards() -> str:
     """What comes after training costs."""
     found = load(RESULTS / "relevance.json")
     passes = " and ".join(f"{found[f'relevance, {name}']['ratio']:.2f}" for name in ("ViT-S/4", "MiniLM"))
-    samples, mib = zip(*found["relevance memory, MiB by samples"].items(), strict=True)
     peaks = " and ".join(f"{row['peak_mib'] / row['weights_mib']:.2f}" for row in found["extraction memory, ViT-L"])
     return (
         f"Relevance takes {passes} times a plain pass over the data (ViT-S, MiniLM), and "
-        f"{found['relevance, 1,000 groups over 10']['ratio']:.2f} times that with 1,000 label groups instead of 10; "
-        f"its peak memory is {mib[0]:.0f} MiB for {samples[0]} samples and {mib[1]:.0f} MiB for {samples[1]}.\n"
+        f"{found['relevance, 1,000 groups over 10']['ratio']:.2f} times that with 1,000 label groups instead of 10.\n"
         f"A module of a ViT-S is cut in {found['extraction, ViT-S']['cut']:.1f} s without its check and in "
         f"{found['extraction, ViT-S']['with the check']:.1f} s with it; cutting it on load reads "
         f"{max(row['ratio'] for row in found['cut on load, ViT-S']):.2f} times the bytes of its own file.\n"

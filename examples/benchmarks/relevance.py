@@ -79,17 +79,6 @@ def pass_by_groups(rounds: int) -> dict:
     return ratio(seconds[1000], seconds[10])
 
 
-def print_relevance_memory(count: int) -> None:
-    """Prints the peak MiB of a pass over `count` batches of 64 images."""
-
-    def build() -> Callable[[], object]:
-        set_seed(0)
-        parent = parent_of(vit(128, 6, 4))
-        return lambda: compute_relevance(parent, (images(64) for _ in range(count)), show_progress=False)
-
-    print(peak_memory(build, calls=1))
-
-
 def extraction_seconds(rounds: int) -> dict:
     """Seconds to cut a module of three labels out of a ViT-S, without and with the equivalence check."""
     set_seed(0)
@@ -158,7 +147,9 @@ def cut_on_load(kept: float) -> dict:
         parent.save_pretrained(f"{folder}/parent")
         parent.extract_module([0]).save_pretrained(f"{folder}/module")
         CountedFile.read = 0
-        with patch("nemo_hf.models.files.safe_open", lambda *args, **options: CountedFile(safe_open(*args, **options))):
+        with patch(
+            "nemo_hf.models.weight_files.safe_open", lambda *args, **options: CountedFile(safe_open(*args, **options))
+        ):
             start = time.perf_counter()
             NeMoForImageClassification.from_pretrained(f"{folder}/parent", labels=[0])
             cutting = time.perf_counter() - start
@@ -192,9 +183,6 @@ def main() -> None:
         "extraction memory, ViT-L": lambda rounds: [
             json.loads(fresh_process(__file__, "--extract", str(kept))) for kept in KEPT
         ],
-        "relevance memory, MiB by samples": lambda rounds: {
-            str(64 * count): float(fresh_process(__file__, "--batches", str(count))) for count in (2, 64)
-        },
         "relevance, ViT-S/4": lambda rounds: relevance_pass(lambda: vit(384, 12, 6), images, 64, rounds),
         "relevance, MiniLM": lambda rounds: relevance_pass(minilm, texts, 32, rounds),
         "relevance, 1,000 groups over 10": pass_by_groups,
@@ -203,15 +191,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--extract", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--batches", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     if given.extract:
         print_extraction_memory(given.extract)
-        return
-    if given.batches:
-        print_relevance_memory(given.batches)
         return
     output = compact.RESULTS / "relevance.json"
     about = {"command": "python examples/benchmarks/relevance.py", "made_with": [compact.machine()]}
