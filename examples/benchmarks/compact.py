@@ -17,12 +17,11 @@ Rows = list[dict[str, Any]]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Results of a file, tables as lists of dictionaries without empty cells; nothing if there is no file."""
+    """Results of a file, tables as lists of dictionaries; nothing if there is no file."""
     found = {}
     for name, value in json.loads(path.read_text()).items() if path.exists() else ():
         if isinstance(value, dict) and set(value) == {"columns", "rows"}:
-            rows = [zip(value["columns"], row, strict=True) for row in value["rows"]]
-            value = [{column: cell for column, cell in row if cell is not None} for row in rows]
+            value = [dict(zip(value["columns"], row, strict=True)) for row in value["rows"]]
         found[name] = value
     return found
 
@@ -60,11 +59,24 @@ def merged(old: Iterable[dict], new: Iterable[dict], *keys: str) -> Rows:
     return list({tuple(map(str, map(row.get, keys))): row for row in [*old, *new]}.values())
 
 
-def machine() -> dict[str, str]:
-    """The device and the versions that a result is measured with."""
+def stamped(stored: Mapping[str, Any], rows: Iterable[dict]) -> tuple[list[dict], Rows]:
+    """The machines of stored results and this one (device and versions), and rows with its place among them."""
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"device": device, **versions}
+    made_with = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    machines = merged(stored.get("made_with", []), [made_with], *made_with)
+    return machines, [{**row, "made_with": machines.index(made_with)} for row in rows]
+
+
+def update(path: Path, about: Mapping[str, Any], table: str, rows: Iterable[dict], *keys: str) -> None:
+    """Adds rows to a table of a file; they replace rows with the same `keys`."""
+    stored = load(path)
+    machines, rows = stamped(stored, rows)
+    write(path, {**about, "made_with": machines, table: merged(stored.get(table, []), rows, *keys)})
+
+
+def devices(stored: Mapping[str, Any], rows: Iterable[dict]) -> str:
+    """The devices that rows were measured on."""
+    return ", ".join(dict.fromkeys(stored["made_with"][row["made_with"]]["device"] for row in rows))
 
 
 def grouped(rows: Iterable[dict], *keys: str) -> dict[Any, Rows]:

@@ -10,7 +10,6 @@ import argparse
 import copy
 import logging
 import tempfile
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -32,9 +31,7 @@ from nemo_hf.pruning.plan import static_masks
 RESULTS = compact.RESULTS / "supported_models.json"
 KINDS = ("attention", "ffn", "conv")
 TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
-SPREADS = (0.15, 0.3, 0.6)
-"""Standard deviations of the random weights, tried until the masks of each kind move the logits visibly."""
-EXPERTS = "routed experts stay whole"
+SPREADS = (0.15, 0.3, 0.6)  # of the random weights, tried until the masks of each kind move the logits visibly
 REMARKS = (
     ("Channels of convolutions stay whole", "channels are mixed by norms"),
     ("leaves all logits as they are", "without effect here"),
@@ -83,7 +80,7 @@ def modes_of(parent) -> dict[str, str]:
 def whole(model: PreTrainedModel, parent, reasons: dict[str, str]) -> dict[str, str]:
     """Why each kind of neurons that is not cut stays whole, in a few words."""
     cut = {"conv", *(() if parent is None else (site.kind for site in parent.sites))}
-    remarks = {"ffn": EXPERTS} if has_experts(model) else {}
+    remarks = {"ffn": "routed experts stay whole"} if has_experts(model) else {}
     if parent is None and any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules()):
         remarks["conv"] = remark(reasons["conv"])
     for kind in (kind for kind in KINDS if kind not in cut):
@@ -181,6 +178,7 @@ def check(task: str, model_type: str, class_name: str) -> dict:
 def stored() -> dict:
     """Results, with a row for each class as `check` returns it, less what is only measured."""
     found = compact.load(RESULTS)
+    found["families"] = [{k: v for k, v in row.items() if v is not None} for row in found["families"]]
     for row in found["families"]:
         for kind in KINDS:
             if kind in row:
@@ -192,8 +190,8 @@ def short(row: dict) -> dict:
     """A row as it is written."""
     found = {name: row.get(name) for name in ("task", "model_type", "class", "status", "spread", "whole", "remark")}
     for kind in KINDS:
-        if kind in row:
-            found |= {kind: ", ".join(row[kind]["pruning_modes"]), f"{kind}_neurons": row[kind]["neurons"]}
+        own = row.get(kind)
+        found |= {kind: own and ", ".join(own["pruning_modes"]), f"{kind}_neurons": own and own["neurons"]}
     return found | {name: row.get("module", {}).get(name) for name in ("difference", "tolerance", "parameters")}
 
 
@@ -243,13 +241,11 @@ def main() -> None:
     rows = []
     for task, model_type, class_name in families():
         if not chosen or model_type in chosen:
-            start = time.perf_counter()
             rows.append(short(check(task, model_type, class_name)))
-            modes = [rows[-1].get(kind, "-") for kind in KINDS]
-            print(class_name, *modes, rows[-1]["status"], f"{time.perf_counter() - start:.1f} s", flush=True)
-    old = compact.load(RESULTS).get("families", []) if chosen else []
-    about = {"command": "python examples/benchmarks/families.py", "made_with": [compact.machine()]}
-    compact.write(RESULTS, {**about, "families": compact.merged(old, rows, "task", "class")})
+            print(class_name, *(rows[-1][kind] or "-" for kind in KINDS), rows[-1]["status"], flush=True)
+    if not chosen:
+        RESULTS.unlink(missing_ok=True)  # transformers may have lost a class
+    compact.update(RESULTS, {"command": "python examples/benchmarks/families.py"}, "families", rows, "task", "class")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ twenty minutes on a CPU.
 
 import argparse
 import copy
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -100,16 +101,11 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     output = compact.RESULTS / "module_latency.json"
-    about = {"command": "python examples/benchmarks/module_latency.py", "made_with": [compact.machine()]}
-    for name in given.models:
-        for kept in KEPT:
-            for runtime in given.runtimes:
-                found = measure(name, kept, given.rounds, runtime)
-                print(*found, sep="\n", flush=True)
-                times = compact.merged(
-                    compact.load(output).get("times", []), found, "model", "kept", "runtime", "batch"
-                )
-                compact.write(output, {**about, "rounds": given.rounds, "times": times})
+    about = {"command": "python examples/benchmarks/module_latency.py", "rounds": given.rounds}
+    for name, kept, runtime in itertools.product(given.models, KEPT, given.runtimes):
+        found = measure(name, kept, given.rounds, runtime)
+        print(*found, sep="\n", flush=True)
+        compact.update(output, about, "times", found, "model", "kept", "runtime", "batch")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
     weak, _ = trained(task, None, splits, given.seed, 1, given.keep)
     test = splits[2]
     weak_answers = logits_of(weak, test).argmax(-1)
-    output = compact.RESULTS / "patching.json"
+    about = {"command": "python examples/benchmarks/patching.py --data DATA", "task": task.text, "seed": given.seed}
     for row in given.rows:
         options = {**METHODS, **task.methods}[row]
         strong, _ = trained(task, options, splits, given.seed, task.epochs, given.keep)
@@ -64,10 +64,7 @@ def main() -> None:
                 for kind, own in zip(kinds, answers, strict=True)
             ]
             print(row, name, *(f"{each['recall']:.3f}" for each in found), flush=True)
-            labels = compact.merged(compact.load(output).get("labels", []), found, "strong", "label", "model")
-            command = "python examples/benchmarks/patching.py --data DATA --rows ours moda"
-            about = {"command": command, "made_with": [compact.machine()], "task": task.text, "seed": given.seed}
-            compact.write(output, {**about, "labels": labels})
+            compact.update(compact.RESULTS / "patching.json", about, "labels", found, "strong", "label", "model")
 
 
 if __name__ == "__main__":

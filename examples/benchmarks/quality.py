@@ -39,7 +39,6 @@ from nemo_hf.models.extraction import make_plan
 
 TUNING_EPOCHS = 10
 BY_SAMPLE = ", by sample"
-Keep = Mapping[str, Mapping[str, Tensor]]
 
 
 @torch.no_grad()
@@ -159,7 +158,7 @@ def measure_cuts(task: Task, parent, plain, splits: Sequence[Split], seed: int) 
     return rows
 
 
-def masks_by_magnitude(plain, keep: Keep) -> dict[str, Tensor]:
+def masks_by_magnitude(plain, keep: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Masks that keep as many neurons in each part as `keep`: those with the largest weights of a plain model."""
     masks = {}
     for site in plain.sites:
@@ -239,14 +238,11 @@ def measure(
 
 def add(stored: dict, found: Mapping[str, list[dict]], method: str, seed: int) -> dict:
     """Stored results with the rows of a method and seed replaced, or added."""
-    machines = stored.get("made_with", [])
-    if (made_with := compact.machine()) not in machines:
-        machines = [*machines, made_with]
     tables = {}
     for name, keys in (("methods", []), ("sets", ["kind"]), ("modules", ["labels"])):
         new = [{"method": method, "seed": seed, **row} for row in found.get(name, [])]
         if name == "methods":
-            new = [{**row, "made_with": machines.index(made_with)} for row in new]
+            machines, new = compact.stamped(stored, new)
         tables[name] = compact.merged(stored.get(name, []), new, "method", "seed", *keys)
     return {**stored, "made_with": machines, **tables}
 

@@ -7,8 +7,14 @@ from pathlib import Path
 from compact import RESULTS, Rows, grouped, load, markdown, mean
 from scipy.stats import t as student
 
-MEASURED = {"neurons": 2, "module": 3, "restricted": 3, "random": 3, "other": 3, "empty": 3}
-"""Columns of the tables and their decimals."""
+MEASURED = {
+    "neurons": 2,
+    "module": 3,
+    "restricted": 3,
+    "random": 3,
+    "other": 3,
+    "empty": 3,
+}  # columns of the tables and their decimals
 
 
 def stored_results(task: str) -> dict:
@@ -48,9 +54,8 @@ def loss_in_points(row: dict) -> float:
 def cells(rows: Rows, *columns: str) -> list[str]:
     """Means of columns, "-" where nothing was measured."""
     decimals = MEASURED | {"rejection": 3, "cohesion": 2, "coupling": 2, "by_sample": 3, "weights": 2, "dead": 2}
-    return [
-        f"{mean(rows, c):.{decimals.get(c, 3)}f}" if rows and all(c in row for row in rows) else "-" for c in columns
-    ]
+    known = {name for name in columns if rows and all(row.get(name) is not None for row in rows)}
+    return [f"{mean(rows, name):.{decimals.get(name, 3)}f}" if name in known else "-" for name in columns]
 
 
 def methods_table(stored: dict) -> str:
@@ -66,7 +71,7 @@ def methods_table(stored: dict) -> str:
             own = sets[name]
             neurons, module, *controls = cells(own, *MEASURED)
             losses = [mean(same, loss_in_points) for same in grouped(own, "seed").values()]
-            line += [upper_bound([100 * (row["plain"] - row["accuracy"]) for row in rows if "plain" in row])]
+            line += [upper_bound([100 * (row["plain"] - row["accuracy"]) for row in rows if row["plain"] is not None])]
             line += [
                 *cells(rows, "by_sample"),
                 *cells(singles.get(name, []), "neurons"),
@@ -142,7 +147,7 @@ def page(task: str) -> str:
     """All tables of a task."""
     stored = stored_results(task)
     parts = [f"{stored['task']}.", methods_table(stored), kinds_table(stored), modules_table(stored)]
-    strangers = {name: rows for name, rows in sets_of(stored).items() if "strangers" in rows[0]}
+    strangers = {name: rows for name, rows in sets_of(stored).items() if rows[0].get("strangers") is not None}
     found = ", ".join(f"{mean(rows, 'strangers'):.3f} ({name})" for name, rows in strangers.items())
     parts += [f"AUROC of rejecting inputs of no label: {found}."] if found else []
     return "\n\n".join([*parts, commands(stored)])

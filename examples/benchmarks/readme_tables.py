@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compact import RESULTS, grouped, load, markdown, write
+from compact import RESULTS, devices, grouped, load, markdown, stamped, write
 from families import support_line, support_table
 from quality_tables import cells, draw, page, patching_table, sets_of, stored_results, summary
 
@@ -76,8 +76,9 @@ def store_demo(folders: list[Path]) -> None:
             row = {**seed, "labels": ", ".join(map(str, each["labels"])), "module": each["accuracy"]}
             row |= {"neurons": each["neuron_retention_rate"], "weights": each["weight_retention_rate"]}
             modules.append(row | {"restricted": each["parent_restricted_accuracy"], **each["controls"]})
-    command = "nemo-hf demo --output-dir demoSEED --seed SEED"
-    write(RESULTS / "demo.json", {"command": command, "parents": parents, "modules": modules})
+    machines, parents = stamped({}, parents)
+    about = {"command": "nemo-hf demo --output-dir demoSEED --seed SEED", "made_with": machines}
+    write(RESULTS / "demo.json", {**about, "parents": parents, "modules": modules})
 
 
 def costs() -> str:
@@ -94,7 +95,7 @@ def training() -> str:
         peak = f"{masks['peak_mib'] / plain['peak_mib']:.2f}"
         lines.append([setting, f"{plain['ms']:.0f}", *ratios, peak, f"{masks['generators']:.1%}"])
     header = ["training step", "plain ms", "masks", "and rehearsal", "peak memory", "generators"]
-    device = found["made_with"][0]["device"]
+    device = devices(found, found["steps"])
     return f"{device}; times and memory over those of a plain `Trainer` step:\n\n{markdown(header, lines)}"
 
 

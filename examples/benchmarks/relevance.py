@@ -29,8 +29,7 @@ from nemo_hf import NeMoConfig, NeMoForImageClassification, compute_relevance, m
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.extraction import build_module, make_plan, read_tensor
 
-KEPT = (0.5, 0.25)
-"""Shares of the neurons that modules keep."""
+KEPT = (0.5, 0.25)  # shares of the neurons that modules keep
 
 
 def device() -> torch.device:
@@ -198,11 +197,14 @@ def main() -> None:
         print_extraction_memory(given.extract)
         return
     output = compact.RESULTS / "relevance.json"
-    about = {"command": "python examples/benchmarks/relevance.py", "made_with": [compact.machine()]}
+    about = {"command": "python examples/benchmarks/relevance.py", "rounds": given.rounds}
     for name in given.parts:
-        found = {name: parts[name](given.rounds)}
-        print(json.dumps(found), flush=True)
-        compact.write(output, {**compact.load(output), **about, "rounds": given.rounds, **found})
+        found = parts[name](given.rounds)
+        print(name, json.dumps(found), flush=True)
+        stored = compact.load(output)
+        machines, rows = compact.stamped(stored, found if isinstance(found, list) else [found])
+        own = {name: rows if isinstance(found, list) else rows[0]}
+        compact.write(output, {**about, **stored, "made_with": machines, **own})
 
 
 if __name__ == "__main__":

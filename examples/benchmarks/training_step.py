@@ -128,13 +128,11 @@ def main() -> None:
     if given.peak:
         print(peak_memory(lambda: Step(*given.peak)))
         return
-    output = compact.RESULTS / "training_step.json"
-    about = {"command": "python examples/benchmarks/training_step.py", "made_with": [compact.machine()]}
+    about = {"command": "python examples/benchmarks/training_step.py", "rounds": given.rounds}
     for setting in given.settings:
         found = measure(setting, given.rounds)
         print(*found, sep="\n", flush=True)
-        steps = compact.merged(compact.load(output).get("steps", []), found, "setting", "step")
-        compact.write(output, {**about, "rounds": given.rounds, "steps": steps})
+        compact.update(compact.RESULTS / "training_step.json", about, "steps", found, "setting", "step")
 
 
 if __name__ == "__main__":
