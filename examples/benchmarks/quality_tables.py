@@ -7,14 +7,7 @@ from pathlib import Path
 from compact import RESULTS, Rows, grouped, load, markdown, mean
 from scipy.stats import t as student
 
-MEASURED = {
-    "neurons": 2,
-    "module": 3,
-    "restricted": 3,
-    "random": 3,
-    "other": 3,
-    "empty": 3,
-}  # columns of the tables and their decimals
+MEASURED = {"neurons": 2, "module": 3, "restricted": 3, "random": 3, "other": 3, "empty": 3}  # decimals by column
 
 
 def stored_results(task: str) -> dict:

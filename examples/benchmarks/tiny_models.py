@@ -1,7 +1,4 @@
-"""Tiny random models of every classification family in transformers, each built from its own configuration.
-
-tiny_models.json holds the sizes by name for all families, and further options of single families.
-"""
+"""Tiny random models of every classification family in transformers, of the sizes in tiny_models.json."""
 
 import json
 from collections.abc import Iterator, Mapping
