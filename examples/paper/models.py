@@ -7,8 +7,8 @@
 - `rescnn`: 12 convolutions with batch norm: four stages of one convolution and a pair of them, the pairs of the last
   three stages with a residual connection, and the mean over positions.
 
-VGG16 and ResNet18 are as usual for this image size. SimCNN and ResCNN are our own, with the layer counts that CNNSplitter
-(arXiv 2209.06116) gives; `width` is the number of channels of the first stage, 64 there and here.
+VGG16 and ResNet18 are as usual for this image size. SimCNN and ResCNN are our own, with the layer counts that
+CNNSplitter (arXiv 2209.06116) gives; `width` is the number of channels of the first stage, 64 there and here.
 """
 
 from itertools import pairwise
