@@ -295,7 +295,7 @@ def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field,
 
 def test_an_absurd_rank_of_generators_takes_no_memory(saved, tmp_path):
     directory = changed(saved / "parent", tmp_path / "a", "nemo_config.generator_rank", 10**12)
-    with limited_memory(2**30), pytest.raises(ValueError, match="^Got .*; expected"):
+    with limited_memory(2**30), pytest.raises(ValueError, match=r"^Got .*; expected"):
         NeMoForImageClassification.from_pretrained(directory)
 
 

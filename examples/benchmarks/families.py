@@ -1,23 +1,21 @@
-"""Tries every classification family of transformers: masks, exact cuts, files, training. Writes the support table.
+"""Tries every classification family of transformers: masks, exact cuts, files, training.
 
     python examples/benchmarks/families.py                      # all of them, about eight minutes on one core
-    python examples/benchmarks/families.py --families bert vit  # prints these, writes nothing; with --update their rows
-    python examples/benchmarks/families.py --render             # the table from the JSON alone
+    python examples/benchmarks/families.py --families bert vit  # only these, whose rows are replaced
 
-Writes supported_models.json beside this script and, from it, supported_models.md.
+Writes results/supported_models.json; readme_tables.py makes the table in supported_models.md from it.
 """
 
 import argparse
 import copy
-import json
 import logging
 import tempfile
-import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
+import compact
 import torch
-import transformers
 from tiny_models import LABELS, families, tiny_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -30,11 +28,19 @@ from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.pruning.plan import static_masks
 
-HERE = Path(__file__).parent
+RESULTS = compact.RESULTS / "supported_models.json"
 KINDS = ("attention", "ffn", "conv")
 TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
-SPREADS = (0.15, 0.3, 0.6)
-"""Spreads of the random weights, tried until the masks of each kind move the logits visibly."""
+SPREADS = (0.15, 0.3, 0.6)  # of the random weights, tried until the masks of each kind move the logits visibly
+REMARKS = (
+    ("Channels of convolutions stay whole", "channels are mixed by norms"),
+    ("leaves all logits as they are", "without effect here"),
+    ("differ from call to call", "not deterministic"),
+    ("the mask of one sample reaches", "samples are not in the first dimension"),
+    ("without a linear head", "no linear head of the labels"),
+    ("no logits", "no logits in the output"),
+)
+"""Parts of error messages, and the remark of the table."""
 
 
 @torch.no_grad()
@@ -66,33 +72,33 @@ def attach(model: PreTrainedModel) -> tuple:
     return None, reasons
 
 
-def cut_by(parent) -> dict[str, str]:
+def modes_of(parent) -> dict[str, str]:
     """How each site is cut."""
     return {} if parent is None else {site.key: site.pruning_mode for site in parent.sites}
 
 
 def whole(model: PreTrainedModel, parent, reasons: dict[str, str]) -> dict[str, str]:
-    """Why each kind of neurons that is not cut stays whole."""
-    remarks = {"ffn": "experts in one tensor, to which tokens of all samples go"} if has_experts(model) else {}
-    for kind in KINDS:
-        if parent is not None and any(site.kind == kind for site in parent.sites):
-            continue
-        if kind == "conv":
-            if parent is None and any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules()):
-                remarks[kind] = reasons[kind]
-            continue
-        if kind not in str(reasons) and "no neuron sites" not in str(reasons):
-            if kind in remarks:
-                continue
+    """Why each kind of neurons that is not cut stays whole, in a few words."""
+    cut = {"conv", *(() if parent is None else (site.kind for site in parent.sites))}
+    remarks = {"ffn": "routed experts stay whole"} if has_experts(model) else {}
+    if parent is None and any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules()):
+        remarks["conv"] = remark(reasons["conv"])
+    for kind in (kind for kind in KINDS if kind not in cut):
+        if kind in str(reasons) or "no neuron sites" in str(reasons):
+            own = reasons.get(kind) or reasons.get("+".join(KINDS), "")
+            remarks[kind] = "none known" if "no neuron sites" in own else remark(own)
+        elif kind not in remarks:
             try:
                 find_sites(model, [kind])
-                remarks[kind] = "its layers are never called"
+                remarks[kind] = "weights read without a call"
             except UnsupportedArchitectureError:
-                remarks[kind] = "no such layers by name"
-            continue
-        own = reasons.get(kind) or reasons.get("+".join(KINDS), "")
-        remarks[kind] = "no such layers by name" if "no neuron sites" in own else own
+                remarks[kind] = "none known"
     return remarks
+
+
+def remark(text: str) -> str:
+    """An error message in a few words."""
+    return next((short for part, short in REMARKS if part in text), text)
 
 
 def has_experts(model: PreTrainedModel) -> bool:
@@ -128,7 +134,7 @@ def cut(parent) -> dict[str, float]:
 
 
 def train(parent) -> dict:
-    """Two steps of `NeMoTrainer`: the losses, and the share of generators and other trained tensors that moved."""
+    """Two steps of `NeMoTrainer`: the losses, and the share of the generators' tensors that moved."""
     inputs = random_inputs(parent)
     samples = [{**{k: v[i % len(v)] for k, v in inputs.items()}, "labels": i % len(LABELS)} for i in range(10)]
     with tempfile.TemporaryDirectory() as folder:
@@ -140,14 +146,8 @@ def train(parent) -> dict:
         before = {name: p.detach().clone() for name, p in parent.named_parameters()}
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    moved = {name: bool((p.detach() != before[name]).any()) for name, p in parent.named_parameters()}
-    generators = [is_moved for name, is_moved in moved.items() if ".generator." in name]
-    others = [is_moved for name, is_moved in moved.items() if ".generator." not in name]
-    return {
-        "losses": losses,
-        "generators_moved": sum(generators) / len(generators),
-        "others_moved": sum(others) / len(others),
-    }
+    moved = [(p != before[name]).any().item() for name, p in parent.named_parameters() if ".generator." in name]
+    return {"losses": losses, "generators_moved": sum(moved) / len(moved)}
 
 
 def check(task: str, model_type: str, class_name: str) -> dict:
@@ -165,108 +165,87 @@ def check(task: str, model_type: str, class_name: str) -> dict:
             break
     row.update(whole=whole(model, parent, reasons), spread=spread)
     fresh, _ = attach(tiny_model(model_type, class_name, spread=None))
-    row["same_when_fresh"] = cut_by(fresh) == cut_by(parent)
+    row["same_when_fresh"] = modes_of(fresh) == modes_of(parent)
     if parent is None:
         return {**row, "status": "refused"}
     for kind, effect in found.items():
         sites = [site for site in parent.sites if site.kind == kind]
-        pruning_modes = sorted({site.pruning_mode for site in sites})
-        row[kind] = {
-            "sites": len(sites),
-            "neurons": sum(s.neurons for s in sites),
-            "pruning_modes": pruning_modes,
-            **effect,
-        }
+        modes, neurons = sorted({site.pruning_mode for site in sites}), sum(site.neurons for site in sites)
+        row[kind] = {"neurons": neurons, "pruning_modes": modes, **effect}
     return {**row, "status": "supported", "module": cut(parent), "training": train(parent)}
 
 
-REMARKS = (
-    ("no such layers by name", "none known"),
-    ("Channels of convolutions stay whole", "channels are mixed by norms"),
-    ("leaves all logits as they are", "without effect here"),
-    ("experts", "routed experts stay whole"),
-    ("its layers are never called", "weights read without a call"),
-    ("differ from call to call", "not deterministic"),
-    ("the mask of one sample reaches", "samples are not in the first dimension"),
-    ("without a linear head", "no linear head of the labels"),
-    ("no logits", "no logits in the output"),
-)
+def stored() -> dict:
+    """Results, with a row for each class as `check` returns it, less what is only measured."""
+    found = compact.load(RESULTS)
+    found["families"] = [{k: v for k, v in row.items() if v is not None} for row in found["families"]]
+    for row in found["families"]:
+        for kind in KINDS:
+            if kind in row:
+                row[kind] = {"pruning_modes": row[kind].split(", "), "neurons": row[f"{kind}_neurons"]}
+    return found
 
 
-def remark(text: str) -> str:
-    """A reason in a few words."""
-    return next((short for part, short in REMARKS if part in text), text)
+def short(row: dict) -> dict:
+    """A row as it is written."""
+    found = {name: row.get(name) for name in ("task", "model_type", "class", "status", "spread", "whole", "remark")}
+    for kind in KINDS:
+        own = row.get(kind)
+        found |= {kind: own and ", ".join(own["pruning_modes"]), f"{kind}_neurons": own and own["neurons"]}
+    return found | {name: row.get("module", {}).get(name) for name in ("difference", "tolerance", "parameters")}
 
 
-def rendered(data: dict) -> str:
-    """The support table, from the sweep's data."""
-    rows = data["families"]
-    header = ["model type", "class", "attention", "feed-forward", "channels", "remark"]
-    lines = [header, ["---"] * len(header)]
-    for row in sorted(rows, key=lambda row: (row["model_type"], row["class"])):
-        cells = [", ".join(row[kind]["pruning_modes"]) if kind in row else "-" for kind in KINDS]
+def support_line() -> str:
+    """In how many families neurons are cut."""
+    families = {row["model_type"]: row for row in stored()["families"]}.values()
+    kinds = Counter(kind for row in families for kind in KINDS if kind in row)
+    dense = sum("attention" in row and "scatter" not in str(row["attention"]["pruning_modes"]) for row in families)
+    return (
+        f"Of {len(families)} families, feed-forward neurons are cut exactly in {kinds['ffn']} and attention in "
+        f"{kinds['attention']}, of these {dense} dense throughout;\nchannels of convolutions in {kinds['conv']}."
+    )
+
+
+def support_table() -> str:
+    """The versions, the counts and a line a class."""
+    data = stored()
+    count = Counter(row["status"] for row in data["families"])
+    made_with = data["made_with"][0]
+    lines = []
+    for row in sorted(data["families"], key=lambda row: (row["model_type"], row["class"])):
         reasons = row.get("whole", {})
-        # Most models have some convolution, such as that of their patches, whose channels are no neurons; and those of
-        # convolutions have nothing else.
-        told = {kind: remark(text) for kind, text in reasons.items() if kind != "conv"}
-        remarks = [f"{kind}: {text}" for kind, text in told.items() if "conv" not in row or text != "none known"]
-        if row["status"] != "supported":
-            words = {remark(text) for text in reasons.values()} or {row.get("remark", "")}
-            remarks = [f"{row['status']}: {', '.join(sorted(words))}"]
-        lines.append([row["model_type"], f"`{row['class']}`", *cells, "; ".join(remarks)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (HERE / "supported_models.template.md").read_text().format(table=table, **summary(rows), **data["made_with"])
-
-
-def summary(rows: list[dict]) -> dict[str, int]:
-    """The counts of the table."""
-    supported = [row for row in rows if row["status"] == "supported"]
-    dense = [row for row in supported if "attention" in row and "scatter" not in str(row["attention"]["pruning_modes"])]
-    return {
-        "classes": len(rows),
-        "supported": len(supported),
-        "refused": sum(row["status"] == "refused" for row in rows),
-        "not_built": sum(row["status"] == "not built" for row in rows),
-        "feed_forward": sum("ffn" in row for row in supported),
-        "attention": sum("attention" in row for row in supported),
-        "dense": len(dense),
-        "channels": sum("conv" in row for row in supported),
-    }
+        if row["status"] == "supported":
+            remarks = [f"{kind}: {text}" for kind, text in reasons.items() if "conv" not in row or text != "none known"]
+        else:
+            remarks = [f"{row['status']}: {', '.join(sorted(set(reasons.values()) or {row.get('remark', '')}))}"]
+        modes = [", ".join(row[kind]["pruning_modes"]) if kind in row else "-" for kind in KINDS]
+        lines.append([row["model_type"], f"`{row['class']}`", *modes, "; ".join(remarks)])
+    return (
+        f"transformers {made_with['transformers']}, torch {made_with['torch']}. {len(lines)} pairs of model type and "
+        f"class: {count['supported']} supported, {count['refused']} refused with a reason, {count['not built']} not "
+        f"built because a library is missing.\n\n"
+        f"{compact.markdown(['model type', 'class', 'attention', 'feed-forward', 'channels', 'remark'], lines)}"
+    )
 
 
 def main() -> None:
-    """Runs the sweep and writes the table."""
+    """Tries the families."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=[])
-    parser.add_argument("--update", action="store_true")
-    parser.add_argument("--render", action="store_true")
-    options = parser.parse_args()
-    path = HERE / "supported_models.json"
-    if not options.render:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        logging.disable(logging.WARNING)
-        rows = []
-        for task, model_type, class_name in families():
-            if options.families and model_type not in options.families:
-                continue
-            start = time.perf_counter()
-            rows.append(check(task, model_type, class_name))
-            seconds = time.perf_counter() - start
-            print(class_name, *(rows[-1].get(k, {}).get("pruning_modes", "-") for k in KINDS), rows[-1]["status"],
-                  f"{seconds:.1f} s", flush=True)  # fmt: skip
-        if options.families and options.update:
-            tried = {(row["task"], row["class"]): row for row in rows}
-            written = json.loads(path.read_text())["families"]
-            rows = [tried.get((row["task"], row["class"]), row) for row in written]
-        elif options.families:
-            print(json.dumps(rows, indent=1))
-            return
-        made_with = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-        path.write_text(json.dumps({"made_with": made_with, "families": rows}, indent=1) + "\n")
-    (HERE / "supported_models.md").write_text(rendered(json.loads(path.read_text())))
+    chosen = parser.parse_args().families
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    rows = []
+    for task, model_type, class_name in families():
+        if not chosen or model_type in chosen:
+            rows.append(short(check(task, model_type, class_name)))
+            print(class_name, *(rows[-1][kind] or "-" for kind in KINDS), rows[-1]["status"], flush=True)
+    if not chosen:
+        RESULTS.unlink(missing_ok=True)  # transformers may have lost a class
+    compact.update(RESULTS, {"command": "python examples/benchmarks/families.py"}, "families", rows, "task", "class")
 
 
 if __name__ == "__main__":

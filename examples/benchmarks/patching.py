@@ -1,49 +1,35 @@
-"""Patches one label of a weak model with the module of a stronger one, and measures it as CNNSplitter and MODA do.
+"""Patches one label of a weak model with the module of a stronger one, as CNNSplitter and MODA do.
 
     python examples/benchmarks/patching.py --data path/to/cifar10 --rows ours moda
 
 The strong models are those of `quality.py cifar10-vgg16`, the weak one is its plain model after one epoch. For each
 label, `compose` joins the strong model's module of that label with the weak model cut without it, calibrated on
-validation data. Precision and recall of the label and accuracy on samples of the others, on test data: of the weak
-model, of the patched one, and of a control that joins and calibrates the weak model's own label instead, which shows
-what calibration alone does. Writes patching.json beside this script; quality_tables.py renders it.
+validation data. Measured on test data: precision and recall of the label, and accuracy on samples of the others. The
+control calibrates the weak model's own module in place of the strong one. Writes results/patching.json.
 """
 
 import argparse
-import json
-import statistics
 from pathlib import Path
 
+import compact
 import torch
-from quality import ROWS, answers, trained
-from quality_tasks import Split, cifar10_cnn
-from timing import made_with
+from quality import logits_of, trained
+from quality_tasks import METHODS, TASKS
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import compose
-from nemo_hf.models.base import base_parameters
-from nemo_hf.models.files import write_json
-
-HERE = Path(__file__).parent
 
 
-def of_label(answered: Tensor, right: Tensor, label: int) -> dict[str, float]:
-    """Precision and recall of one label, and the share of right answers to samples of the others."""
-    said, own = answered == label, right == label
-    hits = (said & own).sum().item()
+def of_label(answers: Tensor, labels: Tensor, label: int) -> dict[str, float]:
+    """Precision and recall of one label, and accuracy on samples of the others."""
+    answered, own = answers == label, labels == label
+    hits = (answered & own).sum().item()
     return {
-        "precision": hits / max(1, said.sum().item()),
+        "precision": hits / max(1, answered.sum().item()),
         "recall": hits / own.sum().item(),
-        "accuracy on others": (answered == right)[~own].float().mean().item(),
+        "others": (answers == labels)[~own].float().mean().item(),
     }
-
-
-def joined(weak, strong, label: int, names: list[str], validation: Split):
-    """The weak model without a label and the strong model's module of it, calibrated."""
-    rest = weak.extract_module([name for name in names if name != names[label]])
-    module = strong.extract_module([names[label]])
-    return compose([rest, module], names, list(validation.batches())), module
 
 
 def main() -> None:
@@ -52,35 +38,33 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", nargs="+", default=["ours", "moda"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="Folder that keeps trained parents, as in quality.py.")
-    parser.add_argument("--output", type=Path, default=HERE / "patching.json")
-    options = parser.parse_args()
+    parser.add_argument("--keep", type=Path, help="Folder of trained parents, as in quality.py.")
+    given = parser.parse_args()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    task = cifar10_cnn(options.data, "vgg16")
-    splits, names = task.splits(options.seed), list(task.groups)
-    weak, _ = trained(task, None, splits, options.seed, 1, options.keep)
+    task = TASKS["cifar10-vgg16"](given.data, "")
+    splits, names = task.splits(given.seed), list(task.groups)
+    weak, _ = trained(task, None, splits, given.seed, 1, given.keep)
     test = splits[2]
-    before = answers(weak, test).argmax(-1)
-    rows = []
-    for name in options.rows:
-        strong, _ = trained(task, {**ROWS, **task.own_rows}[name], splits, options.seed, task.epochs, options.keep)
-        for label in range(len(names)):
-            patched, module = joined(weak, strong, label, names, splits[1])
-            control, _ = joined(weak, weak, label, names, splits[1])
-            row = {"row": name, "label": names[label], "weak": of_label(before, test.labels, label)}
-            row["patched"] = of_label(answers(patched, test).argmax(-1), test.labels, label)
-            row["calibrated weak"] = of_label(answers(control, test).argmax(-1), test.labels, label)
-            row["weights"] = base_parameters(module) / base_parameters(weak)
-            row["scales"], row["biases"] = patched.config.scales, patched.config.biases
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-        recalls = [
-            statistics.fmean(r[kind]["recall"] for r in rows if r["row"] == name) for kind in ("weak", "patched")
-        ]
-        print(f"{name}: recall {recalls[0]:.3f} before, {recalls[1]:.3f} after", flush=True)
-    made = made_with("patching", ["--data", "DATA", "--rows", *options.rows])
-    write_json(options.output, {**made, "task": task.text, "seed": options.seed, "rows": rows})
+    weak_answers = logits_of(weak, test).argmax(-1)
+    about = {"command": "python examples/benchmarks/patching.py --data DATA", "task": task.text, "seed": given.seed}
+    for row in given.rows:
+        options = {**METHODS, **task.methods}[row]
+        strong, _ = trained(task, options, splits, given.seed, task.epochs, given.keep)
+        for label, name in enumerate(names):
+            rest = weak.extract_module([other for other in names if other != name])
+            joined = [
+                compose([rest, source.extract_module([name])], names, list(splits[1].batches()))
+                for source in (weak, strong)
+            ]
+            answers = [weak_answers, *(logits_of(model, test).argmax(-1) for model in joined)]
+            kinds = ("weak", "weak, calibrated alike", "patched")
+            found = [
+                {"strong": row, "label": name, "model": kind, **of_label(own, test.labels, label)}
+                for kind, own in zip(kinds, answers, strict=True)
+            ]
+            print(row, name, *(f"{each['recall']:.3f}" for each in found), flush=True)
+            compact.update(compact.RESULTS / "patching.json", about, "labels", found, "strong", "label", "model")
 
 
 if __name__ == "__main__":

@@ -1,338 +1,195 @@
-"""Renders what `quality.py` measured: quality.md and a picture a task, from the JSON files beside this script.
+"""Tables and pictures of what `quality.py` measured; `readme_tables.py` writes them into the pages."""
 
-python examples/benchmarks/quality_tables.py
-"""
-
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from compact import RESULTS, Rows, grouped, load, markdown, mean
 from scipy.stats import t as student
 
-HERE = Path(__file__).parent
-TITLES = {
-    "digits": "Digits",
-    "clinc150": "CLINC150",
-    "cifar10": "CIFAR-10",
-    "cifar10-small": "CIFAR-10, small ViT",
-    "cifar10-resnet18": "CIFAR-10, ResNet18",
-    "cifar10-vgg16": "CIFAR-10, VGG16",
-}
-PATCHING = HERE / "patching.json"
-FIGURES = ("neurons", "weights", "module", "restricted", "random", "other", "empty", "rejection")
-Rows = Sequence[dict]
+MEASURED = {"neurons": 2, "module": 3, "restricted": 3, "random": 3, "other": 3, "empty": 3}  # decimals by column
 
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return statistics.fmean(values)
+def stored_results(task: str) -> dict:
+    """Results of a task."""
+    return load(RESULTS / f"quality_{task}.json")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
-    around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{around}"
+    around = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{around}"
 
 
-def upper_bound(losses: Sequence[float]) -> str:
-    """Mean of paired losses in points and the upper bound of its one-sided 95 % interval."""
-    points = [100 * loss for loss in losses]
+def upper_bound(points: Sequence[float]) -> str:
+    """Mean loss and, from three seeds on, the upper bound of its one-sided 95 % interval."""
     if len(points) < 3:
-        return f"{mean(points):.2f}"
-    error = statistics.stdev(points) / len(points) ** 0.5
-    return f"{mean(points):.2f} (at most {mean(points) + student.ppf(0.95, len(points) - 1) * error:.2f})"
+        return f"{statistics.fmean(points):.2f}" if points else "-"
+    middle, error = statistics.fmean(points), statistics.stdev(points) / len(points) ** 0.5
+    return f"{middle:.2f} (at most {middle + student.ppf(0.95, len(points) - 1) * error:.2f})"
 
 
-def kinds_of(row: dict) -> list[str]:
-    """Kinds of sets over which a row is averaged: those whose modules have an answer to choose."""
-    return [kind for kind, sets in row["sets"].items() if sets[0]["restricted"] < 1 or kind != "singles"]
+def sets_of(stored: dict) -> dict[str, Rows]:
+    """Rows of the table "sets" by method, without sets of one label, among which a module has nothing to choose."""
+    return grouped([row for row in stored["sets"] if row["restricted"] < 1 or row["kind"] != "singles"], "method")
 
 
-def figure(row: dict, name: str, kinds: Sequence[str] | None = None) -> float:
-    """Mean over kinds of the mean over sets; "specificity" is the module's accuracy minus the other control's."""
-    if name == "specificity":
-        return figure(row, "module", kinds) - figure(row, "other", kinds)
-    return mean([mean([found[name] for found in row["sets"][kind]]) for kind in kinds or kinds_of(row)])
+def specificity(row: dict) -> float:
+    """Points that a module is better than the neurons of other labels."""
+    return 100 * (row["module"] - row["other"])
 
 
-def by_method(rows: Rows) -> dict[str, list[dict]]:
-    """Rows of one method each, in the order in which they came."""
-    usual = rows[0].get("epochs") if rows else None
-    titles = []
-    for row in rows:
-        other = "" if row.get("epochs") == usual else f", {row['epochs']} epochs"
-        where = f", {row['processor']}" if row["row"] == "plain" and "processor" in row else ""
-        titles.append(row["row"] + (", by sample" if row.get("by sample") else "") + where + other)
-    return {name: [r for r, t in zip(rows, titles, strict=True) if t == name] for name in dict.fromkeys(titles)}
+def loss_in_points(row: dict) -> float:
+    """Points that modules lose to the restricted parent."""
+    return 100 * (row["restricted"] - row["module"])
 
 
-def by_sample(own: Rows) -> str:
-    """Mean accuracy of parents that answer with the neurons that each input opens, where it was measured."""
-    known = [row.get("accuracy by sample") for row in own]
-    return "-" if None in known else f"{mean(known):.3f}"
+def cells(rows: Rows, *columns: str) -> list[str]:
+    """Means of columns, "-" where nothing was measured."""
+    decimals = MEASURED | {"rejection": 3, "cohesion": 2, "coupling": 2, "by_sample": 3, "weights": 2, "dead": 2}
+    known = {name for name in columns if rows and all(row.get(name) is not None for row in rows)}
+    return [f"{mean(rows, name):.{decimals.get(name, 3)}f}" if name in known else "-" for name in columns]
 
 
-def methods_table(rows: Rows) -> str:
-    """One line a method, averaged over sets, kinds and seeds."""
+def methods_table(stored: dict) -> str:
+    """One line a method: means over kinds of sets and seeds."""
     header = ["method", "seeds", "accuracy", "points lost to plain", "by sample", "neurons of singles", "neurons",
-              "raw", "parent", "points lost", "random", "other", "empty", "specificity", "rejection AUROC", "cohesion",
-              "coupling"]  # fmt: skip
-    methods = by_method(rows)
-    plain = {(row["seed"], row.get("processor")): row["accuracy"] for row in rows if row["row"] == "plain"}
+              "module", "parent", "points lost", "random", "other", "empty", "specificity", "rejection AUROC",
+              "cohesion", "coupling"]  # fmt: skip
+    sets, singles = sets_of(stored), grouped([row for row in stored["sets"] if row["kind"] == "singles"], "method")
     lines = []
-    for name, own in methods.items():
-        line = [name, ", ".join(str(row["seed"]) for row in own), spread([row["accuracy"] for row in own])]
-        if "sets" not in own[0]:
-            lines.append([*line, *["-"] * (len(header) - len(line))])
-            continue
-        pairs = [(plain.get((row["seed"], row.get("processor"))), row["accuracy"]) for row in own]
-        paired = [whole - accuracy for whole, accuracy in pairs if whole is not None]
-        line.append(upper_bound(paired) if paired else "-")
-        line.append(by_sample(own))
-        line.append(f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}")
-        over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
-        line += [f"{over['neurons']:.2f}", f"**{over['module']:.3f}**", f"{over['restricted']:.3f}"]
-        line.append(upper_bound([figure(row, "restricted") - figure(row, "module") for row in own]))
-        line += [f"{over[key]:.3f}" for key in ("random", "other", "empty")]
-        line += [f"{100 * over['specificity']:.1f}", f"{over['rejection']:.3f}"]
-        line += [
-            "-" if own[0][key] is None else f"{mean([row[key] for row in own]):.2f}" for key in ("cohesion", "coupling")
-        ]
-        lines.append(line)
-    return table(header, lines)
+    for name, rows in grouped(stored["methods"], "method").items():
+        line = [name, seeds_of(rows), spread([row["accuracy"] for row in rows])]
+        if name in sets:
+            own = sets[name]
+            neurons, module, *controls = cells(own, *MEASURED)
+            losses = [mean(same, loss_in_points) for same in grouped(own, "seed").values()]
+            line += [upper_bound([100 * (row["plain"] - row["accuracy"]) for row in rows if row["plain"] is not None])]
+            line += [
+                *cells(rows, "by_sample"),
+                *cells(singles.get(name, []), "neurons"),
+                neurons,
+                f"**{module}**",
+                controls[0],
+            ]
+            line += [upper_bound(losses), *controls[1:], f"{mean(own, specificity):.1f}", *cells(own, "rejection")]
+            line += cells(rows, "cohesion", "coupling")
+        lines.append([*line, *["-"] * (len(header) - len(line))])
+    return markdown(header, lines)
 
 
-def recipe_table(rows: Rows) -> str:
-    """What was tried, on validation data: one line a set of options, seeds that all lines have first."""
-    header = ["options", "seeds", "accuracy", "by sample", "neurons of singles", "neurons", "raw", "points lost",
-              "random", "other", "specificity", "rejection AUROC", "coupling", "dead neurons"]  # fmt: skip
+def seeds_of(rows: Rows) -> str:
+    """The seeds of a method, such as "0-9"."""
+    seeds = sorted(row["seed"] for row in rows)
+    is_range = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if is_range else ", ".join(map(str, seeds))
+
+
+def kinds_table(stored: dict) -> str:
+    """One line a method and kind of set: means over seeds."""
+    header = ["method", "sets", "neurons", "weights", "module", "parent", "random", "other", "empty",
+              "specificity", "rejection AUROC"]  # fmt: skip
     lines = []
-    for name, own in by_method(rows).items():
-        line = [
-            f"`{name}`",
-            ", ".join(str(row["seed"]) for row in own),
-            f"{mean([row['accuracy'] for row in own]):.3f}",
-        ]
-        if "sets" not in own[0]:
-            lines.append([*line, *["-"] * (len(header) - len(line))])
-            continue
-        over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
-        line += [by_sample(own), f"{mean([figure(row, 'neurons', ['singles']) for row in own]):.2f}"]
-        line += [f"{over['neurons']:.2f}", f"{over['module']:.3f}"]
-        line.append(f"{100 * (over['restricted'] - over['module']):.2f}")
-        line += [f"{over['random']:.3f}", f"{over['other']:.3f}", f"{100 * over['specificity']:.1f}"]
-        line += [
-            f"{over['rejection']:.3f}",
-            *(f"{mean([row[key] for row in own]):.2f}" for key in ("coupling", "dead")),
-        ]
-        lines.append(line)
-    return table(header, lines)
+    for (name, kind), rows in grouped(stored["sets"], "method", "kind").items():
+        line = [name, f"{rows[0]['sets']} {kind}", *cells(rows, "neurons", "weights", *list(MEASURED)[1:])]
+        lines.append([*line, f"{mean(rows, specificity):.1f}", *cells(rows, "rejection")])
+    return markdown(header, lines)
+
+
+def modules_table(stored: dict) -> str:
+    """Modules that were cut: what fine-tuning, training from scratch and pruning reach at the same size."""
+    header = ["method", "labels", "weights", "MB", "raw", "fine-tuned", "same size from scratch", "pruned",
+              "own accepted", "others rejected"]  # fmt: skip
+    lines = []
+    for row in stored["modules"]:
+        sizes = [f"{row[key]:.2f}" for key in ("weights", "megabytes")]
+        keys = ("raw", "fine_tuned", "same_size", "pruned", "accepted", "rejected")
+        lines.append([row["method"], row["labels"], *sizes, *(f"{row[key]:.3f}" for key in keys)])
+    return markdown(header, lines)
 
 
 def summary(stored: dict) -> str:
-    """A short table for README: the methods of one task."""
-    methods = by_method(stored["rows"])
-    seeds = {name: len(own) for name, own in methods.items()}
+    """A shorter table of the methods."""
+    header = ["method", "accuracy", "neurons", "module", "parent restricted", "random", "other", "coupling"]
+    sets, methods, lines = sets_of(stored), grouped(stored["methods"], "method"), []
+    for name, rows in methods.items():
+        line = [name, spread([row["accuracy"] for row in rows])]
+        if name in sets:
+            neurons, module, *controls = cells(sets[name], *list(MEASURED)[:-1])
+            line += [neurons, f"**{module}**", *controls, *cells(rows, "coupling")]
+        lines.append([*line, *["-"] * (len(header) - len(line))])
+    counts = sorted({len(rows) for rows in methods.values()})
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
+    return f"{stored['task']}; {seeds}:\n\n{markdown(header, lines)}"
+
+
+def commands(stored: dict) -> str:
+    """The commands that make the rows, one for all methods with the same seeds."""
+    by_seeds: dict[str, list[str]] = {}
+    for name, rows in grouped(stored["methods"], "method").items():
+        by_seeds.setdefault(" ".join(str(row["seed"]) for row in rows), []).append(name)
     lines = []
-    for name, own in methods.items():
-        accuracy = spread([row["accuracy"] for row in own])
-        if "sets" not in own[0]:
-            lines.append([name, accuracy, *["-"] * 6])
-            continue
-        over = {key: mean([figure(row, key) for row in own]) for key in (*FIGURES, "specificity")}
-        line = [name, accuracy, f"{over['neurons']:.2f}", f"**{over['module']:.3f}**", f"{over['restricted']:.3f}"]
-        line += [f"{over['random']:.3f}", f"{over['other']:.3f}", f"{mean([row['coupling'] for row in own]):.2f}"]
-        lines.append(line)
-    header = ["method", "accuracy", "neurons", "raw module", "parent restricted", "random", "other", "coupling"]
-    told = " to ".join(str(count) for count in sorted({min(seeds.values()), max(seeds.values())}))
-    return f"{stored['task']}; {told} {'seed' if told == '1' else 'seeds'}:\n\n{table(header, lines)}"
-
-
-def kinds_table(rows: Rows) -> str:
-    """One line a method and kind of set."""
-    header = ["method", "sets", "neurons", "weights", "raw", "parent", "random", "other", "empty",
-              "specificity", "rejection AUROC"]  # fmt: skip
-    lines = []
-    for name, own in by_method([row for row in rows if "sets" in row]).items():
-        for kind, sets in own[0]["sets"].items():
-            over = {key: mean([figure(row, key, [kind]) for row in own]) for key in (*FIGURES, "specificity")}
-            line = [name, f"{len(sets)} {kind}", f"{over['neurons']:.2f}", f"{over['weights']:.2f}"]
-            line += [f"{over[key]:.3f}" for key in ("module", "restricted", "random", "other", "empty")]
-            lines.append([*line, f"{100 * over['specificity']:.1f}", f"{over['rejection']:.3f}"])
-    return table(header, lines)
-
-
-def modules_table(rows: Rows) -> str:
-    """Real modules: sizes, and what fine-tuning, training anew and pruning reach at the same size."""
-    header = ["method", "labels", "weights", "MB", "raw", "fine-tuned", "same size, trained on the set", "pruned",
-              "own accepted", "others rejected"]  # fmt: skip
-    lines = []
-    for name, own in by_method([row for row in rows if row.get("modules")]).items():
-        for same in zip(*(row["modules"] for row in own), strict=True):
-            labels = same[0]["labels"]
-            shown = ", ".join(map(str, labels)) if len(labels) < 7 else f"{len(labels)} from {labels[0]}"
-            line = [name, shown, *(f"{mean([m[key] for m in same]):.2f}" for key in ("weights", "megabytes"))]
-            keys = ("raw", "fine-tuned", "same size, trained on the set", "pruned", "accepted", "rejected")
-            lines.append([*line, *(f"{mean([m[key] for m in same]):.3f}" for key in keys)])
-    return table(header, lines)
-
-
-def rendered(task: str, stored: dict) -> str:
-    """Title, tables and notes of one task."""
-    rows = stored["rows"]
-    notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
-    strangers = [
-        f"- {name}: {figure_of_strangers(own):.3f}"
-        for name, own in by_method([row for row in rows if "sets" in row]).items()
-        if "strangers" in next(iter(own[0]["sets"].values()))[0]
-    ]
-    parts = [
-        f"## {TITLES[task]}",
-        f"{stored['task']}.",
-        methods_table(rows),
-        f"![Accuracy over size](quality_{task}.png)",
-    ]
-    if strangers:
-        parts += ["AUROC of rejecting queries of no label at all:", "\n".join(strangers)]
-    parts += [kinds_table(rows), modules_table(rows), notes, commands(rows)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def patching_table(stored: dict) -> str:
-    """Labels of a weak model before and after they were patched: means over labels."""
-    header = ["strong model", "model", "precision", "recall", "accuracy on others", "labels with more recall"]
-    kinds = {"weak": "weak", "calibrated weak": "weak, calibrated alike", "patched": "patched"}
-    lines = []
-    for name, own in by_method(stored["rows"]).items():
-        for kind, title in kinds.items():
-            found = [row[kind] for row in own]
-            means = [f"{mean([each[key] for each in found]):.3f}" for key in list(found[0])]
-            better = sum(each["recall"] > row["weak"]["recall"] for each, row in zip(found, own, strict=True))
-            lines.append([name, title, *means, "-" if kind == "weak" else f"{better} of {len(own)}"])
-    return table(header, lines)
-
-
-def rendered_patching(stored: dict) -> str:
-    """What joining the module of a strong model with a weak model does."""
-    text = (
-        "## Patching a weak model\n\nThe plain VGG16 after one epoch, joined with a strong model's module for one "
-        f"label after the other (`compose`, calibrated on validation data); {stored['task']}; seed {stored['seed']}, "
-        "test data. *Calibrated alike*: the weak model's own label in place of the module."
-    )
-    return "\n\n".join([text, patching_table(stored), f"```bash\n{stored['command']}\n```"])
-
-
-def commands(rows: Rows) -> str:
-    """The commands that made the rows, one for all seeds of a row."""
-    seeds: dict[str, list[str]] = {}
-    for row in rows:
-        command, _, seed = row["command"].rpartition(" --seeds ")
-        seeds.setdefault(command, []).append(seed)
-    lines = [f"{command} --seeds {' '.join(numbers)}" for command, numbers in seeds.items()]
+    for seeds, names in by_seeds.items():
+        given = " ".join(f"'{name}'" if " " in name else name for name in names if "processor" not in name)
+        if given:
+            lines.append(stored["command"].replace("METHOD", given).replace("SEED", seeds))
     return "\n".join(["```bash", *lines, "```"])
 
 
-def rendered_recipe(task: str, stored: dict) -> str:
-    """What was tried on one task."""
-    notes = "\n".join(f"- {note}" for note in stored.get("notes", []))
-    title = f"## What was tried on {TITLES[task]}\n\nOn validation data, which chose the defaults."
-    picture = "![What contrast and specificity cost the parent](recipe_digits.png)" if task == "digits" else ""
-    parts = [title, recipe_table(stored["rows"]), picture, notes, commands(stored["rows"])]
-    return "\n\n".join(part for part in parts if part)
+def page(task: str) -> str:
+    """All tables of a task."""
+    stored = stored_results(task)
+    parts = [f"{stored['task']}.", methods_table(stored), kinds_table(stored), modules_table(stored)]
+    strangers = {name: rows for name, rows in sets_of(stored).items() if rows[0].get("strangers") is not None}
+    found = ", ".join(f"{mean(rows, 'strangers'):.3f} ({name})" for name, rows in strangers.items())
+    parts += [f"AUROC of rejecting inputs of no label: {found}."] if found else []
+    return "\n\n".join([*parts, commands(stored)])
 
 
-def figure_of_strangers(own: Rows) -> float:
-    """Mean AUROC over sets, kinds and seeds."""
-    return mean([figure(row, "strangers") for row in own])
+def validation_line(name: str, stored: dict) -> str:
+    """A line of what_was_tried.md."""
+    rows, own = grouped(stored["methods"], "method")[name], sets_of(stored).get(name)
+    line = [f"`{name}`", seeds_of(rows), *cells(rows, "accuracy"), *["-"] * 4]
+    if own:
+        lost = mean(own, loss_in_points)
+        line[3:] = [*cells(own, "neurons"), f"{lost:.1f}", f"{mean(own, specificity):.1f}", *cells(rows, "coupling")]
+    return f"| {' | '.join(line)} |"
 
 
-def page(read: Callable[..., dict | None]) -> str:
-    """The whole page, from what `read` returns for each task."""
-    found = {task: stored for task in TITLES if (stored := read(task)) is not None}
-    intro = (
-        "# Modules against every rival\n\nMade by `python examples/benchmarks/quality_tables.py` from the JSON files "
-        "that `quality.py` writes. Means over kinds of sets, sets and seeds; accuracy on test data, which chose "
-        "nothing. *accuracy* is that of the parent as the module of all labels, *by sample* with the neurons that each "
-        "input opens (so in rows named so, and with soft masks). *raw* is a module as it was cut; *parent* the whole "
-        "model restricted to the module's labels; "
-        "*random*, *other* and *empty* are other neurons in its place (as many at random; those of as many other "
-        "groups; none); *weights* are those of attention and feed-forward layers, of a CNN all; *specificity* is raw "
-        "minus other, in points. In brackets: upper bound of the one-sided 95 % interval over seeds of a paired "
-        "loss. Rejection: telling own samples from those of all other labels by the energy of the module's logits."
-    )
-    tried = {task: stored for task in TITLES if (stored := read(task, "recipe")) is not None}
-    parts = [rendered(task, stored) for task, stored in found.items()]
-    if PATCHING.exists():
-        parts.append(rendered_patching(json.loads(PATCHING.read_text())))
-    return "\n\n".join([intro, *parts, *(rendered_recipe(task, stored) for task, stored in tried.items())]) + "\n"
+def patching_table() -> str:
+    """Labels of a weak model before and after patching: means over labels."""
+    stored = load(RESULTS / "patching.json")
+    header = ["strong model", "model", "precision", "recall", "accuracy on others", "labels with more recall"]
+    weak = {row["label"]: row for row in stored["labels"] if row["model"] == "weak"}
+    lines = []
+    for (strong, model), rows in grouped(stored["labels"], "strong", "model").items():
+        better = sum(row["recall"] > weak[row["label"]]["recall"] for row in rows)
+        line = [strong, model, *(f"{mean(rows, key):.3f}" for key in ("precision", "recall", "others"))]
+        lines.append([*line, "-" if model == "weak" else f"{better} of {len(rows)}"])
+    return f"{stored['task']}; seed {stored['seed']}:\n\n{markdown(header, lines)}\n\n```bash\n{stored['command']}\n```"
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """Raw accuracy of modules, and of what other labels' modules reach, over their share of neurons."""
-    from matplotlib.figure import Figure
+def draw(tasks: dict[str, str], methods: Sequence[str], path: Path) -> None:
+    """Points that modules lose to the restricted parent, and their specificity, over the share of neurons kept.
 
-    drawing = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = drawing.subplots(1, 2)
-    for name, own in by_method([row for row in rows if "sets" in row]).items():
-        kinds = kinds_of(own[0])
-        sizes = [mean([figure(row, "neurons", [kind]) for row in own]) for kind in kinds]
-        for axes, key in ((left, "module"), (right, "specificity")):
-            axes.plot(
-                sizes, [mean([figure(row, key, [kind]) for row in own]) for kind in kinds], marker="o", label=name
-            )
-    left.set_ylabel("raw accuracy")
-    right.set_ylabel("raw accuracy minus that of other labels' neurons")
-    for axes in (left, right):
-        axes.set_xlabel("share of neurons kept")
-    left.legend(fontsize=7)
-    drawing.savefig(path, dpi=110)
-
-
-def draw_tradeoff(rows: Rows, path: Path, least: int = 3) -> None:
-    """Points that parents lose to plain models over the coupling and the specificity of their modules.
-
-    One point for each set of options that was tried with at least so many seeds, with its standard error.
+    `tasks` holds titles by task. A line is a method, its points are the kinds of sets.
     """
     from matplotlib.figure import Figure
 
-    plain = {row["seed"]: row["accuracy"] for row in rows if row["row"] == "plain"}
-    drawing = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = drawing.subplots(1, 2, sharey=True)
-    tried = [own for own in by_method([row for row in rows if "sets" in row]).values() if len(own) >= least]
-    for own in tried:
-        lost = [100 * (plain[row["seed"]] - row["accuracy"]) for row in own]
-        color = "tab:blue" if own[0].get("by sample") else "tab:orange"
-        error = statistics.stdev(lost) / len(lost) ** 0.5
-        for axis, value in zip(
-            axes, (lambda row: row["coupling"], lambda row: 100 * figure(row, "specificity")), strict=True
-        ):
-            axis.errorbar(mean([value(row) for row in own]), mean(lost), error, marker="o", color=color, capsize=2)
-    axes[0].set(xlabel="coupling", ylabel="points lost to plain, with standard error")
-    axes[1].set(xlabel="specificity in points")
-    axes[0].set_title("blue: by sample, orange: as the module of all labels", fontsize=8)
-    drawing.savefig(path, dpi=110)
-
-
-def stored_results(task: str, kind: str = "quality") -> dict | None:
-    """What was measured on a task, if anything; of the kind "recipe" what was tried on validation data."""
-    path = HERE / f"{kind}_{task}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def main() -> None:
-    """Writes the page and the pictures."""
-    (HERE / "quality.md").write_text(page(stored_results))
-    for task in TITLES:
-        if stored := stored_results(task):
-            draw(stored["rows"], HERE / f"quality_{task}.png")
-    draw_tradeoff(stored_results("digits", "recipe")["rows"], HERE / "recipe_digits.png")
-
-
-if __name__ == "__main__":
-    main()
+    figure = Figure(figsize=(4 * len(tasks), 6.5), layout="constrained")
+    panels = figure.subplots(2, len(tasks), sharex=True, sharey="row")
+    lines = {}
+    for (task, title), (top, bottom) in zip(tasks.items(), panels.T, strict=True):
+        top.set_title(title)
+        bottom.set_xlabel("share of neurons kept")
+        sets = sets_of(stored_results(task))
+        for index, name in enumerate(methods):
+            kinds = grouped(sets.get(name, []), "kind").values()
+            sizes = [mean(rows, "neurons") for rows in kinds]
+            for axes, value in ((top, loss_in_points), (bottom, specificity)):
+                values = [mean(rows, value) for rows in kinds]
+                (lines[name],) = axes.plot(sizes, values, color=f"C{index}", marker="o")
+    panels[0, 0].set_ylabel("points lost to the restricted parent")
+    panels[1, 0].set_ylabel("specificity in points")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
+    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})

@@ -1,6 +1,5 @@
-"""The data, models and sets of labels that `quality.py` measures methods on: digits, CLINC150, CIFAR-10."""
+"""Data sets, models and label sets of `quality.py`: digits, CLINC150 and CIFAR-10."""
 
-import io
 import itertools
 import random
 import sys
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Image, load_dataset
+from datasets import load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -26,12 +26,27 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification
 from nemo_hf.cli.demo import MODULES, digits_trainer, load_digits_split
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
 from models import PaperCNNConfig, PaperCNNForImageClassification
-from objectives import MODA, MWT, NEMO, NEMO_AUTHORS
-from objectives import PAPER as PAPER  # for quality.py, which finds that folder through here
+from objectives import MODA, MWT, NEMO, NEMO_AUTHORS, PAPER
+
+METHODS: dict[str, dict | None] = {
+    "plain": None,
+    "mwt": {**PAPER, "objective": "cohesion-coupling"},
+    "nemo": PAPER,
+    "nemo-authors": {**PAPER, "objective": "contrastive-authors"},
+    "ours": {},
+    "ours, no contrast": {"contrastive_weight": 0.0},
+    "ours, no sparsity": {"sparsity_weight": 0.0, "retention_target": None},
+    "ours, soft masks": {"hard_masks": False},
+    "ours, no rehearsal": {"rehearsal_probability": 0.0},
+    "ours, less contrast": {"contrastive_weight": 0.2},
+    "ours, specific": {"specificity_weight": 0.2, "contrastive_weight": 0.5, "rehearsal_probability": 0.5},
+}
+"""Options of `NeMoConfig` by method; `None` trains without masks."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +69,35 @@ class Split(torch.utils.data.Dataset):
         return {**sample, "labels": self.labels[index]}
 
     def rows(self, chosen: Tensor) -> "Split":
-        """Some of the samples, by index or as a boolean."""
+        """Some of the samples, by index or by a boolean mask."""
         inputs = {name: values[chosen] for name, values in self.inputs.items()}
         return replace(self, inputs=inputs, labels=self.labels[chosen])
 
     def batches(self, size: int = 250) -> Iterator[dict[str, Tensor]]:
-        """All samples in order, as they are."""
+        """All samples in order, without augmentation, padded to the longest of a batch."""
         for indices in torch.arange(len(self)).split(size):
             own = self.rows(indices)
-            yield {**trimmed(own.inputs), "labels": own.labels}
+            end = int(own.inputs["attention_mask"].sum(-1).max()) if "attention_mask" in own.inputs else None
+            yield {**{k: v[:, :end] if v.ndim == 2 else v for k, v in own.inputs.items()}, "labels": own.labels}
 
     def part(self, labels: Sequence[int]) -> "Split":
-        """The samples of some labels, and their labels by position in `labels`."""
+        """The samples of some labels; their labels become positions in `labels`."""
         own = self.rows(torch.isin(self.labels, torch.tensor(labels)))
         places = torch.full((max(labels) + 1,), -1).index_put((torch.tensor(labels),), torch.arange(len(labels)))
         return replace(own, labels=places[own.labels])
 
 
-def shifted(pixels: Tensor, room: int = 4) -> Tensor:
-    """A random shift by up to `room` pixels and a flip of one image, (channels, height, width)."""
+def shifted(pixels: Tensor, margin: int = 4) -> Tensor:
+    """One image (channels, height, width), shifted by up to `margin` pixels and perhaps mirrored."""
     size = pixels.shape[-1]
-    padded = torch.nn.functional.pad(pixels, (room,) * 4, mode="reflect")
-    top, left, flips = torch.randint(0, 2 * room + 1, (3,)).tolist()
+    padded = torch.nn.functional.pad(pixels, (margin,) * 4, mode="reflect")
+    top, left, flips = torch.randint(0, 2 * margin + 1, (3,)).tolist()
     pixels = padded[:, top : top + size, left : left + size]
     return pixels.flip(-1) if flips % 2 else pixels
 
 
 def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks samples; texts are padded with zeros to the longest of them."""
+    """A batch of samples; texts are padded with zeros."""
     inputs = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {
         name: torch.stack(values) if name in ("labels", "pixel_values") else pad_sequence(values, batch_first=True)
@@ -89,50 +105,28 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cuts padded texts to the longest of a batch."""
-    if "attention_mask" not in batch:
-        return dict(batch)
-    longest = int(batch["attention_mask"].sum(-1).max())
-    return {name: values[:, :longest] if values.ndim == 2 else values for name, values in batch.items()}
-
-
 @dataclass(frozen=True)
 class Task:
-    """What a method is measured on.
+    """What all methods are measured on."""
 
-    Args:
-        text: What the data and the model are, for the table.
-        splits: From a seed to training data (with augmentation), validation data and test data.
-        trainer: From a kind of trainer, training and validation data, seed, epochs and options to a trainer.
-        epochs: Epochs of each training.
-        sets: Sets of groups by kind, which modules are cut for.
-        modules: Sets of groups whose modules are also fine-tuned, trained anew, and pruned, with seed 0.
-        batch: Samples a batch of training a set alone. `rate`: its learning rate; fine-tuning takes a third.
-        groups: Name of each group and its labels.
-        options: Options of `NeMoConfig` that are the task's own, in all rows.
-        strangers: Inputs of no label, or `None`.
-        draws: Number of masks of the random control.
-        own_rows: Rows by name and their options, in place of those of `quality.ROWS` and beside them.
-    """
-
-    text: str
-    splits: Callable[[int], tuple[Split, Split, Split]]
-    trainer: Callable[..., Trainer]
-    epochs: int
-    sets: Mapping[str, Sequence[tuple[int, ...]]]
-    modules: Sequence[tuple[int, ...]]
-    batch: int
-    rate: float
-    groups: Mapping[str, Sequence[int]]
-    options: Mapping[str, object] = field(default_factory=dict)
-    strangers: Callable[[], Split] | None = None
-    draws: int = 5
-    own_rows: Mapping[str, dict] = field(default_factory=dict)
+    text: str  # data and model, for the tables
+    splits: Callable[[int], Sequence[Split]]  # from a seed to training (perhaps augmented), validation and test data
+    trainer: Callable[..., Trainer]  # from trainer class, training and validation data, seed, epochs and options
+    epochs: int  # of each training
+    sets: Mapping[str, Sequence[tuple[int, ...]]]  # sets of label groups by kind; a module is measured for each set
+    modules: Sequence[tuple[int, ...]]  # sets whose modules are cut, tuned and compared at the same size, with seed 0
+    batch: int  # when a module is trained
+    rate: float  # when a module is trained from scratch; fine-tuning takes a third
+    groups: Mapping[str, Sequence[int]]  # label ids by name of the group
+    options: Mapping[str, object] = field(default_factory=dict)  # of `NeMoConfig`, for all methods
+    strangers: Callable[[], Split] | None = None  # inputs that have no label
+    draws: int = 2  # masks of the random control
+    methods: Mapping[str, dict] = field(default_factory=dict)  # in addition to `METHODS`, or in place of them
+    model_class: type = NeMoForImageClassification  # reads saved parents
 
 
 def drawn_sets(groups: int, size: int, count: int, first: Sequence[tuple[int, ...]] = ()) -> list[tuple[int, ...]]:
-    """Fixed sets of groups: the first ones given, then drawn ones, all different."""
+    """Different sets of groups, always the same: the first ones given, the others drawn."""
     draw = random.Random(size)  # noqa: S311 - not for cryptography
     chosen = list(first)
     while len(chosen) < count:
@@ -142,7 +136,7 @@ def drawn_sets(groups: int, size: int, count: int, first: Sequence[tuple[int, ..
 
 
 def digits_splits(seed: int) -> tuple[Split, Split, Split]:
-    """1,150 images to train, 287 to choose on, 360 to test; the split goes with the seed."""
+    """1,150 training, 287 validation and 360 test images; the split depends on the seed."""
     processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     known, test, _ = load_digits_split(processor, seed)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
@@ -152,38 +146,43 @@ def digits_splits(seed: int) -> tuple[Split, Split, Split]:
 
 
 def digits() -> Task:
-    """The demo's task."""
-    sets = {
-        "singles": [(label,) for label in range(10)],
-        "pairs": list(itertools.combinations(range(10), 2)),
-        "triples": drawn_sets(10, 3, 10, MODULES[1:2]),
-        "fives": drawn_sets(10, 5, 10, MODULES[2:3]),
-    }
+    """The task of `nemo-hf demo`."""
     return Task(
         text="scikit-learn's digits, ViT of 64 x 4 from scratch; 1,150 images train, 287 choose, 360 test",
         splits=digits_splits,
         trainer=digits_trainer,
         epochs=60,
         options={"contrastive_weight": 0.4, "rehearsal_probability": 0.3, "retention_target": 0.1},
-        sets=sets,
+        sets={
+            "singles": [(label,) for label in range(10)],
+            "pairs": list(itertools.combinations(range(10), 2)),
+            "triples": drawn_sets(10, 3, 10, MODULES[1:2]),
+            "fives": drawn_sets(10, 5, 10, MODULES[2:3]),
+        },
         modules=MODULES,
         batch=64,
         rate=1e-3,
         groups={str(label): [label] for label in range(10)},
+        draws=5,
     )
 
 
-def trainer_of(
-    model: Callable[[], torch.nn.Module], arguments: Mapping[str, object],
+def build_trainer(
+    build: Callable[[], PreTrainedModel], arguments: Mapping[str, object],
     kind: type[Trainer], train: Split, validation: Split, seed: int, epochs: int, **options,
 ) -> Trainer:  # fmt: skip
-    """A trainer with one's own model and arguments; the exact relevance is counted without augmentation."""
+    """A trainer of the model that `build` makes; exact relevance is counted without augmentation."""
     set_seed(seed)
     own = {"output_dir": tempfile.gettempdir(), "save_strategy": "no", "logging_strategy": "no", "report_to": []}
     args = TrainingArguments(**own, **arguments, num_train_epochs=epochs, seed=seed, disable_tqdm=True, use_cpu=True)
     if "nemo_config" in options:
         options["relevance_dataset"] = replace(train, is_augmented=False)
-    return kind(model(), args, collate, train, validation, **options)
+    return kind(build(), args, collate, train, validation, **options)
+
+
+def label_names(names: Sequence[str]) -> dict[str, dict]:
+    """The label options of a model's configuration."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def clinc150(data: str, model: str) -> Task:
@@ -193,7 +192,7 @@ def clinc150(data: str, model: str) -> Task:
     files = {path.name.split("-")[0]: str(path) for path in folder.glob("*-00000-of-00001.parquet")}
     loaded = load_dataset("parquet", data_files=files)
     intents, domains = (loaded["train"].features[name].names for name in ("intent", "domain"))
-    owner = dict(zip(loaded["train"]["intent"], loaded["train"]["domain"], strict=True))
+    domain_of = dict(zip(loaded["train"]["intent"], loaded["train"]["domain"], strict=True))
 
     def split(part, labels: Sequence[int]) -> Split:
         encoded = tokenizer(list(part["text"]), padding=True, truncation=True, return_tensors="pt")
@@ -205,14 +204,14 @@ def clinc150(data: str, model: str) -> Task:
         return split(part, [-1] * len(part))
 
     parts = tuple(split(loaded[name], list(loaded[name]["intent"])) for name in ("train", "validation", "test"))
-    labels = {"id2label": dict(enumerate(intents)), "label2id": {name: i for i, name in enumerate(intents)}}
-    build = partial(AutoModelForSequenceClassification.from_pretrained, model, ignore_mismatched_sizes=True, **labels)
+    load = AutoModelForSequenceClassification.from_pretrained
+    build = partial(load, model, ignore_mismatched_sizes=True, **label_names(intents))
     arguments = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "learning_rate": 2e-4,
                  "lr_scheduler_type": "cosine", "train_sampling_strategy": "group_by_length"}  # fmt: skip
     return Task(
         text="CLINC150, all-MiniLM-L6-v2 pretrained; 15,000 queries train, 3,000 choose, 4,500 test; by domain",
         splits=lambda seed: parts,
-        trainer=partial(trainer_of, build, arguments),
+        trainer=partial(build_trainer, build, arguments),
         options={"contrastive_weight": 0.1, "rehearsal_probability": 0.5, "retention_target": 0.2},
         epochs=10,
         sets={
@@ -223,40 +222,36 @@ def clinc150(data: str, model: str) -> Task:
         modules=[(0,)],
         batch=32,
         rate=2e-4,
-        groups={name: [i for i in owner if owner[i] == group] for group, name in enumerate(domains)},
+        groups={name: [i for i in domain_of if domain_of[i] == group] for group, name in enumerate(domains)},
         strangers=strangers,
-        draws=2,
+        model_class=NeMoForSequenceClassification,
     )
 
 
 def cifar10_splits(data: str) -> tuple[tuple[Split, Split, Split], list[str]]:
-    """10,000 training images of CIFAR-10, shifted and flipped, 1,000 to choose on, 2,000 to test, and the labels."""
-    loaded = load_dataset("parquet", data_files={
-        name: [str(path) for path in sorted(Path(data).glob(f"{name}-*.parquet"))] for name in ("train", "test")
-    })  # fmt: skip
-    names = loaded["train"].features["label"].names
+    """10,000 augmented training images of CIFAR-10, 1,000 validation and 2,000 test images, and the label names."""
+    files = {name: [str(path) for path in sorted(Path(data).glob(f"{name}-*.parquet"))] for name in ("train", "test")}
+    loaded = load_dataset("parquet", data_files=files)
 
     def split(name: str, start: int, count: int, is_augmented: bool = False) -> Split:
-        part = loaded[name].shuffle(seed=0).select(range(start, start + count)).cast_column("img", Image(decode=False))
-        from PIL import Image as Picture
-
-        images = np.stack([np.asarray(Picture.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in part["img"]])
+        part = loaded[name].shuffle(seed=0).select(range(start, start + count))
+        images = np.stack([np.asarray(image.convert("RGB")) for image in part["img"]])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return Split({"pixel_values": pixels}, torch.tensor(part["label"]), is_augmented)
 
+    names = loaded["train"].features["label"].names
     return (split("train", 0, 10000, True), split("train", 10000, 1000), split("test", 0, 2000)), names
 
 
-def cifar10_task(data: str, text: str, build: Callable[..., torch.nn.Module], epochs: int, **options) -> Task:
-    """A model of one's own, which `build` makes of label names, on part of CIFAR-10."""
+def cifar10_task(data: str, text: str, build: Callable[..., PreTrainedModel], epochs: int, **options) -> Task:
+    """A model on part of CIFAR-10; `build` makes it from the label options of its configuration."""
     parts, names = cifar10_splits(data)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     arguments = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "learning_rate": 1e-3,
                  "lr_scheduler_type": "cosine", "warmup_steps": 0.1}  # fmt: skip
     return Task(
         text=f"CIFAR-10, {text} from scratch; 10,000 images train, 1,000 choose, 2,000 test",
         splits=lambda seed: parts,
-        trainer=partial(trainer_of, partial(build, **labels), arguments),
+        trainer=partial(build_trainer, partial(build, **label_names(names)), arguments),
         epochs=epochs,
         sets={
             "singles": [(label,) for label in range(10)],
@@ -268,15 +263,14 @@ def cifar10_task(data: str, text: str, build: Callable[..., torch.nn.Module], ep
         batch=64,
         rate=1e-3,
         groups={name: [index] for index, name in enumerate(names)},
-        draws=2,
         **options,
     )
 
 
-def cifar10(data: str) -> Task:
+def cifar10_vit(data: str) -> Task:
     """A ViT of 192 x 6."""
 
-    def build(**labels) -> torch.nn.Module:
+    def build(**labels) -> PreTrainedModel:
         return ViTForImageClassification(ViTConfig(
             image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=6, num_attention_heads=6,
             intermediate_size=768, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **labels,
@@ -285,32 +279,23 @@ def cifar10(data: str) -> Task:
     return cifar10_task(data, "ViT of 192 x 6", build, 6)
 
 
-def cifar10_small(data: str) -> Task:
-    """A ViT of 128 x 4 with large patches, for sweeps: two to three minutes a row."""
-
-    def build(**labels) -> torch.nn.Module:
-        return ViTForImageClassification(ViTConfig(
-            image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-            intermediate_size=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **labels,
-        ))  # fmt: skip
-
-    return cifar10_task(data, "ViT of 128 x 4 with patches of 8", build, 6)
-
-
 def cifar10_cnn(data: str, architecture: str, width: int = 16) -> Task:
-    """A narrow convolutional model of the NeMo paper, trained on images whose channels lie last in memory.
+    """A convolutional model of examples/paper with `width` channels in its first stage (64 in the paper)."""
 
-    Args:
-        data: As in `cifar10`.
-        architecture: One of `ARCHITECTURES` in examples/paper/models.py.
-        width: Channels of the first stage, 64 in the paper.
-    """
-
-    def build(**labels) -> torch.nn.Module:
+    def build(**labels) -> PreTrainedModel:
         config = PaperCNNConfig(architecture=architecture, width=width, **labels)
         return PaperCNNForImageClassification(config).to(memory_format=torch.channels_last)
 
-    own_rows = {"mwt": MWT, "nemo": NEMO, "nemo-authors": NEMO_AUTHORS, "moda": MODA,
-                "ours, half the weights": {"retention_target": 0.5}}  # fmt: skip
-    text = f"{architecture} of {width} channels in the first stage"
-    return cifar10_task(data, text, build, 10, own_rows=own_rows)
+    methods = {"mwt": MWT, "nemo": NEMO, "nemo-authors": NEMO_AUTHORS, "moda": MODA,
+               "ours, half the weights": {"retention_target": 0.5}}  # fmt: skip
+    return cifar10_task(data, f"{architecture} of {width} channels in the first stage", build, 10, methods=methods)
+
+
+TASKS: dict[str, Callable[[str, str], Task]] = {
+    "digits": lambda data, model: digits(),
+    "clinc150": clinc150,
+    "cifar10": lambda data, model: cifar10_vit(data),
+    "cifar10-resnet18": lambda data, model: cifar10_cnn(data, "resnet18"),
+    "cifar10-vgg16": lambda data, model: cifar10_cnn(data, "vgg16"),
+}
+"""Tasks by name, from the folder of the data and the name of a pretrained model."""

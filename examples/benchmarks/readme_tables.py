@@ -1,148 +1,182 @@
-"""Renders README's tables from the results beside the scripts.
+"""Writes the tables and pictures of all pages from the results: the one command after a benchmark ran.
 
     python examples/benchmarks/readme_tables.py
+    python examples/benchmarks/readme_tables.py --demo demo0 demo1 demo2  # takes up runs of `nemo-hf demo` first
 
-Reads examples/demo.json (one report a seed) and the results beside this script; rewrites
-what stands between the markers in README.md.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md, quality.md or
+supported_models.md; the text around it is written by hand.
 """
 
+import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quality_tables import TITLES, stored_results, summary
+from compact import RESULTS, devices, grouped, load, markdown, stamped, write
+from families import support_line, support_table
+from quality_tables import cells, draw, page, patching_table, sets_of, stored_results, summary
 
-BENCHMARKS = Path(__file__).parent
-EXAMPLES = Path(__file__).parents[1]
-README = EXAMPLES.parent / "README.md"
-SUPPORT = BENCHMARKS / "supported_models.json"
-
-
-def mean(values: list[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+ROOT = Path(__file__).parents[2]
+TASKS = ("digits", "clinc150", "cifar10", "cifar10-resnet18", "cifar10-vgg16")
+DRAWN_TASKS = {"digits": "Digits, ViT", "cifar10": "CIFAR-10, ViT", "cifar10-vgg16": "CIFAR-10, VGG16"}
+DRAWN_METHODS = ("ours, by sample", "ours, specific, by sample", "mwt", "nemo", "nemo-authors", "moda")
+HEADLINES = {"digits": ("Digits, ViT", "ours"), "clinc150": ("CLINC150, MiniLM", "ours, by sample"),
+             "cifar10": ("CIFAR-10, ViT", "ours, by sample"),
+             "cifar10-vgg16": ("CIFAR-10, VGG16", "ours, by sample")}  # fmt: skip
+"""The rows of README's table by task: their name and the method."""
 
 
-def module_row(name: str, modules: list[dict], parent_ms: list[dict], module_ms: list[dict]) -> list[str]:
-    """One module, averaged over seeds."""
-    controls = [[m["controls"][key] for m in modules] for key in ("random", "other", "empty")]
-    return [
-        name,
-        f"{mean([m['neuron_retention_rate'] for m in modules]):.2f}",
-        f"{mean([m['weight_retention_rate'] for m in modules]):.2f}",
-        f"**{mean([m['accuracy'] for m in modules]):.3f}**",
-        f"{mean([m['parent_restricted_accuracy'] for m in modules]):.3f}",
-        *("-" if None in values else f"{mean(values):.3f}" for values in controls),
-        f"{mean([m['32'] for m in module_ms]):.1f} of {mean([m['32'] for m in parent_ms]):.1f}",
-    ]
+def results() -> str:
+    """README's table: our method on four tasks."""
+    header = ["data and model", "seeds", "plain model", "parent", "neurons kept", "module", "parent, same labels",
+              "random neurons", "other labels' neurons"]  # fmt: skip
+    lines = []
+    for task, (title, method) in HEADLINES.items():
+        stored = stored_results(task)
+        rows, sets = grouped(stored["methods"], "method")[method], sets_of(stored)[method]
+        neurons, module, *controls = cells(sets, "neurons", "module", "restricted", "random", "other")
+        line = [title, str(len(rows)), *cells(rows, "plain", "accuracy"), neurons, f"**{module}**", *controls]
+        lines.append(line)
+    return markdown(header, lines)
 
 
-HEADER = ["module", "neurons", "weights", "raw accuracy", "parent", "random", "other", "empty", "ms at batch 32"]
+def quality() -> str:
+    """The methods on each task, and the modules of the demo."""
+    return "\n\n".join([*(summary(stored_results(task)) for task in TASKS), demo()])
 
 
-def demo_table() -> str:
-    """Means over the seeds of the demo."""
-    reports = json.loads((EXAMPLES / "demo.json").read_text())["reports"]
-    rows = []
-    for modules in zip(*(report["modules"] for report in reports), strict=True):
-        name = ", ".join(map(str, modules[0]["labels"]))
-        parent_ms, module_ms = [
-            [m[key] for m in modules] for key in ("parent_latency_ms_by_batch", "latency_ms_by_batch")
-        ]
-        rows.append(module_row(name, list(modules), parent_ms, module_ms))
-    plain, parent = [[report[key]["accuracy"] for report in reports] for key in ("plain", "parent")]
-    coupling = mean([report["parent"]["coupling"] for report in reports])
-    seeds = ", ".join(str(report["seed"]) for report in reports)
+def demo() -> str:
+    """Modules of the demo: means over seeds."""
+    stored = load(RESULTS / "demo.json")
+    header = ["module", "neurons", "weights", "raw accuracy", "parent", "random", "other", "empty"]
+    lines = []
+    for labels, rows in grouped(stored["modules"], "labels").items():
+        accuracies = cells(rows, "module", "restricted", "random", "other", "empty")
+        lines.append([labels, *cells(rows, "neurons", "weights"), f"**{accuracies[0]}**", *accuracies[1:]])
+    seeds = ", ".join(str(row["seed"]) for row in stored["parents"])
+    plain, parent, coupling = cells(stored["parents"], "plain", "accuracy", "coupling")
     return (
-        f"Mean over the seeds {seeds}: plain model {mean(plain):.3f}, parent {mean(parent):.3f}, "
-        f"coupling {coupling:.2f}.\n\n{table(HEADER, rows)}"
+        f"`nemo-hf demo`, mean over the seeds {seeds}: plain model {plain}, parent {parent}, coupling {coupling}.\n\n"
+        f"{markdown(header, lines)}"
     )
 
 
-def quality_tables() -> str:
-    """What `quality.py` measured, in short."""
-    found = {task: stored_results(task) for task in TITLES}
-    return "\n\n".join(summary(stored) for stored in found.values() if stored)
-
-
-def support_line() -> str:
-    """In how many families of transformers neurons are cut."""
-    families = {row["model_type"]: row for row in json.loads(SUPPORT.read_text())["families"]}
-    found = {kind: [row for row in families.values() if kind in row] for kind in ("ffn", "attention", "conv")}
-    dense = [row for row in found["attention"] if "scatter" not in str(row["attention"]["pruning_modes"])]
-    return (
-        f"Of {len(families)} families, feed-forward neurons are cut exactly in {len(found['ffn'])} and attention in "
-        f"{len(found['attention'])}, of these {len(dense)} dense throughout;\n"
-        f"channels of convolutions in {len(found['conv'])}."
-    )
-
-
-def training_table() -> str:
-    """What masks cost in training."""
-    found = json.loads((BENCHMARKS / "training_step.json").read_text())
-    rows = []
-    for row in found["rows"]:
-        ratios = [f"{row[kind]['ratio']:.2f}" for kind in ("masks", "masks and rehearsal")]
-        peak = f"{row['masks']['peak_ratio']:.2f}"
-        rows.append([row["setting"], f"{row['plain']['milliseconds']:.0f}", *ratios, peak, f"{row['generators']:.1%}"])
-    header = ["training step", "plain ms", "masks", "and rehearsal", "peak memory", "generators"]
-    return f"{found['device']}; times and memory over those of a plain `Trainer` step:\n\n{table(header, rows)}"
-
-
-def latency_table() -> str:
-    """How much faster modules are."""
-    found = json.loads((BENCHMARKS / "module_latency.json").read_text())
-    rows = []
-    for row in found["rows"]:
-        speedups = [f"{size['speedup']:.2f}" for size in row["eager"]]
-        rows.append([f"{row['model']}, {row['neurons']:.0%} of the neurons", f"{row['ideal']:.2f}", *speedups])
-    batches = [f"batch {size['batch']}" for size in found["rows"][0]["eager"]]
-    return "Speedup of modules over their parent; *operations* is the parent's number over the module's:\n\n" + table(
-        ["module", "operations", *batches], rows
-    )
-
-
-def afterwards_line() -> str:
-    """What comes after training costs."""
-    found = json.loads((BENCHMARKS / "relevance.json").read_text())
-    read = max(row["ratio"] for row in found["cut on load, ViT-S"])
-    passes = " and ".join(f"{found[f'pass, {name}']['ratio']:.2f}" for name in ("ViT-S/4", "MiniLM"))
-    return (
-        f"Relevance takes {passes} times a plain pass over the data (ViT-S, MiniLM), and "
-        f"{found['pass, 1,000 groups over 10']['ratio']:.2f} times that with 1,000 label groups instead of 10.\n"
-        f"A module of a ViT-S is cut in {found['seconds of extraction, ViT-S']['cut']:.1f} s besides its check; "
-        f"cutting it on load reads {read:.2f} times its bytes.\n"
-        f"Importing nemo_hf adds {found['import seconds']['added']:.2f} s to importing Trainer."
-    )
+def store_demo(folders: list[Path]) -> None:
+    """Takes up the reports of demo runs, one folder a seed."""
+    parents, modules = [], []
+    for folder in folders:
+        report = json.loads((folder / "report.json").read_text())
+        seed = {"seed": report["seed"]}
+        own = {name: report["parent"][name] for name in ("accuracy", "coupling")}
+        parents.append({**seed, "plain": report["plain"]["accuracy"], **own})
+        for each in report["modules"]:
+            row = {**seed, "labels": ", ".join(map(str, each["labels"])), "module": each["accuracy"]}
+            row |= {"neurons": each["neuron_retention_rate"], "weights": each["weight_retention_rate"]}
+            modules.append(row | {"restricted": each["parent_restricted_accuracy"], **each["controls"]})
+    machines, parents = stamped({}, parents)
+    about = {"command": "nemo-hf demo --output-dir demoSEED --seed SEED", "made_with": machines}
+    write(RESULTS / "demo.json", {**about, "parents": parents, "modules": modules})
 
 
 def costs() -> str:
-    """What masks and modules cost."""
-    return f"{training_table()}\n\n{afterwards_line()}\n\n{latency_table()}"
+    """What masks, relevance and extraction cost, and how much faster modules are."""
+    return "\n\n".join([training(), afterwards(), latency()])
 
 
-def rendered(readme: str) -> str:
-    """README with its tables made anew."""
-    tables = {
-        "demo": demo_table,
-        "support": support_line,
-        "quality": quality_tables,
-        "costs": costs,
-    }
-    for name, make in tables.items():
+def training() -> str:
+    """Training steps with masks over plain ones."""
+    found = load(RESULTS / "training_step.json")
+    lines = []
+    for setting, (plain, masks, rehearsal) in grouped(found["steps"], "setting").items():
+        ratios = [f"{row['ratio']:.2f}" for row in (masks, rehearsal)]
+        peak = f"{masks['peak_mib'] / plain['peak_mib']:.2f}"
+        lines.append([setting, f"{plain['ms']:.0f}", *ratios, peak, f"{masks['generators']:.1%}"])
+    header = ["training step", "plain ms", "masks", "and rehearsal", "peak memory", "generators"]
+    device = devices(found, found["steps"])
+    return f"{device}; times and memory over those of a plain `Trainer` step:\n\n{markdown(header, lines)}"
+
+
+def afterwards() -> str:
+    """What comes after training costs."""
+    found = load(RESULTS / "relevance.json")
+    passes = " and ".join(f"{found[f'relevance, {name}']['ratio']:.2f}" for name in ("ViT-S/4", "MiniLM"))
+    peaks = " and ".join(f"{row['peak_mib'] / row['weights_mib']:.2f}" for row in found["extraction memory, ViT-L"])
+    return (
+        f"Relevance takes {passes} times a plain pass over the data (ViT-S, MiniLM), and "
+        f"{found['relevance, 1,000 groups over 10']['ratio']:.2f} times that with 1,000 label groups instead of 10.\n"
+        f"A module of a ViT-S is cut in {found['extraction, ViT-S']['cut']:.1f} s without its check and in "
+        f"{found['extraction, ViT-S']['with the check']:.1f} s with it; cutting it on load reads "
+        f"{max(row['ratio'] for row in found['cut on load, ViT-S']):.2f} times the bytes of its own file.\n"
+        f"Cutting half and a quarter of a ViT-L takes {peaks} times the memory of its weights, these included.\n"
+        f"Importing nemo_hf adds {found['import']['added']:.2f} s to importing Trainer."
+    )
+
+
+def latency() -> str:
+    """Speedup of modules by batch size."""
+    found = load(RESULTS / "module_latency.json")
+    modules = grouped([row for row in found["times"] if row["runtime"] == "eager"], "model", "neurons", "operations")
+    lines = [
+        [f"{model}, {neurons:.0%} of the neurons", f"{operations:.2f}", *(f"{row['speedup']:.2f}" for row in rows)]
+        for (model, neurons, operations), rows in modules.items()
+    ]
+    header = ["module", "operations", *(f"batch {row['batch']}" for row in next(iter(modules.values())))]
+    text = "Speedup of modules over their parent; *operations* is the parent's number over the module's:"
+    return f"{text}\n\n{markdown(header, lines)}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "results": results, "quality": quality, "costs": costs, "support": support_line, "demo": demo,
+    "patching": patching_table, "supported models": support_table,
+    **{f"quality of {task}": lambda task=task: page(task) for task in TASKS},
+}  # fmt: skip
+PAGES = {
+    ROOT / "README.md": ["results"],
+    ROOT / "docs" / "results.md": ["quality", "costs", "support"],
+    Path(__file__).with_name("quality.md"): [*(f"quality of {task}" for task in TASKS), "patching"],
+    Path(__file__).with_name("supported_models.md"): ["support", "supported models"],
+}
+"""The pages and the tables that each must have; other tables are made where their markers are found."""
+
+
+def rendered(text: str) -> str:
+    """A page with all its tables made again."""
+    for name, make in BLOCKS.items():
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
-        readme = pattern.sub(lambda _, block=block: block, readme)
-    return readme
+        if pattern.search(text):
+            block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+            text = pattern.sub(lambda _, block=block: block, text)
+    return text
+
+
+def missing(text: str, names: list[str]) -> list[str]:
+    """Names of tables that a page has no pair of markers for."""
+    return [name for name in names if not re.search(rf"<!-- {name} -->.*?<!-- /{name} -->", text, re.DOTALL)]
+
+
+def main() -> None:
+    """Writes all pages and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", nargs="+", type=Path, default=[], help="Output folders of `nemo-hf demo`.")
+    if folders := parser.parse_args().demo:
+        store_demo(folders)
+    problems = []
+    for path, names in PAGES.items():
+        if not path.exists():
+            problems.append(f"{path.relative_to(ROOT)} is missing.")
+            continue
+        text = path.read_text()
+        path.write_text(rendered(text))
+        problems += [
+            f"{path.relative_to(ROOT)} has no <!-- {name} --> ... <!-- /{name} -->." for name in missing(text, names)
+        ]
+    draw(DRAWN_TASKS, DRAWN_METHODS, Path(__file__).with_name("quality.png"))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    main()

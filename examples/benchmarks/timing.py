@@ -1,8 +1,7 @@
-"""What the timed benchmarks share: runs that alternate in one process, peak memory, and what a result was made with."""
+"""What the timed benchmarks share: runs that alternate in one process, and peak memory."""
 
 import gc
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -11,24 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import transformers
-
-from nemo_hf.evaluation.latency import device_name
 
 MEBIBYTE = 2**20
 
 
 def alternating(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Runs functions in turn, so that a slower hour of the machine meets all of them.
-
-    Args:
-        runs: Functions by name; the order is turned round every other round.
-        rounds: Measured calls of each.
-        warm_up: Calls before them.
-
-    Returns:
-        Seconds of each call by name.
-    """
+    """Seconds of each call by name; runs take turns, in reverse order every other round, to share the noise."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warm_up + rounds):
         names = list(runs) if turn % 2 else list(runs)[::-1]
@@ -42,14 +29,6 @@ def alternating(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
     return seconds
 
 
-def fresh_process(script: str, *arguments: str) -> str:
-    """Runs a script of one's own in a process whose memory goes back as soon as it is freed; returns its last line."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, script, *arguments]
-    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
-    return found.stdout.splitlines()[-1]
-
-
 def synchronize() -> None:
     """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
@@ -57,22 +36,23 @@ def synchronize() -> None:
 
 
 def ratio(seconds: list[float], base: list[float]) -> dict[str, float]:
-    """Ratio of the medians, and the quartiles of the ratios of calls of one round."""
+    """Median in milliseconds, ratio of the medians, and quartiles of the ratios of one round."""
     pairs = [a / b for a, b in zip(seconds, base, strict=True)]
     low, _, high = statistics.quantiles(pairs, n=4)
-    return {
-        "milliseconds": round(1000 * statistics.median(seconds), 3),
-        "ratio": round(statistics.median(seconds) / statistics.median(base), 4),
-        "quartiles": [round(low, 4), round(high, 4)],
-    }
+    median = statistics.median(seconds)
+    return {"ms": 1000 * median, "ratio": median / statistics.median(base), "low": low, "high": high}
+
+
+def fresh_process(script: str, *arguments: str) -> str:
+    """Runs a script in a process that returns freed memory at once; returns its last line of output."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, script, *arguments]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
+    return found.stdout.splitlines()[-1]
 
 
 def peak_memory(build: Callable[[], Callable[[], object]], calls: int = 3) -> float:
-    """Runs what `build` returns a few times.
-
-    Returns:
-        The highest memory in MiB while it runs, of the GPU if there is one, over that before it was built.
-    """
+    """Peak memory in MiB, of the GPU if there is one, while what `build` returns runs, above that before `build`."""
     on_gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() / MEBIBYTE if on_gpu else _resident("VmRSS")
     run = build()
@@ -80,7 +60,7 @@ def peak_memory(build: Callable[[], Callable[[], object]], calls: int = 3) -> fl
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the highest value back to the present one
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
     for _ in range(calls):
         run()
     highest = torch.cuda.max_memory_allocated() / MEBIBYTE if on_gpu else _resident("VmHWM")
@@ -90,14 +70,3 @@ def peak_memory(build: Callable[[], Callable[[], object]], calls: int = 3) -> fl
 def _resident(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
-def made_with(script: str, arguments: list[str]) -> dict[str, object]:
-    """Machine, versions and command of a result."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "command": shlex.join(["python", f"examples/benchmarks/{script}.py", *arguments]),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -1,7 +1,4 @@
-"""Tiny random models of every classification family in transformers, each built from its own configuration.
-
-tiny_models.json holds the sizes: by name for all families, and what single families need beside.
-"""
+"""Tiny random models of every classification family in transformers, of the sizes in tiny_models.json."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -36,13 +33,13 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     config = config_class(**arguments(config_class, DATA["families"].get(model_type, {})))
     config.id2label = dict(enumerate(LABELS))
     config.label2id = {name: index for index, name in config.id2label.items()}
-    if "num_labels" in config.to_dict():  # kept apart from id2label in some families
+    if "num_labels" in config.to_dict():  # some families store it beside id2label
         config.num_labels = len(LABELS)
     return config
 
 
 def arguments(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a configuration: the common sizes that it knows, of its parts too, and its own."""
+    """Arguments of a configuration and its parts: the common sizes that they have, and the family's own."""
     default = config_class()
     stored, aliases = default.to_dict(), getattr(config_class, "attribute_map", {})
     given = {}
@@ -59,15 +56,9 @@ def arguments(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -> d
 
 
 def tiny_model(model_type: str, class_name: str, spread: float | None = 0.15) -> PreTrainedModel:
-    """A tiny model with random weights, larger than at initialisation, so that masks move its logits.
+    """A tiny model in eval mode, whose matrices have the standard deviation `spread`, vectors twice that.
 
-    Args:
-        model_type: The family.
-        class_name: One of its classes.
-        spread: Standard deviation of matrices; vectors have twice that. `None` leaves the family's own weights.
-
-    Returns:
-        The model in eval mode.
+    This is larger than at initialisation, so that masks move its logits; `None` leaves the family's own weights.
     """
     torch.manual_seed(0)
     model = getattr(transformers, class_name)(tiny_config(model_type))

@@ -3,20 +3,17 @@
     python examples/benchmarks/training_step.py
 
 Steps of both alternate in one process: forward and backward pass, clipping of gradients, optimizer. Peak memory is
-measured in a process each. Writes training_step.json beside this script. On one CPU thread, or on a GPU with bf16 if
-there is one; about ten minutes on a CPU.
+measured in a process each. Writes results/training_step.json. On one CPU thread, or on a GPU with bf16 if there is
+one; about ten minutes on a CPU.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
+import compact
 import torch
-from timing import alternating, fresh_process, made_with, peak_memory, ratio
-from torch.profiler import ProfilerActivity, profile
+from timing import alternating, fresh_process, peak_memory, ratio
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,12 +27,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf import NeMoConfig, NeMoTrainer
-from nemo_hf.models.files import write_json
 
-HERE = Path(__file__).parent
 LABELS = 10
-OPERATORS = 8
-"""Operators that the table of added time names."""
 
 
 def vit(hidden: int, layers: int, heads: int) -> PreTrainedModel:
@@ -79,14 +72,13 @@ KINDS: dict[str, dict | None] = {
 class Step:
     """One step of a trainer at a time, as its training loop runs it."""
 
-    def __init__(self, setting: str, kind: str, is_compiled: bool = False) -> None:
+    def __init__(self, setting: str, kind: str) -> None:
         build, draw, batch = SETTINGS[setting]
         set_seed(0)
         has_gpu = torch.cuda.is_available()
         args = TrainingArguments(
             output_dir=tempfile.gettempdir(), report_to=[], use_cpu=not has_gpu, bf16=has_gpu,
             per_device_train_batch_size=batch, max_steps=10**6, disable_tqdm=True,
-            torch_compile=is_compiled,
         )  # fmt: skip
         options, data = KINDS[kind], draw(batch)
         if options is None:
@@ -110,43 +102,18 @@ class Step:
         self.trainer.state.global_step += 1
 
 
-def added_time(plain: Step, masked: Step, steps: int = 5) -> list[dict]:
-    """The operators that take more time with masks, and how much of a plain step each adds."""
-    totals = []
-    for step in (plain, masked):
-        on_gpu = torch.cuda.is_available()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=activities) as recorded:
-            for _ in range(steps):
-                step()
-        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        totals.append({event.key: getattr(event, own) for event in recorded.key_averages()})
-    before, after = totals
-    whole = sum(before.values())
-    added = {name: (time - before.get(name, 0.0)) / whole for name, time in after.items()}
-    named = sorted(added, key=added.__getitem__, reverse=True)[:OPERATORS]
-    return [{"operator": name, "added": round(added[name], 4)} for name in named]
-
-
-def measured_peak(setting: str, kind: str) -> float:
-    """Peak memory of three steps with everything that they need, in a process of its own."""
-    return float(fresh_process(__file__, "--peak", setting, kind))
-
-
-def measure(setting: str, rounds: int) -> dict:
-    """One setting."""
+def measure(setting: str, rounds: int) -> list[dict]:
+    """One row for each kind of step."""
     steps = {kind: Step(setting, kind) for kind in KINDS}
     seconds = alternating(steps, rounds)
-    plain, masked = steps["plain"].trainer.model, steps["masks"].trainer.model
-    base = sum(p.numel() for p in plain.parameters())
-    peaks = {kind: measured_peak(setting, kind) for kind in KINDS}
-    row = {"setting": setting, "parameters": base, "rank": masked.masks[0].generator.down.out_features}
-    row["generators"] = round(sum(p.numel() for p in masked.masks.parameters()) / base, 4)
-    for kind, own in seconds.items():
-        row[kind] = {**ratio(own, seconds["plain"]), "peak_mib": peaks[kind]}
-        row[kind]["peak_ratio"] = round(peaks[kind] / peaks["plain"], 4)
-    row["added time by operator"] = added_time(steps["plain"], steps["masks"])
-    return row
+    base = sum(p.numel() for p in steps["plain"].trainer.model.parameters())
+    generators = sum(p.numel() for p in steps["masks"].trainer.model.masks.parameters()) / base
+    peaks = {kind: float(fresh_process(__file__, "--peak", setting, kind)) for kind in KINDS}
+    return [
+        {"setting": setting, "step": kind, **ratio(seconds[kind], seconds["plain"]), "peak_mib": peaks[kind],
+         "generators": generators if KINDS[kind] else 0.0}
+        for kind in KINDS
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -154,19 +121,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=HERE / "training_step.json")
-    parser.add_argument("--peak", nargs=2, metavar=("SETTING", "KIND"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--peak", nargs=2, metavar=("SETTING", "STEP"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
-    if options.peak:
-        print(peak_memory(lambda: Step(*options.peak)))
+    if given.peak:
+        print(peak_memory(lambda: Step(*given.peak)))
         return
-    rows = []
-    for setting in options.settings:
-        rows.append(measure(setting, options.rounds))
-        print(json.dumps(rows[-1], indent=1), flush=True)
-    write_json(options.output, {**made_with("training_step", sys.argv[1:]), "rounds": options.rounds, "rows": rows})
+    about = {"command": "python examples/benchmarks/training_step.py", "rounds": given.rounds}
+    for setting in given.settings:
+        found = measure(setting, given.rounds)
+        print(*found, sep="\n", flush=True)
+        compact.update(compact.RESULTS / "training_step.json", about, "steps", found, "setting", "step")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The convolutional models of the NeMo paper and its forerunners, for images of 32x32, as models of `transformers`.
+"""The convolutional models of the NeMo paper and earlier ones, for images of 32x32, as models of `transformers`.
 
-- `vgg16`: 13 convolutions of 3x3 with batch norm, five poolings, two hidden linear layers of 512.
+- `vgg16`: 13 convolutions of 3x3 with batch norm, five poolings, two hidden linear layers of 512 units.
 - `resnet18`: a stem of 3x3 without pooling, four stages of two basic blocks.
 - `simcnn`: 13 convolutions of 3x3 with batch norm and ReLU, four poolings, so that the first of two hidden linear
   layers reads 2x2 positions of each channel.
 - `rescnn`: 12 convolutions with batch norm: four stages of one convolution and a pair of them, the pairs of the last
   three stages with a residual connection, and the mean over positions.
 
-VGG16 and ResNet18 are as usual for this image size. SimCNN and ResCNN are ours after the counts of layers that
+VGG16 and ResNet18 are as usual for this image size. SimCNN and ResCNN are our own, with the layer counts that
 CNNSplitter (arXiv 2209.06116) gives; `width` is the number of channels of the first stage, 64 there and here.
 """
 
@@ -54,7 +54,7 @@ class Residual(nn.Module):
 
 
 def plain_chain(config: PaperCNNConfig, stages: tuple[tuple[int, ...], ...], poolings: int) -> tuple[nn.Module, int]:
-    """Stages of convolutions, the first `poolings` of them with a pooling behind; the layers and what they leave."""
+    """Stages of convolutions, each of the first `poolings` followed by a pooling; also the width of the result."""
     layers, before = [], config.num_channels
     for index, stage in enumerate(stages):
         for multiple in stage:

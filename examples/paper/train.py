@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["nemo-hf[demo]"]
 # ///
-"""Trains a convolutional model of the NeMo paper on CIFAR-10 or SVHN, plain or with masks, and measures modules.
+"""Trains a convolutional model of the NeMo paper on CIFAR-10 or SVHN, with or without masks, and measures modules.
 
     python examples/paper/train.py --model vgg16 --dataset cifar10 --objective ours --output_dir vgg16-ours \
         --num_train_epochs 30 --learning_rate 1e-3 --per_device_train_batch_size 128
@@ -36,7 +36,7 @@ OBJECTIVES = {"plain": None, "mwt": MWT, "nemo": NEMO, "moda": MODA, "ours": {}}
 
 @dataclass
 class Options:
-    """What to train on what."""
+    """Model, data and objective."""
 
     model: str = field(default="vgg16", metadata={"choices": list(ARCHITECTURES)})
     dataset: str = field(default="cifar10", metadata={"choices": list(DATASETS)})
@@ -50,7 +50,7 @@ class Options:
 
 
 class Images(torch.utils.data.Dataset):
-    """Images in memory, (samples, 3, 32, 32) uint8, and labels; training ones are shifted and, if so said, flipped."""
+    """Images in memory, (samples, 3, 32, 32) uint8, and labels; perhaps randomly shifted and mirrored."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, is_shifted: bool = False, is_flipped: bool = False) -> None:
         self.pixels, self.labels = pixels, labels
@@ -69,7 +69,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def load(options: Options) -> tuple[Images, Images, Images, list[str]]:
-    """Training images with and without changes, test images, and the names of the labels."""
+    """Training images with and without augmentation, test images, and label names."""
     name, configuration = DATASETS[options.dataset]
     parts = []
     for split, count in (("train", options.train_samples), ("test", options.test_samples)):
@@ -86,7 +86,7 @@ def load(options: Options) -> tuple[Images, Images, Images, list[str]]:
         parts.append((torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels))
         names = data.features[columns[ClassLabel]].names
     train, test = parts
-    flips = options.dataset == "cifar10"  # a mirrored digit is another or none
+    flips = options.dataset == "cifar10"  # not SVHN: a mirrored digit is no digit
     return Images(*train, is_shifted=True, is_flipped=flips), Images(*train), Images(*test), names
 
 
@@ -94,12 +94,12 @@ def main() -> None:
     """Trains, evaluates, cuts and saves."""
     options, arguments = HfArgumentParser((Options, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(arguments.seed)
-    changed, train, test, names = load(options)
+    augmented, train, test, names = load(options)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     config = PaperCNNConfig(architecture=options.model, width=options.width, **labels)
     model = PaperCNNForImageClassification(config)
     shared = dict(
-        args=arguments, train_dataset=changed, eval_dataset=test,
+        args=arguments, train_dataset=augmented, eval_dataset=test,
         compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
     )  # fmt: skip
     chosen = OBJECTIVES[options.objective]
@@ -109,7 +109,8 @@ def main() -> None:
         nemo_config = NeMoConfig(**{**chosen, **json.loads(options.nemo_config)})
         trainer = NeMoTrainer(model, nemo_config=nemo_config, relevance_dataset=train, **shared)
     trained = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    metrics = trainer.evaluate() | {"training_seconds": round(trained.metrics["train_runtime"]), "seed": arguments.seed}
+    metrics = trainer.evaluate() | ({} if chosen is None else trainer.evaluate_modularity())
+    metrics |= {"training_seconds": round(trained.metrics["train_runtime"]), "seed": arguments.seed}
     trainer.save_model()
     sets = [] if chosen is None else [word.split("+") for word in options.modules] or [[name] for name in names]
     reports = [trainer.evaluate_module(labels).to_dict() for labels in sets]
