@@ -20,7 +20,7 @@ from transformers import (
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.report import evaluate_module, format_table
-from nemo_hf.hub.collections import push_modules
+from nemo_hf.hub.module_collections import push_modules
 from nemo_hf.hub.provenance import safe_command
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, write_companions
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
