@@ -27,6 +27,13 @@ KINDS = ("parent", "module", "composed")
 RECORD = {"arguments": {"seed": 1}, "processes": 1, "samples": 5, "base_model": None, "versions": {"torch": "9.9"}}
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Drawing is most of the time of a push; one test does it."""
+    if "arrives_whole" not in request.node.name:
+        monkeypatch.setattr("nemo_hf.hub.publish.draw_neurons", lambda model, path: path.write_bytes(b"drawn") > 0)
+
+
 @pytest.fixture
 def parent(vit):
     parent = make_parent(vit)

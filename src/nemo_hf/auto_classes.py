@@ -28,24 +28,7 @@ PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "comm
 
 
 class HubMixin:
-    """Saving and publishing of parents, modules and composed models; stands before the model's class."""
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
-    ) -> None:
-        """Saves weights, configuration, processor and report; a directory appears whole or not at all.
-
-        Args:
-            save_directory: Where to.
-            push_to_hub: Whether to upload the model too, from the main process.
-            repo_id: Repository to upload to; `None` takes the directory's name.
-            **kwargs: As in `transformers`; with `push_to_hub=True` also the options of that method.
-        """
-        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
-        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if push_to_hub and kwargs.get("is_main_process", True):
-            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)
+    """Publishing of parents, modules and composed models; stands before the model's class."""
 
     def push_to_hub(
         self,
@@ -103,6 +86,23 @@ class HubMixin:
 
 class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
     """A parent or a module, with the ways to cut, export and publish it."""
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Saves weights, configuration, processor and report; a directory appears whole or not at all.
+
+        Args:
+            save_directory: Where to.
+            push_to_hub: Whether to upload the model too, from the main process.
+            repo_id: Repository to upload to; `None` takes the directory's name.
+            **kwargs: As in `transformers`; with `push_to_hub=True` also the options of that method.
+        """
+        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -70,21 +70,15 @@ class CardFacts:
 
 def render_model_card(facts: CardFacts) -> str:
     """Renders a card: Markdown with a YAML header, whose last line is `KEPT_BELOW`."""
-    environment = Environment(
-        loader=PackageLoader("nemo_hf.hub"),
-        undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 - Markdown, with `_escaped` around names
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"escaped": _escaped, "repr": repr}
     report = facts.report or {}
-    rendered = environment.get_template("model_card.md.jinja").render(
+    controls = report.get("controls") or {}
+    rendered = ENVIRONMENT.get_template("model_card.md.jinja").render(
         card=facts,
         report=report,
         metadata=_metadata(facts).to_yaml(),
         metrics=_metrics(report),
-        controls={CONTROL_NAMES[n]: v for n, v in report.get("controls", {}).items() if v is not None},
+        parent_metrics=_metrics({"metrics": report.get("parent_metrics")}),
+        controls={title: controls[n] for n, title in CONTROL_NAMES.items() if controls.get(n) is not None},
         latency=_latency(report),
         auto_class=TASKS[facts.task][0],
         example=TASKS[facts.task][1],
@@ -174,7 +168,7 @@ def _latency(report: Mapping[str, Any]) -> dict[str, Any]:
     found = [{"latency_ms": {}, **(report.get("formats") or {})}, {"device": "", **report, "latency_ms": own}]
     chosen = next((each for each in found if any(each["latency_ms"].values())), found[1])
     rows = {title: chosen["latency_ms"][n] for n, title in FORMAT_NAMES.items() if chosen["latency_ms"].get(n)}
-    sizes = sorted({size for by_size in rows.values() for size in by_size}, key=int)
+    sizes = sorted({size for by_size in rows.values() for size in by_size}, key=lambda size: (len(size), size))
     return {"device": chosen["device"], "sizes": sizes, "rows": rows, "note": chosen.get("latency_note")}
 
 
@@ -182,3 +176,13 @@ def _escaped(text: str) -> str:
     """Keeps a label of any characters on one line and out of Markdown's syntax."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty name)"
     return re.sub(r"(?<![A-Za-z0-9])[-+.]|[-+.](?![A-Za-z0-9])|[\\`*_{}\[\]<>()#!|~&:]", r"\\\g<0>", line)
+
+
+ENVIRONMENT = Environment(
+    loader=PackageLoader("nemo_hf.hub"),
+    undefined=StrictUndefined,
+    autoescape=False,  # noqa: S701 - Markdown, with `_escaped` around names
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters |= {"escaped": _escaped, "repr": repr}

@@ -14,6 +14,16 @@ from .configuration import NeMoModelConfig, check_keys, model_class
 from .file_mixin import FileMixin, pin_revision
 
 MOST_PARTS = 1000
+PUSH_OPTIONS = (
+    "license",
+    "datasets",
+    "commit_message",
+    "commit_description",
+    "private",
+    "revision",
+    "create_pr",
+    "tags",
+)
 
 
 class NeMoComposedConfig(PreTrainedConfig):
@@ -163,9 +173,14 @@ class NeMoComposedModel(FileMixin, PreTrainedModel):
             save_directory: Where to.
             **kwargs: As in `transformers`.
         """
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        pushed = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        pushed |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
         kwargs.setdefault("save_original_format", False)
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now
         self._save_files(save_directory, **kwargs)
+        if push and kwargs.get("is_main_process", True):
+            self.push_to_hub(repo_id or Path(save_directory).name, **pushed)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
