@@ -31,12 +31,10 @@ def rendered() -> dict[str, str]:
     return {folder: render_model_card(CardFacts(**said)) for folder, said in facts.items()}
 
 
-def collect() -> None:
-    """Trains, measures, and writes facts and pictures."""
-    with tempfile.TemporaryDirectory() as directory:
-        run_demo(directory)
-        parent = AutoModelForImageClassification.from_pretrained(Path(directory, "parent"))
-        module = AutoModelForImageClassification.from_pretrained(Path(directory, "modules", "3-8-9"))
+def collect(demo: Path) -> None:
+    """Writes facts and pictures of the parent and the module in the demo's output directory."""
+    parent = AutoModelForImageClassification.from_pretrained(demo / "parent")
+    module = AutoModelForImageClassification.from_pretrained(demo / "modules" / "3-8-9")
     module.report = {**module.report, "formats": compare_latency(module, parent)}
     defaults = {field.name: field.default for field in fields(CardFacts)}
     facts = {}
@@ -50,11 +48,17 @@ def collect() -> None:
 
 
 def main() -> None:
-    """Collects the facts, unless told only to render, and renders the cards."""
+    """Trains and collects the facts, unless told not to, and renders the cards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="Output directory of an earlier nemo-hf demo.")
     parser.add_argument("--render", action="store_true", help="Only render the facts that are there.")
-    if not parser.parse_args().render:
-        collect()
+    given = parser.parse_args()
+    if given.demo:
+        collect(given.demo)
+    elif not given.render:
+        with tempfile.TemporaryDirectory() as directory:
+            run_demo(directory)
+            collect(Path(directory))
     for folder, card in rendered().items():
         write_text(CARDS / folder / CARD_NAME, card)
 

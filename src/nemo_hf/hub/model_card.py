@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 LIBRARY_NAME = "nemo-hf"
 KEPT_BELOW = "<!-- nemo-hf writes all above this line anew; text below it stays -->"
-"""Line of a card under which a repository's owner can write."""
+"""Line of a card below which a repository's owner can write."""
+PARENT_NAME = "its parent, answering with the same labels only"
 CONTROL_NAMES = {
     "random": "control: as many random neurons",
     "other": "control: the neurons of as many other label groups",
@@ -71,17 +72,17 @@ class CardFacts:
 def render_model_card(facts: CardFacts) -> str:
     """Renders a card: Markdown with a YAML header, whose last line is `KEPT_BELOW`."""
     report = facts.report or {}
-    controls = report.get("controls") or {}
+    accuracies = {"this module": report.get("accuracy"), PARENT_NAME: report.get("parent_restricted_accuracy")}
+    accuracies |= {title: (report.get("controls") or {}).get(name) for name, title in CONTROL_NAMES.items()}
     rendered = ENVIRONMENT.get_template("model_card.md.jinja").render(
         card=facts,
         report=report,
         metadata=_metadata(facts).to_yaml(),
         metrics=_metrics(report),
         parent_metrics=_metrics({"metrics": report.get("parent_metrics")}),
-        controls={title: controls[n] for n, title in CONTROL_NAMES.items() if controls.get(n) is not None},
+        accuracies={name: value for name, value in accuracies.items() if value is not None},
         latency=_latency(report),
-        auto_class=TASKS[facts.task][0],
-        example=TASKS[facts.task][1],
+        task=TASKS[facts.task],
         command=extraction_command(facts),
         fence=_fence(facts),
         kept_below=KEPT_BELOW,
@@ -129,17 +130,9 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     report, results = facts.report or {}, None
     accuracy = report.get("accuracy", _metrics(report).get("eval_accuracy"))
     if facts.measured_on and accuracy is not None:
-        is_raw = facts.role == "module" and not facts.is_tuned
-        result = EvalResult(
-            task_type=facts.task,
-            dataset_type=facts.measured_on,
-            dataset_name=facts.measured_on,
-            dataset_split=facts.split,
-            metric_type="accuracy",
-            metric_name="accuracy without fine-tuning" if is_raw else "accuracy",
-            metric_value=accuracy,
-        )
-        results = [result]
+        name = "accuracy" if facts.is_tuned or facts.role != "module" else "accuracy without fine-tuning"
+        about: dict[str, Any] = {"metric_name": name, "dataset_split": facts.split}
+        results = [EvalResult(facts.task, facts.measured_on, facts.measured_on, "accuracy", accuracy, **about)]
     parents = list(dict.fromkeys(part["parent"] for part in facts.parts if part["parent"])) or None
     return ModelCardData(
         library_name=LIBRARY_NAME,
@@ -160,10 +153,7 @@ def _metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _latency(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Milliseconds by what was timed and by batch size, where, and a note on what is left out.
-
-    A comparison of formats, if there is one, has all that the report itself has.
-    """
+    """Milliseconds by what was timed and batch size, of the comparison of formats if there is one, and a note."""
     own = {"module": report.get("latency_ms"), "parent": report.get("parent_latency_ms")}
     found = [{"latency_ms": {}, **(report.get("formats") or {})}, {"device": "", **report, "latency_ms": own}]
     chosen = next((each for each in found if any(each["latency_ms"].values())), found[1])

@@ -22,10 +22,7 @@ NAME_LENGTH = 60
 
 
 def repository_name(labels: Sequence[str]) -> str:
-    """Joins label names of any characters into a repository's name: ASCII letters, digits and dashes.
-
-    A label that has none of these, or a name that is too long, becomes a short hash.
-    """
+    """Joins label names into ASCII letters, digits and dashes; labels without these and long names get a hash."""
     parts = []
     for label in labels:
         plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
@@ -39,11 +36,7 @@ def _hash(*words: str) -> str:
 
 
 def module_repositories(namespace: str, parent: str, modules: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Names the repository of each module from its label names; two that would be the same are a `ValueError`.
-
-    Keys of `modules` and of the result are what the user calls a module; `parent` is the name of the parent's
-    repository without the namespace.
-    """
+    """Names the repositories of modules by their label names; two equal ones, or one like the parent's, are refused."""
     names = {key: repository_name(labels) for key, labels in modules.items()}
     for key, name in names.items():
         if same := [
@@ -72,11 +65,10 @@ def push_modules(
 ) -> dict[str, str]:
     """Pushes a parent and modules of it, one repository each, and ties them in a collection.
 
-    `modules` are labels or groups by what the caller calls each module. `batches` are held-out data that each module
-    is measured on, `calibration` validation data that its rejection score is calibrated on. What has not changed since
-    an earlier push stays as it is, so a call that failed half-way can be repeated.
-
-    Returns the `"parent"`'s repository, each module's by its name, and the `"collection"`'s address.
+    `modules` are labels or groups by what the caller calls each module. Modules are measured on `batches` of held-out
+    data and their rejection calibrated on `calibration`, validation data. What has not changed since an earlier push
+    stays as it is, so a call that failed half-way can be repeated. Returns the repository of the `"parent"` and of
+    each module by name, and the address of the `"collection"`.
     """
     names = parent.config.names
     label_ids = {key: make_plan(parent, labels, threshold, round_to).label_ids for key, labels in modules.items()}

@@ -24,15 +24,8 @@ from .provenance import versions
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "neurons.png"
-STALE = [
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
-    REPORT_NAME,
-    "modeling_nemo_module.py",
-    PICTURE_NAME,
-    "training_args.bin",
-]
+STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin",
+         REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]  # fmt: skip
 """Files of an older push that go, unless they are pushed anew."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}
 """What differs between two measurements of the same module."""
@@ -193,8 +186,7 @@ def clear_errors(repo_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         # The client lets errors of its HTTP library through.
-        is_of_connection = type(error).__module__.startswith("httpx")
-        if not is_of_connection and type(error) is not RuntimeError:
+        if type(error) is not RuntimeError and not type(error).__module__.startswith("httpx"):
             raise
         raise OSError(
             f"The push to {repo_id!r} failed because the connection broke ({error}). "
