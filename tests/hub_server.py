@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,9 +26,7 @@ DATE = "2025-01-01T00:00:00.000Z"  # one date for all, so that commit ids depend
 LARGE_SUFFIXES = (".safetensors", ".bin", ".onnx")
 LARGE_SIZE = 10 * 2**20
 INVERTED = bytes(range(255, -1, -1))
-GROUPS = {"repo": r"[\w.-]+/[\w.-]+", "rev": "[^/]+", "path": ".+", "slug": r"[\w.-]+/[\w.-]+"}
 KINDS = ("status", "cut", "wrong_bytes", "ignore_range", "slow", "die_after")
-ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 
 @dataclass(frozen=True)
@@ -123,6 +120,10 @@ class RefusedError(Exception):
         self.answer = answer({"error": message, **extra}, status, about)
 
 
+def answer(content: dict | list, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
+    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+
+
 @dataclass(kw_only=True)
 class Rule:
     """Misbehaves at the requests it matches: not at the first `after`, then `times` times (None: always)."""
@@ -149,22 +150,6 @@ class Rule:
             return False
         self.hits += 1
         return True
-
-
-def answer(content: dict | list, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
-
-
-def route(method: str, pattern: str) -> Callable:
-    """Registers a method of the server; the groups of the path become its arguments."""
-    for name, expression in GROUPS.items():
-        pattern = pattern.replace(f"<{name}>", f"(?P<{name}>{expression})")
-
-    def register(function: Callable) -> Callable:
-        ROUTES.append((method, re.compile(pattern), function))
-        return function
-
-    return register
 
 
 def part_of(data: bytes, asked: str | None) -> Answer:
@@ -231,39 +216,47 @@ class HubServer(ThreadingHTTPServer):
     # What every request goes through
 
     def handle(self, request: Request, raw_path: str, token: str | None) -> Answer:
-        method = "GET" if request.method == "HEAD" else request.method
         try:
             with self.lock:
                 if token is not None and token not in self.users:
                     raise RefusedError(401, "Invalid credentials in Authorization header")
                 request.user = self.users.get(token)
-                for known, pattern, function in ROUTES:
-                    if known == method and (match := pattern.fullmatch(raw_path)):
-                        groups = {name: value and unquote(value) for name, value in match.groupdict().items()}
-                        return function(self, request, **self.found(request, groups))
-                raise RefusedError(404, f"This Hub has no {method} {request.path}")
+                method = "GET" if request.method == "HEAD" else request.method
+                return self.routed(request, method, [unquote(part) for part in raw_path.strip("/").split("/")])
         except RefusedError as refused:
             return refused.answer
         except Exception as error:
             self.failures.append(error)
             return answer({"error": repr(error)}, 500)
 
-    def found(self, request: Request, groups: dict) -> dict:
-        """The repository, commit or collection instead of its name."""
-        owned = None
-        if "repo" in groups:
-            groups["repo"] = owned = self.repo(request, groups["repo"])
-        if "rev" in groups:
-            groups["commit"] = owned.find(groups.pop("rev") or "main")
-        if "slug" in groups:
-            groups["collection"] = owned = self.collections[groups.pop("slug")]
-        # What is put has no token: on the Hub its address is a signed one of the storage behind it.
-        if request.method == "POST" and not request.path.endswith("validate-yaml"):
-            if request.user is None:
-                raise RefusedError(401, "Invalid username or password.")
-            if isinstance(owned, Repo) and owned.owner != request.user:
-                raise RefusedError(403, "You don't have the rights to write to this repository")
-        return groups
+    def routed(self, request: Request, method: str, parts: list[str]) -> Answer:
+        match [method, *parts]:
+            case ["POST", "api", "validate-yaml"]:
+                return answer({"errors": [], "warnings": []})
+            case ["POST", "api", "repos", "create"]:
+                return self.create_repo(request)
+            case [_, "api", "collections", *slug]:
+                return self.collected(request, method, slug)
+            case [
+                "PUT",
+                "lfs",
+                owner,
+                name,
+                oid,
+            ]:  # without a token: on the Hub this is a signed address of its storage
+                if hashlib.sha256(request.body).hexdigest() != oid:
+                    raise RefusedError(400, "The content is not what was announced")
+                self.repos[f"{owner}/{name}"].large[oid] = request.body
+                return answer({})
+            case ["GET", "api", "models", owner, name, *rest]:
+                return self.told(self.repo(request, f"{owner}/{name}"), rest)
+            case ["GET", owner, name, "resolve", revision, *path]:
+                return self.sent(request, self.repo(request, f"{owner}/{name}").find(revision), "/".join(path))
+            case ["POST", "api", "models", owner, name, *rest] | ["POST", owner, name, *rest]:
+                repo = self.repo(request, f"{owner}/{name.removesuffix('.git')}")
+                self.check_writes(request, repo.owner)
+                return self.written(request, repo, rest)
+        raise RefusedError(404, f"This Hub has no {method} {request.path}")
 
     def repo(self, request: Request, name: str) -> Repo:
         repo = self.repos.get(name)
@@ -272,55 +265,41 @@ class HubServer(ThreadingHTTPServer):
             raise RefusedError(404 if request.user else 401, "Repository not found", "RepoNotFound")
         return repo
 
+    def check_writes(self, request: Request, owner: str) -> None:
+        if request.user != owner:
+            raise RefusedError(403 if request.user else 401, f"You don't have the rights to write to {owner}'s")
+
     # Repositories
 
-    @route("POST", "/api/repos/create")
     def create_repo(self, request: Request) -> Answer:
         asked = request.json()
-        name = f"{asked.get('organization') or request.user}/{asked['name']}"
-        url = f"{self.endpoint}/{name}"
-        if not name.startswith(f"{request.user}/"):
-            raise RefusedError(403, f"You don't have the rights to create the model {name}")
-        if name in self.repos:
+        owner = asked.get("organization") or request.user
+        self.check_writes(request, owner or "you")
+        url = f"{self.endpoint}/{owner}/{asked['name']}"
+        if f"{owner}/{asked['name']}" in self.repos:
             raise RefusedError(409, "You already created this model repo", url=url)
-        self.repos[name] = repo = Repo(name, private=asked.get("visibility") == "private")
-        repo.add("main", Commit("initial commit", "", request.user, {".gitattributes": Blob(b"")}))
-        return answer({"url": url, "name": name})
+        repo = Repo(f"{owner}/{asked['name']}", private=asked.get("visibility") == "private")
+        repo.add("main", Commit("initial commit", "", owner, {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}))
+        self.repos[repo.id] = repo
+        return answer({"url": url, "name": repo.id})
 
-    @route("POST", "/api/validate-yaml")
-    def validate_yaml(self, request: Request) -> Answer:
-        return answer({"errors": [], "warnings": []})
-
-    @route("GET", "/api/models/<repo>(?:/revision/<rev>)?")
-    def model_info(self, request: Request, repo: Repo, commit: Commit) -> Answer:
-        siblings = [{"rfilename": path} for path in sorted(commit.tree)]
-        about = {"id": repo.id, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": []}
-        return answer({**about, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "lastModified": DATE})
-
-    @route("POST", "/api/models/<repo>/branch/<path>")
-    def create_branch(self, request: Request, repo: Repo, path: str) -> Answer:
-        if path in repo.branches:
-            raise RefusedError(409, f"Reference already exists: refs/heads/{path}")
-        repo.branches[path] = repo.find(request.json().get("startingPoint") or "main")
-        return answer({})
-
-    # Files
-
-    @route("GET", "/api/models/<repo>/tree/<rev>(?:/<path>)?")
-    def tree(self, request: Request, repo: Repo, commit: Commit, path: str | None) -> Answer:
-        """All files below a folder: folders themselves are not told of."""
-        entries = []
-        for name, blob in sorted(commit.tree.items()):
-            entry = {"type": "file", "path": name, "oid": blob.oid, "size": len(blob.data)}
+    def told(self, repo: Repo, rest: list[str]) -> Answer:
+        """About a repository, or the files of a folder without the folders in it."""
+        commit = repo.find(rest[1] if rest else "main")
+        if rest[:1] != ["tree"]:
+            about = {"id": repo.id, "sha": commit.oid, "private": repo.private, "lastModified": DATE, "tags": []}
+            about |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
+            return answer({**about, "siblings": [{"rfilename": path} for path in sorted(commit.tree)]})
+        entries, folder = [], "".join(f"{part}/" for part in rest[2:])
+        for path, blob in sorted(commit.tree.items()):
             lfs = {"lfs": {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 134}} if blob.large else {}
-            if name.startswith(f"{path}/" if path else ""):
-                entries.append({**entry, **lfs})
-        if path and not entries:
-            raise RefusedError(404, f"{path} does not exist", "EntryNotFound")
+            if path.startswith(folder):
+                entries.append({"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data), **lfs})
+        if folder and not entries:
+            raise RefusedError(404, f"{folder} does not exist", "EntryNotFound")
         return answer(entries)
 
-    @route("GET", "/<repo>/resolve/<rev>/<path>")
-    def resolve(self, request: Request, repo: Repo, commit: Commit, path: str) -> Answer:
+    def sent(self, request: Request, commit: Commit, path: str) -> Answer:
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.tree:
             raise RefusedError(404, "Entry not found", "EntryNotFound", headers)
@@ -332,36 +311,37 @@ class HubServer(ThreadingHTTPServer):
         part.headers = headers | part.headers
         return part
 
-    @route("POST", "/api/models/<repo>/preupload/<rev>")
-    def preupload(self, request: Request, repo: Repo, commit: Commit) -> Answer:
-        files = []
-        for file in request.json()["files"]:
-            path = file["path"]
-            mode = "lfs" if path.endswith(LARGE_SUFFIXES) or file["size"] > LARGE_SIZE else "regular"
-            oid = commit.tree[path].etag if path in commit.tree else None  # tells the client what is unchanged
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return answer({"files": files})
+    def written(self, request: Request, repo: Repo, rest: list[str]) -> Answer:
+        match rest:
+            case ["branch", branch]:
+                if branch in repo.branches:
+                    raise RefusedError(409, f"Reference already exists: refs/heads/{branch}")
+                repo.branches[branch] = repo.find(request.json().get("startingPoint") or "main")
+                return answer({})
+            case ["preupload", revision]:
+                tree, files = repo.find(revision).tree, []
+                for file in request.json()["files"]:
+                    is_large = file["path"].endswith(LARGE_SUFFIXES) or file["size"] > LARGE_SIZE
+                    about = {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if is_large else "regular",
+                        "shouldIgnore": False,
+                    }
+                    # The checksum tells the client what is unchanged.
+                    files.append({**about, "oid": tree[file["path"]].etag if file["path"] in tree else None})
+                return answer({"files": files})
+            case ["info", "lfs", "objects", "batch"]:
+                objects = [{"oid": file["oid"], "size": file["size"]} for file in request.json()["objects"]]
+                for known in objects:
+                    if known["oid"] not in repo.large:
+                        known["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{repo.id}/{known['oid']}"}}
+                return answer({"transfer": "basic", "objects": objects})
+            case ["commit", branch]:
+                return self.commit(request, repo, branch)
+        raise RefusedError(404, f"This Hub has no {request.path}")
 
-    @route("POST", r"/<repo>\.git/info/lfs/objects/batch")
-    def announce_large(self, request: Request, repo: Repo) -> Answer:
-        objects = []
-        for file in request.json()["objects"]:
-            known = {"oid": file["oid"], "size": file["size"]}
-            if file["oid"] not in repo.large:
-                known["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{repo.id}/{file['oid']}"}}
-            objects.append(known)
-        return answer({"transfer": "basic", "objects": objects})
-
-    @route("PUT", "/lfs/(?P<name>.+)/(?P<oid>[0-9a-f]{64})")
-    def put_large(self, request: Request, name: str, oid: str) -> Answer:
-        if hashlib.sha256(request.body).hexdigest() != oid:
-            raise RefusedError(400, "The content is not what was announced")
-        self.repos[name].large[oid] = request.body
-        return answer({})
-
-    @route("POST", "/api/models/<repo>/commit/<path>")
-    def commit(self, request: Request, repo: Repo, path: str) -> Answer:
-        head = repo.find(path)
+    def commit(self, request: Request, repo: Repo, branch: str) -> Answer:
+        head = repo.find(branch)
         header, *operations = [json.loads(line) for line in request.body.splitlines()]
         if not head.oid.startswith(header["value"].get("parentCommit", "")):
             raise RefusedError(412, "A commit has happened since. Please refresh and try again.")
@@ -372,45 +352,31 @@ class HubServer(ThreadingHTTPServer):
                 tree[value["path"]] = Blob(base64.b64decode(value["content"]))
             elif key == "lfsFile":
                 tree[value["path"]] = Blob(repo.large[value["oid"]], large=True)
-            elif value["path"] not in tree:  # to be deleted
-                raise RefusedError(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
                 del tree[value["path"]]
-        title, message = header["value"]["summary"], header["value"].get("description", "")
-        commit = repo.add(path, Commit(title, message, request.user, tree, head))
+        about = (header["value"]["summary"], header["value"].get("description", ""), request.user)
+        commit = repo.add(branch, Commit(*about, tree, head))
         url = f"{self.endpoint}/{repo.id}/commit/{commit.oid}"
         return answer({"success": True, "commitOid": commit.oid, "commitUrl": url})
 
-    # Collections
-
-    @route("POST", "/api/collections")
-    def create_collection(self, request: Request) -> Answer:
-        asked = request.json()
-        slug = f"{asked['namespace']}/{re.sub('[^a-z0-9]+', '-', asked['title'].lower())}-{24 * '0'}"
-        about = {"slug": slug, "title": asked["title"], "owner": asked["namespace"], "private": asked["private"]}
-        about |= {"items": [], "description": None, "lastUpdated": DATE, "theme": "green", "upvotes": 0, "position": 0}
-        self.collections[slug] = about
-        return answer(about)
-
-    @route("GET", "/api/collections")
-    def list_collections(self, request: Request) -> Answer:
-        found = [each for each in self.collections.values() if request.query.get("owner") in (None, each["owner"])]
-        # As on the Hub: the first four items only; the client counts positions itself.
-        listed = [{**each, "items": each["items"][:4]} for each in found]
-        return answer([{name: value for name, value in each.items() if name != "position"} for each in listed])
-
-    @route("GET", "/api/collections/<slug>")
-    def get_collection(self, request: Request, collection: dict) -> Answer:
-        return answer(collection)
-
-    @route("POST", "/api/collections/<slug>/items")
-    def add_item(self, request: Request, collection: dict) -> Answer:
-        item, items = request.json()["item"], collection["items"]
-        self.repo(request, item["id"])
-        if any(old["id"] == item["id"] for old in items):
-            raise RefusedError(409, "This item is already in the collection")
-        items.append({**item, "_id": f"{len(items):024}", "position": len(items)})
-        return answer(collection)
+    def collected(self, request: Request, method: str, slug: list[str]) -> Answer:
+        if method == "POST" and not slug:
+            asked = request.json()
+            name = f"{asked['namespace']}/{re.sub('[^a-z0-9]+', '-', asked['title'].lower())}-{24 * '0'}"
+            about = {"slug": name, "title": asked["title"], "owner": asked["namespace"], "private": asked["private"]}
+            about |= {"description": None, "lastUpdated": DATE, "theme": "green", "upvotes": 0, "items": []}
+            self.collections[name] = about
+        elif not slug:  # as on the Hub: the first four items only
+            found = [each for each in self.collections.values() if request.query.get("owner") in (None, each["owner"])]
+            return answer([{**each, "items": each["items"][:4]} for each in found])
+        else:
+            about = self.collections["/".join(slug[:2])]
+        if slug[2:] == ["items"]:
+            item, items = request.json()["item"], about["items"]
+            if any(old["id"] == item["id"] for old in items):
+                raise RefusedError(409, "This item is already in the collection")
+            items.append({**item, "_id": f"{len(items):024}", "position": len(items)})
+        return answer({**about, "position": 0})
 
 
 class Handler(BaseHTTPRequestHandler):
