@@ -24,12 +24,11 @@ FORMAT_NAMES = {
     "plain": "this module as a plain model (`save_plain`)",
     "onnx": "this module in onnxruntime (`export_onnx`)",
 }
-TASKS = {
+TASKS = {  # Auto class and an example of an input
     "image-classification": ("AutoModelForImageClassification", "picture.png"),
     "text-classification": ("AutoModelForSequenceClassification", "What does it say?"),
     "audio-classification": ("AutoModelForAudioClassification", "sound.wav"),
 }
-"""Auto class and an example of an input by task."""
 UNSHOWN_METRICS = re.compile("epoch|.*(runtime|per_second).*")
 
 
@@ -122,7 +121,7 @@ def extraction_command(facts: CardFacts) -> str | None:
 
 def _fence(facts: CardFacts) -> str:
     """Backticks around code: more than there are in any name."""
-    runs = re.findall("`+", "\0".join([*facts.labels, facts.repo_id, str((facts.training or {}).get("command"))]))
+    runs = re.findall("`+", "\0".join([*facts.labels, facts.repo_id, str(facts.training)]))
     return "`" * max([3, *(len(run) + 1 for run in runs)])
 
 

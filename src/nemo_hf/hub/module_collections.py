@@ -86,21 +86,18 @@ def push_modules(
                 module.report = {**(module.report or {}), "formats": compare_latency(module, parent)}
         push_model(module, repositories[key], replace(options, parent=done["parent"]), private=private, **push_options)
         done[key] = repositories[key]
-    with clear_errors(name):
-        done["collection"] = _collect(
-            HfApi(token=push_options.get("token")), name, namespace, [*done.values()], private
-        )
+    done["collection"] = _collect(HfApi(token=push_options.get("token")), name, namespace, [*done.values()], private)
     return done
 
 
 def _collect(api: HfApi, title: str, namespace: str, repositories: Sequence[str], private: bool | None) -> str:
     """Adds model repositories to the collection of this title, made if need be, and returns its address."""
-    same = (found for found in api.list_collections(owner=namespace) if found.title == title)
-    collection = next(same, None) or api.create_collection(
-        title, namespace=namespace, private=bool(private), exists_ok=True
-    )
-    present = {item.item_id for item in api.get_collection(collection.slug).items}
-    for repository in repositories:
-        if repository not in present:
-            api.add_collection_item(collection.slug, repository, "model", exists_ok=True)
+    options = {"namespace": namespace, "private": bool(private), "exists_ok": True}
+    with clear_errors(title):
+        same = (found for found in api.list_collections(owner=namespace) if found.title == title)
+        collection = next(same, None) or api.create_collection(title, **options)  # type: ignore[arg-type]
+        present = {item.item_id for item in api.get_collection(collection.slug).items}
+        for repository in repositories:
+            if repository not in present:
+                api.add_collection_item(collection.slug, repository, "model", exists_ok=True)
     return str(collection.url)

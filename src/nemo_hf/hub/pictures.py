@@ -14,10 +14,8 @@ from nemo_hf.pruning.plan import is_relevant
 
 logger = logging.getLogger(__name__)
 
-NUMBERED_CELLS = 150
-"""Number of cells up to which a panel shows its values as text too."""
-NAMED_GROUPS = 40
-"""Number of names along an axis; of more, every second, third, ... is shown."""
+NUMBERED_CELLS = 150  # up to which a panel shows its values as text too
+NAMED_GROUPS = 40  # along an axis; of more, every second, third, ... has its name
 
 
 def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
@@ -36,8 +34,8 @@ def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
         return False
     kinds = [site.kind for site in model.sites]
     names = [f"{kind} {kinds[:index].count(kind)}" for index, kind in enumerate(kinds)]
-    height = min(20.0, max(4.5, 0.28 * len(names)))
-    figure = Figure(figsize=(11 if len(panels) > 1 else 6.5, height), layout="constrained")
+    size = (11 if len(panels) > 1 else 6.5, min(20.0, max(4.5, 0.28 * len(names))))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.3, 1][: len(panels)])[0]
     for one, (values, columns, rows, title) in zip(axes, panels, strict=True):
         _draw(figure, one, values, columns, rows or names, title)

@@ -20,7 +20,7 @@ WITHOUT_EFFECT = re.compile(
     r"|accelerator_config|remove_unused|ddp_|debug|skip_memory|do_|resume|local_rank|torch_empty|torch_compile_).*"
 )
 """Arguments of a training that say where and how often something is written, and not what is trained."""
-SECRETS = ("--hub_token", "--push_to_hub_token")
+SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 

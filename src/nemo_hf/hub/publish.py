@@ -27,8 +27,7 @@ PICTURE_NAME = "neurons.png"
 STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin",
          REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]  # fmt: skip
 """Files of an older push that go, unless they are pushed anew."""
-TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}
-"""What differs between two measurements of the same module."""
+TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
 TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "is_tuned", "training")
 """Entries of a configuration that are facts of the card by the same name."""
 
@@ -113,10 +112,9 @@ def write_companions(
     card_before: str | None = None,
     report: dict[str, Any] | None = None,
 ) -> CardFacts:
-    """Writes the card and the picture of a model into an existing directory and returns what the card says.
+    """Writes the card, with `report` or else the model's, and the picture into a directory; returns the card's facts.
 
-    The owner's text of `card_before` stays, and so does its license where the options name none. `report` is for the
-    card in place of the model's own.
+    The owner's text of `card_before` stays, and so does its license where the options name none.
     """
     directory, options = Path(directory), options or CardOptions()
     has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, directory / PICTURE_NAME)
@@ -165,10 +163,7 @@ def push_model(
 
 
 def settled_report(report: dict[str, Any] | None, before: str | None) -> dict[str, Any] | None:
-    """Returns the report pushed before, given as text, if the new one differs from it in times only.
-
-    No two measurements share their times, and a push of the same model makes no commit.
-    """
+    """Returns the report pushed `before` if the new one differs in times only, so that a second push has no commit."""
     try:
         old = json.loads(before) if before else None
     except ValueError:
