@@ -26,7 +26,6 @@ DATE = "2025-01-01T00:00:00.000Z"  # one date for all, so that commit ids depend
 LARGE_SUFFIXES = (".safetensors", ".bin", ".onnx")
 LARGE_SIZE = 10 * 2**20
 INVERTED = bytes(range(255, -1, -1))
-KINDS = ("status", "cut", "wrong_bytes", "ignore_range", "slow", "die_after")
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,12 @@ class Repo:
 
 @dataclass
 class Request:
-    """A line of the log, too: bytes are those of bodies, and a dropped request has the status 0."""
+    """A line of the log, too: `sent` are bytes of the body, and a dropped request has the status 0."""
 
     method: str
     path: str
     query: dict[str, str]
     range: str | None
-    authorized: bool  # whether a token came along, valid or not
-    received: int
     status: int = 0
     sent: int = 0
     user: str | None = None
@@ -126,27 +123,19 @@ def answer(content: dict | list, status: int = 200, headers: dict[str, str] | No
 
 @dataclass(kw_only=True)
 class Rule:
-    """Misbehaves at the requests it matches: not at the first `after`, then `times` times (None: always)."""
+    """Misbehaves at the first `times` requests that it matches (None: always)."""
 
-    kind: str  # one of KINDS
+    kind: str  # status, cut, wrong_bytes, ignore_range or die_after
     method: str | None = None
     path: str = ""  # searched for as a regular expression
     times: int | None = 1
-    after: int = 0
     status: int = 500
     retry_after: int | None = None
-    seconds: float = 0.05
-    at: int | None = None  # how many bytes are sent before the cut: half of them by default
-    seen: int = 0
     hits: int = 0
 
     def fires(self, request: Request) -> bool:
-        if self.method not in (None, request.method) or not re.search(self.path, request.path):
-            return False
-        if self.kind == "ignore_range" and request.range is None:
-            return False
-        self.seen += 1
-        if self.seen <= self.after or self.hits == self.times:
+        is_meant = self.method in (None, request.method) and re.search(self.path, request.path)
+        if not is_meant or self.hits == self.times or (self.kind == "ignore_range" and request.range is None):
             return False
         self.hits += 1
         return True
@@ -204,11 +193,8 @@ class HubServer(ThreadingHTTPServer):
 
     def misbehave(self, **how) -> Rule:
         """Adds a rule to `rules`, of which the first that fires decides."""
-        rule = Rule(**how)
-        if rule.kind not in KINDS:
-            raise ValueError(f"unknown kind {rule.kind!r}, not one of {KINDS}")
-        self.rules.append(rule)
-        return rule
+        self.rules.append(Rule(**how))
+        return self.rules[-1]
 
     def requests(self, method: str | None = None, path: str = "") -> list[Request]:
         return [line for line in self.log if method in (None, line.method) and re.search(path, line.path)]
@@ -391,8 +377,7 @@ class Handler(BaseHTTPRequestHandler):
         url, token = urlsplit(self.path), self.headers.get("Authorization")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        asked = (self.command, unquote(url.path), query, self.headers.get("Range"), token is not None)
-        request = Request(*asked, received=len(body), body=body)
+        request = Request(self.command, unquote(url.path), query, self.headers.get("Range"), body=body)
         with self.server.lock:
             rule = next((rule for rule in self.server.rules if rule.fires(request)), Rule(kind="none"))
         if rule.kind == "die_after":
@@ -401,8 +386,6 @@ class Handler(BaseHTTPRequestHandler):
             waiting = {} if rule.retry_after is None else {"Retry-After": str(rule.retry_after)}
             reply = answer({"error": "misbehaving"}, rule.status, waiting)
         else:
-            if rule.kind == "slow":
-                time.sleep(rule.seconds)
             if rule.kind == "ignore_range":
                 request.range = None
             reply = self.server.handle(request, url.path, token and token.removeprefix("Bearer "))
@@ -414,7 +397,7 @@ class Handler(BaseHTTPRequestHandler):
         if rule.kind == "wrong_bytes":
             sent = sent.translate(INVERTED)
         if rule.kind == "cut":
-            sent = sent[: len(sent) // 2 if rule.at is None else rule.at]
+            sent = sent[: len(sent) // 2]
             self.close_connection = True
         request.body, request.status, request.sent = b"", reply.status if reply else 0, len(sent)
         self.server.log.append(request)  # before it is sent, as the client may look as soon as it has the answer
