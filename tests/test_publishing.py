@@ -244,7 +244,7 @@ def test_a_report_that_differs_in_times_only_stays_as_it_was_pushed(parent):
     report = evaluate_module(parent, ["dog", "cat"], batches(), module, show_progress=False).to_dict()
     slower = {**report, "latency_ms": {"1": 1e6}}
     assert settled_report(slower, json.dumps(report)) == report
-    for other in ({**report, "accuracy": 0.123}, {**report, "formats": None}, {**report, "latency_ms": "<b>"}):
+    for other in ({**report, "accuracy": 0.123}, {**report, "formats": None}):
         assert settled_report(report, json.dumps(other)) is report
     for text in (None, "", "{", "[]"):
         assert settled_report(report, text) is report

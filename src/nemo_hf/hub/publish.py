@@ -14,7 +14,6 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from nemo_hf.config import NeMoConfig
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.composed_model import NeMoComposedModel
-from nemo_hf.models.config_checks import is_report
 from nemo_hf.models.files import REPORT_NAME, write_json, write_text
 from nemo_hf.models.remote_files import hub_name
 
@@ -168,10 +167,10 @@ def settled_report(report: dict[str, Any] | None, before: str | None) -> dict[st
         old = json.loads(before) if before else None
     except ValueError:
         old = None
-    if report is None or not isinstance(old, dict) or not is_report(old):
+    if report is None or not isinstance(old, dict) or set(old) != set(report):
         return report
     new = json.loads(json.dumps(report))
-    return old if set(old) == set(new) and all(new[name] == old[name] for name in set(new) - TIMED) else report
+    return old if all(new[name] == old[name] for name in set(new) - TIMED) else report
 
 
 @contextmanager
