@@ -1,31 +1,28 @@
 # /// script
-# dependencies = ["nemo-hf[demo]"]
+# dependencies = ["nemo-hf[demo,onnx]"]
 # ///
-"""Renders the cards in model_cards/ from facts.json, and collects the facts of models that were trained and measured.
+"""Trains on scikit-learn's digits and renders the cards in model_cards/: one of a parent, one of a module.
 
-    python examples/model_cards.py  # renders all cards anew
-    python examples/model_cards.py --add demo/parent --repo_id me/digits --license apache-2.0
-    python examples/model_cards.py --add demo/modules/0-1 --repo_id me/digits-0-1 --parent me/digits \
-        --parent_directory demo/parent
-
-With --add it reads a saved parent or module and its report, draws its neurons, and keeps what its card says. With
---parent_directory too it times the module beside its parent, as a plain model and as ONNX.
+python examples/model_cards.py           # all of it: 3 to 5 minutes on an idle machine, as latencies are measured
+python examples/model_cards.py --render  # renders facts.json anew, after a change of the card's template
 """
 
 import argparse
 import json
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from nemo_hf.cli.commands import AUTO_CLASSES
+from transformers import AutoModelForImageClassification
+
+from nemo_hf.cli.demo import run_demo
 from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.hub.model_card import CardFacts, render_model_card
 from nemo_hf.hub.publish import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons
-from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.configuration import NeMoModelConfig, task_of
 from nemo_hf.models.files import write_json, write_text
 
 CARDS = Path(__file__).parents[1] / "model_cards"
+PARENT, MODULE = "digits", "digits-3-8-9"
 
 
 def rendered() -> dict[str, str]:
@@ -34,41 +31,34 @@ def rendered() -> dict[str, str]:
     return {folder: render_model_card(CardFacts(**said)) for folder, said in facts.items()}
 
 
-def load(source: Path) -> NeMoPreTrainedModel:
-    """A saved parent or module."""
-    config = NeMoModelConfig.from_pretrained(source)
-    return AUTO_CLASSES[task_of(config.plain_class)].from_pretrained(source)
-
-
-def add(source: Path, repo_id: str, options: CardOptions, parent: Path | None) -> None:
-    """Collects the facts of a saved model and draws its neurons."""
-    model = load(source)
-    if parent is not None and model.report:
-        model.report = {**model.report, "formats": compare_latency(model, load(parent))}
-    folder = CARDS / repo_id.split("/")[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    has_picture = draw_neurons(model, folder / PICTURE_NAME)
-    path = CARDS / "facts.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    facts[folder.name] = asdict(card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None))
-    write_json(path, facts)
+def collect(demo: Path) -> None:
+    """Writes facts and pictures of the parent and the module in the demo's output directory."""
+    parent = AutoModelForImageClassification.from_pretrained(demo / "parent")
+    module = AutoModelForImageClassification.from_pretrained(demo / "modules" / "3-8-9")
+    module.report = {**module.report, "formats": compare_latency(module, parent)}
+    defaults = {field.name: field.default for field in fields(CardFacts)}
+    facts = {}
+    for folder, model, above in ((PARENT, parent, None), (MODULE, module, f"nemo-hf/{PARENT}")):
+        (CARDS / folder).mkdir(parents=True, exist_ok=True)
+        draw_neurons(model, CARDS / folder / PICTURE_NAME)
+        options = CardOptions(parent=above, license="apache-2.0")
+        said = asdict(card_facts(model, f"nemo-hf/{folder}", options, PICTURE_NAME))
+        facts[folder] = {name: value for name, value in said.items() if value not in (defaults[name], [], {})}
+    write_json(CARDS / "facts.json", facts)
 
 
 def main() -> None:
-    """Adds a model if one is given, and renders all cards."""
+    """Trains and collects the facts, unless told not to, and renders the cards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--add", type=Path, help="Directory of a saved parent or module.")
-    parser.add_argument("--repo_id", help="Repository that its card is for.")
-    parser.add_argument("--parent", help="Repository of a module's parent.")
-    parser.add_argument("--parent_directory", type=Path, help="Directory of a module's parent, to time both.")
-    parser.add_argument("--license")
-    parser.add_argument("--datasets", nargs="*", default=[])
+    parser.add_argument("--demo", type=Path, help="Output directory of an earlier nemo-hf demo.")
+    parser.add_argument("--render", action="store_true", help="Only render the facts that are there.")
     given = parser.parse_args()
-    if given.add:
-        if not given.repo_id:
-            parser.error("got --add without --repo_id; expected the repository that the card is for")
-        options = CardOptions(given.parent, given.license, given.datasets)
-        add(given.add, given.repo_id, options, given.parent_directory)
+    if given.demo:
+        collect(given.demo)
+    elif not given.render:
+        with tempfile.TemporaryDirectory() as directory:
+            run_demo(directory)
+            collect(Path(directory))
     for folder, card in rendered().items():
         write_text(CARDS / folder / CARD_NAME, card)
 

@@ -24,7 +24,64 @@ from .models.extraction import cut_on_load, extract_module
 from .models.saved_model import pin_revision
 
 
-class NeMoClassifier(NeMoPreTrainedModel):
+class HubMixin:
+    """Publishing of parents, modules and composed models; stands before the model's class."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        parent: str | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        tags: Sequence[str] | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+    ) -> str:
+        """Uploads the model with its processor, report, card and picture, in one commit.
+
+        Files of an older push that this one doesn't write go. Text that stands in the repository's card below the
+        line that says so stays. A push that changes nothing makes no commit.
+
+        Args:
+            repo_id: Repository, such as `"me/cat-dog"`; it is created if need be.
+            parent: Module: repository of the parent, for the card; `None` takes the one that it was cut from, if that
+                is on the Hub.
+            license: Identifier of the license, for the card.
+            datasets: Hub data sets that the model was trained and measured on, for the card.
+            tags: Further tags of the card.
+            commit_message: As in `transformers`; all arguments below likewise.
+            commit_description: Description of the commit.
+            private: Whether to create a private repository.
+            token: Token of the Hub.
+            revision: Branch.
+            create_pr: Whether to open a pull request instead.
+            max_shard_size: Largest size of one weight file.
+
+        Returns:
+            The address of the commit.
+        """
+        commit = push_model(
+            self,  # type: ignore[arg-type]
+            repo_id,
+            CardOptions(parent, license, tuple(datasets), tuple(tags or ())),
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size="50GB" if max_shard_size is None else max_shard_size,
+        )
+        return str(commit)
+
+
+class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
     """A parent or a module, with the ways to cut, export and publish it."""
 
     @classmethod
@@ -94,59 +151,6 @@ class NeMoClassifier(NeMoPreTrainedModel):
             EquivalenceError: If the module's logits are not the parent's under the same mask.
         """
         return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        parent: str | None = None,
-        license: str | None = None,
-        datasets: Sequence[str] = (),
-        tags: Sequence[str] | None = None,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-    ) -> str:
-        """Uploads the model with its processor, report, card and picture, in one commit.
-
-        Files of an older push that this one doesn't write go. Text that stands in the repository's card below the
-        line that says so stays. A push that changes nothing makes no commit.
-
-        Args:
-            repo_id: Repository, such as `"me/cat-dog"`; it is created if need be.
-            parent: Module: repository of the parent, for the card; `None` takes the one that it was cut from, if that
-                is on the Hub.
-            license: Identifier of the license, for the card.
-            datasets: Hub data sets that the model was trained and measured on, for the card.
-            tags: Further tags of the card.
-            commit_message: As in `transformers`; all arguments below likewise.
-            commit_description: Description of the commit.
-            private: Whether to create a private repository.
-            token: Token of the Hub.
-            revision: Branch.
-            create_pr: Whether to open a pull request instead.
-            max_shard_size: Largest size of one weight file.
-
-        Returns:
-            The address of the commit.
-        """
-        commit = push_model(
-            self,
-            repo_id,
-            CardOptions(parent, license, tuple(datasets), tuple(tags or ())),
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            max_shard_size="50GB" if max_shard_size is None else max_shard_size,
-        )
-        return str(commit)
 
     def save_plain(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> PlainExport:
         """Saves a module as a plain model of `transformers`, which loads without this library.
@@ -286,7 +290,11 @@ class NeMoForAudioClassification(NeMoClassifier):
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 
-class NeMoComposedForImageClassification(NeMoComposedModel):
+class NeMoComposedClassifier(HubMixin, NeMoComposedModel):  # type: ignore[misc]
+    """Modules that form one classifier, with the ways to publish it."""
+
+
+class NeMoComposedForImageClassification(NeMoComposedClassifier):
     """Modules that classify images together; `labels` are joint label ids, shape (batch,)."""
 
     main_input_name = "pixel_values"
@@ -300,7 +308,7 @@ class NeMoComposedForImageClassification(NeMoComposedModel):
         return self._run({"pixel_values": pixel_values}, labels, return_dict, kwargs)
 
 
-class NeMoComposedForSequenceClassification(NeMoComposedModel):
+class NeMoComposedForSequenceClassification(NeMoComposedClassifier):
     """Modules that classify texts together; `labels` are joint label ids, shape (batch,)."""
 
     main_input_name = "input_ids"
@@ -316,7 +324,7 @@ class NeMoComposedForSequenceClassification(NeMoComposedModel):
         return self._run(inputs, labels, return_dict, kwargs)
 
 
-class NeMoComposedForAudioClassification(NeMoComposedModel):
+class NeMoComposedForAudioClassification(NeMoComposedClassifier):
     """Modules that classify recordings together; `labels` are joint label ids, shape (batch,)."""
 
     main_input_name = "input_values"

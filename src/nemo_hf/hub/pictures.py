@@ -1,5 +1,6 @@
 """Pictures of which neurons the label groups use."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,48 +12,44 @@ from nemo_hf.evaluation.metrics import jaccard_indices
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.pruning.plan import is_relevant
 
-NUMBERED_CELLS = 150
-NAMED_GROUPS = 40
+logger = logging.getLogger(__name__)
+
+NUMBERED_CELLS = 150  # up to which a panel shows its values as text too
+NAMED_GROUPS = 40  # along an axis; of more, every second, third, ... has its name
 
 
 def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
-    """Draws which share of each site's neurons the label groups use.
+    """Draws which share of each site's neurons the label groups use; the file's ending says its format.
 
-    Args:
-        model: A parent with a measured relevance, drawn with how far groups share neurons; or a module, drawn
-            with what it keeps.
-        path: Picture file; its ending says the format.
-
-    Returns:
-        Whether there was something to draw: a module that was cut by an older version doesn't know its groups' shares.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    A parent's picture shows also how far groups share neurons, a module's what it keeps. Returns whether it was drawn:
+    a module that was cut by an older version doesn't know its groups' shares, and matplotlib may be missing.
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Got no matplotlib; expected it for the picture. Install nemo-hf[demo].") from error
+    except ImportError:
+        logger.warning("No picture of the neurons is drawn, since matplotlib is missing. Install nemo-hf[demo].")
+        return False
     panels = _parent_panels(model) if model.is_parent else _module_panels(model)
     if not panels:
         return False
     kinds = [site.kind for site in model.sites]
     names = [f"{kind} {kinds[:index].count(kind)}" for index, kind in enumerate(kinds)]
-    height = min(20.0, max(4.5, 0.28 * len(names)))
-    figure = Figure(figsize=(11 if len(panels) > 1 else 6.5, height), layout="constrained")
+    size = (11 if len(panels) > 1 else 6.5, min(20.0, max(4.5, 0.28 * len(names))))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.3, 1][: len(panels)])[0]
     for one, (values, columns, rows, title) in zip(axes, panels, strict=True):
         _draw(figure, one, values, columns, rows or names, title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     return True
 
 
 def _parent_panels(parent: NeMoPreTrainedModel) -> list[tuple[Any, list[str], list[str], str]]:
+    """Shares, shape (sites, groups), and overlaps, shape (groups, groups), each with names of columns, rows, title."""
     assert parent.masks is not None
     threshold = parent.nemo_config.relevance_threshold
-    used = {key: is_relevant(relevance, threshold) for key, relevance in parent.masks.relevance().items()}
-    shares = torch.stack([mask.float().mean(-1) for mask in used.values()]).cpu().numpy()  # (sites, groups)
-    overlap = jaccard_indices(torch.cat(list(used.values()), -1)).cpu().numpy()
+    used = [is_relevant(relevance, threshold) for relevance in parent.masks.relevance().values()]
+    shares = torch.stack([mask.float().mean(-1) for mask in used]).cpu().numpy()
+    overlap = jaccard_indices(torch.cat(used, -1)).cpu().numpy()
     groups = list(parent.config.groups)
     return [
         (shares, groups, [], "Share of neurons used"),
@@ -66,32 +63,21 @@ def _module_panels(module: NeMoPreTrainedModel) -> list[tuple[Any, list[str], li
     groups = list(module.config.groups)
     if any(not isinstance(row, list) or len(row) != len(groups) + 1 for row in rows):
         return []
-    counts = np.array(rows, dtype=float)
-    shares = counts / np.array([[site.neurons] for site in module.sites])
+    shares = np.array(rows, dtype=float) / np.array([[site.neurons] for site in module.sites])
     return [(shares, [*groups, "module"], [], "Share of neurons used")]
 
 
 def _draw(figure: Any, axes: Any, values: Any, columns: Sequence[str], rows: Sequence[str], title: str) -> None:
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_title(title)
-    for names, place, rotation in (
-        (columns, axes.set_xticks, 90 if len(columns) > 12 else 0),
-        (rows, axes.set_yticks, 0),
-    ):
+    for names, place in ((columns, axes.set_xticks), (rows, axes.set_yticks)):
         step = -(-len(names) // NAMED_GROUPS)
         # A dollar sign would start a formula, and a name may be long.
         printable = ["".join(c if c.isprintable() else " " for c in name) for name in names[::step]]
         shown = [" ".join(name.split())[:24].replace("$", r"\$") for name in printable]
-        place(range(0, len(names), step), shown, rotation=rotation)
+        place(range(0, len(names), step), shown, rotation=90 if names is columns and len(names) > 12 else 0)
     axes.set_xlabel("label group")
     for row, column in np.ndindex(values.shape) if values.size <= NUMBERED_CELLS else ():
-        axes.text(
-            column,
-            row,
-            f"{values[row, column]:.2f}".lstrip("0"),
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="black" if values[row, column] > 0.6 else "white",
-        )
+        color, text = "black" if values[row, column] > 0.6 else "white", f"{values[row, column]:.2f}".lstrip("0")
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, ax=axes, shrink=0.9)

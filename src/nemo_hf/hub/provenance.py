@@ -1,4 +1,4 @@
-"""What is recorded of a training for its model card, and kept out of it: paths of a machine, and tokens."""
+"""What a model card records of a training: its arguments and command, without paths of a machine and without tokens."""
 
 import re
 import shlex
@@ -25,16 +25,10 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
 def training_record(args: TrainingArguments, base_model: str | None, samples: int | None) -> dict[str, Any]:
-    """Records how a parent is trained.
+    """Records how a parent is trained: `arguments`, `processes`, `samples`, `base_model` (Hub only) and `versions`.
 
-    Args:
-        args: Arguments of the training.
-        base_model: Name that the plain model was loaded by; kept only if it is one of the Hub.
-        samples: Number of training samples, if it is known.
-
-    Returns:
-        `arguments` (all that are not the defaults and have an effect on what is trained, and always epochs, learning
-        rate, batch size and seed), `processes`, `samples`, `base_model` and `versions`.
+    Arguments are those that differ from the defaults and have an effect on what is trained, and always epochs,
+    learning rate, batch size and seed.
     """
     kept = {}
     for field in fields(TrainingArguments):
@@ -60,14 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def safe_command(words: Sequence[str]) -> str:
-    """Joins the words of a command line, without tokens and without where on a machine things lie.
-
-    Args:
-        words: The command's words.
-
-    Returns:
-        One line that a shell reads as these words; tokens are `TOKEN`, and of absolute paths the last part is left.
-    """
+    """Joins the words of a command line for a shell; tokens become `TOKEN`, absolute paths their last part."""
     kept: list[str] = []
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
