@@ -1,1 +1,1 @@
-"""From scores to smaller layers, as pure functions: plan, cut, resize, slice."""
+"""From relevance to smaller layers: which neurons stay, what that leaves of each layer, its new shape and tensors."""
