@@ -123,7 +123,7 @@ class NeuronMasks(nn.ModuleList):
 
 
 def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
-    """Largest rank, 1 to 64, at which generators take at most 10 % (wide inputs: 6 %) of the plain model's parameters."""
+    """Largest rank, 1 to 64, at which generators take up to 10 % (wide inputs: 6 %) of the model's parameters."""
     share = 0.06 if max(site.in_features for site in sites) >= 384 else 0.10
     biases = sum(site.neurons for site in sites)
     per_rank = sum(site.in_features + site.neurons + 1 for site in sites)
