@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
+from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.training.relevance import compute_relevance
 
@@ -48,7 +49,7 @@ def plain_model(name):
 
 
 def parent_of(name):
-    return make_parent(plain_model(name), NeMoConfig(**MODA))
+    return attach_masks(plain_model(name), NeMoConfig(**MODA))
 
 
 def images():
@@ -76,12 +77,9 @@ def test_a_parent_computes_what_the_plain_model_does_and_has_no_more_parameters(
 
 def test_the_activity_of_a_channel_is_its_mean_over_positions():
     parent, seen = parent_of("simcnn"), {}
-    for site in parent.sites:
-
-        def note(layer, arguments, site=site):
-            seen[site.key] = arguments[0].detach().clone()
-
-        parent.model.get_submodule(site.readers[0]).register_forward_pre_hook(note, prepend=True)
+    readers = {parent.model.get_submodule(site.readers[0]): site.key for site in parent.sites}
+    for layer in readers:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.update({readers[layer]: inputs[0]}), prepend=True)
     masks = masks_of(parent, images())
     for key, read in seen.items():
         batch, calls, neurons = masks[key].shape
@@ -186,11 +184,9 @@ def test_networks_without_rectified_units_are_refused():
 
 def test_streams_that_a_pooling_reads_are_rectified_too():
     stages = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "layer_type": "basic"}
-    keys = [
-        [site.key for site in make_parent(ResNetForImageClassification(ResNetConfig(**stages, **NAMES)), config).sites]
-        for config in (NeMoConfig(**MODA), NeMoConfig())
-    ]
-    assert keys[0] == keys[1]
+    model = ResNetForImageClassification(ResNetConfig(**stages, **NAMES))
+    sites = attach_masks(copy.deepcopy(model), NeMoConfig(**MODA)).sites
+    assert [site.key for site in sites] == [site.key for site in attach_masks(model).sites]
 
 
 def test_soft_masks_and_a_change_of_kind_are_refused():

@@ -78,70 +78,47 @@ def test_sites_and_heads_that_are_empty_stay_so_under_rounding():
     }
     plan = plan_module([first, second], relevance, [0], 0.5, 2)
     assert plan[first.key]["intermediate"].tolist() == []
-    assert {part: [index // 4 for index in rows.tolist()] for part, rows in plan[second.key].items()} == {
-        "query_key": [1, 1],
-        "value": [1, 1],
-    }
+    assert [[index // 4 for index in rows.tolist()] for rows in plan[second.key].values()] == [[1, 1], [1, 1]]
 
 
-def test_a_head_without_values_goes_and_one_without_queries_attends_evenly():
-    query_key, value = [255] * 8, [0, 0, 0, 0, 0, 255, 0, 0]
-    assert kept(attention(), query_key + value) == {"query_key": [4, 5, 6, 7], "value": [5]}
-    assert kept(attention(), [0] * 8 + [255] * 8) == {"query_key": [], "value": list(range(8))}
-
-
-def test_a_frequency_stays_as_long_as_some_head_has_values():
-    site = attention(is_rotary=True)
-    assert site.parts == {"query_key": 2, "value": 8}
-    assert kept(site, [0, 255] + [0] * 4 + [255] * 4) == {"query_key": [1], "value": [4, 5, 6, 7]}
-    with pytest.raises(ValueError, match="opens no neuron"):
-        kept(site, [255, 255] + [0] * 8)
-
-
-def test_dense_heads_are_filled_to_one_rounded_width():
-    # Head 0 keeps three q.k dimensions and one value, head 1 one and one: both get width 4 in both parts.
-    relevance = [255, 255, 255, 1, 255, 3, 2, 1, 255, 9, 8, 7, 6, 5, 4, 255]
-    assert kept(attention(), relevance, round_to=2) == {"query_key": list(range(8)), "value": list(range(8))}
-    relevance = [255, 0, 9, 0, 0, 9, 255, 0, 255, 0, 0, 5, 6, 0, 0, 255]
-    assert kept(attention(), relevance, round_to=2) == {"query_key": [0, 2, 5, 6], "value": [0, 3, 4, 7]}
-
-
-VALUES = [255, 255, 255, 9, 8, 0, 0, 0, 255, 9, 0, 8, 7, 0, 0, 0]  # three of the first head, one of the second
+VALUES = [255, 255, 255, 9, 8, 0, 0, 0, 255, 9, 0, 8, 7, 0, 0, 0]  # rotary: three of the first head, one of the second
+TWO_HEADS = [255, 0, 9, 0, 0, 8, 255, 0, 255, 0, 0, 5, 6, 0, 0, 255]
+ROTARY = {"head_dim": 8, "is_rotary": True}
 
 
 @pytest.mark.parametrize(
-    ("frequencies", "round_to", "query_key", "value"),
+    ("options", "relevance", "round_to", "query_key", "value"),
     [
-        ([0, 7, 255, 8], 2, [2, 3], [0, 1, 2, 3, 8, 9, 11, 12]),  # width 4: two frequencies and four values
-        # An odd multiple is made even, since a frequency is two dimensions; the whole head is the most there is.
-        ([0, 7, 255, 8], 3, [1, 2, 3], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]),
-        ([0, 7, 255, 8], 16, [0, 1, 2, 3], list(range(16))),
-        # Three frequencies are six dimensions, wider than any head's values.
-        ([255, 0, 255, 255], 2, [0, 2, 3], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]),
+        # A head without values goes; one without queries attends evenly, which is not nothing.
+        ({}, [*[255] * 8, 0, 0, 0, 0, 0, 255, 0, 0], None, [4, 5, 6, 7], [5]),
+        ({}, [0] * 8 + [255] * 8, None, [], list(range(8))),
+        # A frequency, the same in all heads, stays as long as some head has values.
+        ({"is_rotary": True}, [0, 255] + [0] * 4 + [255] * 4, None, [1], [4, 5, 6, 7]),
+        # Head 0 keeps three q.k dimensions and one value, head 1 one and one: both get width 4 in both parts.
+        ({}, [255, 255, 255, 1, 255, 3, 2, 1, 255, 9, 8, 7, 6, 5, 4, 255], 2, list(range(8)), list(range(8))),
+        ({}, TWO_HEADS, 2, [0, 2, 5, 6], [0, 3, 4, 7]),
+        # Scattered heads are rounded all together.
+        ({"pruning_mode": "scatter"}, TWO_HEADS, 3, [0, 2, 6], [0, 4, 7]),
+        ({"pruning_mode": "scatter-gated"}, TWO_HEADS, 3, [0, 2, 6], [0, 4, 7]),
+        # Rotary heads get one even width, since a frequency is two dimensions: 4, 6, 8 (the whole head), 6.
+        (ROTARY, [0, 7, 255, 8, *VALUES], 2, [2, 3], [0, 1, 2, 3, 8, 9, 11, 12]),
+        (ROTARY, [0, 7, 255, 8, *VALUES], 3, [1, 2, 3], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]),
+        (ROTARY, [0, 7, 255, 8, *VALUES], 16, [0, 1, 2, 3], list(range(16))),
+        (ROTARY, [255, 0, 255, 255, *VALUES], 2, [0, 2, 3], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]),
+        # Rotary heads without values are not filled.
+        (ROTARY, [255, 0, 9, 8] + [9] * 8 + [255] * 3 + [0] * 5, 4, [0, 2], [8, 9, 10, 11]),
     ],
 )
-def test_dense_rotary_heads_are_filled_by_pairs_to_one_even_width(frequencies, round_to, query_key, value):
-    site = attention(head_dim=8, is_rotary=True)
-    assert kept(site, frequencies + VALUES, round_to=round_to) == {"query_key": query_key, "value": value}
-
-
-def test_dense_rotary_heads_without_values_are_not_filled():
-    relevance = [255, 0, 9, 8] + [9] * 8 + [255] * 3 + [0] * 5
-    expected = {"query_key": [0, 2], "value": [8, 9, 10, 11]}
-    assert kept(attention(head_dim=8, is_rotary=True), relevance, round_to=4) == expected
-
-
-@pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated"])
-def test_scattered_heads_are_rounded_all_together(pruning_mode):
-    relevance = [255, 0, 9, 0, 0, 8, 255, 0, 255, 0, 0, 5, 6, 0, 0, 255]
-    expected = {"query_key": [0, 2, 6], "value": [0, 4, 7]}
-    assert kept(attention(pruning_mode=pruning_mode), relevance, round_to=3) == expected
+def test_heads_are_kept_for_their_values_and_filled_to_rounded_widths(options, relevance, round_to, query_key, value):
+    assert kept(attention(**options), relevance, round_to=round_to) == {"query_key": query_key, "value": value}
 
 
 @pytest.mark.parametrize("relevance", [[0] * 16, [127] * 16, [255] * 8 + [0] * 8], ids=["none", "below", "no values"])
 def test_a_plan_of_no_neurons_is_an_error(relevance):
     with pytest.raises(ValueError, match=r"^Got a relevance that opens no neuron .*; expected .*\. Lower the thr"):
         kept(attention(), relevance)
+    with pytest.raises(ValueError, match=r"^Got a relevance that opens no neuron"):
+        kept(attention(is_rotary=True), [*relevance[:2], *relevance[8:]])
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5, True, "8"])
@@ -156,9 +133,6 @@ def test_masks_and_retention_of_a_plan():
         first.key: {"intermediate": torch.tensor([0, 3, 5])},
         second.key: {"query_key": torch.tensor([1, 6]), "value": torch.tensor([0])},
     }
-    masks = static_masks([first, second], plan)
-    assert {key: mask.nonzero().flatten().tolist() for key, mask in masks.items()} == {
-        first.key: [0, 3, 5],
-        second.key: [1, 6, 8],
-    }
+    masks = static_masks([first, second], plan).values()
+    assert [mask.nonzero().flatten().tolist() for mask in masks] == [[0, 3, 5], [1, 6, 8]]
     assert retained_neurons([first, second], plan) == 6 / (6 + 16)
