@@ -1,6 +1,7 @@
 """Activity of rectified units in place of masks: what counts as active, that cuts are exact, and what is refused."""
 
 import copy
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
-from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.training.relevance import compute_relevance
 
@@ -28,6 +28,8 @@ PAPER = str(Path(__file__).parents[1] / "examples" / "paper")
 sys.path.insert(0, PAPER)
 paper = importlib.import_module("models")
 sys.path.remove(PAPER)
+
+pytestmark = pytest.mark.xdist_group("activity_masks")  # parents are built once
 
 MODA = {"objective": "moda", "contrastive_weight": 1.0, "sparsity_weight": 0.3, "retention_target": None,
         "rehearsal_probability": 0.0, "warmup_ratio": 0.0, "relevance_threshold": 0.9}  # fmt: skip
@@ -48,8 +50,13 @@ def plain_model(name):
     return with_larger_weights(paper.PaperCNNForImageClassification(config))
 
 
+@functools.cache
+def built_parent(name):
+    return make_parent(plain_model(name), NeMoConfig(**MODA))
+
+
 def parent_of(name):
-    return attach_masks(plain_model(name), NeMoConfig(**MODA))
+    return copy.deepcopy(built_parent(name))
 
 
 def images():
@@ -67,8 +74,7 @@ def masks_of(parent, *inputs, **named):
 
 @pytest.mark.parametrize("name", paper.ARCHITECTURES)
 def test_a_parent_computes_what_the_plain_model_does_and_has_no_more_parameters(name):
-    plain = plain_model(name)
-    parent = make_parent(copy.deepcopy(plain), NeMoConfig(**MODA))
+    plain, parent = plain_model(name), parent_of(name)
     with torch.no_grad():
         assert torch.equal(parent(images()).logits, plain(images()).logits)
     assert parent.num_parameters() == plain.num_parameters()
@@ -185,8 +191,8 @@ def test_networks_without_rectified_units_are_refused():
 def test_streams_that_a_pooling_reads_are_rectified_too():
     stages = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "layer_type": "basic"}
     model = ResNetForImageClassification(ResNetConfig(**stages, **NAMES))
-    sites = attach_masks(copy.deepcopy(model), NeMoConfig(**MODA)).sites
-    assert [site.key for site in sites] == [site.key for site in attach_masks(model).sites]
+    sites = make_parent(copy.deepcopy(model), NeMoConfig(**MODA)).sites
+    assert [site.key for site in sites] == [site.key for site in make_parent(model).sites]
 
 
 def test_soft_masks_and_a_change_of_kind_are_refused():
