@@ -1,1 +1,1 @@
-"""From relevance to smaller layers: which neurons stay, what that leaves of each layer, its new shape and tensors."""
+"""Cutting modules: from relevance to a plan of kept neurons, the cut of each layer, its new shape and its tensors."""

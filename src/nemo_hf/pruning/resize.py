@@ -1,4 +1,4 @@
-"""Gives layers of a model other widths, in place; their new weights are filled in afterwards."""
+"""Resizing the layers of a model, in place; their new weights are filled in afterwards."""
 
 import inspect
 from collections.abc import Mapping
