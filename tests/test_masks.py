@@ -261,8 +261,8 @@ def test_only_admitted_tokens_are_pooled(bert):
     masks = parent_of(bert).masks
     mask = next(mask for mask in masks.site_masks() if mask.site.kind == "ffn")
     hidden = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
-    with masks.call(2, torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]), None, None):
-        expected = torch.stack([(hidden[0, 0] + hidden[0, 1]) / 2, (hidden[1, 1] + hidden[1, 2] + hidden[1, 3]) / 3])
+    with masks.call(2, torch.tensor([[1, 0, 0, 0], [0, 1, 1, 1]]), None, None):
+        expected = torch.stack([hidden[0, 0], (hidden[1, 1] + hidden[1, 2] + hidden[1, 3]) / 3])
         torch.testing.assert_close(mask._pool(hidden), expected)
     with masks.call(2, torch.zeros(2, 6), None, None):
         assert torch.equal(mask._pool(hidden), torch.zeros(2, 32))  # no token is admitted: no 0 / 0
