@@ -18,8 +18,8 @@ from nemo_hf.neurons.masks import NeuronMasks, build_masks, untied_parameters
 from nemo_hf.neurons.patterns import find_heads
 from nemo_hf.neurons.sites import NeuronSite, with_pruning_modes
 from nemo_hf.neurons.user_sites import model_sites, user_site_entries
-from nemo_hf.pruning.layer_cuts import ScatterLinear, close_attention, resize, resize_head
 from nemo_hf.pruning.plan import module_masks
+from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
 
 from .configuration import NeMoModelConfig, task_of
 from .label_checks import check_label_shape
@@ -168,7 +168,7 @@ class NeMoPreTrainedModel(SavedModel):
             if is_empty and not self.config.is_tuned:
                 close_attention(self.model, site)
         for head in self.heads:
-            resize_head(self.model, head, self.config.num_labels or 0)
+            resize_layer(self.model, head, outputs=self.config.num_labels or 0)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

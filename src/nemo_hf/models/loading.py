@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from nemo_hf.pruning.layer_cuts import RotaryAngles, ScatterLinear
+from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 
 from .config_checks import REMEDY
 from .configuration import NeMoModelConfig, SavedConfig

@@ -1,4 +1,4 @@
-"""Products of hidden states with masks that keep no more for the backward pass than a plain model does."""
+"""Multiplying hidden states by masks, with no more memory for the backward pass than the plain model takes."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -9,29 +9,18 @@ from torch.nn import functional as F
 
 from .sites import spread
 
-SMALL_PRODUCT = 2**19
-"""Numbers of a product from which on it is summed in pieces."""
-
-MOST_PIECES = 8
-"""Pieces at most: on a GPU each has kernels of its own to start."""
+SMALL_PRODUCT = 2**19  # numbers of a product above which it is summed in pieces
+MOST_PIECES = 8  # since on a GPU each piece starts kernels of its own
 
 
 def token_sum(first: Tensor, second: Tensor) -> Tensor:
-    """Sums a product over tokens without holding the whole product.
-
-    Args:
-        first: Shape (batch, tokens, neurons).
-        second: As `first`.
-
-    Returns:
-        Shape (batch, neurons).
-    """
+    """Sums a product of (batch, tokens, neurons) over tokens, without holding all of it: (batch, neurons)."""
     pieces = min(MOST_PIECES, 1 + first.numel() // SMALL_PRODUCT)
     return torch.cat([(a * b).sum(1) for a, b in zip(first.chunk(pieces), second.chunk(pieces), strict=True)])
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """A linear layer of masked hidden states, which are computed again in the backward pass instead of kept."""
+    """A linear layer of masked hidden states, which the backward pass computes again instead of keeping them."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,16 +45,10 @@ class _MaskedLinear(torch.autograd.Function):
         return tuple(grads)
 
 
-def for_all(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
-    """Repeats a mask for a sample's windows, and for the inputs that share a neuron.
+def expand_mask(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """Repeats a mask (batch, neurons) for each window of a sample and each input of a neuron: (windows, inputs).
 
-    Args:
-        hidden_states: Shape (batch or windows, ..., inputs), or with the inputs in dimension `dim`.
-        mask: Shape (batch, neurons).
-        dim: Dimension that counts the neurons.
-
-    Returns:
-        Shape (batch or windows, inputs), of the hidden states' type.
+    `dim` is the dimension of `hidden_states` that counts the inputs.
     """
     windows = hidden_states.shape[0] // mask.shape[0]
     if windows > 1:
@@ -73,48 +56,33 @@ def for_all(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     return spread(mask, hidden_states.shape[dim]).to(hidden_states.dtype)
 
 
-def times(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
-    """Multiplies hidden states by a mask; the arguments are those of `for_all`."""
-    mask = for_all(hidden_states, mask, dim)
+def apply_mask(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """Multiplies hidden states by a mask; the arguments are those of `expand_mask`."""
+    mask = expand_mask(hidden_states, mask, dim)
     shape = [1] * hidden_states.ndim
     shape[0], shape[dim] = mask.shape
     return hidden_states * mask.view(shape)
 
 
-class ForwardHandle:
-    """Takes the place of a layer's `forward` until it is removed.
-
-    Args:
-        layer: The layer.
-        forward: What runs instead.
-    """
+class ReplacedForward:
+    """Replaces a layer's `forward` until `remove` is called, as the handle of a hook does."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         self._layer = layer
         layer.__dict__["forward"] = forward
 
     def remove(self) -> None:
-        """Gives the layer its own `forward` back."""
+        """Restores the layer's own `forward`."""
         self._layer.__dict__.pop("forward", None)
 
 
-def can_be_masked(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `masked_linear` may run in place of a layer: it is plain, and nobody else changed what it does."""
+def is_replaceable(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `masked_linear` may replace a layer's `forward`: a plain linear layer that nothing else has changed."""
     return type(layer) is nn.Linear and "forward" not in layer.__dict__
 
 
 def masked_linear(hidden_states: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Applies a linear layer to masked hidden states.
-
-    Args:
-        hidden_states: Shape (batch, ..., neurons).
-        mask: Shape (batch, neurons).
-        weight: Shape (outputs, neurons).
-        bias: Shape (outputs,), or `None`.
-
-    Returns:
-        Shape (batch, ..., outputs).
-    """
+    """Applies a linear layer to (batch, ..., neurons) hidden states times a mask (batch, neurons)."""
     kind = hidden_states.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

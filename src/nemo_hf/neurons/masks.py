@@ -1,4 +1,4 @@
-"""The neuron masks of a whole model, and how many parameters their generators take."""
+"""The neuron masks of a whole model, and the size of their generators."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,22 +9,18 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import NeMoConfig
 
-from .mask_hooks import ActivityMask, CallState, FrameMask, GeneratedMask, Handle, SiteMask
+from .mask_hooks import ActivityMask, CallState, FrameMask, GeneratedMask, HookHandle, SiteMask
 from .sites import NeuronSite
 
 LARGEST_RANK = 64
-
-LEVEL_SCALE = 1e6
-"""The logarithm of the sparsity factor is stored in millionths."""
+LEVEL_SCALE = 1e6  # the logarithm of the sparsity factor is stored in millionths
 
 
 class NeuronMasks(nn.ModuleList):
     """The masks of all sites of a model, in site order, with one shared call state.
 
-    Args:
-        masks: The masks of the sites.
-        is_hard: Whether the forward pass sees 0/1 masks.
-        detaches_pooled: Whether no gradient goes through the generators' inputs.
+    `is_hard` says whether the forward pass sees 0/1 masks, `detaches_pooled` that no gradient goes through the
+    generators' inputs.
     """
 
     sparsity_level: Tensor
@@ -36,13 +32,13 @@ class NeuronMasks(nn.ModuleList):
         self.state.detaches_pooled = detaches_pooled
         # An integer, since a cast of the model to another dtype would change a float buffer.
         self.register_buffer("sparsity_level", torch.zeros((), dtype=torch.int64))
-        self._handles: list[Handle] = []
+        self._handles: list[HookHandle] = []
         for mask in self.site_masks():
             mask.state = self.state
 
     @property
     def sparsity_factor(self) -> Tensor:
-        """Factor of the sparsity weight that training under a size target has come to; 1 without one."""
+        """Factor by which training towards a target size has scaled the sparsity weight; 1 without a target."""
         return (self.sparsity_level.double() / LEVEL_SCALE).exp().float()
 
     def steer(self, change: Tensor) -> None:
@@ -85,17 +81,9 @@ class NeuronMasks(nn.ModuleList):
     ) -> Iterator[dict[str, list[Tensor]]]:
         """Sets the state of one forward call and collects its soft masks.
 
-        Args:
-            batch_size: Number of samples.
-            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens), or `None`.
-            static_masks: Site key to masks of shape (neurons,) or (batch, neurons) in place of the
-                generated ones, or `None`.
-            static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
-            frame_mask: How an attention mask of another length becomes one of the tokens, or `None`.
-
-        Yields:
-            Site key to soft masks of shape (batch, neurons), one a call of the site; filled as the
-            model runs.
+        `static_masks`, site key to (neurons,) or (batch, neurons), replace the generated masks, for all samples or
+        those that `static_samples` (batch,) says. Yields site key to soft masks of shape (batch, neurons), one for
+        each call of the site, filled as the model runs.
         """
         state = self.state
         if static_masks is not None:
@@ -108,7 +96,7 @@ class NeuronMasks(nn.ModuleList):
             yield collected
         finally:
             state.collected = None
-            state.current = {}
+            state.current.clear()
 
     def _check_static(self, static_masks: Mapping[str, Tensor]) -> None:
         for mask in self.site_masks():
@@ -135,16 +123,7 @@ class NeuronMasks(nn.ModuleList):
 
 
 def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
-    """Largest generator rank within the budget of parameters.
-
-    Args:
-        sites: The sites that get generators.
-        base_parameters: Number of parameters of the plain model.
-
-    Returns:
-        A rank from 1 to 64: generators take at most 10 % of `base_parameters`, 6 % if a site's input is
-        384 or wider.
-    """
+    """Largest rank, 1 to 64, at which generators take up to 10 % (wide inputs: 6 %) of the model's parameters."""
     share = 0.06 if max(site.in_features for site in sites) >= 384 else 0.10
     biases = sum(site.neurons for site in sites)
     per_rank = sum(site.in_features + site.neurons + 1 for site in sites)
@@ -154,7 +133,7 @@ def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
 def untied_parameters(model: PreTrainedModel) -> int:
     """Counts parameters, those that the configuration ties once, whether or not they are tied yet.
 
-    Models are loaded into builds without tying: the rank of the generators must be the same there.
+    A model that is still being loaded is not tied: its generators must have the same rank all the same.
     """
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     own = {tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name not in tied}
@@ -162,21 +141,11 @@ def untied_parameters(model: PreTrainedModel) -> int:
 
 
 def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters: int, groups: int) -> NeuronMasks:
-    """Builds the masks for a model's sites as the options say.
-
-    Args:
-        sites: The model's sites.
-        config: The options.
-        base_parameters: Number of parameters of the plain model.
-        groups: Number of label groups.
-
-    Returns:
-        Masks that are not attached yet.
-    """
+    """Builds the masks, not attached yet, for a plain model with `base_parameters` and for a number of label groups."""
     masks: list[SiteMask]
-    if not config.has_generators:
-        masks = [ActivityMask(site, groups, keeps_mean=False) for site in sites]
-    else:
+    if config.has_generators:
         rank = config.generator_rank or default_rank(sites, base_parameters)
         masks = [GeneratedMask(site, groups, not config.hard_masks, rank) for site in sites]
+    else:
+        masks = [ActivityMask(site, groups, keeps_mean=False) for site in sites]
     return NeuronMasks(masks, config.hard_masks, config.detach_pooled)

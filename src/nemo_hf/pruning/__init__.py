@@ -1,1 +1,1 @@
-"""From scores to smaller layers, as pure functions: plan, cut, resize, slice."""
+"""Cutting modules: from relevance to a plan of kept neurons, the cut of each layer, its new shape and its tensors."""

@@ -1,4 +1,4 @@
-"""From relevance to what a module keeps, as pure functions of tensors."""
+"""From relevance to a module's plan: which neurons of each site stay. Pure functions of tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,22 @@ from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
 RELEVANCE_SCALE = 255
-"""Relevance is stored as round(255 f), f the share of a group's samples that open a neuron."""
+"""Relevance is stored as round(255 f), where f is the share of a group's samples that open a neuron.
+
+A share is therefore known to 1/510. One below that, such as one sample of 10,000, is stored as 0 and counts as never
+open: no threshold keeps the neuron. One above 1 - 1/510 is stored as 255 and counts as always open.
+"""
+
+Plan = Mapping[str, Mapping[str, Tensor]]  # site key to part to kept neurons: sorted indices, int64
 
 
 def is_relevant(relevance: Tensor, threshold: float) -> Tensor:
-    """Says which stored relevances reach a threshold; the threshold is rounded as they were.
+    """Whether stored relevances (uint8) reach a threshold in (0, 1], which is rounded as they were.
 
-    Args:
-        relevance: uint8, any shape.
-        threshold: Share of a group's samples, in (0, 1].
-
-    Returns:
-        Boolean, of the same shape.
+    A relevance of 0 reaches none, however low: no sample opens such a neuron, or hardly any.
     """
-    return relevance >= int((torch.tensor(threshold, dtype=torch.float32) * RELEVANCE_SCALE).round())
+    stored = int((torch.tensor(threshold, dtype=torch.float32) * RELEVANCE_SCALE).round())
+    return relevance >= max(1, stored)
 
 
 def plan_module(
@@ -33,24 +35,11 @@ def plan_module(
     threshold: float,
     round_to: int | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Chooses the neurons that a module for some groups keeps.
+    """Chooses the neurons that a module for some groups (indices) keeps: those that reach the threshold in any of them.
 
-    Args:
-        sites: The parent's sites.
-        relevance: Site key to relevance, uint8, shape (groups, neurons).
-        groups: Indices of the module's groups.
-        threshold: Neurons that at least this share of some group's samples open are kept, in (0, 1].
-        round_to: Widths are filled up to multiples of this with the next most relevant neurons; empty
-            sites and empty heads stay empty. `None` keeps exactly the neurons over the threshold.
-
-    Returns:
-        Site key to part to kept neurons, sorted, int64.
-
-    Raises:
-        ValueError: If no neuron of any site is kept, or `round_to` is not positive.
-
-    References:
-        NeMo (arXiv 2508.11348), module generation; the paper's threshold is .9.
+    `relevance` maps site keys to uint8 of shape (groups, neurons). `round_to` fills widths up to multiples of it with
+    the next most relevant neurons; empty sites and empty heads stay empty. As in NeMo (arXiv 2508.11348), whose
+    threshold is .9. Raises a ValueError if no neuron of any site is kept, or `round_to` is not positive.
     """
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ValueError(f"Got round_to={round_to!r}; expected None or a positive integer such as 8 or 16.")
@@ -83,13 +72,12 @@ def _fill(site: NeuronSite, kept: dict[str, Tensor], scores: Mapping[str, Tensor
     # Dense heads are padded to the widest one: fill them with neurons instead, all to one rounded width.
     heads = {"query_key": site.query_key_heads, "value": site.key_value_heads}
     by_head = {name: part.view(heads[name], -1).clone() for name, part in kept.items()}
-    alive = by_head["value"].any(-1)
-    if not bool(alive.any()):
+    alive = by_head["value"].any(-1).nonzero().flatten().tolist()
+    if not alive:
         return
-    # A frequency of a rotary head is two of its dimensions.
+    # A frequency of a rotary head is two of its dimensions, and the same in all heads.
     dims = {"query_key": 2 if site.is_rotary else 1, "value": 1}
-    living = alive.nonzero().flatten().tolist()
-    open_heads = {name: living if len(part) == len(alive) else [0] for name, part in by_head.items()}
+    open_heads = {name: alive if count == site.key_value_heads else [0] for name, count in heads.items()}
     widest = max(dims[name] * int(part[open_heads[name]].sum(-1).max()) for name, part in by_head.items())
     width = _rounded(widest, math.lcm(round_to, dims["query_key"]), site.head_dim)
     for name, part in by_head.items():
@@ -105,49 +93,26 @@ def _rounded(count: int, multiple: int, most: int) -> int:
 def _most_relevant(kept: Tensor, scores: Tensor, count: int) -> Tensor:
     """The kept neurons and the next most relevant ones, `count` in all; ties go to the lower index."""
     order = torch.where(kept, scores + RELEVANCE_SCALE + 1, scores).argsort(descending=True, stable=True)
-    filled = torch.zeros_like(kept)
-    filled[order[:count]] = True
-    return filled
+    return torch.zeros_like(kept).index_fill(0, order[:count], True)
 
 
-def static_masks(sites: Sequence[NeuronSite], plan: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Turns a plan into the static masks that a module computes under.
-
-    Args:
-        sites: The parent's sites.
-        plan: Site key to part to kept neurons.
-
-    Returns:
-        Site key to 0/1 masks, float32, shape (neurons,).
-    """
-    masks = {}
-    for site in sites:
-        parts = []
-        for name, size in site.parts.items():
-            part = torch.zeros(size)
-            part[plan[site.key][name]] = 1.0
-            parts.append(part)
-        masks[site.key] = torch.cat(parts)
-    return masks
+def static_masks(sites: Sequence[NeuronSite], plan: Plan) -> dict[str, Tensor]:
+    """Turns a plan into the static masks that a module computes under: 0/1, float32, shape (neurons,) by site key."""
+    return {
+        site.key: torch.cat(
+            [torch.zeros(size).index_fill(0, plan[site.key][name], 1.0) for name, size in site.parts.items()]
+        )
+        for site in sites
+    }
 
 
-def retained_neurons(sites: Sequence[NeuronSite], plan: Mapping[str, Mapping[str, Tensor]]) -> float:
+def retained_neurons(sites: Sequence[NeuronSite], plan: Plan) -> float:
     """Neuron retention rate of a plan: kept neurons over all neurons that masks reach."""
-    kept = sum(len(index) for keep in plan.values() for index in keep.values())
-    return kept / sum(site.neurons for site in sites)
+    return sum(len(index) for keep in plan.values() for index in keep.values()) / sum(site.neurons for site in sites)
 
 
 def module_masks(masks: NeuronMasks, groups: Tensor | slice, threshold: float) -> dict[str, Tensor]:
-    """Returns the static masks of the module that the relevance says now.
-
-    Args:
-        masks: The parent's masks.
-        groups: Indices of the module's groups, or a slice of them.
-        threshold: Share of a group's samples that must open a neuron.
-
-    Returns:
-        Site key to 0/1 masks, float32, shape (neurons,).
-    """
+    """Static masks, 0/1, of the module that some groups of a parent would have now; `groups` indexes the relevance."""
     return {
         key: is_relevant(relevance[groups].amax(0), threshold).float() for key, relevance in masks.relevance().items()
     }

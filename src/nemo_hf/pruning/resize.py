@@ -1,27 +1,25 @@
-"""Layers of other widths: in place of linear layers, convolutions and norms, with weights still to be filled in."""
+"""Resizing the layers of a model, in place; their new weights are filled in afterwards."""
 
-from collections.abc import Callable
-from functools import partial
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nemo_hf.neurons.sites import CHANNEL_NORMS
+from nemo_hf.neurons.sites import CHANNEL_NORMS, AttentionSite, ChannelSite, NeuronSite
 
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-"""Tensors of a norm by channel, with one number a channel each; some norms have none of them."""
+from .layer_cuts import ROTARY_NAME
+
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # one number for each channel; some norms have none
 
 
 class ScatterLinear(nn.Module):
     """A linear layer that reads some inputs and writes some outputs of a layer of the old outer shape.
 
-    Args:
-        in_features: Number of inputs that are read.
-        out_features: Number of outputs that are computed.
-        full_outputs: Width of the result, zeros elsewhere; `None` if all outputs are computed.
-        full_inputs: Width of what is given, of which `input_indices` says what is read; `None` if all is read.
-        has_bias: Whether there is a bias.
+    `full_inputs` is the width of what it is given, `full_outputs` that of its result, which is 0 where no output is
+    computed; `None` if all inputs are read, or all outputs computed.
     """
 
     input_indices: Tensor | None
@@ -49,58 +47,6 @@ class ScatterLinear(nn.Module):
         return full.index_copy(-1, self.output_indices, outputs)
 
 
-def resize_layer(
-    model: nn.Module, path: str, outputs: int | None = None, inputs: int | None = None, is_scattered: bool = False
-) -> None:
-    """Gives a layer other widths, in place; the new weights are not filled in.
-
-    Args:
-        model: The model that holds the layer.
-        path: Path of a linear layer, a convolution or a norm by channel.
-        outputs: New number of outputs; of a grouped convolution and a norm that of inputs as well.
-        inputs: New number of inputs. `None` keeps either.
-        is_scattered: Whether the layer keeps its outer shape and becomes a `ScatterLinear`.
-    """
-    layer = model.get_submodule(path)
-    make: Callable[[nn.Module], nn.Module]
-    if isinstance(layer, nn.Conv2d):
-        make = partial(_resized_convolution, outputs=outputs, inputs=inputs)
-    elif isinstance(layer, CHANNEL_NORMS):
-        make = partial(_resized_norm, outputs=outputs)
-    else:
-        make = partial(_scattered if is_scattered else _resized, outputs=outputs, inputs=inputs)
-    tensor = next((tensor for tensor in (*layer.parameters(), *layer.buffers())), torch.empty(0))
-    with tensor.device:
-        made = make(layer)
-    model.set_submodule(path, made.to(tensor.device, tensor.dtype).train(layer.training))
-
-
-def _resized_convolution(layer: nn.Module, outputs: int | None, inputs: int | None) -> nn.Module:
-    # The layer itself with other tensors: its class may be one of a family, with a padding of its own.
-    assert isinstance(layer, nn.Conv2d)
-    if layer.groups > 1 and outputs is not None:  # as many channels in as out, in groups of one width
-        layer.groups = outputs * layer.groups // layer.out_channels
-        layer.in_channels = layer.out_channels = outputs
-    layer.out_channels = layer.out_channels if outputs is None else outputs
-    layer.in_channels = layer.in_channels if inputs is None else inputs
-    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    layer.weight = nn.Parameter(torch.empty(shape))
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(torch.empty(layer.out_channels))
-    return layer
-
-
-def _resized_norm(layer: nn.Module, outputs: int | None) -> nn.Module:
-    assert isinstance(layer, CHANNEL_NORMS)
-    layer.num_features = layer.num_features if outputs is None else outputs
-    for name in NORM_TENSORS:
-        before = getattr(layer, name)
-        if before is not None:
-            empty = torch.empty(layer.num_features)
-            setattr(layer, name, nn.Parameter(empty) if isinstance(before, nn.Parameter) else empty)
-    return layer
-
-
 class ClosedLinear(nn.Linear):
     """A linear layer of which only the bias matters: its weights are zeros, or what it reads is."""
 
@@ -108,49 +54,168 @@ class ClosedLinear(nn.Linear):
         """Returns the bias, or zeros, for each input (..., in_features)."""
         if self.training:  # a parameter without a gradient would stop DDP
             return super().forward(hidden_states)
-        shape = (*hidden_states.shape[:-1], self.out_features)
-        if self.bias is None:
-            return hidden_states.new_zeros(1).expand(shape)
-        return self.bias.to(hidden_states.dtype).expand(shape)
+        bias = hidden_states.new_zeros(1) if self.bias is None else self.bias.to(hidden_states.dtype)
+        return bias.expand(*hidden_states.shape[:-1], self.out_features)
 
 
-def close_layer(model: nn.Module, path: str) -> None:
-    """Makes a plain linear layer a `ClosedLinear`; any other layer stays."""
+class RotaryAngles(nn.Module):
+    """Picks the cosines and sines of the frequencies that an attention layer keeps.
+
+    `head_dim` is the width of a head, `full_dim` its width in the parent.
+    """
+
+    angle_indices: Tensor
+
+    def __init__(self, head_dim: int, full_dim: int) -> None:
+        super().__init__()
+        self.full_dim = full_dim
+        self.register_buffer("angle_indices", torch.zeros(head_dim, dtype=torch.long))
+
+    def narrow(
+        self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: narrows the `position_embeddings` of a call, cosines and sines of the full head width."""
+        if "position_embeddings" in kwargs:
+            return inputs, {**kwargs, "position_embeddings": self._picked(kwargs["position_embeddings"])}
+        position = list(inspect.signature(layer.forward).parameters).index("position_embeddings")
+        return (*inputs[:position], self._picked(inputs[position]), *inputs[position + 1 :]), kwargs
+
+    def _picked(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(angle.index_select(-1, self.angle_indices) for angle in angles)
+
+
+def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
+    """Raises a ValueError if widths read from a file are not such as `SiteCut.widths` can be for a site."""
+    is_scattered = site.cut_by.is_scattered
+    most, least = dict(site.parts), 0 if is_scattered else site.least_width
+    if isinstance(site, AttentionSite) and is_scattered:
+        most = {part: rows.size for rows, part in site.produced()} | {"output": site.heads * site.value_dim}
+    elif isinstance(site, AttentionSite):
+        most, least = {"key_value_heads": site.key_value_heads, "head_dim": site.head_dim}, 1
+    advice = "The config.json is damaged or belongs to another base model: save or download the module again."
+    if not isinstance(widths, Mapping) or set(widths) != set(most):
+        raise ValueError(
+            f"Got the widths {widths!r} for {site.key!r}; expected one for each of {sorted(most)}. {advice}"
+        )
+    for name, width in widths.items():
+        if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:
+            raise ValueError(
+                f"Got the width {name}={width!r} for {site.key!r}; "
+                f"expected an integer from {least} to {most[name]}. {advice}"
+            )
+
+
+def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> None:
+    """Gives the layers of a site, at full width until now, the shapes of a cut with these `SiteCut.widths`."""
+    check_widths(site, widths)
+    if isinstance(site, ChannelSite):
+        for path, each in site.outputs.items():
+            resize_layer(model, path, outputs=widths["channels"] * each)
+        for path, each in site.inputs.items():
+            resize_layer(model, path, inputs=widths["channels"] * each)
+        return
+    is_scattered = site.cut_by.is_scattered
+    if isinstance(site, AttentionSite) and not is_scattered:
+        heads = widths["key_value_heads"] * (site.heads // site.key_value_heads)
+        read, of_values = heads * widths["head_dim"], widths["key_value_heads"] * widths["head_dim"]
+        kept: Mapping[str, int] = {"query": read, "key": of_values, "value": of_values}
+        _resize_heads(model, site, heads, widths["head_dim"])
+    else:
+        read = widths["output" if isinstance(site, AttentionSite) else "intermediate"]
+        kept = {**widths, "units": read}
+    counts: dict[str, int] = {}
+    for rows, part in site.produced():
+        others = rows.layer_outputs if is_scattered else 0  # a scattered layer computes more than neurons
+        cut = rows.size if is_scattered else 0
+        counts[rows.layer] = counts.get(rows.layer, others) + kept[part] - cut
+    for path, count in counts.items():
+        resize_layer(model, path, outputs=count, is_scattered=is_scattered)
+    resize_layer(model, site.output, inputs=read, is_scattered=is_scattered)
+
+
+def _resize_heads(model: nn.Module, site: AttentionSite, heads: int, head_dim: int) -> None:
+    """Adapts all that depends on the heads of an attention layer, except its linear layers."""
+    attention = model.get_submodule(site.name)
+    if site.head_dim_attribute is not None:
+        setattr(attention, site.head_dim_attribute, head_dim)
+    for attribute in site.width_attributes:
+        setattr(attention, attribute, heads * head_dim)
+    for path in site.head_tensors:
+        owner, _, name = path.rpartition(".")
+        old = model.get_parameter(path)
+        setattr(model.get_submodule(owner), name, nn.Parameter(old.new_empty(*old.shape[:-1], heads)))
+    if site.is_rotary:
+        angles = RotaryAngles(head_dim, site.head_dim).to(next(attention.parameters()).device)
+        attention.add_module(ROTARY_NAME, angles)
+        attention.register_forward_pre_hook(angles.narrow, with_kwargs=True)
+
+
+def resize_layer(
+    model: nn.Module, path: str, outputs: int | None = None, inputs: int | None = None, is_scattered: bool = False
+) -> None:
+    """Gives a linear layer, a convolution or a norm other widths; `None` keeps one.
+
+    `outputs` of a grouped convolution or a norm are its inputs as well. A scattered layer becomes a `ScatterLinear`.
+    """
     layer = model.get_submodule(path)
-    if type(layer) is nn.Linear:
-        layer.__class__ = ClosedLinear
+    old = next((tensor for tensor in (*layer.parameters(), *layer.buffers())), torch.empty(0))
+    with old.device:
+        if isinstance(layer, (nn.Conv2d, *CHANNEL_NORMS)):
+            _resize_in_place(layer, outputs, inputs)
+        else:
+            layer = _resized_linear(layer, outputs, inputs, is_scattered)
+    model.set_submodule(path, layer.to(old.device, old.dtype).train(model.get_submodule(path).training))
 
 
-def _resized(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
-    old_inputs, old_outputs = _widths(layer)
-    inputs, outputs = old_inputs if inputs is None else inputs, old_outputs if outputs is None else outputs
+def close_attention(model: nn.Module, site: NeuronSite) -> None:
+    """Skips the work of an attention block of which no value is kept; its output is the bias alone.
+
+    The model must have been resized for the site, and get the weights of its cut. Only plain linear layers change.
+    """
+    if not site.cut_by.is_scattered:
+        for path in {site.output, *(rows.layer for rows, _ in site.produced())}:
+            layer = model.get_submodule(path)
+            if type(layer) is nn.Linear:
+                layer.__class__ = ClosedLinear
+
+
+def _resize_in_place(layer: nn.Module, outputs: int | None, inputs: int | None) -> None:
+    # The class of a convolution may be one of a model family, with a padding of its own.
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups > 1 and outputs is not None:  # as many channels in as out, in groups of one width
+            layer.groups = outputs * layer.groups // layer.out_channels
+            inputs = outputs
+        layer.out_channels = layer.out_channels if outputs is None else outputs
+        layer.in_channels = layer.in_channels if inputs is None else inputs
+        weight = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        shapes: dict[str, tuple[int, ...]] = {"weight": weight, "bias": (layer.out_channels,)}
+    else:
+        assert isinstance(layer, CHANNEL_NORMS)
+        layer.num_features = layer.num_features if outputs is None else outputs
+        shapes = dict.fromkeys(NORM_TENSORS, (layer.num_features,))
+    for name, shape in shapes.items():
+        old = getattr(layer, name)
+        if old is not None:
+            empty = torch.empty(shape)
+            setattr(layer, name, nn.Parameter(empty) if isinstance(old, nn.Parameter) else empty)
+
+
+def _resized_linear(layer: nn.Module, outputs: int | None, inputs: int | None, is_scattered: bool) -> nn.Module:
+    is_transposed = isinstance(layer, Conv1D)
+    names = ("nx", "nf") if is_transposed else ("in_features", "out_features")
+    full_inputs, full_outputs = getattr(layer, names[0]), getattr(layer, names[1])
+    in_features = full_inputs if inputs is None else inputs
+    out_features = full_outputs if outputs is None else outputs
+    has_bias = layer.bias is not None
+    if is_scattered:
+        computes, reads = None if outputs is None else full_outputs, None if inputs is None else full_inputs
+        return ScatterLinear(in_features, out_features, computes, reads, has_bias)
     # Made at width 1 and given empty weights: torch warns when it initialises a layer of no neurons.
-    if isinstance(layer, Conv1D):
-        conv = Conv1D(1, 1)
-        conv.nx, conv.nf = inputs, outputs
-        conv.weight, conv.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
-        return conv
-    linear = nn.Linear(1, 1, bias=layer.bias is not None)
-    linear.in_features, linear.out_features = inputs, outputs
-    linear.weight = nn.Parameter(torch.empty(outputs, inputs))
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(torch.empty(outputs))
-    return linear
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    assert isinstance(layer, nn.Linear), type(layer)
-    return layer.in_features, layer.out_features
-
-
-def _scattered(layer: nn.Module, outputs: int | None = None, inputs: int | None = None) -> nn.Module:
-    full_inputs, full_outputs = _widths(layer)
-    return ScatterLinear(
-        full_inputs if inputs is None else inputs,
-        full_outputs if outputs is None else outputs,
-        full_outputs=None if outputs is None else full_outputs,
-        full_inputs=None if inputs is None else full_inputs,
-        has_bias=layer.bias is not None,
-    )
+    made = Conv1D(1, 1) if is_transposed else nn.Linear(1, 1, bias=has_bias)
+    setattr(made, names[0], in_features)
+    setattr(made, names[1], out_features)
+    shape = (in_features, out_features) if is_transposed else (out_features, in_features)
+    made.weight = nn.Parameter(torch.empty(shape))
+    if has_bias:
+        made.bias = nn.Parameter(torch.empty(out_features))
+    return made

@@ -1,4 +1,4 @@
-"""Cuts of named tensors: how each of a module's tensors comes from the parent's, in memory or in a file."""
+"""Cuts of named tensors: which slice of the parent's tensor each tensor of a module is, in memory or in a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,51 +14,33 @@ from .resize import NORM_TENSORS
 
 @dataclass(frozen=True)
 class TensorCut:
-    """How one tensor of a module comes from the parent's tensor of the same name.
+    """How one tensor of a module is made from the parent's tensor of the same name."""
 
-    Args:
-        indices: Kept indices by dimension, `PAD` for zeros.
-        scales: Factor of each kept index, by dimension.
-        is_transposed: Whether the dimensions are swapped after the cut (a `Conv1D` that becomes scattered).
-        constant: The tensor itself where it does not come from the parent (indices of a scattered layer).
-    """
-
-    indices: Mapping[int, Tensor] = field(default_factory=dict)
-    scales: Mapping[int, Tensor] = field(default_factory=dict)
-    is_transposed: bool = False
-    constant: Tensor | None = None
+    indices: Mapping[int, Tensor] = field(default_factory=dict)  # kept ones by dimension, `PAD` for zeros
+    scales: Mapping[int, Tensor] = field(default_factory=dict)  # factor of each kept index, by dimension
+    is_transposed: bool = False  # after the cut: a `Conv1D` that becomes scattered
+    constant: Tensor | None = None  # the tensor itself, if it does not come from the parent (indices of a layer)
 
 
 def tensor_cuts(model: nn.Module, cuts: Sequence[SiteCut], heads: Mapping[str, Tensor]) -> dict[str, TensorCut]:
-    """Translates cuts of layers into cuts of named tensors.
+    """Translates the cuts of all sites into cuts of named tensors; tensors that are not named stay whole.
 
-    Args:
-        model: The plain model at full width; its weights may be on the meta device.
-        cuts: The cut of each site.
-        heads: Path of each head to the label ids that stay, in the module's order.
-
-    Returns:
-        Tensor name to its cut; tensors that are not named stay whole.
+    `model` is the plain model at full width, perhaps on the meta device; `heads` maps the path of each classification
+    head to the label ids that stay, in the module's order.
     """
     tensors: dict[str, TensorCut] = {}
+    layer_cuts = [item for cut in cuts for item in cut.layers.items()]
+    layer_cuts += [(path, LayerCut(outputs=index)) for path, index in heads.items()]
+    for path, layer_cut in layer_cuts:
+        for name, new in _layer_tensors(model, path, layer_cut).items():
+            # A layer that reads the neurons of one site and makes those of another is cut on both sides.
+            old = tensors.get(name, TensorCut())
+            tensors[name] = replace(new, indices={**old.indices, **new.indices}, scales={**old.scales, **new.scales})
     for cut in cuts:
-        for path, layer_cut in cut.layers.items():
-            _add(tensors, _layer_tensors(model, path, layer_cut))
         for path, index in cut.head_tensors.items():
             tensors[path] = TensorCut({model.get_parameter(path).ndim - 1: index})
         tensors.update({name: TensorCut(constant=tensor) for name, tensor in cut.constants.items()})
-    for path, index in heads.items():
-        _add(tensors, _layer_tensors(model, path, LayerCut(outputs=index)))
     return tensors
-
-
-def _add(tensors: dict[str, TensorCut], more: Mapping[str, TensorCut]) -> None:
-    """Adds cuts; a layer that reads the neurons of one site and makes those of another is cut on both sides."""
-    for name, cut in more.items():
-        before = tensors.get(name)
-        if before is not None:
-            cut = replace(cut, indices={**before.indices, **cut.indices}, scales={**before.scales, **cut.scales})
-        tensors[name] = cut
 
 
 def _layer_tensors(model: nn.Module, path: str, cut: LayerCut) -> dict[str, TensorCut]:
@@ -84,42 +66,27 @@ def _layer_tensors(model: nn.Module, path: str, cut: LayerCut) -> dict[str, Tens
 
 
 def cut_tensor(read: Callable[[int, Tensor], Tensor], cut: TensorCut) -> Tensor:
-    """Applies a cut to a tensor that can be read by index.
-
-    Args:
-        read: Returns the rows (dimension 0) or columns (dimension 1) of the tensor at some indices.
-        cut: The cut, with indices in at least one dimension or a constant.
-
-    Returns:
-        The module's tensor, contiguous; in float32 at least where it was scaled.
-    """
+    """Makes a module's tensor, contiguous; `read` returns the parent's at some indices of a dimension."""
     if cut.constant is not None:
         return cut.constant.clone()
-    (first, index), *others = cut.indices.items()
-    tensor = _with_zeros(read(first, index[index != PAD]), first, index)
-    for dim, index in others:
-        tensor = _with_zeros(tensor.index_select(dim, index[index != PAD]), dim, index)
+    for dim, index in cut.indices.items():
+        tensor = _with_zeros(read(dim, index[index != PAD]), dim, index)
+        read = tensor.index_select
     if cut.scales and tensor.element_size() < 4:  # half precision would round the product
         tensor = tensor.float()
     for dim, scale in cut.scales.items():
-        tensor = tensor * scale.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1 - dim))
+        tensor = tensor * _along(dim, scale, tensor)
     return (tensor.T if cut.is_transposed else tensor).contiguous()
 
 
 def uncut_tensor(tensor: Tensor, cut: TensorCut, shape: Sequence[int]) -> Tensor:
-    """Puts a cut tensor back at its old places.
+    """Returns a tensor of the parent's shape that a cut turns into `tensor`: zero wherever nothing was kept.
 
-    Args:
-        tensor: A module's tensor.
-        cut: The cut that made it, of indices and nonzero scales.
-        shape: Shape of the parent's tensor.
-
-    Returns:
-        A tensor of that shape which the cut turns into `tensor`: zero wherever nothing was kept.
+    The cut must be one of indices and nonzero scales.
     """
     tensor = tensor.T if cut.is_transposed else tensor
     for dim, scale in cut.scales.items():
-        tensor = tensor / scale.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1 - dim))
+        tensor = tensor / _along(dim, scale, tensor)
     for dim, index in cut.indices.items():
         kept = (index != PAD).nonzero().squeeze(-1)
         wider = [*tensor.shape[:dim], shape[dim], *tensor.shape[dim + 1 :]]
@@ -127,10 +94,12 @@ def uncut_tensor(tensor: Tensor, cut: TensorCut, shape: Sequence[int]) -> Tensor
     return tensor.contiguous()
 
 
+def _along(dim: int, scale: Tensor, tensor: Tensor) -> Tensor:
+    return scale.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1 - dim))
+
+
 def _with_zeros(kept: Tensor, dim: int, index: Tensor) -> Tensor:
     if not bool((index == PAD).any()):
         return kept
-    shape = list(kept.shape)
-    shape[dim] = len(index)
-    positions = (index != PAD).nonzero().squeeze(-1)
-    return kept.new_zeros(shape).index_copy(dim, positions, kept)
+    shape = (*kept.shape[:dim], len(index), *kept.shape[dim + 1 :])
+    return kept.new_zeros(shape).index_copy(dim, (index != PAD).nonzero().squeeze(-1), kept)

@@ -1,12 +1,14 @@
 """Activity of rectified units in place of masks: what counts as active, that cuts are exact, and what is refused."""
 
 import copy
+import functools
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import NAMES, TEXT, image_samples, text_samples
-from test_convolutions import images, paper
-from training_helpers import arguments
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -22,90 +24,108 @@ from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.training.relevance import compute_relevance
 
+PAPER = str(Path(__file__).parents[1] / "examples" / "paper")
+sys.path.insert(0, PAPER)
+paper = importlib.import_module("models")
+sys.path.remove(PAPER)
+
+pytestmark = pytest.mark.xdist_group("activity_masks")  # parents are built once
+
 MODA = {"objective": "moda", "contrastive_weight": 1.0, "sparsity_weight": 0.3, "retention_target": None,
         "rehearsal_probability": 0.0, "warmup_ratio": 0.0, "relevance_threshold": 0.9}  # fmt: skip
 
 
-def lively(model):
+def with_larger_weights(model):
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
     return model.eval()
 
 
-def cnn(name):
-    return lively(paper.PaperCNNForImageClassification(paper.PaperCNNConfig(architecture=name, width=4, **NAMES)))
+def plain_model(name):
+    if name == "bert":
+        dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return with_larger_weights(BertForSequenceClassification(BertConfig(**TEXT, hidden_act="relu", **dropouts)))
+    config = paper.PaperCNNConfig(architecture=name, width=4, **NAMES)
+    return with_larger_weights(paper.PaperCNNForImageClassification(config))
 
 
-def rectified_bert():
-    return lively(BertForSequenceClassification(BertConfig(**{**TEXT, "hidden_act": "relu"})))
+@functools.cache
+def built_parent(name):
+    return make_parent(plain_model(name), NeMoConfig(**MODA))
+
+
+def parent_of(name):
+    return copy.deepcopy(built_parent(name))
+
+
+def images():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def samples():
+    return [{**sample, "pixel_values": sample["pixel_values"].repeat(1, 2, 2)} for sample in image_samples(10)]
+
+
+def masks_of(parent, *inputs, **named):
+    with torch.no_grad():
+        return parent(*inputs, **named, output_neuron_masks=True).neuron_masks
 
 
 @pytest.mark.parametrize("name", paper.ARCHITECTURES)
 def test_a_parent_computes_what_the_plain_model_does_and_has_no_more_parameters(name):
-    plain = cnn(name)
-    parent = make_parent(copy.deepcopy(plain), NeMoConfig(**MODA))
-    given = images(parent)
+    plain, parent = plain_model(name), parent_of(name)
     with torch.no_grad():
-        assert torch.equal(parent(**given).logits, plain(**given).logits)
+        assert torch.equal(parent(images()).logits, plain(images()).logits)
     assert parent.num_parameters() == plain.num_parameters()
     assert parent.config.equivalence["status"] == "verified"
 
 
 def test_the_activity_of_a_channel_is_its_mean_over_positions():
-    parent = make_parent(cnn("simcnn"), NeMoConfig(**MODA))
-    seen, site_of = {}, {site.readers[0]: site for site in parent.sites}
-    for path, site in site_of.items():
-
-        def note(layer, arguments, site=site):
-            seen[site.key] = arguments[0].detach().clone()
-
-        parent.model.get_submodule(path).register_forward_pre_hook(note, prepend=True)
-    with torch.no_grad():
-        masks = parent(**images(parent), output_neuron_masks=True).neuron_masks
+    parent, seen = parent_of("simcnn"), {}
+    readers = {parent.model.get_submodule(site.readers[0]): site.key for site in parent.sites}
+    for layer in readers:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.update({readers[layer]: inputs[0]}), prepend=True)
+    masks = masks_of(parent, images())
     for key, read in seen.items():
-        got = masks[key]
-        assert got.shape[1] == 1
-        for sample in range(len(read)):
-            for neuron in range(got.shape[-1]):  # a flattened channel is as many inputs side by side
-                values = read[sample].reshape(got.shape[-1], -1)[neuron]
-                assert got[sample, 0, neuron].item() == pytest.approx(values.abs().mean().item(), rel=1e-4, abs=1e-7)
-                assert (got[sample, 0, neuron] > 0) == bool((values != 0).any())
+        batch, calls, neurons = masks[key].shape
+        assert calls == 1
+        values = read.reshape(batch, neurons, -1)  # a flattened channel is as many inputs side by side
+        torch.testing.assert_close(masks[key][:, 0], values.abs().mean(-1))
+        assert torch.equal(masks[key][:, 0] > 0, (values != 0).any(-1))
     assert {tuple(read.shape[2:]) for read in seen.values()} >= {(), (2, 2), (32, 32)}
 
 
 def test_padding_is_not_active():
-    parent = make_parent(rectified_bert(), NeMoConfig(**MODA))
+    parent = parent_of("bert")
     assert {site.kind for site in parent.sites} == {"ffn"}
     ids = torch.tensor([[5, 6, 7, 8, 0, 0]])
-    with torch.no_grad():
-        padded = parent(ids, attention_mask=(ids > 0).long(), output_neuron_masks=True).neuron_masks
-        alone = parent(ids[:, :4], output_neuron_masks=True).neuron_masks
-    for key, mask in padded.items():
-        torch.testing.assert_close(mask, alone[key])
+    padded, alone = masks_of(parent, ids, attention_mask=(ids > 0).long()), masks_of(parent, ids[:, :4])
+    torch.testing.assert_close(padded, alone)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "bert"])
 def test_units_that_a_sample_leaves_at_0_can_be_closed_for_it(name):
-    parent = make_parent(rectified_bert() if name == "bert" else cnn(name), NeMoConfig(**MODA))
-    given = {"input_ids": torch.tensor([[5, 6, 7]])} if name == "bert" else {"pixel_values": torch.rand(1, 3, 32, 32)}
+    parent = parent_of(name)
+    inputs = torch.tensor([[5, 6, 7]]) if name == "bert" else torch.rand(1, 3, 32, 32)
+    own = {key: (mask > 0).any(1)[0].float() for key, mask in masks_of(parent, inputs).items()}
+    assert any((mask == 0).any() for mask in own.values())
     with torch.no_grad():
-        outputs = parent(**given, output_neuron_masks=True)
-        own = {key: (mask > 0).any(1)[0].float() for key, mask in outputs.neuron_masks.items()}
-        assert any((mask == 0).any() for mask in own.values())
-        closed = parent(**given, static_masks=own).logits
-        other = parent(**given, static_masks={key: 1 - mask for key, mask in own.items()}).logits
-    torch.testing.assert_close(closed, outputs.logits)
-    assert (other - outputs.logits).abs().max() > 1e-3
+        logits = parent(inputs).logits
+        closed = parent(inputs, static_masks=own).logits
+        static, twice = {key: 1 - mask for key, mask in own.items()}, torch.cat([inputs, inputs])
+        other = parent(inputs, static_masks=static).logits
+        mixed = parent(twice, static_masks=static, static_samples=torch.tensor([True, False])).logits
+    torch.testing.assert_close(closed, logits)
+    assert (other - logits).abs().max() > 1e-3
+    torch.testing.assert_close(mixed, torch.cat([other, logits]))
 
 
 def test_relevance_is_the_share_of_samples_in_which_a_unit_is_active_and_modules_are_exact(tmp_path):
-    parent = make_parent(cnn("rescnn"), NeMoConfig(**MODA))
-    samples = [{**s, "pixel_values": s["pixel_values"].repeat(1, 2, 2)} for s in image_samples(10)]
-    batch = {name: torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in samples[0]}
+    parent = parent_of("rescnn")
+    batch = {name: torch.stack([torch.as_tensor(s[name]) for s in samples()]) for name in samples()[0]}
     compute_relevance(parent, [batch], show_progress=False)
-    with torch.no_grad():
-        masks = parent(batch["pixel_values"], output_neuron_masks=True).neuron_masks
+    masks = masks_of(parent, batch["pixel_values"])
     for mask in parent.masks.site_masks():
         is_active = (masks[mask.site.key] > 0).any(1)
         for group in range(len(parent.config.groups)):
@@ -122,52 +142,42 @@ def test_relevance_is_the_share_of_samples_in_which_a_unit_is_active_and_modules
     assert module.config.retained_neurons < 1
 
 
+def arguments(folder, **options):
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 5, "learning_rate": 1e-2, "logging_steps": 1}
+    return TrainingArguments(str(folder), report_to="none", use_cpu=True, save_strategy="no", **{**defaults, **options})
+
+
 @pytest.mark.parametrize("rehearsal", [0.0, 1.0])
 def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
-    args = TrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=5, report_to="none", use_cpu=True,
-        learning_rate=1e-2, logging_steps=1,
-    )  # fmt: skip
-    samples = [{**s, "pixel_values": s["pixel_values"].repeat(1, 2, 2)} for s in image_samples(10)]
     config = NeMoConfig(**{**MODA, "rehearsal_probability": rehearsal, "relevance_threshold": 0.5})
-    trainer = NeMoTrainer(cnn("simcnn"), args, train_dataset=samples, nemo_config=config)
+    trainer = NeMoTrainer(plain_model("simcnn"), arguments(tmp_path), train_dataset=samples(), nemo_config=config)
     before = {name: parameter.clone() for name, parameter in trainer.parent.named_parameters()}
     trainer.train()
-    moved = [name for name, parameter in trainer.parent.named_parameters() if not torch.equal(parameter, before[name])]
-    assert set(before) == set(moved)
+    for name, parameter in trainer.parent.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
     assert trainer.parent.config.relevance_source == "exact"
     assert all(0 < entry["loss_contrastive"] < 2 for entry in trainer.state.log_history if "loss" in entry)
     trainer.save_model()
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
-    given = images(trainer.parent)
     with torch.no_grad():
-        assert torch.equal(again(**given).logits, trainer.parent.eval()(**given).logits)
+        assert torch.equal(again(images()).logits, trainer.parent.eval()(images()).logits)
 
 
-@pytest.mark.parametrize("batch", ["first", "last"])
-def test_compactness_and_affinity_press_on_the_weights(batch):
-    parent = make_parent(cnn("vgg16"), NeMoConfig(**MODA)).train()
-    given = images(parent)
-    outputs = parent(**given)
-    masks = [mask[:, 0] for mask in outputs.neuron_masks.values()]
-    mask = masks[0] if batch == "first" else masks[-1]
-    mask.mean().backward()
+@pytest.mark.parametrize("site", [0, -1])
+def test_mask_terms_reach_the_weights(site):
+    parent = parent_of("vgg16").train()
+    list(parent(images()).neuron_masks.values())[site].mean().backward()
     assert parent.model.features[0].weight.grad.abs().sum() > 0
 
 
 def test_checkpointed_activations_give_the_same_gradients(tmp_path):
     found = []
     for checkpointing in (False, True):
-        parent = make_parent(rectified_bert(), NeMoConfig(**MODA)).train()
-        for layer in parent.modules():
-            if isinstance(layer, torch.nn.Dropout):
-                layer.p = 0.0
         options = {"activation_checkpointing": checkpointing, "max_steps": 1}
-        trainer = NeMoTrainer(parent, arguments(tmp_path, **options), train_dataset=text_samples(8))
+        trainer = NeMoTrainer(parent_of("bert"), arguments(tmp_path, **options), train_dataset=text_samples(8))
         trainer.train()
-        found.append({name: parameter.detach() for name, parameter in parent.named_parameters()})
-    for name, parameter in found[0].items():
-        torch.testing.assert_close(found[1][name], parameter, msg=name)
+        found.append({name: parameter.detach() for name, parameter in trainer.parent.named_parameters()})
+    torch.testing.assert_close(*found)
 
 
 def test_networks_without_rectified_units_are_refused():
@@ -180,17 +190,15 @@ def test_networks_without_rectified_units_are_refused():
 
 def test_streams_that_a_pooling_reads_are_rectified_too():
     stages = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "layer_type": "basic"}
-    parents = [
-        make_parent(ResNetForImageClassification(ResNetConfig(**stages, **NAMES)), NeMoConfig(**options))
-        for options in (MODA, {})
-    ]
-    assert [site.key for site in parents[0].sites] == [site.key for site in parents[1].sites]
+    model = ResNetForImageClassification(ResNetConfig(**stages, **NAMES))
+    sites = make_parent(copy.deepcopy(model), NeMoConfig(**MODA)).sites
+    assert [site.key for site in sites] == [site.key for site in make_parent(model).sites]
 
 
 def test_soft_masks_and_a_change_of_kind_are_refused():
     with pytest.raises(ValueError, match="hard_masks=False with objective='moda'"):
         NeMoConfig(objective="moda", hard_masks=False)
-    parent = make_parent(cnn("simcnn"), NeMoConfig(**MODA))
+    parent = parent_of("simcnn")
     with pytest.raises(ValueError, match="has_generators=True for a parent trained with False"):
         parent.set_nemo_config(NeMoConfig())
     parent.set_nemo_config(NeMoConfig(**{**MODA, "sparsity_weight": 0.1}))
