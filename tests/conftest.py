@@ -1,4 +1,4 @@
-"""Tiny random models of the nine families, and small data; everything offline."""
+"""Tiny random models of ten families, parents of them, and small data; everything offline."""
 
 import copy
 import importlib
@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import nemo_hf.evaluation.latency
+from nemo_hf import NeMoConfig, make_parent
 
 torch.set_num_threads(1)  # the models are too small to share out
 nemo_hf.evaluation.latency.LATENCY_RUNS = 2  # no test looks at how fast anything is
@@ -105,7 +106,29 @@ def fresh(family: str) -> PreTrainedModel:
     return copy.deepcopy(_BUILT[family])
 
 
-@pytest.fixture(params=list(FAMILIES))
+_PARENTS: dict[str, PreTrainedModel] = {}
+
+
+def parent_of(family: str, **options) -> PreTrainedModel:
+    """A copy of the family's parent in eval mode with a random relevance; trial cuts run once a session.
+
+    `options` are those of `NeMoConfig`; the threshold is 0.6 unless they say otherwise.
+    """
+    config = NeMoConfig(**{"relevance_threshold": 0.6, **options})
+    key = family + repr(config.to_dict())
+    if key not in _PARENTS:
+        _PARENTS[key] = make_parent(fresh(family), config).eval()
+        randomize_relevance(_PARENTS[key])
+    return copy.deepcopy(_PARENTS[key])
+
+
+SIMILAR_FAMILIES = ("deit", "distilbert", "roberta", "vit")
+"""Families whose layers are arranged as those of another one here, up to names."""
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.sweep if name in SIMILAR_FAMILIES else ()) for name in FAMILIES]
+)
 def plain(request) -> PreTrainedModel:
     return fresh(request.param)
 
