@@ -271,10 +271,10 @@ def test_sites_must_be_a_list(sites):
     ("changes", "message"),
     [
         ({"output": "vit.layers.*.mlp.fc3"}, "'vit.layers.*.mlp.fc3'.*which no layer has"),
-        ({"producers": ["vit.layers.*.mlp.fc3"]}, "'vit.layers.0.mlp.fc3'.*which the model has not"),
+        ({"producers": ["vit.layers.*.mlp.fc3"]}, "'vit.layers.0.mlp.fc3'.*which the model does not have"),
         ({"producers": ["vit.layers.*.mlp"]}, "a ViTMLP; expected a linear layer"),
         ({"producers": ["vit.layers.*.attention.q_proj"]}, "expected outputs that are the inputs of 'output'"),
-        ({"pooled": "vit.layers.*.nothing"}, "which the model has not; expected a layer"),
+        ({"pooled": "vit.layers.*.nothing"}, "which the model does not have; expected a layer"),
     ],
 )
 def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):

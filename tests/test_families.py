@@ -280,7 +280,7 @@ def test_only_the_needed_slices_are_read(vit, tmp_path, monkeypatch):
     parent.save_pretrained(tmp_path)
     whole = parent.extract_module(LABELS_CUT)
     read = []
-    from nemo_hf import files
+    from nemo_hf.models import files
 
     original = files.WeightFiles.read
 
