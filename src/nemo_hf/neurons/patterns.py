@@ -103,7 +103,9 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason:
     """
     layers = ModelLayers(model)
     sites: list[NeuronSite] = []
-    for name in layers.unique:
+    for name, layer in layers.unique.items():
+        if next(layer.children(), None) is None:
+            continue
         if "attention" in targets:
             sites.extend(_attention_sites(layers, name))
         if "ffn" in targets:
@@ -148,14 +150,18 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
 
 def _linear_paths(layers: ModelLayers, name: str, relatives: Sequence[str]) -> list[str] | None:
     """Paths of the linear layers at relative paths from the layer `name`, or `None` if one of them is not there."""
-    paths = [_path(name, relative) for relative in relatives]
-    return paths if all(path in layers.linear for path in paths) else None
+    paths = []
+    for relative in relatives:
+        paths.append(_path(name, relative))
+        if paths[-1] not in layers.linear:
+            return None
+    return paths
 
 
 def _path(name: str, relative: str) -> str:
     if relative.startswith("../"):
         name, relative = name.rpartition(".")[0], relative[3:]
-    return ".".join(part for part in (name, relative) if part)
+    return f"{name}.{relative}" if name and relative else name or relative
 
 
 def _feed_forward_sites(layers: ModelLayers, name: str) -> Iterator[FeedForwardSite]:
