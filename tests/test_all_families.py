@@ -13,7 +13,6 @@ from conftest import benchmark_script
 
 KINDS = ("attention", "ffn", "conv")
 FAST = [
-    "SegformerForImageClassification",  # stages, depthwise convolution between the projections
     "T5ForSequenceClassification",  # encoder and decoder, position biases by head
     "WhisperForAudioClassification",  # features instead of waveforms
 ]

@@ -1,4 +1,4 @@
-"""Where neurons are found in models of other layouts: fused layers, shared heads, gates, latent attention."""
+"""Attention and feed-forward neurons are found in fused layers, shared heads, gates and latent attention."""
 
 import copy
 
@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from nemo_hf import make_parent
-from nemo_hf.models.attach import attach_masks
 from nemo_hf.neurons.patterns import find_heads, find_sites
-from nemo_hf.neurons.sites import AttentionSite, Rows
+from nemo_hf.neurons.sites import Rows
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 SMALL = {**TEXT, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
@@ -108,14 +107,14 @@ def test_both_projections_of_gated_units_may_be_one_layer(name, layer):
     assert site.parts == {"intermediate": 48}
 
 
-def test_a_gate_beside_q_is_no_neuron():
+def test_a_gate_beside_q_is_not_a_neuron():
     site = found("qwen3_next", "attention")
     assert rows_of(site)["query"] == Rows("model.layers.0.self_attn.q_proj", 0, 32, 64, shares=4)
     assert rows_of(site)["key"] == Rows("model.layers.0.self_attn.k_proj", 0, 16)
     assert site.is_gated_only  # q and k are normed
 
 
-def test_the_rotated_share_of_latent_attention_is_no_neuron():
+def test_the_rotated_share_of_latent_attention_is_not_a_neuron():
     site = found("deepseek_v3", "attention")
     prefix = "model.layers.0.self_attn."
     assert rows_of(site) == {
@@ -124,22 +123,17 @@ def test_the_rotated_share_of_latent_attention_is_no_neuron():
         "value": Rows(f"{prefix}kv_b_proj", 6, 32, 56, shares=4),
     }
     assert site.value_dim == 8
-
-
-def test_what_latent_attention_does_not_rotate_is_tied_to_nothing():
-    # The angles turn the other share; these dimensions belong to their heads, and 6 may as well be odd.
-    site = found("deepseek_v3", "attention")
-    assert not site.is_rotary
+    assert not site.is_rotary  # the angles turn the other share
     assert site.parts == {"query_key": 24, "value": 32}
 
 
-@pytest.mark.parametrize(("factor", "told"), [(1.0, (True, False)), (0.5, (False, True))], ids=["whole", "partial"])
-def test_heads_that_are_rotated_in_part_are_only_gated(factor, told):
+@pytest.mark.parametrize(("factor", "is_partial"), [(1.0, False), (0.5, True)])
+def test_heads_that_are_rotated_in_part_are_only_gated(factor, is_partial):
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
     with torch.device("meta"):
         model = GPTNeoXForSequenceClassification(GPTNeoXConfig(**SMALL, rope_parameters=rope))
     site = find_sites(model, ["attention"])[0]
-    assert (site.is_rotary, site.is_gated_only) == told
+    assert (site.is_rotary, site.is_gated_only) == (not is_partial, is_partial)
 
 
 @torch.no_grad()
@@ -148,8 +142,8 @@ def without(model, parent, static):
     reference = copy.deepcopy(model)
     for site in parent.sites:
         for rows, part in site.produced():
-            # Units and values are closed where they are read: their activation may be something else at 0.
-            if part in ("query", "key") and isinstance(site, AttentionSite):
+            # Units and values are closed where they are read: their activation may not be 0 at 0.
+            if part in ("query", "key"):
                 closed = rows.indices((site.part_mask(part, static[site.key]) == 0).nonzero().squeeze(-1))
                 layer = reference.get_submodule(rows.layer)
                 layer.weight[closed] = 0.0
@@ -186,14 +180,15 @@ def test_a_head_of_another_name_is_found_where_only_one_layer_can_be_it(vit):
         find_heads(vit, 5)
 
 
-def test_the_head_is_not_the_layer_before_it():
+def test_the_head_is_not_the_layer_before_it(vit):
     model = fresh("roberta")  # dense, then out_proj
     assert find_heads(model, 5) == ["classifier.out_proj"]
     model.classifier.dense = torch.nn.Linear(32, 5)
     assert find_heads(model, 5) == ["classifier.out_proj"]
+    vit.classifier = torch.nn.Sequential(torch.nn.Linear(32, 5), torch.nn.GELU(), torch.nn.Linear(5, 5))
+    assert find_heads(vit, 5) == ["classifier.2"]
 
 
 def test_options_choose_the_kinds_of_sites(vit):
-    assert {site.kind for site in attach_masks(vit).sites} == {"attention", "ffn"}
     for kind in ("attention", "ffn"):
         assert [site.kind for site in find_sites(vit, [kind])] == [kind] * 2

@@ -1,4 +1,4 @@
-"""From a plain model to a parent by trying: what is left out, what is refused, and which pruning mode is taken."""
+"""From a plain model to a parent by trial cuts: what is left out or refused, and which pruning mode is taken."""
 
 import copy
 import logging
@@ -31,8 +31,7 @@ from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.models.pruning_modes import random_keep
-from nemo_hf.neurons.patterns import find_heads, find_sites
-from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite
+from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
@@ -171,8 +170,7 @@ def test_a_parent_has_the_sites_that_its_file_names(vit, tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("targets", [["ffn"], ["attention", "ffn"]])
-def test_samples_that_are_not_in_the_first_dimension_are_refused(targets):
+def test_samples_that_are_not_in_the_first_dimension_are_refused():
     model = xlnet()
     inputs = random_inputs(model)
     expected = logits_of(model, inputs)
@@ -181,7 +179,7 @@ def test_samples_that_are_not_in_the_first_dimension_are_refused(targets):
         match=r"^Got model type 'xlnet', whose ffn neurons in 'transformer.layer.0.ff' can't be cut: "
         r"the mask of one sample reaches the logits of another\. ",
     ):
-        make_parent(model, NeMoConfig(targets=targets))
+        make_parent(model, NeMoConfig(targets=["ffn"]))
     assert hooks_of(model) == 0
     assert torch.equal(logits_of(model, inputs), expected)
 
@@ -245,7 +243,7 @@ def not_at_all(site, cut):
 
 
 @pytest.mark.parametrize("spoil", [off_by_a_little, not_at_all])
-def test_the_first_back_end_that_is_exact_is_taken(vit, monkeypatch, spoil):
+def test_the_first_pruning_mode_that_is_exact_is_taken(vit, monkeypatch, spoil):
     def is_spoiled(site):
         return site.kind == "attention" and "heads-kept" not in site.pruning_mode
 
@@ -262,12 +260,10 @@ def test_the_first_back_end_that_is_exact_is_taken(vit, monkeypatch, spoil):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [(off_by_a_little, "expected at most .*"), (not_at_all, "no such cut")],
-    ids=["wrong", "failing"],
+    ("spoil", "reason", "kind"),
+    [(off_by_a_little, "expected at most .*", "attention"), (not_at_all, "no such cut", "ffn")],
 )
-@pytest.mark.parametrize("kind", ["attention", "ffn"])
-def test_a_site_that_no_back_end_cuts_exactly_is_refused(vit, monkeypatch, spoil, reason, kind):
+def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, spoil, reason, kind):
     plain = copy.deepcopy(vit)
     tried = spoiled(monkeypatch, lambda site: site.kind == kind, spoil)
     other = "ffn" if kind == "attention" else "attention"
@@ -284,8 +280,6 @@ def test_a_site_that_no_back_end_cuts_exactly_is_refused(vit, monkeypatch, spoil
     assert hooks_of(vit) == 0
     inputs = random_inputs(vit)
     assert torch.equal(logits_of(vit, inputs), logits_of(plain, inputs))
-    parent = make_parent(vit, NeMoConfig(targets=[other]))
-    assert parent.config.equivalence["status"] == "verified"
 
 
 def test_the_only_kind_that_can_t_be_cut_has_no_other_to_leave(vit, monkeypatch):
@@ -297,7 +291,7 @@ def test_the_only_kind_that_can_t_be_cut_has_no_other_to_leave(vit, monkeypatch)
 # What is tried
 
 
-def test_layers_of_one_class_share_a_back_end(vit, monkeypatch):
+def test_layers_of_one_class_share_a_pruning_mode(vit, monkeypatch):
     # The second layer alone goes wrong: both take the pruning mode that is right for both.
     def is_spoiled(site):
         return site.key == "vit.layers.1.attention:attention" and not site.cut_by.is_scattered
@@ -327,20 +321,13 @@ def test_one_sample_is_enough_to_try_a_model():
     assert parent.config.equivalence["status"] == "verified"
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-def test_a_model_keeps_its_mode_and_its_weights(vit, is_training):
+def test_a_model_keeps_its_mode_and_its_weights(vit):
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    parent = make_parent(vit.train(is_training))
-    assert parent.training == parent.model.training == is_training
+    parent = make_parent(vit.train())
+    assert parent.training
+    assert parent.model.training
     assert parent.model is vit
     assert all(torch.equal(tensor, before[name]) for name, tensor in parent.model.state_dict().items())
-
-
-def test_half_precision_is_tried_in_float32():
-    parent = make_parent(fresh("bert").to(torch.bfloat16))
-    assert parent.dtype == torch.bfloat16
-    assert parent.config.equivalence["status"] == "verified"
-    assert {site.pruning_mode for site in parent.sites} == {"dense"}
 
 
 def test_about_half_of_the_chosen_neurons_are_kept_and_all_others():
@@ -362,29 +349,15 @@ def test_about_half_of_the_chosen_neurons_are_kept_and_all_others():
 
 
 @pytest.mark.parametrize("family", ["vit", "llama"])
-def test_the_first_head_loses_its_values(family):
+def test_the_first_head_of_several_loses_its_values(family):
     sites = find_sites(fresh(family), ["attention"])
     keep = random_keep(sites, {site.key for site in sites})
     for site in sites:
-        assert isinstance(site, AttentionSite)
         assert keep[site.key]["value"].min() >= site.value_dim
         # Frequencies belong to all heads; other q.k dimensions go with their head.
         assert (keep[site.key]["query_key"].min() >= site.query_key_dims) == (family == "vit")
-
-
-def test_a_single_head_keeps_some_of_its_values():
-    site = find_sites(fresh("vit"), ["attention"])[0]
-    alone = replace(site, heads=1, key_value_heads=1, head_dim=32)
-    keep = random_keep([alone], {alone.key})
-    assert 8 < len(keep[alone.key]["value"]) < 24
-    assert 8 < len(keep[alone.key]["query_key"]) < 24
-
-
-def test_units_of_feed_forward_parts_have_no_heads():
-    sites = [site for site in find_sites(fresh("vit"), ["ffn"]) if isinstance(site, FeedForwardSite)]
-    keep = random_keep(sites, {sites[0].key})
-    assert keep[sites[1].key]["intermediate"].tolist() == list(range(48))
-    assert keep[sites[0].key]["intermediate"].min() < 8
+    alone = replace(sites[0], heads=1, key_value_heads=1, head_dim=32)
+    assert 8 < len(random_keep([alone], {alone.key})[alone.key]["value"]) < 24
 
 
 def test_fresh_weights_do_not_hide_what_reads_all_units():
@@ -403,12 +376,7 @@ def test_soft_masks_that_shared_positions_would_take_twice_are_refused():
         make_parent(DebertaV2ForSequenceClassification(config), NeMoConfig(hard_masks=False))
 
 
-def test_a_layer_before_the_head_with_as_many_outputs_is_not_the_head(vit):
-    vit.classifier = nn.Sequential(nn.Linear(32, 5), nn.GELU(), nn.Linear(5, 5))
-    assert find_heads(vit, 5) == ["classifier.2"]
-
-
-def test_described_sites_that_only_gates_make_exact_are_told(vit, caplog):
+def test_a_warning_says_that_described_sites_are_exact_only_with_gates(vit, caplog):
     layer = "vit.layers.*.attention"
     odd = {"kind": "ffn", "producers": [f"{layer}.q_proj"], "output": f"{layer}.o_proj"}
     make_parent(vit, NeMoConfig(sites=[odd]))

@@ -1,17 +1,14 @@
-"""Architectures that no table knows: described sites, proposed sites, and where their classes come from."""
+"""Architectures of unknown layer names: sites that a user describes or that are proposed, and their classes."""
 
-import copy
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, fresh, image_samples, randomize_relevance
+from conftest import LABELS, NAMES, fresh, image_samples, parent_of, randomize_relevance
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -25,7 +22,7 @@ from nemo_hf.cli.main import main
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
-from nemo_hf.neurons.user_sites import build_user_sites, model_sites
+from nemo_hf.neurons.user_sites import build_user_sites
 
 VIT_SITES = [
     {
@@ -109,34 +106,29 @@ STRANGE_SITES = [
 ]
 
 
-def test_described_sites_are_those_that_are_found_by_name(vit):
-    found = find_sites(vit)
-    described = model_sites(vit, NeMoConfig(sites=VIT_SITES))
-    assert {site.output for site in described} == {site.output for site in found}
-    for site in described:
-        twin = next(other for other in found if other.output == site.output)
-        assert site.produced() == twin.produced()
-        assert (site.parts, site.in_features, site.pruning_modes) == (twin.parts, twin.in_features, twin.pruning_modes)
-
-
-def test_a_described_model_gives_the_modules_of_a_known_one(vit):
-    known, described = make_parent(copy.deepcopy(vit)), make_parent(vit, NeMoConfig(sites=VIT_SITES))
+def test_a_described_model_gives_the_modules_of_one_that_is_known_by_name(vit):
+    known, described = parent_of("vit"), make_parent(vit, NeMoConfig(sites=VIT_SITES, relevance_threshold=0.6)).eval()
     relevance = {mask.site.output: mask.relevance for mask in known.masks.site_masks()}
-    randomize_relevance(known)
+    by_output = {site.output: site for site in known.sites}
     for mask in described.masks.site_masks():
+        twin = by_output.pop(mask.site.output)
+        assert mask.site.produced() == twin.produced()
+        assert (mask.site.parts, mask.site.in_features) == (twin.parts, twin.in_features)
         mask.relevance.copy_(relevance[mask.site.output])
-    described.config.relevance_source = "exact"
+    assert not by_output
     inputs = random_inputs(known)
     with torch.no_grad():
         expected = known.extract_module(["dog", "frog"])(**inputs).logits
         assert torch.equal(described.extract_module(["dog", "frog"])(**inputs).logits, expected)
+    with pytest.raises(ValueError, match="Got sites="):  # they shape the masks
+        described.set_nemo_config(NeMoConfig())
 
 
 def test_sites_are_proposed_for_layers_of_any_name():
     assert propose_sites(strange()) == STRANGE_SITES
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "bert", "distilbert", "roberta", "gpt2", "llama", "swin"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "swin"])
 def test_proposals_agree_with_what_is_known_by_name(family):
     model = fresh(family)
     proposed = [site for described in propose_sites(model) for site in build_user_sites(model, described)]
@@ -189,16 +181,12 @@ def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
     assert stored["nemo_config"]["sites"] == STRANGE_SITES
 
 
-def test_without_the_class_a_file_says_what_to_register(tmp_path):
-    parent = make_parent(strange(), NeMoConfig(sites=STRANGE_SITES))
-    parent.save_pretrained(tmp_path)
-    script = (
-        "import sys, nemo_hf\nfrom transformers import AutoModelForImageClassification as A\n"
-        "try: A.from_pretrained(sys.argv[1])\nexcept ValueError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "'strange'" in done.stdout
-    assert "AutoConfig.register" in done.stdout
+def test_without_the_class_a_file_says_what_to_register(tmp_path, monkeypatch):
+    make_parent(strange(), NeMoConfig(sites=STRANGE_SITES)).save_pretrained(tmp_path)
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "strange")
+    monkeypatch.delitem(AutoModelForImageClassification._model_mapping._extra_content, StrangeConfig)
+    with pytest.raises(ValueError, match=r"(?s)'strange'.*AutoConfig\.register"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
 def test_a_class_that_is_not_registered_is_refused():
@@ -282,12 +270,10 @@ def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
         make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[1], **changes}]))
 
 
-@pytest.mark.parametrize("output", ["*." * 5_000 + "fc2", "*.*.*.*.nothing", "vit.layers.*", "*"])
-def test_a_star_is_one_part_and_is_sought_in_little_time(vit, output):
-    start = time.monotonic()
+@pytest.mark.parametrize("output", ["*." * 50_000 + "fc2", "*.*.*.*.nothing", "vit.layers.*", "*"])
+def test_a_star_is_one_part_of_a_path(vit, output):
     with pytest.raises(ValueError, match=r"which no layer has|expected a linear layer"):
         build_user_sites(vit, {**VIT_SITES[1], "output": output})
-    assert time.monotonic() - start < 5
 
 
 def test_stars_are_filled_in_order(vit):
@@ -296,22 +282,13 @@ def test_stars_are_filled_in_order(vit):
     assert [site.key for site in build_user_sites(vit, description)] == [site.key for site in expected]
 
 
-def test_heads_that_don_t_divide_the_width_are_refused(vit):
+def test_impossible_heads_the_same_site_twice_and_no_site_at_all_are_refused(vit):
     with pytest.raises(ValueError, match="or give 'heads'"):
         make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[0], "heads": 5}]))
-
-
-def test_the_same_site_twice_and_no_site_at_all_are_refused(vit):
     with pytest.raises(ValueError, match="twice; expected each site once"):
         make_parent(vit, NeMoConfig(sites=[VIT_SITES[1], VIT_SITES[1]]))
     with pytest.raises(ValueError, match="no site of these targets"):
         make_parent(vit, NeMoConfig(sites=[VIT_SITES[1]], targets=["attention"]))
-
-
-def test_sites_stay_those_that_the_masks_were_made_for(vit):
-    parent = make_parent(vit, NeMoConfig(sites=VIT_SITES))
-    with pytest.raises(ValueError, match="Got sites="):
-        parent.set_nemo_config(NeMoConfig())
 
 
 def test_options_with_sites_survive_a_file(tmp_path):
