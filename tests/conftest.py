@@ -87,13 +87,17 @@ FAMILIES = {
 }
 
 
-def build(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model with larger weights than at initialisation, so that masks move its logits."""
+def randomize(model: PreTrainedModel, spread: float = 0.15, seed: int = 0) -> PreTrainedModel:
+    """Draws larger weights than at initialisation, so that masks move the logits; the model in eval mode."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.3)
+        torch.nn.init.normal_(parameter, std=spread if parameter.ndim > 1 else 0.3)
     return model.eval()
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of a family, randomized."""
+    return randomize(FAMILIES[family](), seed=seed)
 
 
 _BUILT: dict[str, PreTrainedModel] = {}

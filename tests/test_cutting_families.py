@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import LABELS, fresh, parent_of, randomize_relevance
+from conftest import LABELS, fresh, parent_of, randomize, randomize_relevance
 from safetensors import safe_open
 from transformers import (
     AutoModelForImageClassification,
@@ -195,12 +195,9 @@ def test_half_precision_parents_are_cut_and_keep_their_masks_in_float32(bert, tm
 
 def test_a_softmax_scale_that_follows_the_head_width_is_made_up_for():
     """MPNet computes it in forward: dense cuts are silently wrong unless q is scaled."""
-    torch.manual_seed(0)
     sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = MPNetForSequenceClassification(MPNetConfig(**sizes, intermediate_size=48, num_labels=3))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    parent = make_parent(model)
+    parent = make_parent(randomize(model, 0.3))
     site = next(site for site in parent.sites if site.kind == "attention")
     assert site.cut_by.rescales
     randomize_relevance(parent)

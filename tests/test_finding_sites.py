@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, fresh
+from conftest import NAMES, TEXT, fresh, randomize
 from transformers import (
     BloomConfig,
     BloomForSequenceClassification,
@@ -57,14 +57,6 @@ MODELS = {
         DeepseekV3Config(**SMALL, **LATENT, num_key_value_heads=4, first_k_dense_replace=1, head_dim=4)
     ),
 }
-
-
-def built(name: str):
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.3)
-    return model.eval()
 
 
 def found(name: str, kind: str):
@@ -156,7 +148,7 @@ def without(model, parent, static):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_closed_neuron_is_one_that_the_model_doesn_t_have(name):
-    model = built(name)
+    model = randomize(MODELS[name](), 0.2)
     plain = copy.deepcopy(model)
     parent = make_parent(model)
     assert parent.config.equivalence["status"] == "verified"

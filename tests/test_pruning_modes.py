@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import IMAGE, NAMES, TEXT, fresh, randomize_relevance
-from torch import nn
+from conftest import IMAGE, NAMES, TEXT, fresh, randomize, randomize_relevance
 from transformers import (
-    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     ConvNextV2Config,
     ConvNextV2ForImageClassification,
@@ -24,27 +22,16 @@ from transformers import (
     XLNetConfig,
     XLNetForSequenceClassification,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 import nemo_hf.models.extraction
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
-from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.extraction import make_plan
 from nemo_hf.models.pruning_modes import random_keep
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
-def spread(model):
-    """Larger weights than at initialisation, so that masks move the logits."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.3)
-    return model.eval()
-
-
 def xlnet():
-    return spread(
+    return randomize(
         XLNetForSequenceClassification(
             XLNetConfig(vocab_size=120, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0, **NAMES)
         )
@@ -57,14 +44,14 @@ def reformer():
     positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4], "max_position_embeddings": 16}
     chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
     config = ReformerConfig(**{**sizes, **positions}, **chunks, attn_layers=["local", "lsh"], is_decoder=False)
-    return spread(ReformerForSequenceClassification(config))
+    return randomize(ReformerForSequenceClassification(config))
 
 
 def wavlm():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     layers = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "classifier_proj_size": 16}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    return spread(WavLMForSequenceClassification(WavLMConfig(**sizes, **layers, **positions, **NAMES)))
+    return randomize(WavLMForSequenceClassification(WavLMConfig(**sizes, **layers, **positions, **NAMES)))
 
 
 def hooks_of(model) -> int:
@@ -79,28 +66,16 @@ def logits_of(model, inputs, **options) -> torch.Tensor:
 # What the model never runs
 
 
-def test_a_site_that_is_read_past_its_layers_is_left_out_with_a_warning(caplog, tmp_path):
+def test_a_site_whose_layers_are_never_called_is_left_out_with_a_warning(caplog):
     # WavLM hands the weights of its attention to a function and never calls the layers.
     model = wavlm()
-    kinds = [site.kind for site in find_sites(model)]
-    assert sorted(kinds) == ["attention", "attention", "ffn", "ffn"]
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".attention." in name}
+    assert sorted(site.kind for site in find_sites(model)) == ["attention", "attention", "ffn", "ffn"]
     with caplog.at_level(logging.WARNING, "nemo_hf"):
         parent = make_parent(model)
     assert "Got a model in which only ffn neurons were found; the rest stays whole." in caplog.messages
     assert [site.kind for site in parent.sites] == ["ffn", "ffn"]
     assert [entry["key"] for entry in parent.config.sites] == [site.key for site in parent.sites]
     assert parent.config.equivalence["status"] == "verified"
-    randomize_relevance(parent)
-    parent.save_pretrained(tmp_path)
-    module = parent.extract_module(["cat", "frog"])
-    cut = AutoModelForAudioClassification.from_pretrained(tmp_path, labels=["cat", "frog"], verify=True)
-    inputs = random_inputs(parent)
-    static = make_plan(parent, ["cat", "frog"]).static
-    expected = logits_of(parent, inputs, static_masks=static)[:, [0, 4]]
-    torch.testing.assert_close(logits_of(module, inputs), expected, atol=1e-5, rtol=0)
-    assert torch.equal(logits_of(cut, inputs), logits_of(module, inputs))
-    assert all(torch.equal(module.model.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_model_none_of_whose_sites_run_is_refused():
@@ -131,12 +106,11 @@ class BranchedViT(ViTForImageClassification):
 
 def test_a_branch_that_the_inputs_don_t_reach_is_left_out_of_masks_and_files(registered, tmp_path):
     registered(BranchedViTConfig, AutoModelForImageClassification, BranchedViT)
-    model = spread(BranchedViT(BranchedViTConfig(**IMAGE)))
+    model = randomize(BranchedViT(BranchedViTConfig(**IMAGE)))
     keys = [site.key for site in find_sites(model)]
     parent = make_parent(model)
     assert len(keys) == 6
-    assert [site.key for site in parent.sites] == keys[:4]
-    assert parent.masks.relevance().keys() == set(keys[:4])
+    assert list(parent.masks.relevance()) == keys[:4]
     assert parent.config.equivalence["status"] == "verified"
     randomize_relevance(parent)
     parent.save_pretrained(tmp_path)
@@ -146,25 +120,6 @@ def test_a_branch_that_the_inputs_don_t_reach_is_left_out_of_masks_and_files(reg
     assert torch.equal(logits_of(loaded, inputs), logits_of(parent, inputs))
     cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
     assert torch.equal(logits_of(cut, inputs), logits_of(parent.extract_module([0, 1]), inputs))
-    whole = {name: value for name, value in parent.model.state_dict().items() if "side_branch" in name}
-    assert all(torch.equal(cut.model.state_dict()[name], value) for name, value in whole.items())
-
-
-def test_a_parent_has_the_sites_that_its_file_names(vit, tmp_path):
-    # Masks of the second layer alone, as if the first were never called.
-    sites = find_sites(vit)[2:]
-    parent = attach_masks(vit, sites=sites).eval()
-    assert parent.sites == sites
-    randomize_relevance(parent)
-    parent.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert loaded.sites == sites
-    module = parent.extract_module([0, 1])
-    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
-    inputs = random_inputs(parent)
-    assert torch.equal(logits_of(cut, inputs), logits_of(module, inputs))
-    assert module.model.vit.layers[0].mlp.fc1.weight.shape == (48, 32)
-    assert module.model.vit.layers[1].mlp.fc1.weight.shape[0] < 48
 
 
 # What is refused
@@ -209,9 +164,8 @@ def test_a_model_that_does_not_run_on_the_inputs_is_refused(vit, is_training):
 
 
 def test_a_model_without_logits_is_refused(vit):
-    inner = vit.vit.forward
-    vit.forward = lambda **inputs: BaseModelOutput(last_hidden_state=inner(**inputs).last_hidden_state)
-    with pytest.raises(UnsupportedArchitectureError, match=r"\['last_hidden_state'\] and no logits; expected logits"):
+    vit.forward = vit.vit.forward
+    with pytest.raises(UnsupportedArchitectureError, match=r"\['last_hidden_state'.*\] and no logits; expected logits"):
         make_parent(vit)
     assert hooks_of(vit) == 0
 
@@ -280,12 +234,6 @@ def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, s
     assert hooks_of(vit) == 0
     inputs = random_inputs(vit)
     assert torch.equal(logits_of(vit, inputs), logits_of(plain, inputs))
-
-
-def test_the_only_kind_that_can_t_be_cut_has_no_other_to_leave(vit, monkeypatch):
-    spoiled(monkeypatch, lambda site: True, not_at_all)
-    with pytest.raises(UnsupportedArchitectureError, match=r"\. Choose another architecture\.$"):
-        make_parent(vit, NeMoConfig(targets=["ffn"]))
 
 
 # What is tried
@@ -357,7 +305,7 @@ def test_the_first_head_of_several_loses_its_values(family):
         # Frequencies belong to all heads; other q.k dimensions go with their head.
         assert (keep[site.key]["query_key"].min() >= site.query_key_dims) == (family == "vit")
     alone = replace(sites[0], heads=1, key_value_heads=1, head_dim=32)
-    assert 8 < len(random_keep([alone], {alone.key})[alone.key]["value"]) < 24
+    assert 4 < len(random_keep([alone], {alone.key})[alone.key]["value"]) < 28
 
 
 def test_fresh_weights_do_not_hide_what_reads_all_units():

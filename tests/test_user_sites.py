@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, fresh, image_samples, parent_of, randomize_relevance
+from conftest import LABELS, NAMES, fresh, image_samples, parent_of, randomize, randomize_relevance
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -87,11 +87,7 @@ def registered():
 
 
 def strange() -> StrangeNet:
-    torch.manual_seed(0)
-    model = StrangeNet(StrangeConfig(**NAMES))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return randomize(StrangeNet(StrangeConfig(**NAMES)), 0.3)
 
 
 STRANGE_SITES = [
@@ -213,8 +209,7 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     loaded = AutoConfig.from_pretrained(tmp_path / "plain", trust_remote_code=True)
     model = AutoModelForImageClassification.from_config(loaded, trust_remote_code=True)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    randomize(model, 0.3)
     parent = make_parent(model, NeMoConfig(sites=propose_sites(model), relevance_threshold=0.6))
     randomize_relevance(parent)
     module = parent.extract_module(["cat", "car"])
