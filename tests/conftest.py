@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AlbertConfig,
@@ -85,6 +86,13 @@ FAMILIES = {
         SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, **NAMES)
     ),
 }
+
+
+def tiny(class_name: str, **sizes) -> PreTrainedModel:
+    """A model of a class of transformers with five labels, as its configuration initialises it."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, class_name)
+    return model_class(model_class.config_class(**{**sizes, **NAMES})).eval()
 
 
 def randomize(model: PreTrainedModel, spread: float = 0.15, seed: int = 0) -> PreTrainedModel:

@@ -12,24 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, image_samples, randomize, randomize_relevance
+from conftest import NAMES, image_samples, randomize, randomize_relevance, tiny
 from torch import nn
-from transformers import (
-    AutoModelForImageClassification,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    LevitConfig,
-    LevitForImageClassification,
-    MobileNetV1Config,
-    MobileNetV1ForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    RegNetConfig,
-    RegNetForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    TrainingArguments,
-)
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
@@ -46,25 +31,21 @@ sys.path.insert(0, str(PAPER))
 paper = importlib.import_module("models")
 sys.path.remove(str(PAPER))
 
-STAGES = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 2], **NAMES}
-SMALL = {"image_size": 32, **NAMES}
+STAGES = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 2]}
 MODELS = {
-    "resnet-basic": lambda: ResNetForImageClassification(ResNetConfig(layer_type="basic", **STAGES)),
-    "regnet-y": lambda: RegNetForImageClassification(RegNetConfig(layer_type="y", groups_width=4, **STAGES)),
-    "mobilenet-v1": lambda: MobileNetV1ForImageClassification(
-        MobileNetV1Config(depth_multiplier=0.25, classifier_dropout_prob=0.0, **SMALL)
-    ),
-    **{
-        name: lambda name=name: paper.PaperCNNForImageClassification(
-            paper.PaperCNNConfig(architecture=name, width=4, **NAMES)
-        )
-        for name in paper.ARCHITECTURES
+    "resnet": {"class_name": "ResNetForImageClassification", **STAGES, "layer_type": "basic"},
+    "regnet": {"class_name": "RegNetForImageClassification", **STAGES, "layer_type": "y", "groups_width": 4},
+    "mobilenet": {
+        "class_name": "MobileNetV1ForImageClassification",
+        "image_size": 32,
+        "depth_multiplier": 0.25,
+        "classifier_dropout_prob": 0.0,
     },
 }
 SITES = {
-    "resnet-basic": 6,  # the stem, three blocks' inner channels, two streams
-    "regnet-y": 9,  # a grouped convolution is one with the layer before it; squeeze-and-excite has its own channels
-    "mobilenet-v1": 14,  # depthwise convolutions
+    "resnet": 6,  # the stem, three blocks' inner channels, two streams
+    "regnet": 9,  # a grouped convolution is one with the layer before it; squeeze-and-excite has its own channels
+    "mobilenet": 14,  # depthwise convolutions
     "resnet18": 12,  # eight blocks' inner channels, four streams
     "simcnn": 15,  # flattened before the linear layers
     "vgg16": 15,  # 13 convolutions, two hidden linear layers
@@ -91,8 +72,10 @@ def randomized(model: PreTrainedModel) -> PreTrainedModel:
 
 @cache
 def _built(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return randomized(MODELS[name]())
+    if name in MODELS:
+        return randomized(tiny(**MODELS[name]))
+    config = paper.PaperCNNConfig(architecture=name, width=4, **NAMES)
+    return randomized(paper.PaperCNNForImageClassification(config))
 
 
 def built(name: str) -> PreTrainedModel:
@@ -165,7 +148,7 @@ def test_channels_are_found_closed_and_cut(name):
             assert getattr(layer, "groups", 1) == 1 or layer.in_channels == kept
 
 
-@pytest.mark.parametrize("name", ["regnet-y", "simcnn"])
+@pytest.mark.parametrize("name", ["regnet", "simcnn"])
 def test_each_sample_has_masks_of_its_own(name):
     parent = parent_of(name)
     for index, mask in enumerate(parent.masks.site_masks()):
@@ -205,7 +188,7 @@ def test_a_generator_sees_the_mean_of_each_channel_over_positions():
     assert next(site for site in parent.sites if site.output == "hidden.0").inputs == {"hidden.0": 4}
 
 
-@pytest.mark.parametrize(("name", "is_hard"), [("regnet-y", True), ("simcnn", False)])
+@pytest.mark.parametrize(("name", "is_hard"), [("regnet", True), ("simcnn", False)])
 def test_files_hold_parent_and_module_and_a_cut_on_load_is_the_same(name, is_hard, tmp_path, monkeypatch):
     parent = parent_of(name, is_hard)
     inputs = images(parent)
@@ -244,18 +227,18 @@ def test_masks_and_weights_are_trained(tmp_path):
         str(tmp_path), max_steps=2, per_device_train_batch_size=5, report_to="none", use_cpu=True, learning_rate=1e-2
     )
     samples = [{**s, "pixel_values": s["pixel_values"].repeat(1, 2, 2)} for s in image_samples(10)]
-    trainer = NeMoTrainer(parent_of("resnet-basic"), args, train_dataset=samples)
+    trainer = NeMoTrainer(parent_of("resnet"), args, train_dataset=samples)
     before = {key: parameter.clone() for key, parameter in trainer.parent.named_parameters()}
     trainer.train()
     moved = {key: not torch.equal(parameter, before[key]) for key, parameter in trainer.parent.named_parameters()}
     generators = [is_moved for key, is_moved in moved.items() if key.endswith("generator.up.bias")]
-    assert generators == [True] * SITES["resnet-basic"]
+    assert generators == [True] * SITES["resnet"]
     assert sum(moved.values()) > 0.9 * len(moved)
     assert trainer.parent.config.relevance_source == "exact"
 
 
 def test_a_site_without_channels_costs_one_that_is_zero():
-    parent = parent_of("resnet-basic")
+    parent = parent_of("resnet")
     empty = next(site for site in parent.sites if site.producers[0].endswith("stages.0.layers.0.layer.0.convolution"))
     next(mask for mask in parent.masks.site_masks() if mask.site is empty).relevance.zero_()
     module = parent.extract_module(ASKED, inputs=images(parent))
@@ -266,7 +249,7 @@ def test_a_site_without_channels_costs_one_that_is_zero():
 
 
 def test_modules_become_plain_models(tmp_path):
-    parent = parent_of("regnet-y")
+    parent = parent_of("regnet")
     inputs = images(parent)
     module = parent.extract_module(ASKED, inputs=inputs)
     module.save_plain(tmp_path / "plain")
@@ -290,7 +273,7 @@ def test_a_residual_stream_is_one_site():
 
 
 def test_squeeze_and_excite_is_cut_with_what_it_weighs():
-    model = built("regnet-y")
+    model = built("regnet")
     path = "regnet.encoder.stages.0.layers.0.layer"
     sites = {site["producers"][0]: site for site in find_channels(model).sites}
     assert sites[f"{path}.0.convolution"] == {
@@ -356,7 +339,7 @@ def test_kinds_that_a_parent_has_not_may_be_asked_for_again(vit):
 
 def test_channels_and_other_neurons_live_in_one_model():
     sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]}
-    model = randomize(LevitForImageClassification(LevitConfig(**sizes, **SMALL)), 0.3)
+    model = randomize(tiny("LevitForImageClassification", **sizes, image_size=32), 0.3)
     parent = make_parent(model, NeMoConfig(relevance_threshold=0.6)).eval()
     kinds = [site.kind for site in parent.sites]
     assert (kinds.count("conv"), kinds.count("ffn")) == (3, 5)
@@ -365,15 +348,16 @@ def test_channels_and_other_neurons_live_in_one_model():
 
 
 def test_options_leave_channels_whole():
-    model = ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, **SMALL))
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+    model = tiny("ConvNextForImageClassification", **sizes)
     assert {site.kind for site in make_parent(model).sites} == {"ffn"}
-    model = built("resnet-basic")
+    model = built("resnet")
     with pytest.raises(UnsupportedArchitectureError, match=r"no neuron sites of kind \['attention', 'ffn'\]"):
         make_parent(model, NeMoConfig(targets=["attention", "ffn"]), inputs=images(model))
 
 
 def test_finding_channels_leaves_nothing_behind():
-    model = built("resnet-basic").train()
+    model = built("resnet").train()
     state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     find_channels(model, images(model))
     assert model.training

@@ -4,14 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import LABELS, fresh, parent_of, randomize, randomize_relevance
+from conftest import LABELS, TEXT, fresh, parent_of, randomize, randomize_relevance, tiny
 from safetensors import safe_open
-from transformers import (
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-)
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from nemo_hf import EquivalenceError, NeMoConfig, make_parent
 from nemo_hf.models.attach import attach_masks
@@ -195,13 +190,11 @@ def test_half_precision_parents_are_cut_and_keep_their_masks_in_float32(bert, tm
 
 def test_a_softmax_scale_that_follows_the_head_width_is_made_up_for():
     """MPNet computes it in forward: dense cuts are silently wrong unless q is scaled."""
-    sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = MPNetForSequenceClassification(MPNetConfig(**sizes, intermediate_size=48, num_labels=3))
-    parent = make_parent(randomize(model, 0.3))
+    parent = make_parent(randomize(tiny("MPNetForSequenceClassification", **TEXT), 0.3))
     site = next(site for site in parent.sites if site.kind == "attention")
     assert site.cut_by.rescales
     randomize_relevance(parent)
-    module = parent.extract_module([0, 2])
+    module = parent.extract_module([0, 2], threshold=0.8)
     assert module.config.equivalence["status"] == "verified"
     assert {entry["key"]: entry["widths"] for entry in module.config.sites}[site.key]["head_dim"] < site.head_dim
     parent.set_sites(with_pruning_modes(parent.sites, {site.key: site.pruning_mode.replace("-rescaled", "")}))

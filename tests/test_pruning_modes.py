@@ -6,22 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import IMAGE, NAMES, TEXT, fresh, randomize, randomize_relevance
-from transformers import (
-    AutoModelForImageClassification,
-    ConvNextV2Config,
-    ConvNextV2ForImageClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    ReformerConfig,
-    ReformerForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    WavLMConfig,
-    WavLMForSequenceClassification,
-    XLNetConfig,
-    XLNetForSequenceClassification,
-)
+from conftest import IMAGE, TEXT, fresh, randomize, randomize_relevance, tiny
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import nemo_hf.models.extraction
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
@@ -30,28 +16,11 @@ from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
-def xlnet():
-    return randomize(
-        XLNetForSequenceClassification(
-            XLNetConfig(vocab_size=120, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0, **NAMES)
-        )
-    )
-
-
-def reformer():
-    sizes = {**TEXT, "num_hidden_layers": 2, "attention_head_size": 8, "feed_forward_size": 48}
-    del sizes["intermediate_size"]
-    positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4], "max_position_embeddings": 16}
-    chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
-    config = ReformerConfig(**{**sizes, **positions}, **chunks, attn_layers=["local", "lsh"], is_decoder=False)
-    return randomize(ReformerForSequenceClassification(config))
-
-
 def wavlm():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     layers = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "classifier_proj_size": 16}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    return randomize(WavLMForSequenceClassification(WavLMConfig(**sizes, **layers, **positions, **NAMES)))
+    return randomize(tiny("WavLMForSequenceClassification", **sizes, **layers, **positions))
 
 
 def hooks_of(model) -> int:
@@ -126,7 +95,8 @@ def test_a_branch_that_the_inputs_don_t_reach_is_left_out_of_masks_and_files(reg
 
 
 def test_samples_that_are_not_in_the_first_dimension_are_refused():
-    model = xlnet()
+    sizes = {"vocab_size": 120, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48, "pad_token_id": 0}
+    model = randomize(tiny("XLNetForSequenceClassification", **sizes))
     inputs = random_inputs(model)
     expected = logits_of(model, inputs)
     with pytest.raises(
@@ -140,7 +110,12 @@ def test_samples_that_are_not_in_the_first_dimension_are_refused():
 
 
 def test_a_model_whose_logits_differ_from_call_to_call_is_refused():
-    model = reformer()
+    sizes = {"attention_head_size": 8, "feed_forward_size": 48, "max_position_embeddings": 16, "is_decoder": False}
+    sizes |= {name: TEXT[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "pad_token_id")}
+    positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4]}
+    chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
+    layers = {"attn_layers": ["local", "lsh"]}
+    model = randomize(tiny("ReformerForSequenceClassification", **sizes, **positions, **chunks, **layers))
     with pytest.raises(
         UnsupportedArchitectureError,
         match=r"^Got ReformerForSequenceClassification, whose logits differ from call to call in eval mode; expected",
@@ -310,18 +285,17 @@ def test_the_first_head_of_several_loses_its_values(family):
 
 def test_fresh_weights_do_not_hide_what_reads_all_units():
     """A new response norm multiplies by 0; trained, it mixes all units."""
-    config = ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32, **NAMES)
-    parent = make_parent(ConvNextV2ForImageClassification(config).eval())
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+    parent = make_parent(tiny("ConvNextV2ForImageClassification", **sizes))
     assert {site.pruning_mode for site in parent.sites} == {"scatter-gated"}
 
 
 def test_soft_masks_that_shared_positions_would_take_twice_are_refused():
-    config = DebertaV2Config(
-        **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, max_relative_positions=8
-    )
-    make_parent(DebertaV2ForSequenceClassification(config), NeMoConfig(hard_masks=True))
+    positions = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+    model = tiny("DebertaV2ForSequenceClassification", **TEXT, **positions, share_att_key=True)
     with pytest.raises(UnsupportedArchitectureError, match="deberta-v2"):
-        make_parent(DebertaV2ForSequenceClassification(config), NeMoConfig(hard_masks=False))
+        make_parent(model, NeMoConfig(hard_masks=False))
+    make_parent(model, NeMoConfig(hard_masks=True))
 
 
 def test_a_warning_says_that_described_sites_are_exact_only_with_gates(vit, caplog):

@@ -19,13 +19,7 @@ from transformers import PreTrainedModel
 from nemo_hf.config import TARGETS, LabelLike, NeMoConfig
 from nemo_hf.neurons.channel_tracing import ChannelSearch, find_channels
 from nemo_hf.neurons.patterns import find_heads, find_sites
-from nemo_hf.neurons.sites import (
-    SCATTER_GATED,
-    AttentionSite,
-    NeuronSite,
-    UnsupportedArchitectureError,
-    with_pruning_modes,
-)
+from nemo_hf.neurons.sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_pruning_modes
 from nemo_hf.neurons.trial_calls import check_runs, first_line, reached_sites, rectified_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.neurons.user_sites import build_user_sites, model_sites
@@ -38,18 +32,12 @@ from .extraction import ModulePlan, build_module, read_tensor
 
 logger = logging.getLogger(__name__)
 
-ROUNDING_SHARE = 0.1
-"""Differences below this share of the tolerance are rounding, however little a mask does."""
-ROUNDING_FACTOR = 10
-"""Errors of pruning modes that differ by less than this factor count as equal."""
-CLEAR_SHARE = 3e-5
-"""A difference below this share of the mask's effect is rounding: the pruning mode is taken at once."""
-LARGEST_SHARE = 1e-2
-"""A difference above this share is an error; between the two, the pruning mode with the smallest one is taken."""
-POOLED_TOLERANCE = 1e-5
-"""Largest difference of a sample's soft masks in two batches."""
-SPREADS = (0.85, 1.2, 1.7, 2.4)
-"""Spreads of random weights, relative to the inverse root of a layer's inputs, in the order of the trials."""
+ROUNDING_SHARE = 0.1  # of the tolerance: smaller differences are rounding, however little a mask does
+CLEAR_SHARE = 3e-5  # of the mask's effect: a pruning mode with a smaller difference is taken at once
+LARGEST_SHARE = 1e-2  # of the mask's effect: a larger difference is an error; between the two the least one counts
+ROUNDING_FACTOR = 10  # differences of pruning modes that differ by less than this count as equal
+POOLED_TOLERANCE = 1e-5  # largest difference of a sample's soft masks in two batches
+SPREADS = (0.85, 1.2, 1.7, 2.4)  # of random weights, relative to the inverse root of a layer's inputs
 VECTOR_SPREAD = 0.35
 
 
@@ -96,7 +84,7 @@ def make_parent(
         logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, left_out)
         found = model_sites(model, nemo_config, exact, channels.explanation, known)
         parent = _try_sites(model, nemo_config, label_groups, inputs, found)
-    gated = [site.key for site in parent.sites if site.pruning_mode == SCATTER_GATED.name and not site.is_gated_only]
+    gated = [site.key for site in parent.sites if site.pruning_mode == "scatter-gated" and not site.is_gated_only]
     if nemo_config.sites is not None and gated:
         logger.warning(
             "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
@@ -210,7 +198,11 @@ def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor
     parts = [[s for s in parent.sites if s.kind == kind] for kind in sorted(kinds)] if len(kinds) > 1 else []
     if all(_trial(parent, inputs, part)[0] < CLEAR_SHARE for part in (*parts, parent.sites)):
         return
-    for part in _by_layer_class(parent):
+    groups: dict[Any, list[NeuronSite]] = {}  # sites in layers of one class share a pruning mode
+    for site in parent.sites:
+        layer = type(parent.model.get_submodule(site.name))
+        groups.setdefault((site.kind, layer, site.pruning_modes), []).append(site)
+    for part in groups.values():
         trials = []
         for pruning_mode in part[0].pruning_modes:
             parent.set_sites(with_pruning_modes(parent.sites, {site.key: pruning_mode.name for site in part}))
@@ -223,15 +215,6 @@ def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor
         # Of those with about the same rounding error, the one with the smallest modules.
         name = next(name for share, _, name in trials if share <= max(CLEAR_SHARE, ROUNDING_FACTOR * least))
         parent.set_sites(with_pruning_modes(parent.sites, {site.key: name for site in part}))
-
-
-def _by_layer_class(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
-    """Sites in layers of the same class, which share a pruning mode."""
-    groups: dict[Any, list[NeuronSite]] = {}
-    for site in parent.sites:
-        layer = type(parent.model.get_submodule(site.name))
-        groups.setdefault((site.kind, layer, site.pruning_modes), []).append(site)
-    return list(groups.values())
 
 
 def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
@@ -311,22 +294,23 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     if samples == 1:
         return
     assert parent.masks is not None
-    first = torch.arange(samples, device=parent.device) == 0
+    first = {site.kind: site for site in reversed(parent.sites)}
+    is_masked = torch.arange(samples, device=parent.device) == 0
     effects: dict[str, float] = {}
     for kind, static in _half_closed(parent):
-        mixed = {key: torch.where(first[:, None], mask, 1.0) for key, mask in static.items()}
+        mixed = {key: torch.where(is_masked[:, None], mask, 1.0) for key, mask in static.items()}
         masked, opened, got = _logits(parent, inputs, static, parent.masks.open_masks(), mixed)
-        expected = torch.where(first.view(-1, *(1,) * (masked.ndim - 1)), masked, opened)
+        expected = torch.cat([masked[:1], opened[1:]])
         effect = (masked - opened).abs().max().item()
         effects[kind] = max(effects.get(kind, 0.0), effect)
         rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
         if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
-            raise _refusal(parent, _first(parent, kind), "the mask of one sample reaches the logits of another")
+            raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
     _check_pooled(parent, inputs)
     for kind, effect in effects.items():
         if effect == 0 and bool((opened != opened[:1]).any()):
             reason = "closing half of them leaves all logits as they are, so no cut can be checked"
-            raise _refusal(parent, _first(parent, kind), reason)
+            raise _refusal(parent, first[kind], reason)
 
 
 def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
@@ -347,10 +331,6 @@ def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: M
             for name, value in inputs.items()
         }
         return [exact(**batch, static_masks=static).logits for static in masks]
-
-
-def _first(parent: NeMoPreTrainedModel, kind: str) -> NeuronSite:
-    return next(site for site in parent.sites if site.kind == kind)
 
 
 def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:

@@ -10,29 +10,15 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import TARGETS
 
-from .builders import (
-    ModelLayers,
-    attention_site,
-    feed_forward_site,
-    fused_rows,
-    head_count,
-    latent_rows,
-    separate_rows,
-)
+from .builders import ModelLayers, attention_site, feed_forward_site, fused_rows, head_count, latent_rows, separate_rows
 from .sites import AttentionSite, FeedForwardSite, NeuronSite, UnsupportedArchitectureError, layer_features
 
 # Names are relative to the attention layer; a leading `../` is relative to its parent.
 SEPARATE_PROJECTIONS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("projection_query", "projection_key", "projection_value"),
-    ("linear_q", "linear_k", "linear_v"),
-    ("q_head", "k_head", "v_head"),
-    ("Wq", "Wk", "Wv"),
-)
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"), ("projection_query", "projection_key", "projection_value"),
+    ("linear_q", "linear_k", "linear_v"), ("q_head", "k_head", "v_head"), ("Wq", "Wk", "Wv"),
+)  # fmt: skip
 FUSED_PROJECTIONS = {
     "c_attn": "one after another",
     "Wqkv": "one after another",
@@ -45,46 +31,20 @@ FUSED_PROJECTIONS = {
 LATENT_PROJECTIONS = (("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"))
 """Layers of latent attention: q, and k beside v of each head; the rotated dimensions of q and k are not cut."""
 OUTPUT_PROJECTIONS = (
-    "o_proj",
-    "out_proj",
-    "out_lin",
-    "o",
-    "dense",
-    "c_proj",
-    "Wo",
-    "proj",
-    "post_proj",
-    "linear_out",
-    "../output.dense",
-    "../output",
-)
+    "o_proj", "out_proj", "out_lin", "o", "dense", "c_proj", "Wo", "proj", "post_proj", "linear_out",
+    "../output.dense", "../output",
+)  # fmt: skip
 POOLED_AT_LAYER = ("query_proj",)
 """Projections that also see relative positions, so that only the attention layer's own input is a sample's."""
 FEED_FORWARD_LAYERS = {
-    ("gate_proj", "up_proj"): "down_proj",
-    ("gate_up_proj",): "down_proj",
-    ("up_proj",): "down_proj",
-    ("fc1",): "fc2",
-    ("linear_fc1",): "linear_fc2",
-    ("lin1",): "lin2",
-    ("c_fc",): "c_proj",
-    ("fc_in",): "fc_out",
-    ("wi_0", "wi_1"): "wo",
-    ("wi",): "wo",
-    ("Wi",): "Wo",
-    ("dense_h_to_4h",): "dense_4h_to_h",
-    ("intermediate_dense",): "output_dense",
-    ("intermediate.dense",): "output.dense",
-    ("layout_intermediate.dense",): "layout_output.dense",
-    ("ffn",): "ffn_output",
-    ("dense.dense",): "output.dense",
-    ("dense1",): "dense2",
-    ("linear_1",): "linear_2",
-    ("layer_1",): "layer_2",
-    ("pwconv1",): "pwconv2",
-    ("linear_up.linear",): "linear_down.linear",
-    ("0",): "2",
-}
+    ("gate_proj", "up_proj"): "down_proj", ("gate_up_proj",): "down_proj", ("up_proj",): "down_proj",
+    ("fc1",): "fc2", ("linear_fc1",): "linear_fc2", ("lin1",): "lin2", ("c_fc",): "c_proj", ("fc_in",): "fc_out",
+    ("wi_0", "wi_1"): "wo", ("wi",): "wo", ("Wi",): "Wo", ("dense_h_to_4h",): "dense_4h_to_h",
+    ("intermediate_dense",): "output_dense", ("intermediate.dense",): "output.dense",
+    ("layout_intermediate.dense",): "layout_output.dense", ("ffn",): "ffn_output", ("dense.dense",): "output.dense",
+    ("dense1",): "dense2", ("linear_1",): "linear_2", ("layer_1",): "layer_2", ("pwconv1",): "pwconv2",
+    ("linear_up.linear",): "linear_down.linear", ("0",): "2",
+}  # fmt: skip
 """Layers that make units, and the one that reads them."""
 CALLED_IN_CHUNKS = {"lin1": "", "intermediate.dense": "attention", "ffn": "attention"}
 """Feed-forward parts that see a share of the sequence at a time, and the layer to pool at: its output, or for ""

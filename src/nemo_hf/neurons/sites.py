@@ -23,23 +23,13 @@ class UnsupportedArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class PruningMode:
-    """How modules are cut at a site.
-
-    Args:
-        name: Name in configurations.
-        is_scattered: Layers keep their outer shape, with zeros where nothing is computed; otherwise they shrink.
-        drops_heads: Dense attention: heads without values are removed; otherwise they stay as zeros.
-        rescales: Dense attention: q is scaled by sqrt(new / old head width), since the layer takes its softmax
-            scale from the width that it finds.
-        is_gated: The parent masks q, k, v or units where they are produced too, since something before the output
-            projection reads them all (norms, partial rotations).
-    """
+    """How modules are cut at a site."""
 
     name: str
-    is_scattered: bool = False
-    drops_heads: bool = False
-    rescales: bool = False
-    is_gated: bool = False
+    is_scattered: bool = False  # layers keep their outer shape, with zeros where nothing is computed; or they shrink
+    drops_heads: bool = False  # dense attention: heads without values are removed, or stay as zeros
+    rescales: bool = False  # dense attention: q is scaled where the softmax scale follows the width that a layer finds
+    is_gated: bool = False  # masks act where neurons are produced too, since norms or rotations behind read them all
 
 
 DENSE = PruningMode("dense", drops_heads=True)
@@ -59,21 +49,13 @@ PRUNING_MODES = {pruning_mode.name: pruning_mode for pruning_mode in (*DENSE_ATT
 
 @dataclass(frozen=True)
 class Rows:
-    """Outputs of a layer that are neurons: consecutive ones, or equally many from each of its shares.
-
-    Args:
-        layer: Path of the layer.
-        start: First output, in the layer or in each share.
-        size: Number of these outputs.
-        outputs: Number of all outputs of the layer; 0: only these.
-        shares: Number of equal shares, such as heads that hold q, k and v side by side; 1: consecutive outputs.
-    """
+    """Outputs of a layer that are neurons: consecutive ones, or equally many from each of its shares."""
 
     layer: str
-    start: int
+    start: int  # in the layer, or in each share
     size: int
-    outputs: int = 0
-    shares: int = 1
+    outputs: int = 0  # all outputs of the layer; 0: only these
+    shares: int = 1  # equal parts of the layer, such as heads that hold q, k and v side by side
 
     @property
     def layer_outputs(self) -> int:
@@ -97,28 +79,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class NeuronSite:
-    """Neurons that share one mask generator.
-
-    Args:
-        name: Path of the block that holds the site; unique with `kind`.
-        pooled: Path of the layer whose input is pooled for the generator.
-        in_features: Width of the pooled input.
-        output: Path of the layer that reads the neurons.
-        pooled_output: Pool the output of `pooled` instead (a feed-forward part that is called in chunks sees only a
-            share of the sequence).
-        pruning_mode: Name of one of `pruning_modes`.
-        is_gated_only: Only gated pruning modes can be exact, because of what lies between producers and `output`.
-        least_width: 1 where a dense cut must keep a neuron, else 0.
-    """
+    """Neurons that share one mask generator; `name` is the path of the block around them, unique with `kind`."""
 
     name: str
-    pooled: str
-    in_features: int
-    output: str
-    pooled_output: bool = field(default=False, kw_only=True)
-    pruning_mode: str = field(default="", kw_only=True)
-    is_gated_only: bool = field(default=False, kw_only=True)
-    least_width: int = field(default=0, kw_only=True)
+    pooled: str  # path of the layer whose input is pooled for the generator
+    in_features: int  # width of what is pooled
+    output: str  # path of the layer that reads the neurons
+    pooled_output: bool = field(default=False, kw_only=True)  # pool the output of `pooled` instead of its input
+    pruning_mode: str = field(default="", kw_only=True)  # one of `pruning_modes`
+    is_gated_only: bool = field(default=False, kw_only=True)  # what lies before `output` allows only gated modes
+    least_width: int = field(default=0, kw_only=True)  # 1 where a dense cut must keep a neuron
 
     kind = ""
 
@@ -208,21 +178,13 @@ class ChannelSite(NeuronSite):
     """Channels of convolutions. A neuron is a channel, or a whole group of a grouped convolution's.
 
     Masks close it where it is read: the bias of a norm would revive a channel that is closed before the norm.
-
-    Args:
-        channels: Number of channels.
-        size: Number of neurons.
-        producers: Paths of the convolutions or linear layers that make the channels; several where results are
-            added or multiplied (squeeze-and-excite).
-        passing: Paths of the norms and grouped convolutions that the channels pass through.
-        read_by: Paths of the layers that read the channels, each with its number of inputs.
     """
 
     channels: int = 0
-    size: int = 0
-    producers: tuple[str, ...] = ()
-    passing: tuple[str, ...] = ()
-    read_by: tuple[tuple[str, int], ...] = ()
+    size: int = 0  # number of neurons
+    producers: tuple[str, ...] = ()  # convolutions or linear layers; their results are added, or multiplied
+    passing: tuple[str, ...] = ()  # norms and grouped convolutions that the channels pass through
+    read_by: tuple[tuple[str, int], ...] = ()  # layers that read the channels, each with its number of inputs
 
     kind = "conv"
 
@@ -271,27 +233,20 @@ class ChannelSite(NeuronSite):
 class AttentionSite(NeuronSite):
     """Dimensions of an attention block: those that q and k share, and those of v.
 
-    Args:
-        query: Rows of q; `key_rows` and `value` are those of k and v.
-        heads: Number of query heads, which share `key_value_heads` heads of k and v.
-        head_dim: Width of a head's q and k.
-        is_rotary: q and k are rotated, which ties dimension j to j + head_dim / 2. A q.k neuron is then a frequency,
-            the same pair in all heads, since they read one table of angles.
-        head_dim_attribute: Attribute of the attention layer that holds the head width, or `None`.
-        width_attributes: Attributes of the layer that hold heads times head width.
-        head_tensors: Paths of other parameters whose last dimension counts the heads.
+    Rotation ties dimension j of q and k to j + head_dim / 2. A q.k neuron is then a frequency, the same pair in all
+    heads, since they read one table of angles.
     """
 
     query: Rows = Rows("", 0, 0)
     key_rows: Rows = Rows("", 0, 0)
     value: Rows = Rows("", 0, 0)
-    heads: int = 1
+    heads: int = 1  # of q, which share `key_value_heads` heads of k and v
     key_value_heads: int = 1
-    head_dim: int = 1
+    head_dim: int = 1  # width of a head's q and k
     is_rotary: bool = False
-    head_dim_attribute: str | None = None
-    width_attributes: tuple[str, ...] = ()
-    head_tensors: tuple[str, ...] = ()
+    head_dim_attribute: str | None = None  # of the attention layer: holds the head width
+    width_attributes: tuple[str, ...] = ()  # of the attention layer: hold heads times head width
+    head_tensors: tuple[str, ...] = ()  # paths of other parameters whose last dimension counts the heads
 
     kind = "attention"
 

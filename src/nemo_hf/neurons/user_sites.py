@@ -31,18 +31,11 @@ def model_sites(
     reason: str = "",
     known: Sequence[NeuronSite] | None = None,
 ) -> list[NeuronSite]:
-    """Returns the sites that the options describe, or else those that are found; weights may be on the meta device.
+    """The sites that the options describe, or else those that are found; weights may be on the meta device.
 
-    Args:
-        model: A plain classification model.
-        nemo_config: The options.
-        channels: Descriptions of the channels that running the model has found.
-        reason: Why others were not found, for the error message.
-        known: Sites that `find_sites` has found already.
-
-    Raises:
-        UnsupportedArchitectureError: If there is no site.
-        ValueError: If a description fits no layers, or layers of other widths.
+    `channels` describes those that running the model has found, `reason` says for an error why others were not found,
+    and `known` are sites that `find_sites` has found already. Raises UnsupportedArchitectureError if there is no site,
+    and ValueError if a description fits no layers, or layers of other widths.
     """
     layers = ModelLayers(model)
     if nemo_config.sites is None:
