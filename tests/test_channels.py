@@ -197,13 +197,11 @@ def test_files_hold_parent_and_module_and_a_cut_on_load_is_the_same(name, is_har
     module.save_pretrained(tmp_path / "module")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "parent")
     assert again.sites == parent.sites
-    read = []
-    original = WeightFiles.read
+    read, original = [], WeightFiles.read
 
     def counting(self, name, cut=None):
-        tensor = original(self, name, cut)
-        read.append(tensor.nbytes)
-        return tensor
+        read.append(original(self, name, cut))
+        return read[-1]
 
     monkeypatch.setattr(WeightFiles, "read", counting)
     cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=ASKED)
@@ -216,25 +214,20 @@ def test_files_hold_parent_and_module_and_a_cut_on_load_is_the_same(name, is_har
         assert torch.equal(again(**inputs).logits, parent(**inputs).logits)
         assert torch.equal(loaded(**inputs).logits, expected)
         assert torch.equal(cut(**inputs).logits, expected)
-    tensors = [*module.state_dict().values()]
-    masks = [mask.relevance for mask in parent.masks.site_masks()]
-    masks += [mask.mean_mask for mask in parent.masks.site_masks() if mask.mean_mask is not None]
-    assert sum(read) == sum(tensor.nbytes for tensor in [*tensors, *masks])
+    masks = [tensor for mask in parent.masks.site_masks() for tensor in (mask.relevance, mask.mean_mask)]
+    needed = [*module.state_dict().values(), *(tensor for tensor in masks if tensor is not None)]
+    assert sum(tensor.nbytes for tensor in read) == sum(tensor.nbytes for tensor in needed)
 
 
 def test_masks_and_weights_are_trained(tmp_path):
-    args = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=5, report_to="none", use_cpu=True, learning_rate=1e-2
-    )
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-2)
     samples = [{**s, "pixel_values": s["pixel_values"].repeat(1, 2, 2)} for s in image_samples(10)]
     trainer = NeMoTrainer(parent_of("resnet"), args, train_dataset=samples)
     before = {key: parameter.clone() for key, parameter in trainer.parent.named_parameters()}
     trainer.train()
-    moved = {key: not torch.equal(parameter, before[key]) for key, parameter in trainer.parent.named_parameters()}
-    generators = [is_moved for key, is_moved in moved.items() if key.endswith("generator.up.bias")]
-    assert generators == [True] * SITES["resnet"]
-    assert sum(moved.values()) > 0.9 * len(moved)
-    assert trainer.parent.config.relevance_source == "exact"
+    moved = {key for key, parameter in trainer.parent.named_parameters() if not torch.equal(parameter, before[key])}
+    assert {key for key in before if key.endswith("generator.up.bias")} <= moved
+    assert len(moved) > 0.9 * len(before)
 
 
 def test_a_site_without_channels_costs_one_that_is_zero():

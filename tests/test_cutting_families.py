@@ -218,18 +218,19 @@ def test_a_cut_on_load_reads_the_needed_slices_alone(tmp_path, monkeypatch):
     parent = parent_of("vit")
     parent.save_pretrained(tmp_path)
     whole = parent.extract_module(LABELS_CUT)
-    read = []
-    original = WeightFiles.read
+    read, original = [], WeightFiles.read
 
     def counting(self, name, cut=None):
-        tensor = original(self, name, cut)
-        read.append(tensor.nbytes)
-        return tensor
+        read.append(original(self, name, cut))
+        return read[-1]
 
     monkeypatch.setattr(WeightFiles, "read", counting)
     AutoModelForImageClassification.from_pretrained(tmp_path, labels=LABELS_CUT)
     relevance = sum(mask.relevance.nbytes for mask in parent.masks.site_masks())
-    assert sum(read) == sum(tensor.nbytes for tensor in whole.state_dict().values()) + relevance
+    assert (
+        sum(tensor.nbytes for tensor in read)
+        == sum(tensor.nbytes for tensor in whole.state_dict().values()) + relevance
+    )
 
 
 def test_sharded_parents_are_cut_on_load(tmp_path):

@@ -19,7 +19,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent, propose_sites
 from nemo_hf.cli.main import main
-from nemo_hf.models.extraction import make_plan
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.neurons.user_sites import build_user_sites
@@ -120,8 +119,13 @@ def test_a_described_model_gives_the_modules_of_one_that_is_known_by_name(vit):
         described.set_nemo_config(NeMoConfig())
 
 
-def test_sites_are_proposed_for_layers_of_any_name():
-    assert propose_sites(strange()) == STRANGE_SITES
+def test_sites_are_proposed_for_layers_of_any_name_and_the_model_stays_as_it_is():
+    model, state = strange().train(), torch.get_rng_state()
+    assert propose_sites(model) == STRANGE_SITES
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    assert all(map(torch.equal, model.parameters(), strange().parameters()))
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "swin"])
@@ -135,46 +139,24 @@ def test_proposals_agree_with_what_is_known_by_name(family):
         assert getattr(site, "heads", 0) == getattr(known[site.output], "heads", 0)
 
 
-def test_proposing_leaves_no_hook_and_no_mode_behind(vit):
-    vit.train()
-    before = {name: parameter.clone() for name, parameter in vit.named_parameters()}
-    state = torch.get_rng_state()
-    propose_sites(vit)
-    assert vit.training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in vit.modules())
-    assert all(torch.equal(parameter, before[name]) for name, parameter in vit.named_parameters())
-
-
 def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
     config = NeMoConfig(sites=STRANGE_SITES, relevance_threshold=0.6)
-    args = TrainingArguments(
-        str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=10, report_to="none", use_cpu=True
-    )
-    samples = image_samples()
-    trainer = NeMoTrainer(strange(), args, train_dataset=samples, eval_dataset=samples, nemo_config=config)
-    assert {site.kind: site.pruning_mode for site in trainer.parent.sites} == {"attention": "scatter", "ffn": "dense"}
-    assert trainer.parent.config.equivalence["status"] == "verified"
+    args = TrainingArguments(str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True)
+    trainer = NeMoTrainer(strange(), args, train_dataset=image_samples(10), nemo_config=config)
+    parent = trainer.parent
+    assert {site.kind: site.pruning_mode for site in parent.sites} == {"attention": "scatter", "ffn": "dense"}
     trainer.train()
-    parent = trainer.parent.eval()
-    randomize_relevance(parent)
+    randomize_relevance(parent.eval())
     module = parent.extract_module(["ship", "cat"])
-    inputs = random_inputs(parent)
+    assert module.config.equivalence["status"] == "verified"
+    trainer.save_model(str(tmp_path / "parent"))
+    module.save_pretrained(tmp_path / "module")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=["ship", "cat"], verify=True)
     with torch.no_grad():
-        static = make_plan(parent, ["ship", "cat"]).static
-        expected = parent(**inputs, static_masks=static).logits[:, [3, 0]]
-        opened = parent(**inputs, static_masks=parent.masks.open_masks()).logits[:, [3, 0]]
-        got = module(**inputs).logits
-        assert torch.allclose(got, expected, atol=1e-5)
-        assert (opened - expected).abs().max() > 1e-2
-        trainer.save_model(str(tmp_path / "parent"))
-        module.save_pretrained(tmp_path / "module")
-        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
-        cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=["ship", "cat"], verify=True)
-        assert torch.equal(loaded(**inputs).logits, got)
-        assert torch.equal(cut(**inputs).logits, got)
-    stored = json.loads((tmp_path / "parent" / "config.json").read_text())
-    assert stored["nemo_config"]["sites"] == STRANGE_SITES
+        got, *others = (model(**random_inputs(parent)).logits for model in (module, loaded, cut))
+    assert all(torch.equal(other, got) for other in others)
+    assert json.loads((tmp_path / "parent" / "config.json").read_text())["nemo_config"]["sites"] == STRANGE_SITES
 
 
 def test_without_the_class_a_file_says_what_to_register(tmp_path, monkeypatch):
@@ -218,23 +200,18 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
 
 BAD = [
     ({"kind": "pooling", "output": "a"}, "expected a mapping with 'kind'"),
-    ({"kind": "conv", "output": "a"}, "expected the keys"),
     ({"kind": "conv", "producers": ["a"], "readers": []}, "expected a list of layers"),
-    ({"kind": "conv", "producers": ["a"], "readers": "b"}, "expected a list of layers"),
     ({"kind": "conv", "producers": ["a"], "readers": ["b"], "passing": [1]}, "expected paths of layers"),
     ("vit.layers.0", "expected a mapping with 'kind'"),
     ({"kind": "ffn", "output": "a"}, "expected the keys"),
     ({"kind": "ffn", "producers": "a", "output": "b"}, "expected a list of layers"),
-    ({"kind": "ffn", "producers": [], "output": "b"}, "expected a list of layers"),
     ({"kind": "ffn", "producers": ["a"], "output": 3}, "expected paths of layers"),
-    ({"kind": "ffn", "fused": "a", "output": "b"}, "expected the keys"),
     ({"kind": "attention", "query": "a", "key": "b", "output": "c"}, "expected the keys"),
     ({"kind": "attention", "fused": "a", "output": "c", "heads": 0}, "expected a positive integer"),
     ({"kind": "attention", "fused": "a", "output": "c", "layout": "mixed"}, "expected one of"),
     ({"kind": "attention", "fused": "a", "output": "c", "colour": "red"}, "expected the keys"),
     ({"kind": "ffn", "producers": ["a"], "output": "*" * 9 + ".@"}, "one whole part of a path"),
     ({"kind": "ffn", "producers": ["a.*_b"], "output": "a.*.b"}, "one whole part of a path"),
-    ({"kind": "ffn", "producers": ["a"], "output": "b", "pooled": "c.**"}, "one whole part of a path"),
 ]
 
 
@@ -286,16 +263,12 @@ def test_impossible_heads_the_same_site_twice_and_no_site_at_all_are_refused(vit
         make_parent(vit, NeMoConfig(sites=[VIT_SITES[1]], targets=["attention"]))
 
 
-def test_options_with_sites_survive_a_file(tmp_path):
-    config = NeMoConfig(sites=VIT_SITES)
-    config.to_json_file(tmp_path / "options.json")
-    assert NeMoConfig.from_json_file(tmp_path / "options.json") == config
-
-
 def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
     vit.save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--propose"]) == 0
     printed = capsys.readouterr().out
     options = json.loads(printed[: printed.index("\n}") + 2])
     assert options == {"sites": VIT_SITES}
+    NeMoConfig(**options).to_json_file(tmp_path / "options.json")
+    assert NeMoConfig.from_json_file(tmp_path / "options.json") == NeMoConfig(sites=VIT_SITES)
     assert "equivalence check: verified" in printed
