@@ -157,7 +157,7 @@ def test_a_dense_rotary_module_can_be_cast_and_keeps_its_indices(dtype):
     torch.testing.assert_close(logits(module).float(), exact, **close)
 
 
-@pytest.mark.parametrize("labels", [["cat"], ["frog", "cat", "dog"], [4, 0], list(range(5))])
+@pytest.mark.parametrize("labels", [["frog", "cat", "dog"], [4, 0]])
 def test_the_head_has_the_labels_in_the_order_asked_for(labels):
     parent = parent_of("vit")
     module = parent.extract_module(labels)
@@ -231,16 +231,6 @@ def test_a_cut_on_load_reads_the_needed_slices_alone(tmp_path, monkeypatch):
         sum(tensor.nbytes for tensor in read)
         == sum(tensor.nbytes for tensor in whole.state_dict().values()) + relevance
     )
-
-
-def test_sharded_parents_are_cut_on_load(tmp_path):
-    parent = parent_of("bert")
-    parent.save_pretrained(tmp_path, max_shard_size="30KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path, labels=LABELS_CUT)
-    assert torch.equal(logits(cut), logits(parent.extract_module(LABELS_CUT)))
-    parent.save_pretrained(tmp_path)
-    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
 
 
 def test_groups_stand_for_their_labels():

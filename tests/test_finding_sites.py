@@ -164,3 +164,8 @@ def test_the_head_is_not_the_layer_before_it(vit):
 def test_options_choose_the_kinds_of_sites(vit):
     for kind in ("attention", "ffn"):
         assert [site.kind for site in find_sites(vit, [kind])] == [kind] * 2
+
+
+def test_a_model_is_walked_once_instead_of_path_by_path(bert, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "get_submodule", lambda self, path: pytest.fail(f"looked {path} up"))
+    assert len(find_sites(bert)) == 4

@@ -34,7 +34,7 @@ class ModelLayers:
 
 
 def channel_site(
-    layers: ModelLayers, name: str, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
+    layers: ModelLayers, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
 ) -> ChannelSite | None:
     """Builds the site of a convolution's channels, or returns `None` if the layers' widths are not those of one."""
     channels, width = (_produced(layers.by_path[producers[0]]) or (0, 1))[0], 1
@@ -48,7 +48,7 @@ def channel_site(
     if any(width % made[1] for made in mixed if made) or any(not read or read % channels for _, read in read_by):
         return None
     return ChannelSite(
-        name=name,
+        name=producers[0],
         pooled=readers[0],
         in_features=channels,
         output=readers[0],

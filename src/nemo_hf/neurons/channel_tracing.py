@@ -83,12 +83,11 @@ def _joined(groups: list[Channels]) -> list[Channels]:
         same = [other for other in joined if set(other.readers) & set(group.readers)]
         same += [o for o in joined if o not in same and set(o.passing) & set(group.passing)]
         parts = (*same, group)
-        merged = Channels(
-            layers=list(dict.fromkeys(path for part in parts for path in part.layers)),
-            passing=list(dict.fromkeys(path for part in parts for path in part.passing)),
-            readers=list(dict.fromkeys(path for part in parts for path in part.readers)),
-            reason=next((part.reason for part in parts if part.reason), ""),
+        layers, passing, readers = (
+            list(dict.fromkeys(path for part in parts for path in getattr(part, name)))
+            for name in ("layers", "passing", "readers")
         )
+        merged = Channels(layers, passing, readers, next((part.reason for part in parts if part.reason), ""))
         joined = [other for other in joined if other not in same] + [merged]
     return joined
 
@@ -121,8 +120,7 @@ class _MarkedRuns:
         self.layers = dict(model.named_modules())
         self.inputs = {name: value[:1].to(model.device) for name, value in inputs.items()}
         self.order: list[str] = []
-        self.results: dict[str, tuple[int, int]] = {}
-        """Number of channels and of dimensions of each layer's result."""
+        self.results: dict[str, tuple[int, int]] = {}  # channels and dimensions of each layer's result
         self.found: Channels | None = None
         self.marks = torch.zeros(0, dtype=torch.bool)
         self.passes_on: set[str] = set()

@@ -1,10 +1,9 @@
 """Proposes `NeMoConfig(sites=...)` for an unknown architecture, from what changes when one output is perturbed.
 
-1. Perturb one output of a linear layer at one token, and see how the inputs of later linear layers change.
-2. A unit changes one input of the next such layer, at that token. A value changes one (or one for each query head that
-   shares it) at other tokens too. A query changes a whole head at that token, a key a whole head at others too.
-3. Other layers could look the same. So the widths must fit, and the equivalence check decides whether they are cut
-   exactly; that they are what they are called is only likely.
+A perturbed unit changes one input of the next linear layer that reads it, at the same token; a value one (or one for
+each query head that shares it) at other tokens too; a query a whole head at the same token; a key a whole head at
+others too. Other layers could look the same, so widths must fit, and the equivalence check decides whether the layers
+are cut exactly; that they are what they are called is only likely.
 """
 
 import json
@@ -24,10 +23,8 @@ from .trial_calls import evaluating, on_device
 from .trial_inputs import random_inputs
 from .user_sites import PATHS, build_user_sites
 
-PERTURBATION = 3.0
-"""Change of an output; large, so that it shows behind a softmax."""
-SMALLEST_CHANGE = 1e-5
-"""Smallest change that counts, relative to the largest input."""
+PERTURBATION = 3.0  # large, so that it shows behind a softmax
+SMALLEST_CHANGE = 1e-5  # that counts, relative to the largest input
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,7 @@ class _Perturbed:
         self.order: list[str] = []
         self.reads: dict[str, Tensor] = {}
         self.plain: dict[str, Tensor] = {}
-        self.target: tuple[str, int] | None = None
-        """The layer and the one of its outputs that is perturbed."""
+        self.target: tuple[str, int] | None = None  # a layer and the one of its outputs that is perturbed
 
     @contextmanager
     def running(self) -> Iterator["_Perturbed"]:

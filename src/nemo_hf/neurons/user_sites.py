@@ -146,7 +146,7 @@ def _channel_site(layers: ModelLayers, description: Mapping[str, Any]) -> Neuron
     producers, passing, readers = description["producers"], description.get("passing", []), description["readers"]
     for path in (*producers, *passing, *readers):
         _check_layer(layers, path, is_linear=False)
-    site = channel_site(layers, producers[0], producers, passing, readers)
+    site = channel_site(layers, producers, passing, readers)
     if site is None:
         raise ValueError(
             f"Got channels made by {list(producers)}, passed on by {list(passing)} and read by {list(readers)}; "
