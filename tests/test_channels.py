@@ -321,7 +321,7 @@ def test_a_damaged_list_of_sites_is_refused(damage, message, tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
-def test_kinds_that_a_parent_has_not_may_be_asked_for_again(vit):
+def test_targets_that_a_model_does_not_have_make_no_difference(vit):
     parent = make_parent(vit, NeMoConfig(targets=["attention", "ffn"]))
     assert all(set(entry) == {"key", "pruning_mode"} for entry in parent.config.sites)
     parent.set_nemo_config(NeMoConfig(warmup_ratio=0.3))

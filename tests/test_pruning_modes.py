@@ -129,10 +129,10 @@ def test_a_model_that_does_not_run_on_the_inputs_is_refused(vit):
     with pytest.raises(
         ValueError,
         match=r"^Got ViTForImageClassification, which does not run on pixel_values of shape \(2, 3, 20, 20\): .*make_p",
-    ) as told:
+    ) as refused:
         make_parent(vit, inputs={"pixel_values": torch.zeros(2, 3, 20, 20)})
-    assert not isinstance(told.value, UnsupportedArchitectureError)  # other inputs may do
-    assert isinstance(told.value.__cause__, ValueError)
+    assert not isinstance(refused.value, UnsupportedArchitectureError)  # other inputs may do
+    assert isinstance(refused.value.__cause__, ValueError)
     assert hooks_of(vit) == 0
     assert vit.training
 
