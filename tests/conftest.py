@@ -1,4 +1,4 @@
-"""Tiny random models of the nine families, and small data; everything offline."""
+"""Tiny random models of ten families, parents of them, and small data; everything offline."""
 
 import copy
 import importlib
@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AlbertConfig,
@@ -38,6 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import nemo_hf.evaluation.latency
+from nemo_hf import NeMoConfig, make_parent
 
 torch.set_num_threads(1)  # the models are too small to share out
 nemo_hf.evaluation.latency.LATENCY_RUNS = 2  # no test looks at how fast anything is
@@ -87,13 +89,24 @@ FAMILIES = {
 }
 
 
-def build(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model with larger weights than at initialisation, so that masks move its logits."""
+def tiny(class_name: str, **sizes) -> PreTrainedModel:
+    """A model of a class of transformers with five labels, as its configuration initialises it."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, class_name)
+    return model_class(model_class.config_class(**{**sizes, **NAMES})).eval()
+
+
+def randomize(model: PreTrainedModel, spread: float = 0.15, seed: int = 0) -> PreTrainedModel:
+    """Draws larger weights than at initialisation, so that masks move the logits; the model in eval mode."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.3)
+        torch.nn.init.normal_(parameter, std=spread if parameter.ndim > 1 else 0.3)
     return model.eval()
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of a family, randomized."""
+    return randomize(FAMILIES[family](), seed=seed)
 
 
 _BUILT: dict[str, PreTrainedModel] = {}
@@ -106,7 +119,29 @@ def fresh(family: str) -> PreTrainedModel:
     return copy.deepcopy(_BUILT[family])
 
 
-@pytest.fixture(params=list(FAMILIES))
+_PARENTS: dict[str, PreTrainedModel] = {}
+
+
+def parent_of(family: str, **options) -> PreTrainedModel:
+    """A copy of the family's parent in eval mode with a random relevance; trial cuts run once a session.
+
+    `options` are those of `NeMoConfig`; the threshold is 0.6 unless they say otherwise.
+    """
+    config = NeMoConfig(**{"relevance_threshold": 0.6, **options})
+    key = family + repr(config.to_dict())
+    if key not in _PARENTS:
+        _PARENTS[key] = make_parent(fresh(family), config).eval()
+        randomize_relevance(_PARENTS[key])
+    return copy.deepcopy(_PARENTS[key])
+
+
+SIMILAR_FAMILIES = ("deit", "distilbert", "roberta", "vit")
+"""Families whose layers are arranged as those of another one here, up to names."""
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.sweep if name in SIMILAR_FAMILIES else ()) for name in FAMILIES]
+)
 def plain(request) -> PreTrainedModel:
     return fresh(request.param)
 

@@ -1,8 +1,7 @@
-"""From a plain model to a parent: which layers hold neurons, and how they are cut exactly, found by trying.
+"""Turns a plain model into a parent, and finds by trial cuts which pruning mode is exact for each of its sites.
 
-Names propose sites; trying decides. A site that the model never runs is left out. Each class of layers takes the
-first pruning mode under which a random cut keeps the equivalence check, on a copy of the
-model with lively random weights.
+Layer names only suggest sites. A site that the model never runs is left out. Sites in layers of one class take the
+first pruning mode under which a random cut passes the equivalence check, on a copy of the model with random weights.
 """
 
 import copy
@@ -18,15 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nemo_hf.config import TARGETS, LabelLike, NeMoConfig
-from nemo_hf.neurons.channel_tracing import find_channels
+from nemo_hf.neurons.channel_tracing import ChannelSearch, find_channels
 from nemo_hf.neurons.patterns import find_heads, find_sites
-from nemo_hf.neurons.sites import (
-    SCATTER_GATED,
-    AttentionSite,
-    NeuronSite,
-    UnsupportedArchitectureError,
-    with_pruning_modes,
-)
+from nemo_hf.neurons.sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_pruning_modes
 from nemo_hf.neurons.trial_calls import check_runs, first_line, reached_sites, rectified_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.neurons.user_sites import build_user_sites, model_sites
@@ -39,19 +32,13 @@ from .extraction import CutSource, ModulePlan, build_module, read_tensor
 
 logger = logging.getLogger(__name__)
 
-ROUNDING_SHARE = 0.1
-"""Differences below this share of the tolerance are rounding, however little a mask does."""
-ROUNDING_FACTOR = 10
-"""Errors of pruning modes that differ by less than this factor are alike."""
-CLEAR_SHARE = 3e-5
-"""A difference below this share of what the mask does is rounding: the pruning mode is taken at once."""
-POOLED_TOLERANCE = 1e-5
-"""Largest difference of a sample's soft masks in two batches."""
-SPREADS = (0.85, 1.2, 1.7, 2.4)
-"""Spreads of random weights, relative to the inverse root of a layer's inputs, tried one after another."""
+ROUNDING_SHARE = 0.1  # of the tolerance: smaller differences are rounding, however little a mask does
+CLEAR_SHARE = 3e-5  # of the mask's effect: a pruning mode with a smaller difference is taken at once
+LARGEST_SHARE = 1e-2  # of the mask's effect: a larger difference is an error; between the two the least one counts
+ROUNDING_FACTOR = 10  # differences of pruning modes that differ by less than this count as equal
+POOLED_TOLERANCE = 1e-5  # largest difference of a sample's soft masks in two batches
+SPREADS = (0.85, 1.2, 1.7, 2.4)  # of random weights, relative to the inverse root of a layer's inputs
 VECTOR_SPREAD = 0.35
-LARGEST_SHARE = 1e-2
-"""A difference above this share is none; between the two the pruning mode with the smallest one is taken."""
 
 
 def make_parent(
@@ -60,13 +47,13 @@ def make_parent(
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> NeMoPreTrainedModel:
-    """Attaches masks to a plain model and finds, by cutting it at random, the pruning modes that are exact.
+    """Attaches masks to a plain model and finds, by random trial cuts, the pruning modes that are exact.
 
     Args:
         model: A classification model of `transformers`; it becomes part of the parent.
         nemo_config: The options; `None` takes the defaults.
         label_groups: Groups in place of `nemo_config.label_groups`.
-        inputs: A few samples to try cuts on; `None` draws random ones.
+        inputs: A few samples for the trials; `None` draws random ones.
 
     Returns:
         The parent.
@@ -82,16 +69,22 @@ def make_parent(
     find_heads(model, model.config.num_labels or 0)
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     check_runs(model, inputs)
-    traced, reason = _traced_sites(model, nemo_config, inputs)
+    known = find_sites(model, nemo_config.targets, None) if nemo_config.sites is None else []
+    channels = ChannelSearch([], {})
+    if "conv" in nemo_config.targets and nemo_config.sites is None:
+        channels = find_channels(model, inputs, known)
+    found = model_sites(model, nemo_config, channels.sites, channels.explanation, known)
     try:
-        parent, found = _tried(model, nemo_config, label_groups, inputs, traced, reason)
+        parent = _try_sites(model, nemo_config, label_groups, inputs, found)
     except UnsupportedArchitectureError as error:
-        exact = [one for one in traced if _is_exact_alone(model, nemo_config, inputs, one)]
-        if len(exact) == len(traced):
+        exact = [one for one in channels.sites if _is_exact_alone(model, nemo_config, inputs, one)]
+        left_out = len(channels.sites) - len(exact)
+        if not left_out:
             raise
-        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, len(traced) - len(exact))
-        parent, found = _tried(model, nemo_config, label_groups, inputs, exact, reason)
-    gated = [site.key for site in parent.sites if site.pruning_mode == SCATTER_GATED.name and not site.is_gated_only]
+        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, left_out)
+        found = model_sites(model, nemo_config, exact, channels.explanation, known)
+        parent = _try_sites(model, nemo_config, label_groups, inputs, found)
+    gated = [site.key for site in parent.sites if site.pruning_mode == "scatter-gated" and not site.is_gated_only]
     if nemo_config.sites is not None and gated:
         logger.warning(
             "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
@@ -99,22 +92,23 @@ def make_parent(
             gated,
         )
     kinds = {site.kind for site in parent.sites}
-    # No model has all kinds of neurons; those that were asked for by name, or found, are missed.
-    if kinds != ({site.kind for site in found} if tuple(nemo_config.targets) == TARGETS else set(nemo_config.targets)):
+    # No model has all kinds of neurons: a warning is due where kinds that were found, or asked for, are missing.
+    expected = {site.kind for site in found} if nemo_config.has_generators else kinds
+    if tuple(nemo_config.targets) != TARGETS:
+        expected = set(nemo_config.targets)
+    if kinds != expected:
         logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
     return parent
 
 
-def _tried(
+def _try_sites(
     model: PreTrainedModel,
     nemo_config: NeMoConfig,
     label_groups: Mapping[str, Sequence[LabelLike]] | None,
     inputs: Mapping[str, Tensor],
-    traced: Sequence[Mapping[str, Any]],
-    reason: str,
-) -> tuple[NeMoPreTrainedModel, list[NeuronSite]]:
-    """The parent with pruning modes that are exact, and all sites that were found."""
-    found = model_sites(model, nemo_config, traced, reason)
+    found: Sequence[NeuronSite],
+) -> NeMoPreTrainedModel:
+    """The parent with those of the sites that the model runs, and with pruning modes that are exact."""
     reached = reached_sites(model, found, inputs)
     if not reached:
         raise UnsupportedArchitectureError(
@@ -122,81 +116,93 @@ def _tried(
             "without calling these layers; expected layers that are called. Choose another architecture."
         )
     if not nemo_config.has_generators:
-        found = reached = rectified_sites(model, reached, inputs)
+        reached = rectified_sites(model, reached, inputs)
     parent = attach_masks(model, nemo_config, label_groups, reached)
     try:
-        twin = _lively_twin(parent, inputs)
-        _find_pruning_modes(twin, inputs)
-        _check_samples(twin, inputs)
-        parent.set_sites(twin.sites)
+        randomized = _randomized_copy(parent, inputs)
+        _find_pruning_modes(randomized, inputs)
+        _check_samples(randomized, inputs)
+        parent.set_sites(randomized.sites)
         share, failure = _trial(parent, inputs, parent.sites)
         if share > LARGEST_SHARE:
             raise _refusal(parent, parent.sites[0], f"the model's own weights show an error ({failure})")
     except BaseException:  # also when the user interrupts: the plain model is given back as it was
         parent.detach_masks()
         raise
-    return parent, found
+    return parent
 
 
 def _is_exact_alone(
-    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], traced: Mapping[str, Any]
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> bool:
-    """Whether channels that were found can be cut when nothing else is."""
-    parent = attach_masks(model, nemo_config, None, build_user_sites(model, traced))
+    """Whether the channels of one description can be cut when nothing else is."""
+    parent = attach_masks(model, nemo_config, None, build_user_sites(model, description))
     try:
-        return _trial(_lively_twin(parent, inputs), inputs, parent.sites)[0] <= LARGEST_SHARE
+        return _trial(_randomized_copy(parent, inputs), inputs, parent.sites)[0] <= LARGEST_SHARE
     finally:
         parent.detach_masks()
 
 
-def _traced_sites(
-    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor]
-) -> tuple[list[dict[str, Any]], str]:
-    """Descriptions of channels that can be cut, as far as they are wanted, and why others can't."""
-    if "conv" not in nemo_config.targets or nemo_config.sites is not None:
-        return [], ""
-    found = find_channels(model, inputs, find_sites(model, nemo_config.targets, None))
-    return found.sites, found.told
-
-
-def _lively_twin(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
+def _randomized_copy(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
     """A copy with random weights, large enough for each kind of neurons to move the logits visibly.
 
     What is exact must not depend on the weights: fresh ones hide errors, as norms that do nothing yet do.
     """
-    best: tuple[float, NeMoPreTrainedModel] | None = None
+    randomized: NeMoPreTrainedModel = copy.deepcopy(parent).float()
+    effects: dict[float, float] = {}
     for spread in SPREADS:
-        # Through training mode, in which models drop what they keep of their weights (LeViT's position biases).
-        twin: NeMoPreTrainedModel = copy.deepcopy(parent).float().train().eval()
-        generator = torch.Generator().manual_seed(0)
-        for parameter in twin.model.parameters():
-            width = parameter[0].numel() if parameter.ndim > 1 else 1
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(noise * (spread * width**-0.5 if parameter.ndim > 1 else VECTOR_SPREAD * spread))
-        parts = dict.fromkeys((site.kind, part) for site in twin.sites for part in site.parts)
-        effect = min(_relative_effect(twin, inputs, kind, part) for kind, part in parts)
-        if best is None or effect > best[0]:
-            best = (effect, twin)
-        if effect > EFFECT_FACTOR:
-            break
-    assert best is not None
-    return best[1]
+        _draw_weights(randomized, spread)
+        effects[spread] = _smallest_effect(randomized, inputs)
+        if effects[spread] > EFFECT_FACTOR:
+            return randomized
+    _draw_weights(randomized, max(SPREADS, key=effects.__getitem__))
+    return randomized
+
+
+def _draw_weights(parent: NeMoPreTrainedModel, spread: float) -> None:
+    # In training mode models drop what they keep of their weights (LeViT's position biases).
+    parent.train()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parent.model.parameters():
+        width = parameter[0].numel() if parameter.ndim > 1 else 1
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(noise * (spread * width**-0.5 if parameter.ndim > 1 else VECTOR_SPREAD * spread))
+    parent.eval()
+
+
+def _half_closed(parent: NeMoPreTrainedModel) -> list[tuple[str, dict[str, Tensor]]]:
+    """For each kind and part of neurons: the kind, and static masks that close about half of that part."""
+    found = []
+    for kind, part in dict.fromkeys((site.kind, part) for site in parent.sites for part in site.parts):
+        keep = random_keep(parent.sites, {site.key for site in parent.sites if site.kind == kind}, part)
+        static = static_masks(parent.sites, keep)
+        found.append((kind, {key: mask.to(parent.device) for key, mask in static.items()}))
+    return found
 
 
 @torch.no_grad()
-def _relative_effect(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], kind: str, part: str) -> float:
-    """What closing about half of some neurons does to the logits, in tolerances of the equivalence check."""
+def _smallest_effect(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
+    """Least that closing half of a part does to the logits, in tolerances of the equivalence check."""
     assert parent.masks is not None
-    keep = random_keep(parent.sites, {site.key for site in parent.sites if site.kind == kind}, part)
-    masked, opened = _logits(parent, inputs, static_masks(parent.sites, keep), parent.masks.open_masks())
-    effect = (masked - opened).abs().max().item() / (EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item()))
-    return effect if math.isfinite(effect) else 0.0
+    masks = [parent.masks.open_masks(), *(static for _, static in _half_closed(parent))]
+    opened, *masked = _logits(parent, inputs, *masks)
+    tolerance = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
+    effects = [(logits - opened).abs().max().item() / tolerance for logits in masked]
+    return min(effect if math.isfinite(effect) else 0.0 for effect in effects)
 
 
 def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    if all(_trial(parent, inputs, part)[0] < CLEAR_SHARE for part in (*_kinds(parent), parent.sites)):
+    """Sets the pruning modes that are exact; the first ones are tried all together before any is tried alone."""
+    kinds = {site.kind for site in parent.sites}
+    # By kind as well, if there are several: the effect of one kind could hide an error of another.
+    parts = [[s for s in parent.sites if s.kind == kind] for kind in sorted(kinds)] if len(kinds) > 1 else []
+    if all(_trial(parent, inputs, part)[0] < CLEAR_SHARE for part in (*parts, parent.sites)):
         return
-    for part in _alike(parent):
+    groups: dict[Any, list[NeuronSite]] = {}  # sites in layers of one class share a pruning mode
+    for site in parent.sites:
+        layer = type(parent.model.get_submodule(site.name))
+        groups.setdefault((site.kind, layer, site.pruning_modes), []).append(site)
+    for part in groups.values():
         trials = []
         for pruning_mode in part[0].pruning_modes:
             parent.set_sites(with_pruning_modes(parent.sites, {site.key: pruning_mode.name for site in part}))
@@ -206,24 +212,9 @@ def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor
         least, failure, _ = min(trials)
         if least > LARGEST_SHARE:
             raise _refusal(parent, part[0], f"no pruning mode cuts them exactly ({failure})")
-        # Among those whose error is rounding alike, the one with the smallest modules.
+        # Of those with about the same rounding error, the one with the smallest modules.
         name = next(name for share, _, name in trials if share <= max(CLEAR_SHARE, ROUNDING_FACTOR * least))
         parent.set_sites(with_pruning_modes(parent.sites, {site.key: name for site in part}))
-
-
-def _kinds(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
-    """Sites by kind, if there are several: the effect of one kind could hide an error of the other."""
-    kinds = dict.fromkeys(site.kind for site in parent.sites)
-    return [[s for s in parent.sites if s.kind == kind] for kind in kinds] if len(kinds) > 1 else []
-
-
-def _alike(parent: NeMoPreTrainedModel) -> list[list[NeuronSite]]:
-    """Sites in layers of the same class, which share a pruning mode."""
-    groups: dict[Any, list[NeuronSite]] = {}
-    for site in parent.sites:
-        layer = type(parent.model.get_submodule(site.name))
-        groups.setdefault((site.kind, layer, site.pruning_modes), []).append(site)
-    return list(groups.values())
 
 
 def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
@@ -265,29 +256,17 @@ def _trial_of_part(
 
 
 def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """Draws kept neurons to try a cut with: about half of each chosen site, and no values of its first head.
+    """Draws neurons to keep in a trial cut, by site key and part; the same ones in each call.
 
-    Args:
-        sites: The sites.
-        chosen: Keys of those that are cut; the others keep all.
-        part: The only part of these that is cut; `None` cuts all parts.
-
-    Returns:
-        Site key to part to kept neurons.
+    About half of each site in `chosen` stays, and no values of its first head; `part` is the only part that is cut,
+    `None` cuts all. Other sites stay whole.
     """
     generator = torch.Generator().manual_seed(0)
     keep: dict[str, dict[str, Tensor]] = {}
     for site in sites:
         kept = {name: torch.rand(size, generator=generator) < 0.5 for name, size in site.parts.items()}
-        if isinstance(site, AttentionSite) and site.key_value_heads > 1:
-            kept["value"][: site.value_dim] = False
-            if not site.is_rotary:
-                kept["query_key"][: site.query_key_dims] = False
-        if isinstance(site, AttentionSite):  # no head stays whole, or its width would show nothing
-            for head in range(site.key_value_heads):
-                kept["value"][head * site.value_dim + head % site.value_dim] = False
-            for head in range(site.query_key_heads):
-                kept["query_key"][head * site.query_key_dims + head % site.query_key_dims] = False
+        if isinstance(site, AttentionSite):
+            _close_heads(site, kept)
         if part == "query_key" and isinstance(site, AttentionSite):
             # Every other one, in turn from head to head: no two neighbours or partners are closed by chance.
             order = torch.arange(site.parts[part])
@@ -298,6 +277,18 @@ def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None 
     return keep
 
 
+def _close_heads(site: AttentionSite, kept: dict[str, Tensor]) -> None:
+    """Closes the first head, if there are several, and one dimension of each: a whole head's width shows nothing."""
+    if site.key_value_heads > 1:
+        kept["value"][: site.value_dim] = False
+        if not site.is_rotary:
+            kept["query_key"][: site.query_key_dims] = False
+    for head in range(site.key_value_heads):
+        kept["value"][head * site.value_dim + head % site.value_dim] = False
+    for head in range(site.query_key_heads):
+        kept["query_key"][head * site.query_key_dims + head % site.query_key_dims] = False
+
+
 @torch.no_grad()
 def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     """Refuses models whose masks do nothing, or in which the mask of one sample reaches the logits of another."""
@@ -305,25 +296,23 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     if samples == 1:
         return
     assert parent.masks is not None
-    first = torch.arange(samples, device=parent.device) == 0
+    first = {site.kind: site for site in reversed(parent.sites)}
+    is_masked = torch.arange(samples, device=parent.device) == 0
     effects: dict[str, float] = {}
-    for kind, part in dict.fromkeys((site.kind, part) for site in parent.sites for part in site.parts):
-        chosen = [site for site in parent.sites if site.kind == kind]
-        keep = random_keep(parent.sites, {site.key for site in chosen}, part)
-        static = {key: mask.to(parent.device) for key, mask in static_masks(parent.sites, keep).items()}
-        mixed = {key: torch.where(first[:, None], mask, 1.0) for key, mask in static.items()}
+    for kind, static in _half_closed(parent):
+        mixed = {key: torch.where(is_masked[:, None], mask, 1.0) for key, mask in static.items()}
         masked, opened, got = _logits(parent, inputs, static, parent.masks.open_masks(), mixed)
-        expected = torch.where(first.view(-1, *(1,) * (masked.ndim - 1)), masked, opened)
+        expected = torch.cat([masked[:1], opened[1:]])
         effect = (masked - opened).abs().max().item()
         effects[kind] = max(effects.get(kind, 0.0), effect)
         rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
         if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
-            raise _refusal(parent, chosen[0], "the mask of one sample reaches the logits of another")
+            raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
     _check_pooled(parent, inputs)
     for kind, effect in effects.items():
         if effect == 0 and bool((opened != opened[:1]).any()):
-            site = next(site for site in parent.sites if site.kind == kind)
-            raise _refusal(parent, site, "closing half of them leaves all logits as they are, so no cut can be checked")
+            reason = "closing half of them leaves all logits as they are, so no cut can be checked"
+            raise _refusal(parent, first[kind], reason)
 
 
 def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:

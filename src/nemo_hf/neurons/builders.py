@@ -1,11 +1,11 @@
-"""Building sites from layers that are found: how q, k, v and units lie in the outputs of their layers."""
+"""Builds neuron sites from the paths of layers: how q, k, v and units lie in the outputs of these layers."""
 
 import inspect
 import re
 from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .sites import CHANNEL_NORMS, AttentionSite, ChannelSite, FeedForwardSite, Rows, layer_features
@@ -20,58 +20,60 @@ LATENT_ATTRIBUTES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 HEAD_NORM = re.compile(r"([qk](uery|ey)?_?(layer_?)?norm)|(norm_[qk])")
 
 
-def channel_site(
-    model: nn.Module, name: str, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
-) -> ChannelSite | None:
-    """Builds the site of a convolution's channels.
+class ModelLayers:
+    """A model's layers by path, collected once: looking paths up one by one in the model is slow.
 
-    Args:
-        model: The model.
-        name: Name of the site.
-        producers: Paths of the convolutions or linear layers that make the channels.
-        passing: Paths of the batch norms and grouped convolutions that they pass through.
-        readers: Paths of the convolutions and linear layers that read them, in the order in which they run.
-
-    Returns:
-        The site, or `None` if these are other layers, or their widths are not those of the same channels.
+    `unique` names each layer once, `by_path` by all of its paths; `linear` holds (inputs, outputs) of linear layers.
     """
-    channels, width = (_made(model.get_submodule(producers[0])) or (0, 1))[0], 1
-    for path in (*producers, *passing):
-        made = _made(model.get_submodule(path), may_be_grouped=path in passing)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config: PreTrainedConfig = model.config
+        self.unique = dict(model.named_modules())
+        self.by_path = dict(model.named_modules(remove_duplicate=False))
+        self.linear = {path: size for path, layer in self.by_path.items() if (size := layer_features(layer))}
+
+
+def channel_site(
+    layers: ModelLayers, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
+) -> ChannelSite | None:
+    """Builds the site of a convolution's channels, or returns `None` if the layers' widths are not those of one."""
+    channels, width = (_produced(layers.by_path[producers[0]]) or (0, 1))[0], 1
+    mixed = [_produced(layers.by_path[path]) for path in producers]
+    mixed += [_passed(layers.by_path[path]) for path in passing]
+    for made in mixed:
         if made is None or made[0] != channels or channels < 1:
             return None
         width = max(width, made[1])
-    size = channels // width
-    read_by = [(path, _read(model.get_submodule(path))) for path in readers]
-    widths = [_made(model.get_submodule(path), may_be_grouped=True) for path in passing]
-    if any(width % made[1] for made in widths if made) or any(not read or read % channels for _, read in read_by):
+    read_by = [(path, _read(layers.by_path[path])) for path in readers]
+    if any(width % made[1] for made in mixed if made) or any(not read or read % channels for _, read in read_by):
         return None
     return ChannelSite(
-        name=name,
+        name=producers[0],
         pooled=readers[0],
         in_features=channels,
         output=readers[0],
         least_width=1,  # torch has no convolution without outputs
         channels=channels,
-        size=size,
+        size=channels // width,
         producers=tuple(producers),
         passing=tuple(passing),
         read_by=tuple(read_by),
     )
 
 
-def _made(layer: nn.Module, may_be_grouped: bool = False) -> tuple[int, int] | None:
-    """Number of channels that a layer makes or passes on, and how many of them it mixes."""
+def _produced(layer: nn.Module) -> tuple[int, int] | None:
+    """Number of channels that a layer makes, and 1: it mixes none of them."""
     if isinstance(layer, nn.Conv2d):
-        if layer.groups == 1 and not may_be_grouped:
-            return layer.out_channels, 1
-        if layer.groups > 1 and may_be_grouped and layer.in_channels == layer.out_channels:
-            return layer.out_channels, layer.out_channels // layer.groups
-        return None
-    if isinstance(layer, CHANNEL_NORMS):
-        return (layer.num_features, 1) if may_be_grouped else None
+        return (layer.out_channels, 1) if layer.groups == 1 else None
     features = layer_features(layer)
-    return None if features is None or may_be_grouped or isinstance(layer, Conv1D) else (features[1], 1)
+    return None if features is None or isinstance(layer, Conv1D) else (features[1], 1)
+
+
+def _passed(layer: nn.Module) -> tuple[int, int] | None:
+    """Number of channels that a norm or grouped convolution passes on, and how many it mixes."""
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels == layer.out_channels:
+        return layer.out_channels, layer.out_channels // layer.groups
+    return (layer.num_features, 1) if isinstance(layer, CHANNEL_NORMS) else None
 
 
 def _read(layer: nn.Module) -> int:
@@ -81,44 +83,20 @@ def _read(layer: nn.Module) -> int:
     return (layer_features(layer) or (0, 0))[0] if isinstance(layer, nn.Linear) else 0
 
 
-def outputs_of(model: nn.Module, path: str) -> int:
-    """Number of outputs of the linear layer at `path`."""
-    features = layer_features(model.get_submodule(path))
-    assert features is not None, path
-    return features[1]
-
-
-def inputs_of(model: nn.Module, path: str) -> int:
-    """Number of inputs of the linear layer at `path`."""
-    features = layer_features(model.get_submodule(path))
-    assert features is not None, path
-    return features[0]
-
-
 def feed_forward_site(
-    model: nn.Module,
+    layers: ModelLayers,
     name: str,
     producers: Sequence[str],
     output: str,
     pooled: str | None = None,
     pooled_output: bool = False,
 ) -> FeedForwardSite | None:
-    """Builds the site of a feed-forward part.
+    """Builds the site of a feed-forward part, or returns `None` if the layers' widths are not those of one.
 
-    Args:
-        model: The model.
-        name: Name of the site.
-        producers: Paths of the linear layers that make the units: one, the two of a GLU, or one that holds
-            both of these.
-        output: Path of the linear layer that reads the units.
-        pooled: Path of the layer at which the input is pooled; `None`: the first producer.
-        pooled_output: Whether the output of `pooled` is taken.
-
-    Returns:
-        The site, or `None` if the widths are not those of a feed-forward part.
+    `producers` is one linear layer, the two of a GLU, or one that holds both; `pooled` is the first one by default.
     """
-    width = inputs_of(model, output)
-    widths = [outputs_of(model, path) for path in producers]
+    width = layers.linear[output][0]
+    widths = [layers.linear[path][1] for path in producers]
     if widths == [2 * width]:  # a GLU with both projections in one layer
         rows = tuple(Rows(producers[0], start, width, 2 * width) for start in (0, width))
     elif widths == [width] * len(producers):
@@ -129,44 +107,34 @@ def feed_forward_site(
         name=name,
         pooled=pooled or producers[0],
         pooled_output=pooled_output,
-        in_features=inputs_of(model, producers[0]),
+        in_features=layers.linear[producers[0]][0],
         output=output,
         # Conv1D views its input as (-1, width), which torch can't do at width 0.
-        least_width=int(isinstance(model.get_submodule(output), Conv1D)),
+        least_width=int(isinstance(layers.by_path[output], Conv1D)),
         producers=rows,
     )
 
 
 def attention_site(
-    model: PreTrainedModel,
+    layers: ModelLayers,
     name: str,
     output: str,
     projections: Projections,
     pooled: str | None = None,
     is_rotary: bool | None = None,
 ) -> AttentionSite:
-    """Builds the site of an attention block.
+    """Builds the site of the attention layer `name`.
 
-    Args:
-        model: The model.
-        name: Path of the attention layer, whose attributes may hold the width of a head.
-        output: Path of the output projection.
-        projections: Rows of q, k and v.
-        pooled: Path of the layer at which the input is pooled; `None`: that of q.
-        is_rotary: Whether all dimensions of q and k are rotated; `None`: as the layer's signature tells.
-
-    Returns:
-        The site.
+    The input of q is pooled by default; `is_rotary=None` takes what the layer's signature suggests.
     """
     query, key, value, heads = projections
-    layer = model.get_submodule(name)
+    layer = layers.by_path[name]
     head_dim = query.size // heads
-    rotation = _rotation(model, layer) if is_rotary is None else "whole" if is_rotary else "none"
-    layers = {part.layer for part in (query, key, value)} | {output}
+    rotation = _rotation(layers.config, layer) if is_rotary is None else "whole" if is_rotary else "none"
     return AttentionSite(
         name=name,
         pooled=pooled or query.layer,
-        in_features=inputs_of(model, query.layer),
+        in_features=layers.linear[query.layer][0],
         output=output,
         query=query,
         key_rows=key,
@@ -178,26 +146,17 @@ def attention_site(
         is_gated_only=rotation == "partial" or any(HEAD_NORM.fullmatch(child) for child, _ in layer.named_children()),
         head_dim_attribute=next((a for a in HEAD_DIM_ATTRIBUTES if getattr(layer, a, None) == head_dim), None),
         width_attributes=tuple(a for a in WIDTH_ATTRIBUTES if getattr(layer, a, None) == heads * head_dim),
-        head_tensors=_head_tensors(name, layer, layers, heads),
+        head_tensors=_head_tensors(name, layer, {query.layer, key.layer, value.layer, output}, heads),
     )
 
 
-def head_count(model: PreTrainedModel, layer: nn.Module, width: int) -> int | None:
-    """Number of query heads of an attention layer, or `None` if nothing says it.
-
-    Args:
-        model: The model.
-        layer: The attention layer.
-        width: Number of inputs of its output projection.
-
-    Returns:
-        The number by which the layer, or else the configuration, divides the width.
-    """
+def head_count(config: PreTrainedConfig, layer: nn.Module, width: int) -> int | None:
+    """Number of query heads as the layer or else the configuration says it, if it divides `width`; else `None`."""
     for attribute in HEAD_DIM_ATTRIBUTES:
         head_dim = getattr(layer, attribute, None)
         if isinstance(head_dim, int) and head_dim > 0 and width % head_dim == 0:
             return width // head_dim
-    for owner in (layer, model.config.get_text_config()):
+    for owner in (layer, config.get_text_config()):
         for attribute in HEAD_COUNT_ATTRIBUTES:
             heads = getattr(owner, attribute, None)
             if isinstance(heads, int) and heads > 0 and width % heads == 0:
@@ -205,11 +164,11 @@ def head_count(model: PreTrainedModel, layer: nn.Module, width: int) -> int | No
     return None
 
 
-def separate_rows(model: nn.Module, paths: Sequence[str], output: str, heads: int | None) -> Projections | None:
+def separate_rows(layers: ModelLayers, paths: Sequence[str], output: str, heads: int | None) -> Projections | None:
     """Rows of q, k and v in layers of their own; q may have a gate of each head's output beside it."""
     query, key, value = paths
-    q_width, k_width, v_width = (outputs_of(model, path) for path in paths)
-    width = inputs_of(model, output)
+    q_width, k_width, v_width = (layers.linear[path][1] for path in paths)
+    width = layers.linear[output][0]
     if heads is None or width % heads or q_width % heads:
         return None
     has_gate = q_width == 2 * width
@@ -220,9 +179,9 @@ def separate_rows(model: nn.Module, paths: Sequence[str], output: str, heads: in
     return query_rows, Rows(key, 0, k_width), Rows(value, 0, v_width), heads
 
 
-def fused_rows(model: nn.Module, path: str, layout: str, output: str, heads: int | None) -> Projections | None:
+def fused_rows(layers: ModelLayers, path: str, layout: str, output: str, heads: int | None) -> Projections | None:
     """Rows of q, k and v in one layer, which lie one after another or side by side for each key/value head."""
-    width, all_outputs = inputs_of(model, output), outputs_of(model, path)
+    width, all_outputs = layers.linear[output][0], layers.linear[path][1]
     other = (all_outputs - width) // 2
     if heads is None or width % heads or all_outputs != width + 2 * other or other <= 0 or other % (width // heads):
         return None
@@ -236,15 +195,15 @@ def fused_rows(model: nn.Module, path: str, layout: str, output: str, heads: int
     return query, key, value, heads
 
 
-def latent_rows(model: nn.Module, paths: Sequence[str], layer: nn.Module, output: str) -> Projections | None:
-    """Rows of latent attention: q, and k beside v, of each head without what is rotated apart."""
-    dims = [getattr(layer, attribute, None) for attribute in LATENT_ATTRIBUTES]
+def latent_rows(layers: ModelLayers, paths: Sequence[str], name: str, output: str) -> Projections | None:
+    """Rows of latent attention: q, and k beside v, of each head without the dimensions that are rotated."""
+    dims = [getattr(layers.by_path[name], attribute, None) for attribute in LATENT_ATTRIBUTES]
     if not all(isinstance(dim, int) for dim in dims):
         return None
     query, key_value = paths
-    q_width, kv_width = (outputs_of(model, path) for path in paths)
+    q_width, kv_width = (layers.linear[path][1] for path in paths)
     plain, rotated, value_dim = (int(dim or 0) for dim in dims)
-    heads = inputs_of(model, output) // value_dim
+    heads = layers.linear[output][0] // value_dim
     if q_width != heads * (plain + rotated) or kv_width != heads * (plain + value_dim):
         return None
     return (
@@ -266,10 +225,10 @@ def _head_tensors(name: str, layer: nn.Module, projections: set[str], heads: int
     )
 
 
-def _rotation(model: PreTrainedModel, layer: nn.Module) -> str:
-    """Which dimensions of q and k are rotated, as far as names tell: none, the whole head or a partial one."""
+def _rotation(config: PreTrainedConfig, layer: nn.Module) -> str:
+    """Which dimensions of q and k are rotated, judged by names: "none", the "whole" head or a "partial" one."""
     if "position_embeddings" not in inspect.signature(layer.forward).parameters:
         return "none"
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    factor = rope.get("partial_rotary_factor", getattr(model.config, "partial_rotary_factor", 1.0))
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
     return "whole" if factor in (None, 1.0) else "partial"

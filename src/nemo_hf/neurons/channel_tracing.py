@@ -1,7 +1,7 @@
-"""Finds channels of convolutions that can be closed and cut, by following marked channels through a model.
+"""Finds convolution channels that can be pruned, by following marked channels through forward passes.
 
-1. Some channels of one convolution's result are marked (not a number). Activations, pooling, sums and products pass a
-   mark on in the same channel; a convolution or linear layer reads it, and there it is taken off again.
+1. Some channels of one convolution's result are marked with NaN. Activations, pooling, sums and products pass a mark on
+   in the same channel; a convolution or linear layer reads it, and its input is cleared of marks.
 2. Norms that work by channel and grouped convolutions pass marks on. Where a mark appears in another channel, in a
    layer that mixes channels in another way, or in the logits, the channels stay whole, and a sentence says why.
 3. Layers whose results are read by the same layers make the same channels: those of a residual stream, or
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .sites import CHANNEL_NORMS, NeuronSite, layer_features, neuron_dim
+from .trial_calls import evaluating
 from .trial_inputs import random_inputs
 
 
 @dataclass
 class Channels:
-    """What a marked layer's channels pass through and who reads them, or why they can't be cut."""
+    """The layers that make the same channels, pass them on and read them, or why the channels can't be cut."""
 
     layers: list[str]
     passing: list[str] = field(default_factory=list)
@@ -33,57 +34,46 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Channels of a model.
-
-    Args:
-        sites: Descriptions of sites, as `NeMoConfig.sites` holds them.
-        reasons: First layer of the other channels to why these stay whole.
-    """
+class ChannelSearch:
+    """Channels of a model: descriptions of those that can be cut, and why others, by their first layer, can't."""
 
     sites: list[dict[str, Any]]
     reasons: dict[str, str]
 
     @property
-    def told(self) -> str:
-        """The reasons as a sentence, "" if there are none."""
+    def explanation(self) -> str:
+        """The first reasons as a sentence, "" if there are none."""
         few = [f"those of {path!r} {reason}" for path, reason in list(self.reasons.items())[:3]]
         return f"Channels of convolutions stay whole: {'; '.join(few)}. " if few else ""
 
 
 def find_channels(
     model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None, others: Sequence[NeuronSite] = ()
-) -> Found:
-    """Finds the channels of a model's convolutions that can be closed and cut.
+) -> ChannelSearch:
+    """Finds the channels that can be closed and cut, of convolutions and of linear layers that read such channels.
 
-    Args:
-        model: A plain classification model with weights.
-        inputs: A few samples; `None` draws random ones.
-        others: Attention and feed-forward sites, whose neurons are left to them.
-
-    Returns:
-        The sites and the reasons of the rest; linear layers make channels only where they read some.
+    `inputs` are a few samples (`None`: random ones); `others` are sites whose neurons are not to be used again.
     """
-    convolutions = [path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    convolutions = {path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     if not convolutions:
-        return Found([], {})
+        return ChannelSearch([], {})
     inputs = random_inputs(model) if inputs is None else inputs
     made_elsewhere = {rows.layer for site in others for rows, _ in site.produced()}
     read_elsewhere = {path for site in others for path in (site.layers if site.kind == "attention" else site.readers)}
-    with _Trace(model, inputs, read_elsewhere).running() as trace:
-        makers = [path for path in trace.order if path in set(convolutions) and trace.makes(path)]
-        groups = _joined([trace.follow(path) for path in makers])
-        linear = [path for path in trace.order if trace.is_linear(path) and path not in made_elsewhere]
+    with _MarkedRuns(model, inputs, read_elsewhere).running() as runs:
+        makers = [path for path in runs.order if path in convolutions and not _passes_on(runs.layers[path])]
+        groups = _joined([runs.follow(path) for path in makers])
+        linear = [p for p in runs.order if isinstance(runs.layers[p], nn.Linear) and p not in made_elsewhere]
         if any(not group.reason and group.readers for group in groups):
-            # Linear layers that write into the same channels are found out; those that read channels make some.
-            groups = _joined([*groups, *(trace.follow(path) for path in linear)])
-        groups = _without_tokens(groups, set(linear), trace)
+            # Linear layers that write into the same channels are found; those that read channels make some.
+            groups = _joined([*groups, *(runs.follow(path) for path in linear)])
+        groups = _without_tokens(groups, set(linear), runs)
     sites = [
         {"kind": "conv", "producers": group.layers, "passing": group.passing, "readers": group.readers}
         for group in groups
         if group.readers and not group.reason
     ]
-    return Found(sites, {g.layers[0]: g.reason for g in groups if g.reason and g.layers[0] in set(convolutions)})
+    return ChannelSearch(sites, {g.layers[0]: g.reason for g in groups if g.reason and g.layers[0] in convolutions})
 
 
 def _joined(groups: list[Channels]) -> list[Channels]:
@@ -93,26 +83,25 @@ def _joined(groups: list[Channels]) -> list[Channels]:
         same = [other for other in joined if set(other.readers) & set(group.readers)]
         same += [o for o in joined if o not in same and set(o.passing) & set(group.passing)]
         parts = (*same, group)
-        merged = Channels(
-            layers=list(dict.fromkeys(path for part in parts for path in part.layers)),
-            passing=list(dict.fromkeys(path for part in parts for path in part.passing)),
-            readers=list(dict.fromkeys(path for part in parts for path in part.readers)),
-            reason=next((part.reason for part in parts if part.reason), ""),
+        layers, passing, readers = (
+            list(dict.fromkeys(path for part in parts for path in getattr(part, name)))
+            for name in ("layers", "passing", "readers")
         )
+        merged = Channels(layers, passing, readers, next((part.reason for part in parts if part.reason), ""))
         joined = [other for other in joined if other not in same] + [merged]
     return joined
 
 
-def _without_tokens(groups: list[Channels], linear: set[str], trace: "_Trace") -> list[Channels]:
-    """Leaves linear layers out, but for those that make one vector a sample of channels that are read."""
-    flat = {path for path in linear if trace.is_flat(path)}
+def _without_tokens(groups: list[Channels], linear: set[str], runs: "_MarkedRuns") -> list[Channels]:
+    """Leaves linear layers out, except those that make one vector a sample of channels that are read."""
+    flat = {path for path in linear if runs.results[path][1] == 2}
     allowed: set[str] = set()
     grows = True
     while grows:
         sources = [group for group in groups if not group.reason and not set(group.layers) <= linear - allowed]
         read = {path for group in sources for path in group.readers} & flat
         grows, allowed = not read <= allowed, allowed | read
-    place = {path: index for index, path in enumerate(trace.order)}
+    place = {path: index for index, path in enumerate(runs.order)}
     for group in groups:
         other = next((path for path in group.layers if path in linear - allowed), None)
         if other is not None:
@@ -123,77 +112,51 @@ def _without_tokens(groups: list[Channels], linear: set[str], trace: "_Trace") -
     return sorted(made, key=lambda group: place[group.layers[0]])
 
 
-class _Trace:
+class _MarkedRuns:
     """Runs a model on one sample again and again, with some channels of one layer's result marked."""
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], taken: set[str]) -> None:
-        self.model = model
+        self.model, self.taken = model, taken
+        self.layers = dict(model.named_modules())
         self.inputs = {name: value[:1].to(model.device) for name, value in inputs.items()}
-        self.taken = taken
         self.order: list[str] = []
-        self.results: dict[str, tuple[int, int]] = {}
+        self.results: dict[str, tuple[int, int]] = {}  # channels and dimensions of each layer's result
         self.found: Channels | None = None
         self.marks = torch.zeros(0, dtype=torch.bool)
         self.passes_on: set[str] = set()
 
     @contextmanager
-    def running(self) -> Iterator["_Trace"]:
+    def running(self) -> Iterator["_MarkedRuns"]:
         """Attaches the hooks and runs once without marks."""
         handles = []
-        for path, layer in self.model.named_modules():
-            if _is_known(layer) or _has_own_tensors(layer):
+        for path, layer in self.layers.items():
+            if _is_known(layer) or any(True for _ in (*layer.parameters(False), *layer.buffers(False))):
                 handles.append(layer.register_forward_pre_hook(partial(self._read, path)))
             if _is_known(layer):
                 handles.append(layer.register_forward_hook(partial(self._make, path)))
-        was_training = self.model.training
-        try:
-            self._run()
+        with evaluating(self.model, handles):
+            self.model(**self.inputs)
             repeated = {path for path in self.order if self.order.count(path) > 1}
             self.order = [path for path in dict.fromkeys(self.order) if path not in repeated]
             yield self
-        finally:
-            self.model.train(was_training)
-            for handle in handles:
-                handle.remove()
-
-    def makes(self, path: str) -> bool:
-        """Whether a convolution makes channels anew, and does not pass them on one by one."""
-        layer = self.model.get_submodule(path)
-        return isinstance(layer, nn.Conv2d) and not _passes_on(layer)
-
-    def is_linear(self, path: str) -> bool:
-        """Whether it is a linear layer."""
-        return isinstance(self.model.get_submodule(path), nn.Linear)
-
-    def is_flat(self, path: str) -> bool:
-        """Whether a layer's result is one vector a sample."""
-        return self.results[path][1] == 2
-
-    @torch.no_grad()
-    def _run(self) -> Any:
-        return self.model.eval()(**self.inputs)
 
     def follow(self, path: str) -> Channels:
         """Marks some channels of a layer's result and says where the marks go."""
-        layer = self.model.get_submodule(path)
-        self.found, self.passes_on = Channels([path]), set()
+        layer = self.layers[path]
+        found = self.found = Channels([path])
+        self.passes_on = set()
         channels = self.results[path][0]
-        generator = torch.Generator().manual_seed(0)
-        self.marks = torch.rand(channels, generator=generator) < 0.5
+        self.marks = torch.rand(channels, generator=torch.Generator().manual_seed(0)) < 0.5
         self.marks[0], self.marks[channels - 1] = True, channels < 2  # some are marked, some are not
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            self.found.reason = "are made by a grouped convolution with other inputs than outputs"
+            found.reason = "are made by a grouped convolution with other inputs than outputs"
         try:
-            logits = getattr(self._run(), "logits", None)
+            logits = getattr(self.model(**self.inputs), "logits", None)
         except (RuntimeError, ValueError, IndexError) as error:
             self._refuse(f"stop the model when they are marked ({type(error).__name__})")
             logits = None
-        found = self.found
-        if (
-            isinstance(logits, Tensor)
-            and bool(logits.isnan().any())
-            and not (layer_features(layer) and not found.readers)
-        ):
+        reaches_logits = isinstance(logits, Tensor) and bool(logits.isnan().any())
+        if reaches_logits and (found.readers or not layer_features(layer)):
             self._refuse("reach the logits through no layer that could be cut")
         self.found = None
         return found
@@ -233,7 +196,7 @@ class _Trace:
         return (given.nan_to_num(0.0), *arguments[1:])
 
     def _is_marked_alike(self, layer: nn.Module, given: Tensor) -> bool:
-        """Whether just the marked channels have marks; a linear layer may read their positions side by side."""
+        """Whether exactly the marked channels have marks; a linear layer may read their positions side by side."""
         if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not _passes_on(layer):
             return False
         dim = 1 if isinstance(layer, CHANNEL_NORMS) else neuron_dim(layer) % given.ndim
@@ -264,7 +227,3 @@ def _is_known(layer: nn.Module) -> bool:
 
 def _passes_on(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels == layer.out_channels
-
-
-def _has_own_tensors(layer: nn.Module) -> bool:
-    return any(True for _ in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))

@@ -1,43 +1,24 @@
-"""Neuron sites: where a model's attention and feed-forward neurons are, found by structure.
+"""Finds attention and feed-forward neurons by the names and widths of a model's layers.
 
-This is the only place that knows the names of layers and the quirks of families.
+Names of layers and quirks of architectures are known here and in `builders`, nowhere else.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from nemo_hf.config import TARGETS
 
-from .builders import attention_site, feed_forward_site, fused_rows, head_count, inputs_of, latent_rows, separate_rows
-from .sites import NeuronSite, UnsupportedArchitectureError, layer_features
-
-
-@dataclass(frozen=True)
-class FeedForwardPattern:
-    """Names inside the layer that holds a feed-forward part; `pooled=""` is that layer itself."""
-
-    producers: tuple[str, ...]
-    output: str
-    pooled: str | None = None
-    pooled_output: bool = False
-
+from .builders import ModelLayers, attention_site, feed_forward_site, fused_rows, head_count, latent_rows, separate_rows
+from .sites import AttentionSite, FeedForwardSite, NeuronSite, UnsupportedArchitectureError, layer_features
 
 # Names are relative to the attention layer; a leading `../` is relative to its parent.
 SEPARATE_PROJECTIONS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("projection_query", "projection_key", "projection_value"),
-    ("linear_q", "linear_k", "linear_v"),
-    ("q_head", "k_head", "v_head"),
-    ("Wq", "Wk", "Wv"),
-)
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"), ("projection_query", "projection_key", "projection_value"),
+    ("linear_q", "linear_k", "linear_v"), ("q_head", "k_head", "v_head"), ("Wq", "Wk", "Wv"),
+)  # fmt: skip
 FUSED_PROJECTIONS = {
     "c_attn": "one after another",
     "Wqkv": "one after another",
@@ -48,48 +29,26 @@ FUSED_PROJECTIONS = {
 }
 """Layers that make q, k and v at once, and how the three lie in their outputs."""
 LATENT_PROJECTIONS = (("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"))
-"""Layers of latent attention: q, and k beside v of each head; part of q and k is rotated and not theirs to cut."""
-OUTPUTS = (
-    "o_proj",
-    "out_proj",
-    "out_lin",
-    "o",
-    "dense",
-    "c_proj",
-    "Wo",
-    "proj",
-    "post_proj",
-    "linear_out",
-    "../output.dense",
-    "../output",
-)
+"""Layers of latent attention: q, and k beside v of each head; the rotated dimensions of q and k are not cut."""
+OUTPUT_PROJECTIONS = (
+    "o_proj", "out_proj", "out_lin", "o", "dense", "c_proj", "Wo", "proj", "post_proj", "linear_out",
+    "../output.dense", "../output",
+)  # fmt: skip
 POOLED_AT_LAYER = ("query_proj",)
 """Projections that also see relative positions, so that only the attention layer's own input is a sample's."""
-FEED_FORWARD_PATTERNS = (
-    FeedForwardPattern(("gate_proj", "up_proj"), "down_proj"),
-    FeedForwardPattern(("gate_up_proj",), "down_proj"),
-    FeedForwardPattern(("up_proj",), "down_proj"),
-    FeedForwardPattern(("fc1",), "fc2"),
-    FeedForwardPattern(("linear_fc1",), "linear_fc2"),
-    FeedForwardPattern(("lin1",), "lin2", pooled=""),
-    FeedForwardPattern(("c_fc",), "c_proj"),
-    FeedForwardPattern(("fc_in",), "fc_out"),
-    FeedForwardPattern(("wi_0", "wi_1"), "wo"),
-    FeedForwardPattern(("wi",), "wo"),
-    FeedForwardPattern(("Wi",), "Wo"),
-    FeedForwardPattern(("dense_h_to_4h",), "dense_4h_to_h"),
-    FeedForwardPattern(("intermediate_dense",), "output_dense"),
-    FeedForwardPattern(("intermediate.dense",), "output.dense", pooled="attention", pooled_output=True),
-    FeedForwardPattern(("layout_intermediate.dense",), "layout_output.dense"),
-    FeedForwardPattern(("ffn",), "ffn_output", pooled="attention", pooled_output=True),
-    FeedForwardPattern(("dense.dense",), "output.dense"),
-    FeedForwardPattern(("dense1",), "dense2"),
-    FeedForwardPattern(("linear_1",), "linear_2"),
-    FeedForwardPattern(("layer_1",), "layer_2"),
-    FeedForwardPattern(("pwconv1",), "pwconv2"),
-    FeedForwardPattern(("linear_up.linear",), "linear_down.linear"),
-    FeedForwardPattern(("0",), "2"),
-)
+FEED_FORWARD_LAYERS = {
+    ("gate_proj", "up_proj"): "down_proj", ("gate_up_proj",): "down_proj", ("up_proj",): "down_proj",
+    ("fc1",): "fc2", ("linear_fc1",): "linear_fc2", ("lin1",): "lin2", ("c_fc",): "c_proj", ("fc_in",): "fc_out",
+    ("wi_0", "wi_1"): "wo", ("wi",): "wo", ("Wi",): "Wo", ("dense_h_to_4h",): "dense_4h_to_h",
+    ("intermediate_dense",): "output_dense", ("intermediate.dense",): "output.dense",
+    ("layout_intermediate.dense",): "layout_output.dense", ("ffn",): "ffn_output", ("dense.dense",): "output.dense",
+    ("dense1",): "dense2", ("linear_1",): "linear_2", ("layer_1",): "layer_2", ("pwconv1",): "pwconv2",
+    ("linear_up.linear",): "linear_down.linear", ("0",): "2",
+}  # fmt: skip
+"""Layers that make units, and the one that reads them."""
+CALLED_IN_CHUNKS = {"lin1": "", "intermediate.dense": "attention", "ffn": "attention"}
+"""Feed-forward parts that see a share of the sequence at a time, and the layer to pool at: its output, or for ""
+the input of the layer around them."""
 HEAD_NAMES = re.compile(
     r"(^|\.)((?!pre_)\w*classifier\w*|score|\w*head|fc|logits_proj|sequence_summary|final_layer)"
     r"(\.(out_proj|linear_out|dense|summary|linear|\d+))?$"
@@ -98,27 +57,21 @@ HEAD_NAMES = re.compile(
 
 
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason: str | None = "") -> list[NeuronSite]:
-    """Finds a model's attention and feed-forward sites by the structure of its layers.
+    """Finds attention and feed-forward sites, in the order of the model's layers; weights may be on the meta device.
 
-    Args:
-        model: A plain classification model; its weights may be on the meta device.
-        targets: Kinds of sites to find; channels of convolutions (`"conv"`) are found by running the model, not here.
-        reason: What to say besides if there is none, such as why channels can't be cut; `None` allows none.
-
-    Returns:
-        The sites in the order of the model's layers.
-
-    Raises:
-        UnsupportedArchitectureError: If there is no site of these kinds.
+    If there is none, raises UnsupportedArchitectureError, whose message ends with `reason`; `reason=None` allows none.
     """
+    layers = ModelLayers(model)
     sites: list[NeuronSite] = []
-    for name, layer in model.named_modules():
+    for name, layer in layers.unique.items():
+        if next(layer.children(), None) is None:
+            continue
         if "attention" in targets:
-            sites.extend(_attention_sites(model, name, layer))
+            sites.extend(_attention_sites(layers, name))
         if "ffn" in targets:
-            sites.extend(_feed_forward_sites(model, name, layer))
+            sites.extend(_feed_forward_sites(layers, name))
     if not sites and reason is not None:
-        linear = [name for name, layer in model.named_modules() if layer_features(layer)]
+        linear = list(layers.linear)
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, in which no neuron sites of kind {list(targets)} are known; "
             "expected attention with separate q, k, v and output projections, a feed-forward part of two linear "
@@ -130,17 +83,9 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason:
 
 
 def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
-    """Finds the linear layers whose outputs are the logits.
+    """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head).
 
-    Args:
-        model: A plain classification model.
-        num_labels: Number of labels.
-
-    Returns:
-        Paths of the layers; two for a DeiT with a distillation head.
-
-    Raises:
-        UnsupportedArchitectureError: If there is none.
+    Raises UnsupportedArchitectureError if there is none.
     """
     heads = [
         name
@@ -163,60 +108,52 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
     return heads
 
 
-def _linear_children(model: nn.Module, name: str, relatives: Sequence[str]) -> list[str] | None:
-    """Paths of the linear layers at relative paths from the layer `name`, or `None` if one of them is none."""
-    found = []
+def _linear_paths(layers: ModelLayers, name: str, relatives: Sequence[str]) -> list[str] | None:
+    """Paths of the linear layers at relative paths from the layer `name`, or `None` if one of them is not there."""
+    paths = []
     for relative in relatives:
-        path = _path(name, relative)
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+        paths.append(_path(name, relative))
+        if paths[-1] not in layers.linear:
             return None
-        if layer_features(layer) is None:
-            return None
-        found.append(path)
-    return found
+    return paths
 
 
 def _path(name: str, relative: str) -> str:
     if relative.startswith("../"):
         name, relative = name.rpartition(".")[0], relative[3:]
-    return ".".join(part for part in (name, relative) if part)
+    return f"{name}.{relative}" if name and relative else name or relative
 
 
-def _feed_forward_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> Iterator[NeuronSite]:
-    for pattern in FEED_FORWARD_PATTERNS:
-        layers = _linear_children(model, name, (*pattern.producers, pattern.output))
-        if layers is None:
+def _feed_forward_sites(layers: ModelLayers, name: str) -> Iterator[FeedForwardSite]:
+    for producers, output in FEED_FORWARD_LAYERS.items():
+        paths = _linear_paths(layers, name, (*producers, output))
+        if paths is None:
             continue
-        pooled = None if pattern.pooled is None else _path(name, pattern.pooled)
-        if pooled and pattern.pooled and not hasattr(layer, pattern.pooled):
-            pooled = None
-        takes_output = pattern.pooled_output and pooled is not None
-        site = feed_forward_site(model, name, layers[:-1], layers[-1], pooled, takes_output)
+        around = CALLED_IN_CHUNKS.get(producers[0])
+        pooled = None if around is None or _path(name, around) not in layers.by_path else _path(name, around)
+        site = feed_forward_site(layers, name, paths[:-1], paths[-1], pooled, bool(around and pooled))
         if site is not None:
             yield site
             return
 
 
-def _attention_sites(model: PreTrainedModel, name: str, layer: nn.Module) -> Iterator[NeuronSite]:
-    output = next((found[0] for name_ in OUTPUTS if (found := _linear_children(model, name, (name_,)))), None)
+def _attention_sites(layers: ModelLayers, name: str) -> Iterator[AttentionSite]:
+    output = next((found[0] for last in OUTPUT_PROJECTIONS if (found := _linear_paths(layers, name, (last,)))), None)
     if output is None:
         return
-    heads = head_count(model, layer, inputs_of(model, output))
+    heads = head_count(layers.config, layers.by_path[name], layers.linear[output][0])
     for names in SEPARATE_PROJECTIONS:
-        layers = _linear_children(model, name, names)
-        if layers and (rows := separate_rows(model, layers, output, heads)):
-            pooled = name if names[0] in POOLED_AT_LAYER else None
-            yield attention_site(model, name, output, rows, pooled)
+        paths = _linear_paths(layers, name, names)
+        if paths and (rows := separate_rows(layers, paths, output, heads)):
+            yield attention_site(layers, name, output, rows, name if names[0] in POOLED_AT_LAYER else None)
             return
     for latent in LATENT_PROJECTIONS:
-        layers = _linear_children(model, name, latent)
-        if layers and (rows := latent_rows(model, layers, layer, output)):
-            yield attention_site(model, name, output, rows, is_rotary=False)
+        paths = _linear_paths(layers, name, latent)
+        if paths and (rows := latent_rows(layers, paths, name, output)):
+            yield attention_site(layers, name, output, rows, is_rotary=False)
             return
     for fused, layout in FUSED_PROJECTIONS.items():
-        layers = _linear_children(model, name, (fused,))
-        if layers and (rows := fused_rows(model, layers[0], layout, output, heads)):
-            yield attention_site(model, name, output, rows)
+        paths = _linear_paths(layers, name, (fused,))
+        if paths and (rows := fused_rows(layers, paths[0], layout, output, heads)):
+            yield attention_site(layers, name, output, rows)
             return

@@ -1,4 +1,4 @@
-"""Neuron sites as data: which layers produce a site's neurons, which layer reads them, and what is pooled."""
+"""Neuron sites: which layers produce a group of neurons, which layers read them, and how they can be pruned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,35 +12,24 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers.pytorch_utils import Conv1D
 
 CHANNEL_NORMS = (_BatchNorm, _InstanceNorm)
-"""Norms that treat each channel by itself."""
+"""Norms that work on each channel separately."""
 PAD = -1
 """Index of a row or column of zeros."""
 
 
 class UnsupportedArchitectureError(ValueError):
-    """A model whose neurons can't be masked and cut exactly; the message says why and what to do."""
+    """A model whose neurons can't be masked and cut exactly; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class PruningMode:
-    """How modules are cut at a site.
-
-    Args:
-        name: Name in configurations.
-        is_scattered: Whether layers keep their outer shape, with zeros where nothing is computed; if not,
-            they get smaller.
-        drops_heads: Dense attention: whether heads without values go, or stay as zeros.
-        rescales: Dense attention: whether q takes up sqrt(new width / old width) of a head, where the layer
-            computes its softmax scale from the width that it finds.
-        is_gated: Whether the parent's masks close q, k, v or units already where they are produced, because
-            something between there and the output projection reads them all (norms, partial rotations).
-    """
+    """How modules are cut at a site."""
 
     name: str
-    is_scattered: bool = False
-    drops_heads: bool = False
-    rescales: bool = False
-    is_gated: bool = False
+    is_scattered: bool = False  # layers keep their outer shape, with zeros where nothing is computed; or they shrink
+    drops_heads: bool = False  # dense attention: heads without values are removed, or stay as zeros
+    rescales: bool = False  # dense attention: q is scaled where the softmax scale follows the width that a layer finds
+    is_gated: bool = False  # masks act where neurons are produced too, since norms or rotations behind read them all
 
 
 DENSE = PruningMode("dense", drops_heads=True)
@@ -54,28 +43,19 @@ DENSE_ATTENTION = (
     PruningMode("dense-heads-kept-gated", is_gated=True),
     PruningMode("dense-heads-kept-rescaled-gated", rescales=True, is_gated=True),
 )
-"""Dense pruning modes of attention, in the order in which they are tried."""
+"""Dense pruning modes of attention, in the order of the trials."""
 PRUNING_MODES = {pruning_mode.name: pruning_mode for pruning_mode in (*DENSE_ATTENTION, SCATTER, SCATTER_GATED)}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Outputs of a layer that are neurons: consecutive ones, or as many out of each share of the layer.
-
-    Args:
-        layer: Path of the layer.
-        start: First output, in the layer or in each share.
-        size: Number of outputs.
-        outputs: Number of all outputs of the layer; 0: no others than these.
-        shares: Number of equal shares of the layer, such as heads whose q, k and v lie side by side; 1 if
-            the outputs are consecutive.
-    """
+    """Outputs of a layer that are neurons: consecutive ones, or equally many from each of its shares."""
 
     layer: str
-    start: int
+    start: int  # in the layer, or in each share
     size: int
-    outputs: int = 0
-    shares: int = 1
+    outputs: int = 0  # all outputs of the layer; 0: only these
+    shares: int = 1  # equal parts of the layer, such as heads that hold q, k and v side by side
 
     @property
     def layer_outputs(self) -> int:
@@ -83,13 +63,13 @@ class Rows:
         return self.outputs or self.size
 
     def indices(self, kept: Tensor) -> Tensor:
-        """Turns numbers of these outputs, or `PAD`, into the layer's own: same shape."""
+        """Turns positions among these outputs, or `PAD`, into output indices of the layer; same shape."""
         each = self.size // self.shares
         share = self.layer_outputs // self.shares
         return torch.where(kept == PAD, PAD, self.start + kept // each * share + kept % each)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Spreads factors (..., size) over all outputs of the layer, 1 where there are none of these."""
+        """Spreads factors (..., size) over all outputs of the layer; other outputs get 1."""
         each, share = self.size // self.shares, self.layer_outputs // self.shares
         if each == share:
             return values
@@ -99,28 +79,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class NeuronSite:
-    """Neurons that share one mask generator.
-
-    Args:
-        name: Path of the block that holds the site; unique with `kind`.
-        pooled: Path of the layer at which the input is pooled.
-        pooled_output: Whether the output of `pooled` is taken instead of its input (where the feed-forward
-            part is called in chunks, its own input is only a share of the sequence).
-        in_features: Width of the pooled input.
-        output: Path of the layer that reads the neurons.
-        pruning_mode: How modules are cut here, one of `pruning_modes`.
-        is_gated_only: Whether a structure between producers and `output` rules out all but gated pruning modes.
-        least_width: 1 where a layer of a dense cut can't have no neurons, else 0.
-    """
+    """Neurons that share one mask generator; `name` is the path of the block around them, unique with `kind`."""
 
     name: str
-    pooled: str
-    in_features: int
-    output: str
-    pooled_output: bool = field(default=False, kw_only=True)
-    pruning_mode: str = field(default="", kw_only=True)
-    is_gated_only: bool = field(default=False, kw_only=True)
-    least_width: int = field(default=0, kw_only=True)
+    pooled: str  # path of the layer whose input is pooled for the generator
+    in_features: int  # width of what is pooled
+    output: str  # path of the layer that reads the neurons
+    pooled_output: bool = field(default=False, kw_only=True)  # pool the output of `pooled` instead of its input
+    pruning_mode: str = field(default="", kw_only=True)  # one of `pruning_modes`
+    is_gated_only: bool = field(default=False, kw_only=True)  # what lies before `output` allows only gated modes
+    least_width: int = field(default=0, kw_only=True)  # 1 where a dense cut must keep a neuron
 
     kind = ""
 
@@ -160,7 +128,7 @@ class NeuronSite:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What a configuration says of the site: key and pruning mode, and what can't be found by name."""
+        """The site's entry in a configuration: key, pruning mode, and its layers if they can't be found by name."""
         return {"key": self.key, "pruning_mode": self.pruning_mode}
 
     def read_mask(self, mask: Tensor) -> Tensor:
@@ -172,7 +140,7 @@ class NeuronSite:
         return self.read_mask(mask)
 
     def produced(self) -> tuple[tuple[Rows, str], ...]:
-        """The outputs that hold neurons, each with its part: `"query"`, `"key"`, `"value"` or `"units"`."""
+        """The outputs that are neurons, each with its part: `"query"`, `"key"`, `"value"` or `"units"`."""
         raise NotImplementedError
 
     @property
@@ -187,11 +155,7 @@ class NeuronSite:
 
 @dataclass(frozen=True)
 class FeedForwardSite(NeuronSite):
-    """Intermediate units of a feed-forward part; with a GLU, of its gate and up projections together.
-
-    Args:
-        producers: Rows of the layers that make the units.
-    """
+    """Intermediate units of a feed-forward part; the gate and up projections of a GLU share theirs."""
 
     producers: tuple[Rows, ...] = ()
 
@@ -211,25 +175,16 @@ class FeedForwardSite(NeuronSite):
 
 @dataclass(frozen=True)
 class ChannelSite(NeuronSite):
-    """Channels of convolutions, which some layers make, others pass on one by one, and others read.
+    """Channels of convolutions. A neuron is a channel, or a whole group of a grouped convolution's.
 
-    A neuron is a channel, or a whole group of them where a grouped convolution lies between. Masks close it where
-    it is read, behind norms and activations: a norm's bias would revive a channel that is closed before it.
-
-    Args:
-        channels: Number of channels.
-        size: Number of neurons.
-        producers: Paths of the convolutions (or linear layers) that make the channels; several where their
-            results are added, or multiplied (squeeze-and-excite).
-        passing: Paths of the norms and grouped convolutions that the channels pass through.
-        read_by: Paths of the layers that read the channels, each with its number of inputs.
+    Masks close it where it is read: the bias of a norm would revive a channel that is closed before the norm.
     """
 
     channels: int = 0
-    size: int = 0
-    producers: tuple[str, ...] = ()
-    passing: tuple[str, ...] = ()
-    read_by: tuple[tuple[str, int], ...] = ()
+    size: int = 0  # number of neurons
+    producers: tuple[str, ...] = ()  # convolutions or linear layers; their results are added, or multiplied
+    passing: tuple[str, ...] = ()  # norms and grouped convolutions that the channels pass through
+    read_by: tuple[tuple[str, int], ...] = ()  # layers that read the channels, each with its number of inputs
 
     kind = "conv"
 
@@ -247,8 +202,8 @@ class ChannelSite(NeuronSite):
 
     @property
     def entry(self) -> dict[str, Any]:  # noqa: D102 - inherited
-        described = {"producers": list(self.producers), "passing": list(self.passing), "readers": list(self.readers)}
-        return {**super().entry, "site": {"kind": self.kind, **described}}
+        layers = {"producers": list(self.producers), "passing": list(self.passing), "readers": list(self.readers)}
+        return {**super().entry, "site": {"kind": self.kind, **layers}}
 
     @property
     def layers(self) -> set[str]:  # noqa: D102 - inherited
@@ -265,40 +220,33 @@ class ChannelSite(NeuronSite):
 
     @property
     def outputs(self) -> dict[str, int]:
-        """Layers whose outputs are the channels, and how many outputs belong to a neuron."""
+        """Layers whose outputs are the channels, with the number of outputs a neuron."""
         return dict.fromkeys((*self.producers, *self.passing), self.channels // self.size)
 
     @property
     def inputs(self) -> dict[str, int]:
-        """Layers whose inputs are the channels, and how many inputs belong to a neuron."""
+        """Layers whose inputs are the channels, with the number of inputs a neuron."""
         return {path: width // self.size for path, width in self.read_by}
 
 
 @dataclass(frozen=True)
 class AttentionSite(NeuronSite):
-    """Dimensions of an attention block: those of q and k together, and those of v.
+    """Dimensions of an attention block: those that q and k share, and those of v.
 
-    Args:
-        query: Rows of q. `key_rows` and `value` likewise.
-        heads: Number of query heads; `key_value_heads` of them are shared under grouped-query attention.
-        head_dim: Width of a head's q and k.
-        is_rotary: Whether q and k are rotated, which ties dimension j to j + head_dim / 2. A q.k neuron is
-            then a frequency, the same pair in all heads: they read one table of angles.
-        head_dim_attribute: Attribute of the attention layer that says the width of a head, or `None`.
-        width_attributes: Attributes of the layer that hold heads times head width.
-        head_tensors: Paths of other parameters whose last dimension counts the heads.
+    Rotation ties dimension j of q and k to j + head_dim / 2. A q.k neuron is then a frequency, the same pair in all
+    heads, since they read one table of angles.
     """
 
     query: Rows = Rows("", 0, 0)
     key_rows: Rows = Rows("", 0, 0)
     value: Rows = Rows("", 0, 0)
-    heads: int = 1
+    heads: int = 1  # of q, which share `key_value_heads` heads of k and v
     key_value_heads: int = 1
-    head_dim: int = 1
+    head_dim: int = 1  # width of a head's q and k
     is_rotary: bool = False
-    head_dim_attribute: str | None = None
-    width_attributes: tuple[str, ...] = ()
-    head_tensors: tuple[str, ...] = ()
+    head_dim_attribute: str | None = None  # of the attention layer: holds the head width
+    width_attributes: tuple[str, ...] = ()  # of the attention layer: hold heads times head width
+    head_tensors: tuple[str, ...] = ()  # paths of other parameters whose last dimension counts the heads
 
     kind = "attention"
 
@@ -314,7 +262,7 @@ class AttentionSite(NeuronSite):
 
     @property
     def query_key_dims(self) -> int:
-        """Number of q.k neurons of each of these: dimensions, or frequencies."""
+        """Number of q.k neurons of each of these heads: dimensions, or frequencies."""
         return self.head_dim // 2 if self.is_rotary else self.head_dim
 
     @property
@@ -348,24 +296,13 @@ class AttentionSite(NeuronSite):
         return self._shared(self.part_mask("value", mask))
 
     def _shared(self, mask: Tensor) -> Tensor:
-        """Gives each query head the mask of its key/value head: (..., key_value_heads x dims)."""
+        """Repeats a mask (..., key_value_heads x dims) for each query head: (..., heads x dims)."""
         by_head: Tensor = mask.unflatten(-1, (self.key_value_heads, -1))
         return by_head.repeat_interleave(self.heads // self.key_value_heads, -2).flatten(-2)
 
 
 def with_pruning_modes(sites: Sequence[NeuronSite], pruning_modes: Mapping[str, str]) -> list[NeuronSite]:
-    """Applies the pruning modes that were found exact for a model.
-
-    Args:
-        sites: The model's sites.
-        pruning_modes: Site key to the name of a pruning mode; sites that are not named stay as they are.
-
-    Returns:
-        The sites, in order.
-
-    Raises:
-        ValueError: If a site can't have the pruning mode that is named.
-    """
+    """Returns the sites with other pruning modes (by site key); raises ValueError if one can't have its mode."""
     changed = []
     for site in sites:
         wanted = pruning_modes.get(site.key, site.pruning_mode)
@@ -380,20 +317,19 @@ def with_pruning_modes(sites: Sequence[NeuronSite], pruning_modes: Mapping[str, 
 
 
 def spread(values: Tensor, width: int) -> Tensor:
-    """Repeats each of (..., neurons) values for its share of consecutive inputs or outputs: (..., width)."""
+    """Repeats each of (..., neurons) values for its consecutive inputs or outputs: (..., width)."""
     return values if values.shape[-1] == width else values.repeat_interleave(width // values.shape[-1], -1)
 
 
 def neuron_dim(layer: nn.Module) -> int:
-    """Dimension that counts the neurons in what a layer reads: of images (batch, channels, height, width) that is 1."""
+    """Dimension that counts the neurons in a layer's input; 1 of images (batch, channels, height, width)."""
     return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 def layer_features(layer: nn.Module) -> tuple[int, int] | None:
     """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
 
-    Subclasses count only if they belong to a model of `transformers` or timm: quantized and adapter layers hold
-    weights that can't be cut by row.
+    Subclasses must belong to transformers or timm: quantized and adapter layers hold weights that can't be cut by row.
     """
     if type(layer) is Conv1D:
         return layer.nx, layer.nf

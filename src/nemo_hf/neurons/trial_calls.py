@@ -1,7 +1,8 @@
-"""What a plain model calls: whether it runs on some samples at all, and which of its layers do."""
+"""Forward passes that try a plain model: whether it runs on some samples, and which of its layers are called."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,29 +14,41 @@ from transformers import PreTrainedModel
 from .sites import NeuronSite, UnsupportedArchitectureError
 
 
-def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Checks that a model runs on some samples, and that its logits can be compared.
-
-    Args:
-        model: A plain classification model.
-        inputs: A few samples.
-
-    Raises:
-        ValueError: If it does not run on them.
-        UnsupportedArchitectureError: If it returns no logits, or others from call to call.
-    """
+@contextmanager
+def evaluating(model: PreTrainedModel, handles: Sequence[RemovableHandle] = ()) -> Iterator[None]:
+    """Puts a model into eval mode without gradients; afterwards it has its mode again, and the hooks are removed."""
     was_training = model.training
     try:
         with torch.no_grad():
-            given = {name: value.to(model.device) for name, value in inputs.items()}
-            outputs, again = model.eval()(**given), model(**given)
-    except Exception as error:
-        raise ValueError(
-            f"Got {type(model).__name__}, which does not run on {_shapes(inputs)}: {first_line(error)}. Expected a "
-            "few samples as it takes them: pass NeMoTrainer the parent make_parent(model, inputs=...)."
-        ) from error
+            model.eval()
+            yield
     finally:
         model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
+def on_device(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs on the model's device."""
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Checks that a plain model runs on some samples and that its logits can be compared.
+
+    Raises ValueError if it does not run on them, and UnsupportedArchitectureError if it returns no logits, or others
+    from call to call.
+    """
+    try:
+        with evaluating(model):
+            given = on_device(model, inputs)
+            outputs, again = model(**given), model(**given)
+    except Exception as error:
+        shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
+        raise ValueError(
+            f"Got {type(model).__name__}, which does not run on {shapes}: {first_line(error)}. Expected a "
+            "few samples as it takes them: pass NeMoTrainer the parent make_parent(model, inputs=...)."
+        ) from error
     if not hasattr(outputs, "logits"):
         raise UnsupportedArchitectureError(
             f"Got {type(model).__name__}, whose output has {list(outputs)} and no logits; expected logits, which "
@@ -51,16 +64,7 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
 def reached_sites(
     model: PreTrainedModel, sites: Sequence[NeuronSite], inputs: Mapping[str, Tensor]
 ) -> list[NeuronSite]:
-    """Finds the sites all of whose layers run; a text model with an image encoder runs without it, for example.
-
-    Args:
-        model: A plain classification model.
-        sites: Some of its sites.
-        inputs: A few samples that it runs on.
-
-    Returns:
-        Those of the sites whose layers are called, with results that belong to samples.
-    """
+    """The sites whose layers all run on some samples; a text model with an image encoder may run without it."""
     called: set[str] = set()
     samples = len(next(iter(inputs.values())))
     paths = {path for site in sites for path in site.layers}
@@ -72,26 +76,17 @@ def reached_sites(
         if not tensors or tensors[0].shape[0] % samples == 0:
             called.add(path)
 
-    handles = [model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]
-    _run_watched(model, inputs, handles)
+    with evaluating(model, [model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]):
+        model(**on_device(model, inputs))
     return [site for site in sites if site.layers <= called]
 
 
 def rectified_sites(
     model: PreTrainedModel, sites: Sequence[NeuronSite], inputs: Mapping[str, Tensor]
 ) -> list[NeuronSite]:
-    """Finds the sites whose neurons are rectified units: what is read of them is 0 in places and nowhere negative.
+    """The sites whose neurons are rectified units: their readers' inputs are 0 in places and nowhere negative.
 
-    Args:
-        model: A plain classification model.
-        sites: Some of its sites.
-        inputs: A few samples that it runs on.
-
-    Returns:
-        Those of the sites.
-
-    Raises:
-        UnsupportedArchitectureError: If there is none.
+    Raises UnsupportedArchitectureError if there is none.
     """
     least: dict[str, float] = {}
 
@@ -100,8 +95,9 @@ def rectified_sites(
 
     paths = {path for site in sites for path in site.readers}
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(note, path)) for path in paths]
-    _run_watched(model, inputs, handles)
-    # A mean over positions is seldom 0; another layer reads the same units before it.
+    with evaluating(model, handles):
+        model(**on_device(model, inputs))
+    # Of several readers one may see a mean over positions, which is seldom 0.
     found = [site for site in sites if min(least[path] for path in site.readers) == 0]
     if not found:
         raise UnsupportedArchitectureError(
@@ -111,23 +107,7 @@ def rectified_sites(
     return found
 
 
-def _run_watched(model: PreTrainedModel, inputs: Mapping[str, Tensor], handles: Sequence[RemovableHandle]) -> None:
-    """Runs a model once in eval mode and removes the hooks that watched it."""
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-
-
 def first_line(error: Exception) -> str:
     """First line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _shapes(inputs: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())

@@ -1,4 +1,4 @@
-"""Random inputs on which a model can be tried when no data are at hand."""
+"""Random inputs of the kind and shape that a model takes, for when no data are at hand."""
 
 import math
 from typing import Any
@@ -13,24 +13,17 @@ FRAMES = 30
 
 
 def random_inputs(model: PreTrainedModel, samples: int = 4) -> dict[str, Tensor]:
-    """Draws inputs that a model accepts, without touching the global random state.
+    """Draws inputs that a plain model, parent or module accepts (texts with padding); always the same ones.
 
-    Args:
-        model: A classification model: a plain one, a parent or a module.
-        samples: Number of samples.
-
-    Returns:
-        Model inputs by name; texts have padding.
-
-    Raises:
-        ValueError: If the model's main input is none that we can draw.
+    The global random state is not used. Raises ValueError if the model's main input is of an unknown kind.
     """
     config = getattr(model.config, "base_config", model.config)
     assert isinstance(config, PreTrainedConfig)
     generator = torch.Generator().manual_seed(0)
     name = model.main_input_name
-    if name == "inputs":  # one name for what other models call by its kind (Perceiver)
-        name = "pixel_values" if hasattr(config, "image_size") and "ForImage" in _base_class(model) else "input_ids"
+    if name == "inputs":  # Perceiver's, of any kind
+        is_image = "ForImage" in str(getattr(model.config, "base_class", type(model).__name__))
+        name = "pixel_values" if hasattr(config, "image_size") and is_image else "input_ids"
     if name == "pixel_values":
         return _images(config, samples, generator)
     if name == "input_ids":
@@ -40,15 +33,16 @@ def random_inputs(model: PreTrainedModel, samples: int = 4) -> dict[str, Tensor]
     if name == "input_values":
         return {name: torch.randn(samples, WAVEFORM_SAMPLES, generator=generator)}
     if name == "input_features":
-        return {name: torch.randn(samples, *_feature_shape(config), generator=generator)}
+        if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+            # Whisper: mel bins, then frames, which its encoder halves.
+            shape = (config.num_mel_bins, 2 * config.max_source_positions)
+        else:
+            shape = (FRAMES, _first(config, ("feature_projection_input_dim", "num_mel_bins"), 80))
+        return {name: torch.randn(samples, *shape, generator=generator)}
     raise ValueError(
         f"Got a model whose main input is {name!r}; expected pixel_values, input_ids, input_values or input_features. "
         "Pass a few samples: make_parent(model, inputs=...)."
     )
-
-
-def _base_class(model: PreTrainedModel) -> str:
-    return str(getattr(model.config, "base_class", type(model).__name__))
 
 
 def _images(config: PreTrainedConfig, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -86,21 +80,13 @@ def _texts(config: PreTrainedConfig, samples: int, generator: torch.Generator) -
 
 
 def _special(*configs: PreTrainedConfig) -> set[int]:
-    """Ids of tokens that stand for something else than text."""
+    """Ids of tokens that are not text."""
     ids: set[int] = set()
     for config in configs:
         for name, value in config.to_dict().items():
             if name.endswith(("_token_id", "_token_index", "_token_ids")) and value is not None:
                 ids.update(value if isinstance(value, (list, tuple)) else [value])
     return ids
-
-
-def _feature_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    if hasattr(config, "num_mel_bins") and hasattr(
-        config, "max_source_positions"
-    ):  # Whisper: mel bins, then frames, which its encoder halves
-        return config.num_mel_bins, 2 * config.max_source_positions
-    return FRAMES, _first(config, ("feature_projection_input_dim", "num_mel_bins"), 80)
 
 
 def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:

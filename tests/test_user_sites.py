@@ -1,17 +1,14 @@
-"""Architectures that no table knows: described sites, proposed sites, and where their classes come from."""
+"""Architectures of unknown layer names: sites that a user describes or that are proposed, and their classes."""
 
-import copy
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, fresh, image_samples, randomize_relevance
+from conftest import LABELS, NAMES, fresh, image_samples, parent_of, randomize, randomize_relevance
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -22,10 +19,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent, propose_sites
 from nemo_hf.cli.main import main
-from nemo_hf.models.extraction import make_plan
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
-from nemo_hf.neurons.user_sites import build_user_sites, model_sites
+from nemo_hf.neurons.user_sites import build_user_sites
 
 VIT_SITES = [
     {
@@ -90,11 +86,7 @@ def registered():
 
 
 def strange() -> StrangeNet:
-    torch.manual_seed(0)
-    model = StrangeNet(StrangeConfig(**NAMES))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return randomize(StrangeNet(StrangeConfig(**NAMES)), 0.3)
 
 
 STRANGE_SITES = [
@@ -109,34 +101,34 @@ STRANGE_SITES = [
 ]
 
 
-def test_described_sites_are_those_that_are_found_by_name(vit):
-    found = find_sites(vit)
-    described = model_sites(vit, NeMoConfig(sites=VIT_SITES))
-    assert {site.output for site in described} == {site.output for site in found}
-    for site in described:
-        twin = next(other for other in found if other.output == site.output)
-        assert site.produced() == twin.produced()
-        assert (site.parts, site.in_features, site.pruning_modes) == (twin.parts, twin.in_features, twin.pruning_modes)
-
-
-def test_a_described_model_gives_the_modules_of_a_known_one(vit):
-    known, described = make_parent(copy.deepcopy(vit)), make_parent(vit, NeMoConfig(sites=VIT_SITES))
+def test_a_described_model_gives_the_modules_of_one_that_is_known_by_name(vit):
+    known, described = parent_of("vit"), make_parent(vit, NeMoConfig(sites=VIT_SITES, relevance_threshold=0.6)).eval()
     relevance = {mask.site.output: mask.relevance for mask in known.masks.site_masks()}
-    randomize_relevance(known)
+    by_output = {site.output: site for site in known.sites}
     for mask in described.masks.site_masks():
+        twin = by_output.pop(mask.site.output)
+        assert mask.site.produced() == twin.produced()
+        assert (mask.site.parts, mask.site.in_features) == (twin.parts, twin.in_features)
         mask.relevance.copy_(relevance[mask.site.output])
-    described.config.relevance_source = "exact"
+    assert not by_output
     inputs = random_inputs(known)
     with torch.no_grad():
         expected = known.extract_module(["dog", "frog"])(**inputs).logits
         assert torch.equal(described.extract_module(["dog", "frog"])(**inputs).logits, expected)
+    with pytest.raises(ValueError, match="Got sites="):  # they shape the masks
+        described.set_nemo_config(NeMoConfig())
 
 
-def test_sites_are_proposed_for_layers_of_any_name():
-    assert propose_sites(strange()) == STRANGE_SITES
+def test_sites_are_proposed_for_layers_of_any_name_and_the_model_stays_as_it_is():
+    model, state = strange().train(), torch.get_rng_state()
+    assert propose_sites(model) == STRANGE_SITES
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    assert all(map(torch.equal, model.parameters(), strange().parameters()))
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "bert", "distilbert", "roberta", "gpt2", "llama", "swin"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "swin"])
 def test_proposals_agree_with_what_is_known_by_name(family):
     model = fresh(family)
     proposed = [site for described in propose_sites(model) for site in build_user_sites(model, described)]
@@ -147,58 +139,32 @@ def test_proposals_agree_with_what_is_known_by_name(family):
         assert getattr(site, "heads", 0) == getattr(known[site.output], "heads", 0)
 
 
-def test_proposing_leaves_no_hook_and_no_mode_behind(vit):
-    vit.train()
-    before = {name: parameter.clone() for name, parameter in vit.named_parameters()}
-    state = torch.get_rng_state()
-    propose_sites(vit)
-    assert vit.training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in vit.modules())
-    assert all(torch.equal(parameter, before[name]) for name, parameter in vit.named_parameters())
-
-
 def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
     config = NeMoConfig(sites=STRANGE_SITES, relevance_threshold=0.6)
-    args = TrainingArguments(
-        str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=10, report_to="none", use_cpu=True
-    )
-    samples = image_samples()
-    trainer = NeMoTrainer(strange(), args, train_dataset=samples, eval_dataset=samples, nemo_config=config)
-    assert {site.kind: site.pruning_mode for site in trainer.parent.sites} == {"attention": "scatter", "ffn": "dense"}
-    assert trainer.parent.config.equivalence["status"] == "verified"
+    args = TrainingArguments(str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True)
+    trainer = NeMoTrainer(strange(), args, train_dataset=image_samples(10), nemo_config=config)
+    parent = trainer.parent
+    assert {site.kind: site.pruning_mode for site in parent.sites} == {"attention": "scatter", "ffn": "dense"}
     trainer.train()
-    parent = trainer.parent.eval()
-    randomize_relevance(parent)
+    randomize_relevance(parent.eval())
     module = parent.extract_module(["ship", "cat"])
-    inputs = random_inputs(parent)
+    assert module.config.equivalence["status"] == "verified"
+    trainer.save_model(str(tmp_path / "parent"))
+    module.save_pretrained(tmp_path / "module")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=["ship", "cat"], verify=True)
     with torch.no_grad():
-        static = make_plan(parent, ["ship", "cat"]).static
-        expected = parent(**inputs, static_masks=static).logits[:, [3, 0]]
-        opened = parent(**inputs, static_masks=parent.masks.open_masks()).logits[:, [3, 0]]
-        got = module(**inputs).logits
-        assert torch.allclose(got, expected, atol=1e-5)
-        assert (opened - expected).abs().max() > 1e-2
-        trainer.save_model(str(tmp_path / "parent"))
-        module.save_pretrained(tmp_path / "module")
-        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
-        cut = AutoModelForImageClassification.from_pretrained(tmp_path / "parent", labels=["ship", "cat"], verify=True)
-        assert torch.equal(loaded(**inputs).logits, got)
-        assert torch.equal(cut(**inputs).logits, got)
-    stored = json.loads((tmp_path / "parent" / "config.json").read_text())
-    assert stored["nemo_config"]["sites"] == STRANGE_SITES
+        got, *others = (model(**random_inputs(parent)).logits for model in (module, loaded, cut))
+    assert all(torch.equal(other, got) for other in others)
+    assert json.loads((tmp_path / "parent" / "config.json").read_text())["nemo_config"]["sites"] == STRANGE_SITES
 
 
-def test_without_the_class_a_file_says_what_to_register(tmp_path):
-    parent = make_parent(strange(), NeMoConfig(sites=STRANGE_SITES))
-    parent.save_pretrained(tmp_path)
-    script = (
-        "import sys, nemo_hf\nfrom transformers import AutoModelForImageClassification as A\n"
-        "try: A.from_pretrained(sys.argv[1])\nexcept ValueError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "'strange'" in done.stdout
-    assert "AutoConfig.register" in done.stdout
+def test_without_the_class_a_file_says_what_to_register(tmp_path, monkeypatch):
+    make_parent(strange(), NeMoConfig(sites=STRANGE_SITES)).save_pretrained(tmp_path)
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "strange")
+    monkeypatch.delitem(AutoModelForImageClassification._model_mapping._extra_content, StrangeConfig)
+    with pytest.raises(ValueError, match=r"(?s)'strange'.*AutoConfig\.register"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
 def test_a_class_that_is_not_registered_is_refused():
@@ -225,8 +191,7 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     loaded = AutoConfig.from_pretrained(tmp_path / "plain", trust_remote_code=True)
     model = AutoModelForImageClassification.from_config(loaded, trust_remote_code=True)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    randomize(model, 0.3)
     parent = make_parent(model, NeMoConfig(sites=propose_sites(model), relevance_threshold=0.6))
     randomize_relevance(parent)
     module = parent.extract_module(["cat", "car"])
@@ -235,23 +200,18 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
 
 BAD = [
     ({"kind": "pooling", "output": "a"}, "expected a mapping with 'kind'"),
-    ({"kind": "conv", "output": "a"}, "expected the keys"),
     ({"kind": "conv", "producers": ["a"], "readers": []}, "expected a list of layers"),
-    ({"kind": "conv", "producers": ["a"], "readers": "b"}, "expected a list of layers"),
     ({"kind": "conv", "producers": ["a"], "readers": ["b"], "passing": [1]}, "expected paths of layers"),
     ("vit.layers.0", "expected a mapping with 'kind'"),
     ({"kind": "ffn", "output": "a"}, "expected the keys"),
     ({"kind": "ffn", "producers": "a", "output": "b"}, "expected a list of layers"),
-    ({"kind": "ffn", "producers": [], "output": "b"}, "expected a list of layers"),
     ({"kind": "ffn", "producers": ["a"], "output": 3}, "expected paths of layers"),
-    ({"kind": "ffn", "fused": "a", "output": "b"}, "expected the keys"),
     ({"kind": "attention", "query": "a", "key": "b", "output": "c"}, "expected the keys"),
     ({"kind": "attention", "fused": "a", "output": "c", "heads": 0}, "expected a positive integer"),
     ({"kind": "attention", "fused": "a", "output": "c", "layout": "mixed"}, "expected one of"),
     ({"kind": "attention", "fused": "a", "output": "c", "colour": "red"}, "expected the keys"),
     ({"kind": "ffn", "producers": ["a"], "output": "*" * 9 + ".@"}, "one whole part of a path"),
     ({"kind": "ffn", "producers": ["a.*_b"], "output": "a.*.b"}, "one whole part of a path"),
-    ({"kind": "ffn", "producers": ["a"], "output": "b", "pooled": "c.**"}, "one whole part of a path"),
 ]
 
 
@@ -271,10 +231,10 @@ def test_sites_must_be_a_list(sites):
     ("changes", "message"),
     [
         ({"output": "vit.layers.*.mlp.fc3"}, "'vit.layers.*.mlp.fc3'.*which no layer has"),
-        ({"producers": ["vit.layers.*.mlp.fc3"]}, "'vit.layers.0.mlp.fc3'.*which the model has not"),
+        ({"producers": ["vit.layers.*.mlp.fc3"]}, "'vit.layers.0.mlp.fc3'.*which the model does not have"),
         ({"producers": ["vit.layers.*.mlp"]}, "a ViTMLP; expected a linear layer"),
         ({"producers": ["vit.layers.*.attention.q_proj"]}, "expected outputs that are the inputs of 'output'"),
-        ({"pooled": "vit.layers.*.nothing"}, "which the model has not; expected a layer"),
+        ({"pooled": "vit.layers.*.nothing"}, "which the model does not have; expected a layer"),
     ],
 )
 def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
@@ -282,12 +242,10 @@ def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
         make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[1], **changes}]))
 
 
-@pytest.mark.parametrize("output", ["*." * 5_000 + "fc2", "*.*.*.*.nothing", "vit.layers.*", "*"])
-def test_a_star_is_one_part_and_is_sought_in_little_time(vit, output):
-    start = time.monotonic()
+@pytest.mark.parametrize("output", ["*." * 50_000 + "fc2", "*.*.*.*.nothing", "vit.layers.*", "*"])
+def test_a_star_is_one_part_of_a_path(vit, output):
     with pytest.raises(ValueError, match=r"which no layer has|expected a linear layer"):
         build_user_sites(vit, {**VIT_SITES[1], "output": output})
-    assert time.monotonic() - start < 5
 
 
 def test_stars_are_filled_in_order(vit):
@@ -296,28 +254,13 @@ def test_stars_are_filled_in_order(vit):
     assert [site.key for site in build_user_sites(vit, description)] == [site.key for site in expected]
 
 
-def test_heads_that_don_t_divide_the_width_are_refused(vit):
+def test_impossible_heads_the_same_site_twice_and_no_site_at_all_are_refused(vit):
     with pytest.raises(ValueError, match="or give 'heads'"):
         make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[0], "heads": 5}]))
-
-
-def test_the_same_site_twice_and_no_site_at_all_are_refused(vit):
     with pytest.raises(ValueError, match="twice; expected each site once"):
         make_parent(vit, NeMoConfig(sites=[VIT_SITES[1], VIT_SITES[1]]))
     with pytest.raises(ValueError, match="no site of these targets"):
         make_parent(vit, NeMoConfig(sites=[VIT_SITES[1]], targets=["attention"]))
-
-
-def test_sites_stay_those_that_the_masks_were_made_for(vit):
-    parent = make_parent(vit, NeMoConfig(sites=VIT_SITES))
-    with pytest.raises(ValueError, match="Got sites="):
-        parent.set_nemo_config(NeMoConfig())
-
-
-def test_options_with_sites_survive_a_file(tmp_path):
-    config = NeMoConfig(sites=VIT_SITES)
-    config.to_json_file(tmp_path / "options.json")
-    assert NeMoConfig.from_json_file(tmp_path / "options.json") == config
 
 
 def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
@@ -326,4 +269,6 @@ def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
     printed = capsys.readouterr().out
     options = json.loads(printed[: printed.index("\n}") + 2])
     assert options == {"sites": VIT_SITES}
+    NeMoConfig(**options).to_json_file(tmp_path / "options.json")
+    assert NeMoConfig.from_json_file(tmp_path / "options.json") == NeMoConfig(sites=VIT_SITES)
     assert "equivalence check: verified" in printed

@@ -1,0 +1,292 @@
+"""Modules compute what their parents do under their masks, before and after a round trip through files."""
+
+import json
+
+import pytest
+import torch
+from conftest import LABELS, TEXT, fresh, parent_of, randomize, randomize_relevance, tiny
+from safetensors import safe_open
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from nemo_hf import EquivalenceError, NeMoConfig, make_parent
+from nemo_hf.models.attach import attach_masks
+from nemo_hf.models.base import base_parameters
+from nemo_hf.models.equivalence import check_equivalence
+from nemo_hf.models.extraction import make_plan
+from nemo_hf.models.files import WeightFiles
+from nemo_hf.neurons.sites import with_pruning_modes
+from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.pruning.resize import ClosedLinear
+
+FAMILIES = ["albert", "bert", "deit-teacher", "gpt2", "llama", "swin"]
+SIMILAR = ["deit", "distilbert", "roberta", "vit"]
+LABELS_CUT = ["ship", "dog"]
+IDS_CUT = [3, 1]
+
+
+@pytest.fixture(params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.sweep) for name in SIMILAR)])
+def family(request) -> str:
+    return request.param
+
+
+def auto_class(model):
+    is_image = model.main_input_name == "pixel_values"
+    return AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
+
+
+@torch.no_grad()
+def logits(model, **options):
+    return model.eval()(**random_inputs(model), **options).logits
+
+
+def logits_under_mask(parent, **options) -> torch.Tensor:
+    """The parent's logits of the labels that are cut, under the module's static mask."""
+    return logits(parent, static_masks=make_plan(parent, LABELS_CUT, **options).static)[:, IDS_CUT]
+
+
+def assert_same_files(one, other) -> None:
+    for file in one.iterdir():
+        assert (other / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(("hard", "round_to"), [(True, None), (True, 8), (False, None)])
+def test_a_module_computes_what_its_parent_does_under_its_mask(family, hard, round_to):
+    parent = parent_of(family, hard_masks=hard)
+    assert {(site.kind, site.pruning_mode) for site in parent.sites} == {("attention", "dense"), ("ffn", "dense")}
+    assert parent.config.equivalence["status"] == "verified"
+    module = parent.extract_module(LABELS_CUT, round_to=round_to)
+    expected = logits_under_mask(parent, round_to=round_to)
+    unmasked = logits(parent, static_masks=parent.masks.open_masks())[:, IDS_CUT]
+    assert torch.allclose(logits(module), expected, atol=1e-5)
+    assert (unmasked - expected).abs().max() > 1e-3
+    assert module.config.equivalence["status"] == "verified"
+    assert base_parameters(module) < base_parameters(parent)
+    ours = {tensor.data_ptr() for tensor in parent.state_dict().values() if tensor.numel()}
+    assert not ours & {tensor.data_ptr() for tensor in module.state_dict().values() if tensor.numel()}
+
+
+def test_parents_and_modules_survive_files_and_a_cut_on_load_is_the_same(family, tmp_path):
+    parent = parent_of(family)
+    module = parent.extract_module(LABELS_CUT)
+    module.save_pretrained(tmp_path / "module")
+    loaded = auto_class(module).from_pretrained(tmp_path / "module")
+    loaded.save_pretrained(tmp_path / "module again")
+    assert torch.equal(logits(loaded), logits(module))
+    assert_same_files(tmp_path / "module", tmp_path / "module again")
+    assert loaded.config.id2label == {0: "ship", 1: "dog"}
+    with safe_open(tmp_path / "module" / "model.safetensors", "pt") as weights:
+        names = [name for name in weights.keys() if not name.endswith("_indices")]  # noqa: SIM118 - no mapping
+        assert sum(weights.get_tensor(name).numel() for name in names) == base_parameters(module)
+
+    parent.save_pretrained(tmp_path / "parent")
+    loaded = auto_class(parent).from_pretrained(tmp_path / "parent")
+    assert torch.equal(logits(loaded), logits(parent))
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in parent.state_dict().items())
+    cut = auto_class(parent).from_pretrained(tmp_path / "parent", labels=LABELS_CUT, verify=True)
+    assert torch.equal(logits(cut), logits(module))
+    assert cut.state_dict().keys() == module.state_dict().keys()
+    assert cut.config.equivalence["status"] == "verified"
+    loaded.save_pretrained(tmp_path / "parent again")
+    assert_same_files(tmp_path / "parent", tmp_path / "parent again")
+
+
+def test_whole_heads_are_dropped(family):
+    parent = parent_of(family)
+    attention = [mask for mask in parent.masks.site_masks() if mask.site.kind == "attention"]
+    for mask in attention:
+        mask.relevance[:, mask.site.parts["query_key"] :][:, : mask.site.head_dim] = 0  # values of the first head
+    module = parent.extract_module(LABELS_CUT)
+    assert torch.allclose(logits(module), logits_under_mask(parent), atol=1e-5)
+    widths = {entry["key"]: entry["widths"] for entry in module.config.sites}
+    for mask in attention:
+        assert widths[mask.site.key]["key_value_heads"] < mask.site.key_value_heads
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
+@pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated", "dense-heads-kept", "dense-heads-kept-gated"])
+def test_other_pruning_modes_compute_the_same(family, pruning_mode, tmp_path):
+    parent = attach_masks(fresh(family))
+    randomize_relevance(parent)
+    expected = logits_under_mask(parent)
+    chosen = {s.key: pruning_mode for s in parent.sites if pruning_mode in {b.name for b in s.pruning_modes}}
+    parent.set_sites(with_pruning_modes(parent.sites, chosen))
+    assert {site.pruning_mode for site in parent.sites if site.kind == "attention"} == {pruning_mode}
+    module = parent.extract_module(LABELS_CUT)
+    assert torch.allclose(logits(module), expected, atol=1e-5)
+    module.save_pretrained(tmp_path)
+    assert torch.equal(logits(auto_class(module).from_pretrained(tmp_path)), logits(module))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("pruning_mode", ["scatter-gated", "dense-heads-kept-gated"])
+def test_soft_masks_that_close_where_neurons_are_produced_are_cut_exactly(family, pruning_mode):
+    parent = attach_masks(fresh(family), NeMoConfig(hard_masks=False))
+    randomize_relevance(parent)
+    before = logits_under_mask(parent)
+    modes = {s.key: pruning_mode if s.kind == "attention" else "scatter-gated" for s in parent.sites}
+    parent.set_sites(with_pruning_modes(parent.sites, modes))
+    # A soft value now counts where it is made and where it is read.
+    assert not torch.allclose(before, logits_under_mask(parent), atol=1e-3)
+    assert parent.extract_module(LABELS_CUT).config.equivalence["status"] == "verified"
+
+
+def test_a_dense_rotary_module_reads_the_angles_of_its_frequencies_alone():
+    parent = parent_of("llama")
+    plan = make_plan(parent, LABELS_CUT)
+    module = parent.extract_module(LABELS_CUT)
+    for site, entry in zip(parent.sites, module.config.sites, strict=True):
+        if site.kind != "attention":
+            continue
+        frequencies = plan.keep[site.key]["query_key"].tolist()
+        half = entry["widths"]["head_dim"] // 2
+        angles = module.model.get_submodule(site.name).nemo_rotary.angle_indices.tolist()
+        assert angles[: len(frequencies)] == frequencies
+        assert angles[half : half + len(frequencies)] == [frequency + 4 for frequency in frequencies]
+        assert len(angles) == 2 * half
+        assert module.model.get_submodule(site.query.layer).out_features == 4 * 2 * half
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_dense_rotary_module_can_be_cast_and_keeps_its_indices(dtype):
+    module = parent_of("llama").extract_module(LABELS_CUT)
+    exact = logits(module)
+    module.to(dtype)
+    indices = [value for name, value in module.state_dict().items() if "indices" in name]
+    assert {value.dtype for value in indices} == {torch.int64}
+    close = {"atol": 1e-5, "rtol": 0} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(logits(module).float(), exact, **close)
+
+
+@pytest.mark.parametrize("labels", [["frog", "cat", "dog"], [4, 0]])
+def test_the_head_has_the_labels_in_the_order_asked_for(labels):
+    parent = parent_of("vit")
+    module = parent.extract_module(labels)
+    names = [label if isinstance(label, str) else LABELS[label] for label in labels]
+    assert list(module.config.id2label.values()) == names
+    assert module.config.label2id == {name: index for index, name in enumerate(names)}
+    rows = parent.model.classifier.weight[[LABELS.index(name) for name in names]]
+    assert torch.equal(module.model.classifier.weight, rows)
+
+
+def test_half_precision_parents_are_cut_and_keep_their_masks_in_float32(bert, tmp_path):
+    parent = make_parent(bert.to(torch.bfloat16), NeMoConfig(relevance_threshold=0.6)).eval()
+    randomize_relevance(parent)
+    module = parent.extract_module(LABELS_CUT)
+    assert module.dtype == torch.bfloat16
+    assert module.config.equivalence["status"] == "verified"
+    module.save_pretrained(tmp_path / "module")
+    assert auto_class(module).from_pretrained(tmp_path / "module").dtype == torch.bfloat16
+    assert json.loads((tmp_path / "module" / "config.json").read_text())["dtype"] == "bfloat16"
+    parent.save_pretrained(tmp_path / "one")
+    loaded = auto_class(parent).from_pretrained(tmp_path / "one")
+    assert loaded.dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.masks.parameters()} == {torch.float32}
+    loaded.save_pretrained(tmp_path / "two")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    with pytest.raises(ValueError, match="expected float32"):  # soft masks would be rounded
+        make_parent(parent.detach_masks(), NeMoConfig(hard_masks=False))
+
+
+def test_a_softmax_scale_that_follows_the_head_width_is_made_up_for():
+    """MPNet computes it in forward: dense cuts are silently wrong unless q is scaled."""
+    parent = make_parent(randomize(tiny("MPNetForSequenceClassification", **{**TEXT, "num_hidden_layers": 1}), 0.3))
+    site = next(site for site in parent.sites if site.kind == "attention")
+    assert site.cut_by.rescales
+    randomize_relevance(parent)
+    module = parent.extract_module([0, 2], threshold=0.7)
+    assert module.config.equivalence["status"] == "verified"
+    assert {entry["key"]: entry["widths"] for entry in module.config.sites}[site.key]["head_dim"] < site.head_dim
+    parent.set_sites(with_pruning_modes(parent.sites, {site.key: site.pruning_mode.replace("-rescaled", "")}))
+    with pytest.raises(EquivalenceError, match="expected at most"):
+        parent.extract_module([0, 2], threshold=0.7)
+
+
+def test_a_broken_cut_is_refused_and_one_without_effect_is_unverified():
+    parent = parent_of("vit")
+    module = parent.extract_module(LABELS_CUT)
+    with torch.no_grad():
+        module.model.classifier.bias += 1e-3
+    with pytest.raises(EquivalenceError, match="expected at most"):
+        check_equivalence(parent, module, make_plan(parent, LABELS_CUT).static)
+    for mask in parent.masks.site_masks():
+        mask.relevance.fill_(255)
+    assert parent.extract_module(LABELS_CUT).config.equivalence["status"] == "unverified"
+
+
+def test_a_cut_on_load_reads_the_needed_slices_alone(tmp_path, monkeypatch):
+    parent = parent_of("vit")
+    parent.save_pretrained(tmp_path)
+    whole = parent.extract_module(LABELS_CUT)
+    read, original = [], WeightFiles.read
+
+    def counting(self, name, cut=None):
+        read.append(original(self, name, cut))
+        return read[-1]
+
+    monkeypatch.setattr(WeightFiles, "read", counting)
+    AutoModelForImageClassification.from_pretrained(tmp_path, labels=LABELS_CUT)
+    relevance = sum(mask.relevance.nbytes for mask in parent.masks.site_masks())
+    assert (
+        sum(tensor.nbytes for tensor in read)
+        == sum(tensor.nbytes for tensor in whole.state_dict().values()) + relevance
+    )
+
+
+def test_groups_stand_for_their_labels():
+    groups = {"pets": ["cat", "dog"], "vehicles": ["ship", "car"], "frog": ["frog"]}
+    parent = parent_of("vit", label_groups=groups)
+    assert list(parent.extract_module("vehicles").config.id2label.values()) == ["ship", "car"]
+    module = parent.extract_module(["frog", "dog"])
+    assert list(module.config.id2label.values()) == ["frog", "dog"]
+    assert module.config.groups == {"pets": [0, 1], "frog": [4]}
+    pets = make_plan(parent, ["cat"]).static
+    assert all(torch.equal(mask, pets[key]) for key, mask in make_plan(parent, ["dog"]).static.items())
+
+
+# Sites of which nothing is left
+
+
+def with_empty_attention(family: str):
+    """A parent whose first attention is of no use to any label."""
+    parent = parent_of(family)
+    first = next(mask for mask in parent.masks.site_masks() if mask.site.kind == "attention")
+    first.relevance.zero_()
+    return parent, first.site
+
+
+def closed_layers(module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, ClosedLinear)]
+
+
+def test_attention_without_neurons_computes_nothing_and_the_cut_is_exact(family, tmp_path):
+    parent, site = with_empty_attention(family)
+    module = parent.extract_module(LABELS_CUT)
+    torch.testing.assert_close(logits(module), logits_under_mask(parent), atol=1e-5, rtol=1e-5)
+    is_plain = type(parent.model.get_submodule(site.output)) is torch.nn.Linear
+    assert (f"model.{site.output}" in closed_layers(module)) == is_plain
+    module.save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path)
+    assert closed_layers(loaded) == closed_layers(module)
+    assert torch.equal(logits(loaded), logits(module))
+    # Without units too.
+    list(parent.masks.site_masks())[-1].relevance.zero_()
+    module = parent.extract_module(LABELS_CUT)
+    torch.testing.assert_close(logits(module), logits_under_mask(parent), atol=1e-5, rtol=1e-5)
+
+
+def test_a_tuned_module_computes_what_it_may_have_learned(tmp_path):
+    parent, _ = with_empty_attention("vit")
+    module = parent.extract_module(LABELS_CUT)
+    inputs = random_inputs(parent)
+    module.train()
+    module(**inputs, labels=torch.arange(4) % 2).loss.backward()
+    assert all(p.grad is not None for p in module.parameters())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter -= 0.01 * parameter.grad
+    module.eval().save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path)
+    assert closed_layers(module)
+    assert not closed_layers(loaded)
+    torch.testing.assert_close(logits(loaded), logits(module))
