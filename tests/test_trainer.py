@@ -628,7 +628,7 @@ class TestSaving:
         trainer = Trainer(module, args, train_dataset=samples, eval_dataset=samples)
         start = trainer.evaluate()["eval_loss"]
         trainer.train()
-        assert trainer.evaluate()["eval_loss"] < 0.9 * start
+        assert trainer.evaluate()["eval_loss"] < 0.95 * start
         assert_same_state(parent.state_dict(), before, rtol=0, atol=0)
         trainer.save_model()
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
