@@ -21,7 +21,7 @@ from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.evaluation.latency import count_macs
 from nemo_hf.hub.pictures import draw_neurons
 from nemo_hf.models.extraction import make_plan
-from nemo_hf.models.files import WeightFiles
+from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.neurons.channel_tracing import find_channels
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.user_sites import build_user_sites

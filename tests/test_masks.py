@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from nemo_hf import NeMoConfig, nemo_loss
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.neurons.generators import MaskGenerator
+from nemo_hf.neurons.mask_hooks import MaskGenerator
 from nemo_hf.neurons.masks import build_masks, default_rank, untied_parameters
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.sites import FeedForwardSite, Rows, with_pruning_modes

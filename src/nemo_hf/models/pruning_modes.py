@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import TARGETS, LabelLike, NeMoConfig
 from nemo_hf.neurons.channel_tracing import ChannelSearch, find_channels
-from nemo_hf.neurons.patterns import find_heads, find_sites
+from nemo_hf.neurons.patterns import check_found, find_heads, find_sites
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_pruning_modes
 from nemo_hf.neurons.trial_calls import check_runs, first_line, reached_sites, rectified_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
-from nemo_hf.neurons.user_sites import build_user_sites, model_sites
+from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.pruning.plan import static_masks
 
 from .attach import attach_masks, check_plain
@@ -69,20 +69,23 @@ def make_parent(
     find_heads(model, model.config.num_labels or 0)
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     check_runs(model, inputs)
-    known = find_sites(model, nemo_config.targets, None) if nemo_config.sites is None else []
-    channels = ChannelSearch([], {})
-    if "conv" in nemo_config.targets and nemo_config.sites is None:
-        channels = find_channels(model, inputs, known)
-    found = model_sites(model, nemo_config, channels.sites, channels.explanation, known)
+    channels = ChannelSearch()
+    if nemo_config.sites is not None:
+        found = model_sites(model, nemo_config)
+    else:
+        found = find_sites(model, nemo_config.targets)
+        if "conv" in nemo_config.targets:
+            channels = find_channels(model, inputs, found)
+        found = check_found(model, [*found, *channels.sites], nemo_config.targets, channels.explanation)
     try:
         parent = _try_sites(model, nemo_config, label_groups, inputs, found)
     except UnsupportedArchitectureError as error:
-        exact = [one for one in channels.sites if _is_exact_alone(model, nemo_config, inputs, one)]
-        left_out = len(channels.sites) - len(exact)
+        left_out = [site for site in channels.sites if not _is_exact_alone(model, nemo_config, inputs, site)]
         if not left_out:
             raise
-        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, left_out)
-        found = model_sites(model, nemo_config, exact, channels.explanation, known)
+        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, len(left_out))
+        found = [site for site in found if site not in left_out]
+        check_found(model, found, nemo_config.targets, channels.explanation)
         parent = _try_sites(model, nemo_config, label_groups, inputs, found)
     gated = [site.key for site in parent.sites if site.pruning_mode == "scatter-gated" and not site.is_gated_only]
     if nemo_config.sites is not None and gated:
@@ -91,13 +94,13 @@ def make_parent(
             "where something between source and output reads them all; else look for a layer in the wrong place.",
             gated,
         )
-    kinds = {site.kind for site in parent.sites}
     # No model has all kinds of neurons: a warning is due where kinds that were found, or asked for, are missing.
-    expected = {site.kind for site in found} if nemo_config.has_generators else kinds
+    expected = {site.kind for site in found} if nemo_config.has_generators else parent.kinds
     if tuple(nemo_config.targets) != TARGETS:
         expected = set(nemo_config.targets)
-    if kinds != expected:
-        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
+    if parent.kinds != expected:
+        kinds = " and ".join(sorted(parent.kinds))
+        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", kinds)
     return parent
 
 
@@ -133,10 +136,10 @@ def _try_sites(
 
 
 def _is_exact_alone(
-    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], description: Mapping[str, Any]
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], site: NeuronSite
 ) -> bool:
-    """Whether the channels of one description can be cut when nothing else is."""
-    parent = attach_masks(model, nemo_config, None, build_user_sites(model, description))
+    """Whether the neurons of one site can be cut when nothing else is."""
+    parent = attach_masks(model, nemo_config, None, [site])
     try:
         return _trial(_randomized_copy(parent, inputs), inputs, parent.sites)[0] <= LARGEST_SHARE
     finally:
@@ -217,20 +220,14 @@ def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor
         parent.set_sites(with_pruning_modes(parent.sites, {site.key: name for site in part}))
 
 
-def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
+def _trial(
+    parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite], part: str | None = None
+) -> tuple[float, str]:
     """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed.
 
-    Of attention, q and k are tried alone as well: their effect is smaller than that of v, which could hide it.
+    `part` is the only part that is cut. Of attention, q and k are tried alone as well: their effect is smaller than
+    that of v, which could hide it.
     """
-    worst = _trial_of_part(parent, inputs, sites, None)
-    if all(isinstance(site, AttentionSite) for site in sites):
-        worst = max(worst, _trial_of_part(parent, inputs, sites, "query_key"))
-    return worst
-
-
-def _trial_of_part(
-    parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite], part: str | None
-) -> tuple[float, str]:
     keep = random_keep(parent.sites, {site.key for site in sites if part is None or part in site.parts}, part)
     static = static_masks(parent.sites, keep)
     if not parent.nemo_config.hard_masks:
@@ -239,10 +236,9 @@ def _trial_of_part(
     ids = list(parent.config.names)
     # The last label before the first: a cut head shows whether it is the head.
     plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, None, 0.5, {site.key: [] for site in parent.sites})
+    read = partial(read_tensor, parent.model.state_dict())
     try:
-        module = build_module(
-            type(parent), CutSource.of_parent(parent), plan, partial(read_tensor, parent.model.state_dict())
-        )
+        module = build_module(type(parent), CutSource.of_parent(parent), plan, read)
         module.to(parent.device)  # type: ignore[arg-type]
         check = check_equivalence(parent, module, plan.static, inputs)
     except Exception as error:
@@ -252,7 +248,10 @@ def _trial_of_part(
     # A mask without effect shows nothing; the status of the check then says so.
     wrong = max(0.0, check.difference - ROUNDING_SHARE * check.tolerance)
     share = wrong / check.effect if check.effect else math.inf if wrong else 0.0
-    return share, f"{check.difference:.1e} of {check.effect:.1e}"
+    found = share, f"{check.difference:.1e} of {check.effect:.1e}"
+    if part is None and all(isinstance(site, AttentionSite) for site in sites):
+        return max(found, _trial(parent, inputs, sites, "query_key"))
+    return found
 
 
 def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None = None) -> dict[str, dict[str, Tensor]]:

@@ -37,15 +37,15 @@ def channel_site(
     layers: ModelLayers, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
 ) -> ChannelSite | None:
     """Builds the site of a convolution's channels, or returns `None` if the layers' widths are not those of one."""
-    channels, width = (_produced(layers.by_path[producers[0]]) or (0, 1))[0], 1
-    mixed = [_produced(layers.by_path[path]) for path in producers]
-    mixed += [_passed(layers.by_path[path]) for path in passing]
-    for made in mixed:
-        if made is None or made[0] != channels or channels < 1:
-            return None
-        width = max(width, made[1])
-    read_by = [(path, _read(layers.by_path[path])) for path in readers]
-    if any(width % made[1] for made in mixed if made) or any(not read or read % channels for _, read in read_by):
+    widths = {path: _channels(layers.by_path[path]) for path in (*producers, *passing, *readers)}
+    channels = widths[producers[0]][1]
+    same = {*(widths[path][1] for path in producers), *(widths[path][2] for path in passing)}
+    mixed = [widths[path][3] for path in passing]
+    group = max(mixed, default=1)
+    read_by = [(path, widths[path][0]) for path in readers]
+    if channels < 1 or same != {channels} or any(group % each for each in mixed):
+        return None
+    if any(read < 1 or read % channels for _, read in read_by):
         return None
     return ChannelSite(
         name=producers[0],
@@ -54,33 +54,24 @@ def channel_site(
         output=readers[0],
         least_width=1,  # torch has no convolution without outputs
         channels=channels,
-        size=channels // width,
+        size=channels // group,
         producers=tuple(producers),
         passing=tuple(passing),
         read_by=tuple(read_by),
     )
 
 
-def _produced(layer: nn.Module) -> tuple[int, int] | None:
-    """Number of channels that a layer makes, and 1: it mixes none of them."""
+def _channels(layer: nn.Module) -> tuple[int, int, int, int]:
+    """Numbers of channels that a layer reads, makes and passes on (0: none), and of those that it mixes."""
+    if isinstance(layer, CHANNEL_NORMS):
+        return 0, 0, layer.num_features, 1
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        passed = layer.out_channels if layer.in_channels == layer.out_channels else 0
+        return 0, 0, passed, layer.out_channels // layer.groups
     if isinstance(layer, nn.Conv2d):
-        return (layer.out_channels, 1) if layer.groups == 1 else None
-    features = layer_features(layer)
-    return None if features is None or isinstance(layer, Conv1D) else (features[1], 1)
-
-
-def _passed(layer: nn.Module) -> tuple[int, int] | None:
-    """Number of channels that a norm or grouped convolution passes on, and how many it mixes."""
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels == layer.out_channels:
-        return layer.out_channels, layer.out_channels // layer.groups
-    return (layer.num_features, 1) if isinstance(layer, CHANNEL_NORMS) else None
-
-
-def _read(layer: nn.Module) -> int:
-    """Number of inputs of a layer that may read channels, 0 for others."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels if layer.groups == 1 else 0
-    return (layer_features(layer) or (0, 0))[0] if isinstance(layer, nn.Linear) else 0
+        return layer.in_channels, layer.out_channels, 0, 1
+    inputs, outputs = (isinstance(layer, nn.Linear) and layer_features(layer)) or (0, 0)
+    return inputs, outputs, 0, 1
 
 
 def feed_forward_site(

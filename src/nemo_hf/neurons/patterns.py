@@ -56,22 +56,23 @@ HEAD_NAMES = re.compile(
 """Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
 
 
-def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason: str | None = "") -> list[NeuronSite]:
-    """Finds attention and feed-forward sites, in the order of the model's layers; weights may be on the meta device.
-
-    If there is none, raises UnsupportedArchitectureError, whose message ends with `reason`; `reason=None` allows none.
-    """
+def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list[NeuronSite]:
+    """Finds attention and feed-forward sites, in the order of the model's layers; weights may be on the meta device."""
     layers = ModelLayers(model)
     sites: list[NeuronSite] = []
     for name, layer in layers.unique.items():
-        if next(layer.children(), None) is None:
-            continue
-        if "attention" in targets:
-            sites.extend(_attention_sites(layers, name))
-        if "ffn" in targets:
-            sites.extend(_feed_forward_sites(layers, name))
-    if not sites and reason is not None:
-        linear = list(layers.linear)
+        if next(layer.children(), None) is not None:
+            sites.extend(_attention_sites(layers, name) if "attention" in targets else ())
+            sites.extend(_feed_forward_sites(layers, name) if "ffn" in targets else ())
+    return sites
+
+
+def check_found(
+    model: PreTrainedModel, sites: list[NeuronSite], targets: Sequence[str], reason: str = ""
+) -> list[NeuronSite]:
+    """The sites, of which there must be one; `reason` says why some of the model's neurons are none."""
+    if not sites:
+        linear = list(ModelLayers(model).linear)
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, in which no neuron sites of kind {list(targets)} are known; "
             "expected attention with separate q, k, v and output projections, a feed-forward part of two linear "
@@ -83,10 +84,7 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason:
 
 
 def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
-    """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head).
-
-    Raises UnsupportedArchitectureError if there is none.
-    """
+    """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head)."""
     heads = [
         name
         for name, layer in model.named_modules()
@@ -110,12 +108,8 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
 
 def _linear_paths(layers: ModelLayers, name: str, relatives: Sequence[str]) -> list[str] | None:
     """Paths of the linear layers at relative paths from the layer `name`, or `None` if one of them is not there."""
-    paths = []
-    for relative in relatives:
-        paths.append(_path(name, relative))
-        if paths[-1] not in layers.linear:
-            return None
-    return paths
+    paths = [_path(name, relative) for relative in relatives]
+    return paths if all(path in layers.linear for path in paths) else None
 
 
 def _path(name: str, relative: str) -> str:

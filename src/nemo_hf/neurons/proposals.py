@@ -21,7 +21,7 @@ from nemo_hf.config import LAYOUTS
 from .builders import ModelLayers
 from .trial_calls import evaluating, on_device
 from .trial_inputs import random_inputs
-from .user_sites import PATHS, build_user_sites
+from .user_sites import PATHS, build_user_sites, shared_parts, with_paths
 
 PERTURBATION = 3.0  # large, so that it shows behind a softmax
 SMALLEST_CHANGE = 1e-5  # that counts, relative to the largest input
@@ -176,19 +176,10 @@ def _merged(model: PreTrainedModel, descriptions: Sequence[dict[str, Any]]) -> l
 def _starred(description: Mapping[str, Any]) -> dict[str, Any]:
     """A description with `"*"` for the numbers in the part that all of its paths share."""
     paths = [*(description[key] for key in PATHS if key in description), *description.get("producers", [])]
-    shared = 0
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared += 1
+    shared = len(shared_parts(paths))
 
     def star(path: str) -> str:
         parts = path.split(".")
         return ".".join("*" if part.isdigit() and place < shared else part for place, part in enumerate(parts))
 
-    starred = {key: star(value) if key in PATHS else value for key, value in description.items()}
-    return (
-        starred | {"producers": [star(path) for path in description["producers"]]}
-        if "producers" in starred
-        else starred
-    )
+    return with_paths(description, star)

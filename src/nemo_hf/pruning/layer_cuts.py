@@ -21,8 +21,7 @@ ROTARY_NAME = "nemo_rotary"  # name under which a dense rotary attention layer h
 class LayerCut:
     """What stays of one layer: indices of kept outputs and inputs, `PAD` for zeros; `None` keeps all.
 
-    The scales are factors of each output or input of the old layer. A scattered layer keeps its outer shape, and the
-    indices become buffers.
+    The scales are factors of each output or input of the old layer.
     """
 
     outputs: Tensor | None = None
@@ -45,8 +44,7 @@ class SiteCut:
 def site_cut(site: NeuronSite, keep: Keep, static: Tensor | None = None) -> SiteCut:
     """Works out the cut that computes what the site does under a static mask of the kept neurons.
 
-    `static`, shape (neurons,), holds the mask's values where they are not 1 for the kept neurons (soft masks); the
-    layers' weights are multiplied by them.
+    `static`, shape (neurons,), are the values of a soft mask, which weights are multiplied by.
     """
     if site.cut_by.is_scattered:
         cut = _scattered_cut(site, keep)

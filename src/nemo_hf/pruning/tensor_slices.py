@@ -23,10 +23,9 @@ class TensorCut:
 
 
 def tensor_cuts(model: nn.Module, cuts: Sequence[SiteCut], heads: Mapping[str, Tensor]) -> dict[str, TensorCut]:
-    """Translates the cuts of all sites into cuts of named tensors; tensors that are not named stay whole.
+    """Translates the cuts of all sites into cuts of named tensors of the plain model at full width; others stay whole.
 
-    `model` is the plain model at full width, perhaps on the meta device; `heads` maps the path of each classification
-    head to the label ids that stay, in the module's order.
+    `heads` maps the path of each classification head to the label ids that stay, in the module's order.
     """
     tensors: dict[str, TensorCut] = {}
     layer_cuts = [item for cut in cuts for item in cut.layers.items()]
@@ -80,10 +79,7 @@ def cut_tensor(read: Callable[[int, Tensor], Tensor], cut: TensorCut) -> Tensor:
 
 
 def uncut_tensor(tensor: Tensor, cut: TensorCut, shape: Sequence[int]) -> Tensor:
-    """Returns a tensor of the parent's shape that a cut turns into `tensor`: zero wherever nothing was kept.
-
-    The cut must be one of indices and nonzero scales.
-    """
+    """Returns a tensor of the parent's shape that a cut (of indices and nonzero scales) turns into `tensor`, else 0."""
     tensor = tensor.T if cut.is_transposed else tensor
     for dim, scale in cut.scales.items():
         tensor = tensor / _along(dim, scale, tensor)
