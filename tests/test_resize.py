@@ -90,16 +90,13 @@ def test_widths_are_those_of_the_site_up_to_its_full_ones(site):
     full, least = WIDTHS[site], int(site is DENSE or site is NEVER_EMPTY)
     for accepted in (full, dict.fromkeys(full, least)):
         check_widths(site, accepted)
+    refused = [{}, {"intermediate": 3, "head_dim": 2}, {"width": 1}, None]
     for name, most in full.items():
-        message = rf"^Got the width {name}=.* for '.*'; expected an integer from {least} to {most}\. The con"
-        for width in (-1, least - 1, most + 1, 10**12, 2.0, "2", True, None):
-            with pytest.raises(ValueError, match=message):
-                check_widths(site, {**full, name: width})
-    for widths in ({}, {"intermediate": 3, "head_dim": 2}, {"width": 1}, None):
-        with pytest.raises(ValueError, match=r"^Got the widths .* for '.*'; expected one for each of \[.*\]\. The con"):
+        refused += [{**full, name: width} for width in (-1, least - 1, most + 1, 10**12, 2.0, "2", True, None)]
+    for widths in refused:
+        with pytest.raises(ValueError, match=rf"^Got the widths .* for '.*'; expected integers from {least} to {{.*}}"):
             check_widths(site, widths)
 
 
 def test_a_layer_that_can_not_be_empty_is_padded():
-    nothing = {"intermediate": torch.tensor([], dtype=torch.long)}
-    assert site_cut(NEVER_EMPTY, nothing).widths == {"intermediate": 1}
+    assert site_cut(NEVER_EMPTY, {"intermediate": torch.tensor([], dtype=torch.long)}).widths == {"intermediate": 1}
