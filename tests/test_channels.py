@@ -8,12 +8,12 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import NAMES, example_script, hooks_of, image_samples, random_static, randomize, randomize_relevance, tiny
+from conftest import NAMES, example_script, hooks_of, random_static, randomize, randomize_relevance, tiny
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
+from nemo_hf import NeMoConfig, make_parent
 from nemo_hf.evaluation.latency import count_macs
 from nemo_hf.hub.pictures import draw_neurons
 from nemo_hf.models.extraction import make_plan
@@ -197,17 +197,6 @@ def test_files_hold_parent_and_module_and_a_cut_on_load_is_the_same(name, is_har
     masks = [tensor for mask in parent.masks.site_masks() for tensor in (mask.relevance, mask.mean_mask)]
     needed = [*module.state_dict().values(), *(tensor for tensor in masks if tensor is not None)]
     assert sum(tensor.nbytes for tensor in read) == sum(tensor.nbytes for tensor in needed)
-
-
-def test_masks_and_weights_are_trained(tmp_path):
-    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-2)
-    samples = [{**s, "pixel_values": s["pixel_values"].repeat(1, 2, 2)} for s in image_samples(10)]
-    trainer = NeMoTrainer(parent_of("resnet"), args, train_dataset=samples)
-    before = {key: parameter.clone() for key, parameter in trainer.parent.named_parameters()}
-    trainer.train()
-    moved = {key for key, parameter in trainer.parent.named_parameters() if not torch.equal(parameter, before[key])}
-    assert {key for key in before if key.endswith("generator.up.bias")} <= moved
-    assert len(moved) > 0.9 * len(before)
 
 
 def test_a_site_without_channels_costs_one_that_is_zero():

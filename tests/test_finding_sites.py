@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import TEXT, fresh, random_static, randomize, tiny
+from conftest import TEXT, fresh, random_static, randomize, randomize_relevance, tiny
 
-from nemo_hf import make_parent
+from nemo_hf import NeMoConfig, make_parent
+from nemo_hf.models.extraction import make_plan
 from nemo_hf.neurons.patterns import find_heads, find_sites
 from nemo_hf.neurons.sites import Rows
 from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.pruning.plan import static_masks
 
 SMALL = {**TEXT, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
@@ -57,6 +59,7 @@ ROWS = {
         Rows(f"{ATTENTION}kv_b_proj", 6, 32, 56, shares=4),
     ),
 }
+MODES = {"ModernBert": "dense", "Phi3": "dense-heads-kept", "GPTNeoX": "scatter-gated", "Qwen3Next": "scatter-gated"}
 HEADS = {"Bloom": (4, 4, 8), "Falcon": (4, 2, 8), "Phi3": (4, 2, 8), "Qwen3Next": (4, 2, 8), "DeepseekV3": (4, 4, 6)}
 
 
@@ -103,17 +106,30 @@ def without(model, parent, static):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_closed_neuron_is_one_that_the_model_doesn_t_have(name):
+def test_a_closed_neuron_is_one_that_the_model_doesn_t_have_and_modules_are_exact(name):
     model = randomize(model_of(name), 0.2)
     plain = copy.deepcopy(model)
     parent = make_parent(model)
     assert parent.config.equivalence["status"] == "verified"
-    assert parent.kinds == {"attention", "ffn"}
+    modes = {site.kind: site.pruning_mode for site in parent.sites}
+    assert modes == {"attention": MODES.get(name, "scatter"), "ffn": "dense"}
     inputs, static = random_inputs(parent), random_static(parent)
     with torch.no_grad():
         got = parent(**inputs, static_masks=static).logits
         torch.testing.assert_close(got, without(plain, parent, static)(**inputs).logits, atol=1e-5, rtol=0)
         assert not torch.allclose(got, parent(**inputs).logits, atol=1e-3)
+    for hard in (True, False):
+        parent = make_parent(parent.detach_masks(), NeMoConfig(hard_masks=hard, relevance_threshold=0.6))
+        randomize_relevance(parent)
+        module = parent.extract_module([3, 1])
+        assert module.config.equivalence["status"] == "verified"
+        for site, keep in zip(parent.sites, make_plan(parent, [3, 1]).keep.values(), strict=True):
+            if site.cut_by.is_scattered:  # of a shared layer only the rows of closed neurons go
+                outputs = {rows.layer: rows.layer_outputs for rows, _ in site.produced()}
+                static = static_masks([site], {site.key: keep})[site.key]
+                for rows, part in site.produced():
+                    outputs[rows.layer] -= int((site.part_mask(part, static) == 0).sum())
+                assert {path: len(module.model.get_submodule(path).weight) for path in outputs} == outputs
 
 
 def test_a_head_of_another_name_is_found_where_only_one_layer_can_be_it(vit):

@@ -134,13 +134,6 @@ def test_no_layer_is_skipped_at_random(family):
         assert set(parent(**inputs).neuron_masks) == {site.key for site in parent.sites}
 
 
-@pytest.mark.parametrize("targets", [["ffn"], ["attention"]])
-def test_only_targets_get_masks(vit, targets):
-    parent = parent_of(vit, targets=targets)
-    assert {site.kind for site in parent.sites} == set(targets)
-    assert {key.rpartition(":")[2] for key in masks_of(parent, **random_inputs(parent))} == set(targets)
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_masks_are_returned_in_training_or_on_request(vit, training):
     parent = parent_of(vit.train(training))
@@ -277,12 +270,6 @@ def test_a_feed_forward_part_in_chunks_has_the_same_masks():
     expected, got = (parent_of(model.eval())(**inputs) for model in (whole, chunked))
     torch.testing.assert_close(got.logits, expected.logits)
     torch.testing.assert_close(got.neuron_masks, expected.neuron_masks)
-
-
-def test_embeddings_are_inputs_too(bert):
-    parent, ids = parent_of(bert), random_tokens(3, 6)
-    embedded = bert.get_input_embeddings()(ids).detach()
-    torch.testing.assert_close(logits_of(parent, inputs_embeds=embedded), logits_of(parent, input_ids=ids))
 
 
 # What masks do

@@ -7,7 +7,7 @@ first pruning mode under which a random cut passes the equivalence check, on a c
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -90,8 +90,8 @@ def make_parent(
     gated = [site.key for site in parent.sites if site.pruning_mode == "scatter-gated" and not site.is_gated_only]
     if nemo_config.sites is not None and gated:
         logger.warning(
-            "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
-            "where something between source and output reads them all; else look for a layer in the wrong place.",
+            "Got descriptions of which %s are exact only where masks also close neurons at their source. Unless "
+            "something between source and output reads them all, look for a layer in the wrong place.",
             gated,
         )
     # No model has all kinds of neurons: a warning is due where kinds that were found, or asked for, are missing.
@@ -116,7 +116,7 @@ def _try_sites(
     if not reached:
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
-            "without calling these layers; expected layers that are called. Choose another architecture."
+            "without calling these layers. Choose another architecture."
         )
     if not nemo_config.has_generators:
         reached = rectified_sites(model, reached, inputs)
@@ -149,7 +149,7 @@ def _is_exact_alone(
 def _randomized_copy(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
     """A copy with random weights, large enough for each kind of neurons to move the logits visibly.
 
-    What is exact must not depend on the weights: fresh ones hide errors, as norms that do nothing yet do.
+    Fresh weights would hide errors, as norms that do nothing yet do.
     """
     randomized: NeMoPreTrainedModel = copy.deepcopy(parent).float()
     effects: dict[float, float] = {}
@@ -173,14 +173,11 @@ def _draw_weights(parent: NeMoPreTrainedModel, spread: float) -> None:
     parent.eval()
 
 
-def _half_closed(parent: NeMoPreTrainedModel) -> list[tuple[str, dict[str, Tensor]]]:
+def _half_closed(parent: NeMoPreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """For each kind and part of neurons: the kind, and static masks that close about half of that part."""
-    found = []
     for kind, part in dict.fromkeys((site.kind, part) for site in parent.sites for part in site.parts):
-        keep = random_keep(parent.sites, {site.key for site in parent.sites if site.kind == kind}, part)
-        static = static_masks(parent.sites, keep)
-        found.append((kind, {key: mask.to(parent.device) for key, mask in static.items()}))
-    return found
+        chosen = {site.key for site in parent.sites if site.kind == kind}
+        yield kind, static_masks(parent.sites, random_keep(parent.sites, chosen, part))
 
 
 @torch.no_grad()
@@ -296,7 +293,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
         return
     assert parent.masks is not None
     first = {site.kind: site for site in reversed(parent.sites)}
-    is_masked = torch.arange(samples, device=parent.device) == 0
+    is_masked = torch.arange(samples) == 0
     effects: dict[str, float] = {}
     for kind, static in _half_closed(parent):
         mixed = {key: torch.where(is_masked[:, None], mask, 1.0) for key, mask in static.items()}
@@ -310,8 +307,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     _check_pooled(parent, inputs)
     for kind, effect in effects.items():
         if effect == 0 and bool((opened != opened[:1]).any()):
-            reason = "closing half of them leaves all logits as they are, so no cut can be checked"
-            raise _refusal(parent, first[kind], reason)
+            raise _refusal(parent, first[kind], "closing half of them leaves all logits as they are")
 
 
 def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
@@ -327,16 +323,14 @@ def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> 
 
 def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
     with exact_float32(parent) as (exact,):
-        batch = {
-            name: value.to(exact.device, torch.float32 if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
+        given = {name: value.to(exact.device) for name, value in inputs.items()}
+        batch = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
         return [exact(**batch, static_masks=static).logits for static in masks]
 
 
 def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:
-    other = sorted({other.kind for other in parent.sites} - {site.kind})
-    model_type = getattr(parent.config.base_config, "model_type", "?")
+    other = sorted(parent.kinds - {site.kind})
+    model_type = parent.model.config.model_type
     return UnsupportedArchitectureError(
         f"Got model type {model_type!r}, whose {site.kind} neurons in {site.name!r} can't be cut: {reason}. "
         + (f"Leave them whole with NeMoConfig(targets={other})." if other else "Choose another architecture.")

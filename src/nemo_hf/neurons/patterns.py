@@ -85,23 +85,18 @@ def check_found(
 
 def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
     """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head)."""
-    heads = [
-        name
-        for name, layer in model.named_modules()
-        if HEAD_NAMES.search(name) and (features := layer_features(layer)) and features[1] == num_labels
-    ]
+    fitting = [name for name, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
+    heads = [name for name in fitting if HEAD_NAMES.search(name)]
     # A projection before the head, which has as many outputs by chance.
     heads = [h for h in heads if not (h.endswith(".dense") and h.removesuffix("dense") + "out_proj" in heads)]
     last = {h.rpartition(".")[0]: h for h in heads if h.rpartition(".")[2].isdigit()}
     heads = [h for h in heads if last.get(h.rpartition(".")[0], h) == h]
-    if not heads:  # a head of another name, if only one layer can be it
-        by_width = [n for n, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
-        heads = by_width if len(by_width) == 1 else []
+    if not heads and len(fitting) == 1:  # a head of another name, if only one layer can be it
+        heads = fitting
     if not heads:
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r} without a linear head of {num_labels} outputs named like "
-            "'classifier' or 'score'; modules are cut at that head. Choose a *ForImageClassification or "
-            "*ForSequenceClassification model."
+            "'classifier' or 'score'. Choose a *ForImageClassification or *ForSequenceClassification model."
         )
     return heads
 

@@ -115,7 +115,7 @@ class NeuronSite:
     @property
     def pruning_modes(self) -> tuple[PruningMode, ...]:
         """Pruning modes that may be exact here, the one with the smallest modules first."""
-        raise NotImplementedError
+        return (SCATTER_GATED,) if self.is_gated_only else (DENSE, *SCATTERED)
 
     @property
     def cut_by(self) -> PruningMode:
@@ -165,10 +165,6 @@ class FeedForwardSite(NeuronSite):
     @property
     def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
         return {"intermediate": self.producers[0].size}
-
-    @property
-    def pruning_modes(self) -> tuple[PruningMode, ...]:  # noqa: D102 - inherited
-        return (SCATTER_GATED,) if self.is_gated_only else (DENSE, *SCATTERED)
 
     def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
         return tuple((rows, "units") for rows in self.producers)
