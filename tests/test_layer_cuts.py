@@ -11,9 +11,8 @@ from torch import nn
 
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.sites import FeedForwardSite, NeuronSite, Rows, with_pruning_modes
-from nemo_hf.pruning.layer_cuts import site_cut
+from nemo_hf.pruning.layer_cuts import cut_tensor, site_cut, tensor_cuts
 from nemo_hf.pruning.resize import RotaryAngles, check_widths, resize
-from nemo_hf.pruning.tensor_slices import cut_tensor, tensor_cuts
 
 
 def with_mode(site: NeuronSite, pruning_mode: str) -> NeuronSite:

@@ -147,10 +147,7 @@ def _is_exact_alone(
 
 
 def _randomized_copy(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
-    """A copy with random weights, large enough for each kind of neurons to move the logits visibly.
-
-    Fresh weights would hide errors, as norms that do nothing yet do.
-    """
+    """A copy with weights so large that all neurons move the logits visibly: fresh norms, say, would hide errors."""
     randomized: NeMoPreTrainedModel = copy.deepcopy(parent).float()
     effects: dict[float, float] = {}
     for spread in SPREADS:
@@ -167,9 +164,8 @@ def _draw_weights(parent: NeMoPreTrainedModel, spread: float) -> None:
     parent.train()
     generator = torch.Generator().manual_seed(0)
     for parameter in parent.model.parameters():
-        width = parameter[0].numel() if parameter.ndim > 1 else 1
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(noise * (spread * width**-0.5 if parameter.ndim > 1 else VECTOR_SPREAD * spread))
+        scale = spread * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else VECTOR_SPREAD)
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     parent.eval()
 
 
@@ -220,11 +216,7 @@ def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor
 def _trial(
     parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite], part: str | None = None
 ) -> tuple[float, str]:
-    """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed.
-
-    `part` is the only part that is cut. Of attention, q and k are tried alone as well: their effect is smaller than
-    that of v, which could hide it.
-    """
+    """Cuts about half of some sites' neurons (or only `part`); returns the error as a share of the masks' effect."""
     keep = random_keep(parent.sites, {site.key for site in sites if part is None or part in site.parts}, part)
     static = static_masks(parent.sites, keep)
     if not parent.nemo_config.hard_masks:
@@ -246,17 +238,14 @@ def _trial(
     wrong = max(0.0, check.difference - ROUNDING_SHARE * check.tolerance)
     share = wrong / check.effect if check.effect else math.inf if wrong else 0.0
     found = share, f"{check.difference:.1e} of {check.effect:.1e}"
+    # Of attention, q and k are tried alone as well: v has a larger effect, which could hide an error of theirs.
     if part is None and all(isinstance(site, AttentionSite) for site in sites):
         return max(found, _trial(parent, inputs, sites, "query_key"))
     return found
 
 
 def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """Draws neurons to keep in a trial cut, by site key and part; the same ones in each call.
-
-    About half of each site in `chosen` stays, and no values of its first head; `part` is the only part that is cut,
-    `None` cuts all. Other sites stay whole.
-    """
+    """Draws about half of the `chosen` sites' neurons (or only of `part`), the same in each call, by site and part."""
     generator = torch.Generator().manual_seed(0)
     keep: dict[str, dict[str, Tensor]] = {}
     for site in sites:
@@ -304,14 +293,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
         rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
         if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
             raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
-    _check_pooled(parent, inputs)
-    for kind, effect in effects.items():
-        if effect == 0 and bool((opened != opened[:1]).any()):
-            raise _refusal(parent, first[kind], "closing half of them leaves all logits as they are")
-
-
-def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Refuses sites whose pooled input mixes samples: the mask of one then depends on the others."""
+    # Sites whose pooled input mixes samples: the mask of one then depends on the others.
     given = {name: value.to(parent.device) for name, value in inputs.items()}
     others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
     masks, changed = (parent(**batch, output_neuron_masks=True).neuron_masks for batch in (given, others))
@@ -319,6 +301,9 @@ def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> 
         own = masks[site.key][0]
         if (own - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE * max(1.0, own.max().item()):
             raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")
+    for kind, effect in effects.items():
+        if effect == 0 and bool((opened != opened[:1]).any()):
+            raise _refusal(parent, first[kind], "closing half of them leaves all logits as they are")
 
 
 def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:

@@ -10,8 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .sites import CHANNEL_NORMS, AttentionSite, ChannelSite, FeedForwardSite, Rows, layer_features
 
-Projections = tuple[Rows, Rows, Rows, int]
-"""Rows of q, k and v, and the number of query heads."""
+Projections = tuple[Rows, Rows, Rows, int]  # of q, k and v, and the number of query heads
 
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "depth")
 HEAD_COUNT_ATTRIBUTES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_head")
@@ -21,10 +20,7 @@ HEAD_NORM = re.compile(r"([qk](uery|ey)?_?(layer_?)?norm)|(norm_[qk])")
 
 
 class ModelLayers:
-    """A model's layers by path, collected once: looking paths up one by one in the model is slow.
-
-    `unique` names each layer once, `by_path` by all of its paths; `linear` holds (inputs, outputs) of linear layers.
-    """
+    """A model's layers by path, collected once: `unique` names each once, `linear` says (inputs, outputs)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config: PreTrainedConfig = model.config
@@ -82,10 +78,7 @@ def feed_forward_site(
     pooled: str | None = None,
     pooled_output: bool = False,
 ) -> FeedForwardSite | None:
-    """Builds the site of a feed-forward part, or returns `None` if the layers' widths are not those of one.
-
-    `producers` is one linear layer, the two of a GLU, or one that holds both; `pooled` is the first one by default.
-    """
+    """Builds the site of a feed-forward part of one layer or a GLU, or returns `None` if the widths don't fit."""
     width = layers.linear[output][0]
     widths = [layers.linear[path][1] for path in producers]
     if widths == [2 * width]:  # a GLU with both projections in one layer
@@ -114,10 +107,7 @@ def attention_site(
     pooled: str | None = None,
     is_rotary: bool | None = None,
 ) -> AttentionSite:
-    """Builds the site of the attention layer `name`.
-
-    The input of q is pooled by default; `is_rotary=None` takes what the layer's signature suggests.
-    """
+    """Builds the site of the attention layer `name`; `is_rotary=None` takes what its signature suggests."""
     query, key, value, heads = projections
     layer = layers.by_path[name]
     head_dim = query.size // heads

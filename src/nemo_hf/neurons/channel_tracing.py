@@ -1,11 +1,9 @@
 """Finds convolution channels that can be pruned, by following marked channels through forward passes.
 
-1. Some channels of one convolution's result are marked with NaN. Activations, pooling, sums and products pass a mark on
-   in the same channel; a convolution or linear layer reads it, and its input is cleared of marks.
-2. Norms that work by channel and grouped convolutions pass marks on. Where a mark appears in another channel, in a
-   layer that mixes channels in another way, or in the logits, the channels stay whole, and a sentence says why.
-3. Layers whose results are read by the same layers make the same channels: those of a residual stream, or
-   squeeze-and-excite and what it weighs. They are one site.
+1. Some channels of one convolution's result are marked with NaN. Activations, pooling, sums, products, norms by channel
+   and grouped convolutions pass a mark on; a convolution or linear layer reads it, and its input is cleared of marks.
+2. Where a mark appears in another channel, in a layer that mixes channels, or in the logits, the channels stay whole.
+3. Layers whose results are read by the same layers, such as those of a residual stream, are one site.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,10 +49,7 @@ class ChannelSearch:
 def find_channels(
     model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None, others: Sequence[NeuronSite] = ()
 ) -> ChannelSearch:
-    """Finds the channels that can be closed and cut, of convolutions and of linear layers that read such channels.
-
-    `inputs` are a few samples (`None`: random ones); `others` are sites whose neurons are not to be used again.
-    """
+    """Finds channels that can be cut, beside `others`: of convolutions, and of linear layers that read these."""
     convolutions = {path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     if not convolutions:
         return ChannelSearch()

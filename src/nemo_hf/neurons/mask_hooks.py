@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,7 @@ from .sites import NeuronSite, Rows, neuron_dim
 MASK_BIAS = 1.0  # at the start: tanh(1) = .76, so that every neuron is open and can still close
 HookHandle = torch.utils.hooks.RemovableHandle | ReplacedForward
 
-FrameMask = Callable[[int, Tensor], Tensor]
-"""Turns the attention mask of a recording's samples into one of the given number of frames."""
+FrameMask = Callable[[int, Tensor], Tensor]  # makes an attention mask of samples one of so many frames
 
 
 class MaskGenerator(nn.Module):
@@ -46,24 +46,20 @@ class MaskGenerator(nn.Module):
             return F.linear(hidden, self.up.weight.float(), self.up.bias.float()).tanh().relu()
 
 
+@dataclass(eq=False)
 class CallState:
-    """What the masks of one forward call depend on.
+    """What the masks of one forward call depend on, until the next call: checkpointing replays layers in between."""
 
-    It stays until the next call, since activation checkpointing replays layers in the backward pass; only `collected`
-    is dropped when the call returns, so that replays add nothing to it.
-    """
-
-    def __init__(self) -> None:
-        self.is_enabled = True
-        self.is_hard = True
-        self.detaches_pooled = True
-        self.batch_size = 0
-        self.attention_mask: Tensor | None = None
-        self.frame_mask: FrameMask | None = None
-        self.static_masks: Mapping[str, Tensor] | None = None
-        self.static_samples: Tensor | None = None
-        self.collected: dict[str, list[Tensor]] | None = None
-        self.current: dict[str, Tensor] = {}
+    is_hard: bool = True
+    detaches_pooled: bool = True
+    is_enabled: bool = True
+    batch_size: int = 0
+    attention_mask: Tensor | None = None
+    frame_mask: FrameMask | None = None
+    static_masks: Mapping[str, Tensor] | None = None
+    static_samples: Tensor | None = None
+    collected: dict[str, list[Tensor]] | None = None  # `None` after the call, so that replays add nothing
+    current: dict[str, Tensor] = field(default_factory=dict)
 
     def check_is_open(self) -> None:
         """Refuses layers that run outside a call, where the state is that of an older one."""
@@ -80,17 +76,11 @@ class CallState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallState":
         # A call's tensors belong to the graph of the model that made them, not to its copy.
-        copied = CallState()
-        for name in ("is_enabled", "is_hard", "detaches_pooled"):
-            setattr(copied, name, getattr(self, name))
-        return copied
+        return CallState(self.is_hard, self.detaches_pooled, self.is_enabled)
 
 
 class SiteMask(nn.Module):
-    """Relevance and hooks of one site; the hooks are bound methods, so that those of a deep copy use the copy.
-
-    `keeps_mean` adds a buffer of mean mask values per group, which modules of soft masks need.
-    """
+    """Relevance and hooks of one site; the hooks are bound methods, so that those of a deep copy use the copy."""
 
     relevance: Tensor
     mean_mask: Tensor | None
@@ -101,6 +91,7 @@ class SiteMask(nn.Module):
         self.state = CallState()
         # uint8, since a cast of the model to another dtype would change a float buffer
         self.register_buffer("relevance", torch.full((groups, site.neurons), 255, dtype=torch.uint8))
+        # Of each group, for modules of soft masks.
         self.register_buffer("mean_mask", torch.ones(groups, site.neurons) if keeps_mean else None)
 
     def attach(self, model: nn.Module) -> list[HookHandle]:
@@ -246,10 +237,7 @@ class GeneratedMask(SiteMask):
 
 
 class ActivityMask(SiteMask):
-    """Activity of rectified units in place of generated masks; only static masks close a unit.
-
-    Collects the mean over positions of what each reader of the units reads, as MODA (arXiv 2411.01074) does.
-    """
+    """Collects the mean activity of rectified units, as MODA (arXiv 2411.01074) does; static masks alone close them."""
 
     def _read_mask(self, hidden_states: Tensor, dim: int) -> Tensor | None:
         if self.state.is_enabled and not self._is_shared(hidden_states):

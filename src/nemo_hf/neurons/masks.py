@@ -17,18 +17,13 @@ LEVEL_SCALE = 1e6  # the logarithm of the sparsity factor is stored in millionth
 
 
 class NeuronMasks(nn.ModuleList):
-    """The masks of all sites of a model, in site order, with one shared call state.
-
-    With `is_hard` the forward pass sees 0/1 masks; with `detaches_pooled` generators' inputs get no gradient.
-    """
+    """The masks of all sites of a model, in site order, with one shared call state."""
 
     sparsity_level: Tensor
 
     def __init__(self, masks: Iterable[SiteMask], is_hard: bool, detaches_pooled: bool = True) -> None:
         super().__init__(masks)
-        self.state = CallState()
-        self.state.is_hard = is_hard
-        self.state.detaches_pooled = detaches_pooled
+        self.state = CallState(is_hard, detaches_pooled)
         # An integer, since a cast of the model to another dtype would change a float buffer.
         self.register_buffer("sparsity_level", torch.zeros((), dtype=torch.int64))
         self._handles: list[HookHandle] = []
@@ -78,11 +73,7 @@ class NeuronMasks(nn.ModuleList):
         static_samples: Tensor | None,
         frame_mask: FrameMask | None = None,
     ) -> Iterator[dict[str, list[Tensor]]]:
-        """Sets the state of one forward call, and yields its soft masks by site, (batch, neurons) a call of the site.
-
-        `static_masks`, site key to (neurons,) or (batch, neurons), replace the generated masks, for all samples or
-        those that `static_samples` (batch,) says.
-        """
+        """Sets the state of one forward call, and yields its soft masks: by site, one (batch, neurons) a call."""
         state = self.state
         for mask in self.site_masks() if static_masks is not None else ():
             static = static_masks.get(mask.site.key) if static_masks else None

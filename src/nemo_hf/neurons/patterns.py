@@ -4,7 +4,7 @@ Names of layers and quirks of architectures are known here and in `builders`, no
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
@@ -62,8 +62,9 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list
     sites: list[NeuronSite] = []
     for name, layer in layers.unique.items():
         if next(layer.children(), None) is not None:
-            sites.extend(_attention_sites(layers, name) if "attention" in targets else ())
-            sites.extend(_feed_forward_sites(layers, name) if "ffn" in targets else ())
+            attention = _attention_site(layers, name) if "attention" in targets else None
+            units = _feed_forward_site(layers, name) if "ffn" in targets else None
+            sites.extend(site for site in (attention, units) if site)
     return sites
 
 
@@ -113,7 +114,7 @@ def _path(name: str, relative: str) -> str:
     return f"{name}.{relative}" if name and relative else name or relative
 
 
-def _feed_forward_sites(layers: ModelLayers, name: str) -> Iterator[FeedForwardSite]:
+def _feed_forward_site(layers: ModelLayers, name: str) -> FeedForwardSite | None:
     for producers, output in FEED_FORWARD_LAYERS.items():
         paths = _linear_paths(layers, name, (*producers, output))
         if paths is None:
@@ -122,27 +123,25 @@ def _feed_forward_sites(layers: ModelLayers, name: str) -> Iterator[FeedForwardS
         pooled = None if around is None or _path(name, around) not in layers.by_path else _path(name, around)
         site = feed_forward_site(layers, name, paths[:-1], paths[-1], pooled, bool(around and pooled))
         if site is not None:
-            yield site
-            return
+            return site
+    return None
 
 
-def _attention_sites(layers: ModelLayers, name: str) -> Iterator[AttentionSite]:
+def _attention_site(layers: ModelLayers, name: str) -> AttentionSite | None:
     output = next((found[0] for last in OUTPUT_PROJECTIONS if (found := _linear_paths(layers, name, (last,)))), None)
     if output is None:
-        return
+        return None
     heads = head_count(layers.config, layers.by_path[name], layers.linear[output][0])
     for names in SEPARATE_PROJECTIONS:
         paths = _linear_paths(layers, name, names)
         if paths and (rows := separate_rows(layers, paths, output, heads)):
-            yield attention_site(layers, name, output, rows, name if names[0] in POOLED_AT_LAYER else None)
-            return
+            return attention_site(layers, name, output, rows, name if names[0] in POOLED_AT_LAYER else None)
     for latent in LATENT_PROJECTIONS:
         paths = _linear_paths(layers, name, latent)
         if paths and (rows := latent_rows(layers, paths, name, output)):
-            yield attention_site(layers, name, output, rows, is_rotary=False)
-            return
+            return attention_site(layers, name, output, rows, is_rotary=False)
     for fused, layout in FUSED_PROJECTIONS.items():
         paths = _linear_paths(layers, name, (fused,))
         if paths and (rows := fused_rows(layers, paths[0], layout, output, heads)):
-            yield attention_site(layers, name, output, rows)
-            return
+            return attention_site(layers, name, output, rows)
+    return None

@@ -1,9 +1,8 @@
 """Proposes `NeMoConfig(sites=...)` for an unknown architecture, from what changes when one output is perturbed.
 
-A perturbed unit changes one input of the next linear layer that reads it, at the same token; a value one (or one for
-each query head that shares it) at other tokens too; a query a whole head at the same token; a key a whole head at
-others too. Other layers could look the same, so widths must fit, and the equivalence check decides whether the layers
-are cut exactly; that they are what they are called is only likely.
+A perturbed unit changes one input of the next linear layer that reads it, at the same token; a value one (for each
+query head) at other tokens too; a query a whole head at the same token; a key a whole head at others too. Other layers
+could look the same: widths must fit, and the equivalence check decides whether the layers are cut exactly.
 """
 
 import json

@@ -12,10 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers.pytorch_utils import Conv1D
 
-CHANNEL_NORMS = (_BatchNorm, _InstanceNorm)
-"""Norms that work on each channel separately."""
-PAD = -1
-"""Index of a row or column of zeros."""
+CHANNEL_NORMS = (_BatchNorm, _InstanceNorm)  # work on each channel separately
+PAD = -1  # index of a row or column of zeros
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -37,7 +35,7 @@ DENSE = PruningMode("dense", drops_heads=True)
 SCATTER = PruningMode("scatter", is_scattered=True)
 SCATTER_GATED = PruningMode("scatter-gated", is_scattered=True, is_gated=True)
 SCATTERED = (SCATTER, SCATTER_GATED)
-DENSE_ATTENTION = (
+DENSE_ATTENTION = (  # in the order of the trials
     DENSE,
     PruningMode("dense-rescaled", drops_heads=True, rescales=True),
     PruningMode("dense-heads-kept"),
@@ -45,7 +43,6 @@ DENSE_ATTENTION = (
     PruningMode("dense-heads-kept-gated", is_gated=True),
     PruningMode("dense-heads-kept-rescaled-gated", rescales=True, is_gated=True),
 )
-"""Dense pruning modes of attention, in the order of the trials."""
 PRUNING_MODES = {mode.name: mode for mode in (*DENSE_ATTENTION, *SCATTERED)}
 
 
@@ -172,10 +169,7 @@ class FeedForwardSite(NeuronSite):
 
 @dataclass(frozen=True)
 class ChannelSite(NeuronSite):
-    """Channels of convolutions. A neuron is a channel, or a whole group of a grouped convolution's.
-
-    Masks close it where it is read: the bias of a norm would revive a channel that is closed before the norm.
-    """
+    """Channels of convolutions, or groups of them; closed where they are read, as a norm's bias would revive them."""
 
     channels: int = 0
     size: int = 0  # number of neurons

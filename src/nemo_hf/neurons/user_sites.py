@@ -14,18 +14,13 @@ from .patterns import check_found, find_sites
 from .sites import ChannelSite, NeuronSite, layer_features
 
 PROJECTIONS = ("query", "key", "value", "fused")
-PATHS = (*PROJECTIONS, "output", "layer", "pooled")
-"""Keys of a description that name one layer."""
+PATHS = (*PROJECTIONS, "output", "layer", "pooled")  # keys of a description that name one layer
 
 
 def model_sites(
     model: PreTrainedModel, nemo_config: NeMoConfig, channels: Sequence[Mapping[str, Any]] = ()
 ) -> list[NeuronSite]:
-    """The sites that the options describe, or else those that are found, and the described `channels`.
-
-    Weights may be on the meta device. Raises UnsupportedArchitectureError if there is no site, and ValueError if a
-    description fits no layers, or layers of other widths.
-    """
+    """The sites that the options describe, or else those that are found and the described `channels`."""
     layers = ModelLayers(model)
     if nemo_config.sites is None:
         found = [*find_sites(model, nemo_config.targets), *(s for one in channels for s in _build(layers, one))]

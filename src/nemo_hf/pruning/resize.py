@@ -10,16 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nemo_hf.neurons.sites import CHANNEL_NORMS, AttentionSite, ChannelSite, NeuronSite
 
-from .layer_cuts import ROTARY_NAME
-
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # one number for each channel; some norms have none
+from .layer_cuts import NORM_TENSORS, ROTARY_NAME
 
 
 class ScatterLinear(nn.Module):
-    """A linear layer that reads some of `full_inputs` inputs and computes some of `full_outputs`, the others being 0.
-
-    `None` stands for a side that is whole.
-    """
+    """A linear layer that reads some of `full_inputs` and computes some of `full_outputs` (others: 0); `None`: all."""
 
     input_indices: Tensor | None
     output_indices: Tensor | None
