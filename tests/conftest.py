@@ -145,6 +145,22 @@ def random_static(parent, share: float = 0.5, seed: int = 0) -> dict[str, torch.
     return {site.key: (torch.rand(site.neurons, generator=generator) < share).float() for site in parent.sites}
 
 
+@torch.no_grad()
+def without(model: PreTrainedModel, parent, static: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A copy of a plain model in which the rows and columns of closed neurons are zeros."""
+    reference = copy.deepcopy(model)
+    for site in parent.sites:
+        for rows, part in site.produced():
+            # Units and values are closed where they are read: their activation may not be 0 at 0.
+            if part in ("query", "key"):
+                closed = rows.indices((site.part_mask(part, static[site.key]) == 0).nonzero().squeeze(-1))
+                for parameter in reference.get_submodule(rows.layer).parameters():
+                    parameter[closed] = 0.0
+        for path in site.readers:
+            reference.get_submodule(path).weight[:, site.input_scale(path, static[site.key]) == 0] = 0.0
+    return reference
+
+
 def hooks_of(model) -> int:
     return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules())
 

@@ -41,9 +41,8 @@ def assert_as_stored(found: dict, stored: dict) -> None:
     assert_sound(found)
     assert found["status"] == stored["status"]
     for kind in KINDS:
-        parts = [row.get(kind, {}) for row in (found, stored)]
         for name in ("pruning_modes", "neurons"):
-            assert parts[0].get(name) == parts[1].get(name), (kind, name)
+            assert found.get(kind, {}).get(name) == stored.get(kind, {}).get(name), (kind, name)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import NAMES, example_script, hooks_of, random_static, randomize, randomize_relevance, tiny
+from conftest import NAMES, example_script, random_static, randomize, randomize_relevance, tiny, without
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -88,19 +88,6 @@ def parent_of(name: str, is_hard: bool = True) -> PreTrainedModel:
     return copy.deepcopy(_parent(name, is_hard))
 
 
-@torch.no_grad()
-def without(model: PreTrainedModel, parent, static) -> PreTrainedModel:
-    """A copy of a plain model whose layers read nothing of closed channels."""
-    reference = copy.deepcopy(model)
-    for site in parent.sites:
-        for path in site.readers:
-            weight = reference.get_submodule(path).weight
-            each = weight.shape[1] // site.neurons
-            for neuron in (static[site.key] == 0).nonzero().flatten().tolist():
-                weight[:, neuron * each : (neuron + 1) * each] = 0.0
-    return reference
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.sweep if name in ("vgg16", "rescnn") else ()) for name in SITES]
 )
@@ -131,27 +118,6 @@ def test_channels_are_found_closed_and_cut(name):
             layer = module.model.get_submodule(path)
             assert len(layer.weight) == kept
             assert getattr(layer, "groups", 1) == 1 or layer.in_channels == kept
-
-
-@pytest.mark.parametrize("name", ["regnet", "simcnn"])
-def test_each_sample_has_masks_of_its_own(name):
-    parent = parent_of(name)
-    for index, mask in enumerate(parent.masks.site_masks()):
-        generator = torch.Generator().manual_seed(index)
-        for weight in (mask.generator.down.weight, mask.generator.up.weight):
-            nn.init.normal_(weight, std=0.5, generator=generator)
-        nn.init.zeros_(mask.generator.up.bias)
-    inputs = INPUTS
-    with torch.no_grad():
-        together = parent(**inputs, output_neuron_masks=True)
-        masks = {key: (mask[:, 0] > 0).float() for key, mask in together.neuron_masks.items()}
-        assert any((mask != mask[:1]).any() for mask in masks.values())
-        assert any((mask == 0).any() for mask in masks.values())
-        for index in range(3):
-            alone = {key: mask[index] for key, mask in masks.items()}
-            pixels = inputs["pixel_values"][index : index + 1]
-            logits = parent(pixels, static_masks=alone).logits[0]
-            torch.testing.assert_close(logits, together.logits[index], atol=1e-4, rtol=1e-4)
 
 
 def test_a_generator_sees_the_mean_of_each_channel_over_positions_before_channels_are_closed():
@@ -222,27 +188,6 @@ def test_modules_become_plain_models(tmp_path):
     assert count_macs(module) < count_macs(parent)
 
 
-def test_a_residual_stream_is_one_site():
-    sites = find_channels(built("resnet18")).sites
-    stream = next(site for site in sites if "features.3.body.3" in site.producers)
-    assert stream.producers == ("features.0", "features.3.body.3", "features.4.body.3")
-    assert stream.passing == ("features.1", "features.3.body.4", "features.4.body.4")
-    assert stream.readers == ("features.3.body.0", "features.4.body.0", "features.5.body.0", "features.5.shortcut.0")
-    inner = next(site for site in sites if site.name == "features.3.body.0")
-    assert inner.producers + inner.passing + inner.readers == tuple(f"features.3.body.{i}" for i in (0, 1, 3))
-
-
-def test_squeeze_and_excite_is_cut_with_what_it_weighs():
-    path = "regnet.encoder.stages.0.layers.0.layer"
-    sites = {site.name: site for site in find_channels(built("regnet")).sites}
-    site = sites[f"{path}.0.convolution"]
-    assert site.producers == (f"{path}.0.convolution", f"{path}.2.attention.2")
-    assert site.passing == (f"{path}.0.normalization", f"{path}.1.convolution", f"{path}.1.normalization")
-    assert site.readers == (f"{path}.2.attention.0", f"{path}.3.convolution")
-    assert (site.channels, site.neurons) == (12, 3)  # whole groups of four
-    assert sites[f"{path}.2.attention.0"].readers == (f"{path}.2.attention.2",)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -304,16 +249,6 @@ def test_channels_and_other_neurons_live_in_one_model():
     assert parent.extract_module(ASKED).config.equivalence["status"] == "verified"
 
 
-def test_finding_channels_leaves_nothing_behind():
-    model = built("resnet").train()
-    state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    find_channels(model, INPUTS)
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert hooks_of(model) == 0
-    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
-
-
 class OddConfig(PreTrainedConfig):
     model_type = "odd_cnn"
     kind: str = ""
@@ -338,7 +273,7 @@ class OddForImageClassification(PreTrainedModel):
         }.get(config.kind, nn.BatchNorm2d(8))
         self.scale = nn.Parameter(torch.ones(8, 1, 1)) if config.kind == "weights" else None
         inputs = {"concatenation": 16}.get(config.kind, 8)
-        self.body = nn.Conv2d(inputs, 12, 3, groups={"groups": 2, "more": 4}.get(config.kind, 1))
+        self.body = nn.Conv2d(inputs, 12, 3, groups=2 if config.kind == "groups" else 1)
         self.last = nn.Conv2d(12, 6, 3)
         self.classifier = nn.Linear(6, config.num_labels)
 
@@ -360,7 +295,6 @@ class OddForImageClassification(PreTrainedModel):
 MIXED, BESIDE = "are read by the grouped convolution 'body', which has other groups", "are read by 'body' beside others"
 KINDS = {
     "groups": MIXED,
-    "more": MIXED,
     "concatenation": BESIDE,
     "shuffle": f"{BESIDE} .concatenated., or after a change of their order",
     "softmax": BESIDE,

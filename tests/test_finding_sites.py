@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TEXT, fresh, random_static, randomize, randomize_relevance, tiny
+from conftest import TEXT, fresh, random_static, randomize, randomize_relevance, tiny, without
 
 from nemo_hf import NeMoConfig, make_parent
 from nemo_hf.models.extraction import make_plan
@@ -71,38 +71,6 @@ def test_q_k_and_v_are_found_where_they_lie(name):
     if name in ("Phi3", "DeepseekV3"):  # of the latter the angles turn the other share
         assert site.is_rotary == (name == "Phi3")
     assert site.is_gated_only == (name == "Qwen3Next")  # whose q and k are normed
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"), [("ModernBert", "model.layers.0.mlp.Wi"), ("Phi3", "model.layers.0.mlp.gate_up_proj")]
-)
-def test_both_projections_of_gated_units_may_be_one_layer(name, layer):
-    site = found(name, "ffn")
-    assert site.producers == (Rows(layer, 0, 48, 96), Rows(layer, 48, 48, 96))
-    assert site.parts == {"intermediate": 48}
-
-
-@pytest.mark.parametrize(("factor", "is_partial"), [(1.0, False), (0.5, True)])
-def test_heads_that_are_rotated_in_part_are_only_gated(factor, is_partial):
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
-    site = found("GPTNeoX", "attention", rope_parameters=rope)
-    assert (site.is_rotary, site.is_gated_only) == (not is_partial, is_partial)
-
-
-@torch.no_grad()
-def without(model, parent, static):
-    """A copy of a plain model in which the rows and columns of closed neurons are zeros."""
-    reference = copy.deepcopy(model)
-    for site in parent.sites:
-        for rows, part in site.produced():
-            # Units and values are closed where they are read: their activation may not be 0 at 0.
-            if part in ("query", "key"):
-                closed = rows.indices((site.part_mask(part, static[site.key]) == 0).nonzero().squeeze(-1))
-                for parameter in reference.get_submodule(rows.layer).parameters():
-                    parameter[closed] = 0.0
-        closed = (site.read_mask(static[site.key]) == 0).nonzero().squeeze(-1)
-        reference.get_submodule(site.output).weight[:, closed] = 0.0
-    return reference
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -105,7 +105,3 @@ def test_widths_are_those_of_the_site_up_to_its_full_ones(site):
     for widths in refused:
         with pytest.raises(ValueError, match=rf"^Got the widths .* for '.*'; expected integers from {least} to {{.*}}"):
             check_widths(site, widths)
-
-
-def test_a_layer_that_can_not_be_empty_is_padded():
-    assert site_cut(NEVER_EMPTY, {"intermediate": torch.tensor([], dtype=torch.long)}).widths == {"intermediate": 1}

@@ -179,8 +179,7 @@ def _half_closed(parent: NeMoPreTrainedModel) -> Iterator[tuple[str, dict[str, T
 @torch.no_grad()
 def _smallest_effect(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """Least that closing half of a part does to the logits, in tolerances of the equivalence check."""
-    assert parent.masks is not None
-    masks = [parent.masks.open_masks(), *(static for _, static in _half_closed(parent))]
+    masks = [parent.parent_masks().open_masks(), *(static for _, static in _half_closed(parent))]
     opened, *masked = _logits(parent, inputs, *masks)
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
     effects = [(logits - opened).abs().max().item() / tolerance for logits in masked]
@@ -252,10 +251,9 @@ def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None 
         kept = {name: torch.rand(size, generator=generator) < 0.5 for name, size in site.parts.items()}
         if isinstance(site, AttentionSite):
             _close_heads(site, kept)
-        if part == "query_key" and isinstance(site, AttentionSite):
-            # Every other one, in turn from head to head: no two neighbours or partners are closed by chance.
-            order = torch.arange(site.parts[part])
-            kept[part] = order % 2 != order // site.query_key_dims % 2
+            if part == "query_key":  # every other one, in turn from head to head, so that no neighbours are closed
+                order = torch.arange(site.parts[part])
+                kept[part] = order % 2 != order // site.query_key_dims % 2
         whole = [name for name in kept if site.key not in chosen or part not in (None, name)]
         kept.update({name: torch.ones_like(kept[name]) for name in whole})
         keep[site.key] = {name: mask.nonzero().squeeze(-1) for name, mask in kept.items()}
@@ -280,13 +278,12 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     samples = len(next(iter(inputs.values())))
     if samples == 1:
         return
-    assert parent.masks is not None
     first = {site.kind: site for site in reversed(parent.sites)}
     is_masked = torch.arange(samples) == 0
     effects: dict[str, float] = {}
     for kind, static in _half_closed(parent):
         mixed = {key: torch.where(is_masked[:, None], mask, 1.0) for key, mask in static.items()}
-        masked, opened, got = _logits(parent, inputs, static, parent.masks.open_masks(), mixed)
+        masked, opened, got = _logits(parent, inputs, static, parent.parent_masks().open_masks(), mixed)
         expected = torch.cat([masked[:1], opened[1:]])
         effect = (masked - opened).abs().max().item()
         effects[kind] = max(effects.get(kind, 0.0), effect)

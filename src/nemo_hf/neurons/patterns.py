@@ -1,7 +1,4 @@
-"""Finds attention and feed-forward neurons by the names and widths of a model's layers.
-
-Names of layers and quirks of architectures are known here and in `builders`, nowhere else.
-"""
+"""Finds attention and feed-forward neurons by names and widths of layers, which only this file and `builders` know."""
 
 import re
 from collections.abc import Sequence

@@ -46,15 +46,12 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
             "Pass a few samples as it takes them: make_parent(model, inputs=...), which NeMoTrainer takes as its model."
         ) from error
     if not hasattr(outputs, "logits"):
-        raise UnsupportedArchitectureError(
-            f"Got {type(model).__name__}, whose output has {list(outputs)} and no logits; expected logits. "
-            "Wrap the model so that it returns an output with logits."
-        )
-    if not torch.equal(outputs.logits, again.logits):
-        raise UnsupportedArchitectureError(
-            f"Got {type(model).__name__}, whose logits differ from call to call in eval mode; expected the same. "
-            "Choose an architecture without random hashing or sampling."
-        )
+        fault = f"output has {list(outputs)} and no logits; expected logits. Wrap the model so that it returns them."
+    elif not torch.equal(outputs.logits, again.logits):
+        fault = "logits differ from call to call in eval mode; expected the same. Choose one without sampling."
+    else:
+        return
+    raise UnsupportedArchitectureError(f"Got {type(model).__name__}, whose {fault}")
 
 
 def reached_sites(

@@ -52,8 +52,7 @@ def _checked_apart(sites: list[NeuronSite]) -> list[NeuronSite]:
 
 def user_site_entries(entries: Any) -> list[dict[str, Any]]:
     """The checked descriptions in a configuration's list of sites: those of sites that can't be found by name."""
-    found = [entry["site"] for entry in entries or [] if isinstance(entry, dict) and "site" in entry]
-    checked = [checked_site(description) for description in found]
+    checked = [checked_site(entry["site"]) for entry in entries or [] if isinstance(entry, dict) and "site" in entry]
     if any("*" in path for site in checked for key in LAYER_LISTS for path in site.get(key, [])):
         raise ValueError(
             "Got '*' in the paths of a site in config.json; expected whole paths. The file is damaged: save it again."

@@ -158,9 +158,6 @@ def _repeated(kept: Tensor, each: int) -> Tensor:
     return torch.where(kept[:, None] == PAD, PAD, kept[:, None] * each + torch.arange(each)).flatten()
 
 
-# From cuts of layers to slices of named tensors, in memory or in a file.
-
-
 @dataclass(frozen=True)
 class TensorCut:
     """How one tensor of a module is made from the parent's tensor of the same name."""
