@@ -1,6 +1,7 @@
 """Tiny random models of ten families, parents of them, and small data; everything offline."""
 
 import copy
+import functools
 import importlib
 import os
 import sys
@@ -12,30 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 import transformers
-from transformers import (
-    CONFIG_MAPPING,
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    AutoConfig,
-    BertConfig,
-    BertForSequenceClassification,
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import nemo_hf.evaluation.latency
@@ -49,44 +27,26 @@ transformers_logging.disable_progress_bar()
 
 LABELS = ["cat", "dog", "car", "ship", "frog"]
 NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
-TEXT = {
-    "vocab_size": 120,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    **NAMES,
-}
-IMAGE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 16,
-    "patch_size": 4,
-    **NAMES,
-}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {"vocab_size": 120, **SIZES, "max_position_embeddings": 40, "pad_token_id": 0, **NAMES}
+IMAGE = {**SIZES, "image_size": 16, "patch_size": 4, **NAMES}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+DISTILBERT = {"vocab_size": 120, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+GPT2 = {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "pad_token_id": 0, **SPECIAL}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 FAMILIES = {
-    "vit": lambda: ViTForImageClassification(ViTConfig(**IMAGE)),
-    "deit": lambda: DeiTForImageClassification(DeiTConfig(**IMAGE)),
-    "deit-teacher": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**IMAGE)),
-    "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
-    "distilbert": lambda: DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=120, dim=32, n_layers=2, n_heads=4, hidden_dim=48, **NAMES)
-    ),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)),
-    "albert": lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=16)),
-    "gpt2": lambda: GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_inner=48, pad_token_id=0, **SPECIAL, **NAMES)
-    ),
-    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**TEXT, num_key_value_heads=2, **SPECIAL)),
-    "swin": lambda: SwinForImageClassification(
-        SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, **NAMES)
-    ),
+    "vit": ("ViTForImageClassification", IMAGE),
+    "deit": ("DeiTForImageClassification", IMAGE),
+    "deit-teacher": ("DeiTForImageClassificationWithTeacher", IMAGE),
+    "bert": ("BertForSequenceClassification", TEXT),
+    "distilbert": ("DistilBertForSequenceClassification", DISTILBERT),
+    "roberta": ("RobertaForSequenceClassification", TEXT),
+    "albert": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}),
+    "gpt2": ("GPT2ForSequenceClassification", GPT2),
+    "llama": ("LlamaForSequenceClassification", {**TEXT, "num_key_value_heads": 2, **SPECIAL}),
+    "swin": ("SwinForImageClassification", SWIN),
 }
+SIMILAR_FAMILIES = ("deit", "distilbert", "roberta", "vit")  # whose layers are arranged as those of another one here
 
 
 def tiny(class_name: str, **sizes) -> PreTrainedModel:
@@ -106,17 +66,18 @@ def randomize(model: PreTrainedModel, spread: float = 0.15, seed: int = 0) -> Pr
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model of a family, randomized."""
-    return randomize(FAMILIES[family](), seed=seed)
+    class_name, sizes = FAMILIES[family]
+    return randomize(tiny(class_name, **sizes), seed=seed)
 
 
-_BUILT: dict[str, PreTrainedModel] = {}
+@functools.cache
+def _built(family: str) -> PreTrainedModel:
+    return build(family)
 
 
 def fresh(family: str) -> PreTrainedModel:
     """A copy of the family's model, built once a session."""
-    if family not in _BUILT:
-        _BUILT[family] = build(family)
-    return copy.deepcopy(_BUILT[family])
+    return copy.deepcopy(_built(family))
 
 
 _PARENTS: dict[str, PreTrainedModel] = {}
@@ -135,15 +96,11 @@ def parent_of(family: str, **options) -> PreTrainedModel:
     return copy.deepcopy(_PARENTS[key])
 
 
-SIMILAR_FAMILIES = ("deit", "distilbert", "roberta", "vit")
-"""Families whose layers are arranged as those of another one here, up to names."""
-
-
 @pytest.fixture(
     params=[pytest.param(name, marks=pytest.mark.sweep if name in SIMILAR_FAMILIES else ()) for name in FAMILIES]
 )
-def plain(request) -> PreTrainedModel:
-    return fresh(request.param)
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -180,6 +137,37 @@ def randomize_relevance(parent, seed: int = 0) -> None:
         if mask.mean_mask is not None:
             mask.mean_mask.copy_(torch.rand(mask.mean_mask.shape, generator=generator))
     parent.config.relevance_source = "exact"
+
+
+def random_static(parent, share: float = 0.5, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Static masks that keep about a share of the neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    return {site.key: (torch.rand(site.neurons, generator=generator) < share).float() for site in parent.sites}
+
+
+@torch.no_grad()
+def without(model: PreTrainedModel, parent, static: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A copy of a plain model in which the rows and columns of closed neurons are zeros."""
+    reference = copy.deepcopy(model)
+    for site in parent.sites:
+        for rows, part in site.produced():
+            # Units and values are closed where they are read: their activation may not be 0 at 0.
+            if part in ("query", "key"):
+                closed = rows.indices((site.part_mask(part, static[site.key]) == 0).nonzero().squeeze(-1))
+                for parameter in reference.get_submodule(rows.layer).parameters():
+                    parameter[closed] = 0.0
+        for path in site.readers:
+            reference.get_submodule(path).weight[:, site.input_scale(path, static[site.key]) == 0] = 0.0
+    return reference
+
+
+def hooks_of(model) -> int:
+    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules())
+
+
+def logits_of(model, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
 
 
 def image_samples(count: int = 40, seed: int = 0) -> list[dict]:
@@ -223,11 +211,14 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def benchmark_script(name: str):
-    """A script of examples/benchmarks, as a module."""
-    folder = str(Path(__file__).parents[1] / "examples" / "benchmarks")
+def example_script(folder: str, name: str):
+    """A script in a folder of examples, as a module."""
+    folder = str(Path(__file__).parents[1] / "examples" / folder)
     sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
     finally:
         sys.path.remove(folder)
+
+
+benchmark_script = functools.partial(example_script, "benchmarks")

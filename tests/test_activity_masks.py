@@ -2,32 +2,17 @@
 
 import copy
 import functools
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, image_samples, text_samples
-from transformers import (
-    AutoModelForImageClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from conftest import NAMES, TEXT, example_script, hooks_of, image_samples, randomize, text_samples, tiny
+from transformers import AutoModelForImageClassification, TrainingArguments
 
 from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.training.relevance import compute_relevance
 
-PAPER = str(Path(__file__).parents[1] / "examples" / "paper")
-sys.path.insert(0, PAPER)
-paper = importlib.import_module("models")
-sys.path.remove(PAPER)
+paper = example_script("paper", "models")
 
 pytestmark = pytest.mark.xdist_group("activity_masks")  # parents are built once
 
@@ -35,19 +20,11 @@ MODA = {"objective": "moda", "contrastive_weight": 1.0, "sparsity_weight": 0.3, 
         "rehearsal_probability": 0.0, "warmup_ratio": 0.0, "relevance_threshold": 0.9}  # fmt: skip
 
 
-def with_larger_weights(model):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
-    return model.eval()
-
-
 def plain_model(name):
     if name == "bert":
         dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return with_larger_weights(BertForSequenceClassification(BertConfig(**TEXT, hidden_act="relu", **dropouts)))
-    config = paper.PaperCNNConfig(architecture=name, width=4, **NAMES)
-    return with_larger_weights(paper.PaperCNNForImageClassification(config))
+        return randomize(tiny("BertForSequenceClassification", **TEXT, hidden_act="relu", **dropouts))
+    return randomize(paper.PaperCNNForImageClassification(paper.PaperCNNConfig(architecture=name, width=4, **NAMES)))
 
 
 @functools.cache
@@ -163,13 +140,6 @@ def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
         assert torch.equal(again(images()).logits, trainer.parent.eval()(images()).logits)
 
 
-@pytest.mark.parametrize("site", [0, -1])
-def test_mask_terms_reach_the_weights(site):
-    parent = parent_of("vgg16").train()
-    list(parent(images()).neuron_masks.values())[site].mean().backward()
-    assert parent.model.features[0].weight.grad.abs().sum() > 0
-
-
 def test_checkpointed_activations_give_the_same_gradients(tmp_path):
     found = []
     for checkpointing in (False, True):
@@ -180,17 +150,15 @@ def test_checkpointed_activations_give_the_same_gradients(tmp_path):
     torch.testing.assert_close(*found)
 
 
-def test_networks_without_rectified_units_are_refused():
-    vit = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = ViTForImageClassification(ViTConfig(**vit, intermediate_size=24, **NAMES))
+def test_networks_without_rectified_units_are_refused(vit):
     with pytest.raises(UnsupportedArchitectureError, match=r"model type 'vit'.*expected a network with ReLU"):
-        make_parent(model, NeMoConfig(**MODA))
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+        make_parent(vit, NeMoConfig(**MODA))
+    assert hooks_of(vit) == 0
 
 
 def test_streams_that_a_pooling_reads_are_rectified_too():
     stages = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "layer_type": "basic"}
-    model = ResNetForImageClassification(ResNetConfig(**stages, **NAMES))
+    model = tiny("ResNetForImageClassification", **stages)
     sites = make_parent(copy.deepcopy(model), NeMoConfig(**MODA)).sites
     assert [site.key for site in sites] == [site.key for site in make_parent(model).sites]
 

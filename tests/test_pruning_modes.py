@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import IMAGE, TEXT, fresh, randomize, randomize_relevance, tiny
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from conftest import IMAGE, TEXT, fresh, hooks_of, logits_of, randomize, randomize_relevance, tiny
+from transformers import AutoModelForAudioClassification
 
 import nemo_hf.models.extraction
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
@@ -17,131 +17,85 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 
 def wavlm():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {
+        name: IMAGE[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
     layers = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "classifier_proj_size": 16}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     return randomize(tiny("WavLMForSequenceClassification", **sizes, **layers, **positions))
 
 
-def hooks_of(model) -> int:
-    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules())
+def resnet():
+    sizes = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 2], "layer_type": "basic"}
+    return randomize(tiny("ResNetForImageClassification", **sizes))
 
 
-def logits_of(model, inputs, **options) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs, **options).logits
+def xlnet():
+    sizes = {"vocab_size": 120, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48, "pad_token_id": 0}
+    return randomize(tiny("XLNetForSequenceClassification", **sizes))
 
 
-# What the model never runs
+def reformer():
+    sizes = {"attention_head_size": 8, "feed_forward_size": 48, "max_position_embeddings": 16, "is_decoder": False}
+    sizes |= {name: TEXT[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "pad_token_id")}
+    positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"]}
+    chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
+    return randomize(tiny("ReformerForSequenceClassification", **sizes, **positions, **chunks))
 
 
-def test_a_site_whose_layers_are_never_called_is_left_out_with_a_warning(caplog):
+def vit_without_logits():
+    model = fresh("vit")
+    model.forward = model.vit.forward
+    return model
+
+
+def test_a_site_whose_layers_are_never_called_is_left_out_of_masks_and_files_with_a_warning(caplog, tmp_path):
     # WavLM hands the weights of its attention to a function and never calls the layers.
     model = wavlm()
-    assert sorted(site.kind for site in find_sites(model)) == ["attention", "attention", "ffn", "ffn"]
+    keys = [site.key for site in find_sites(model)]
     with caplog.at_level(logging.WARNING, "nemo_hf"):
         parent = make_parent(model)
     assert "Got a model in which only ffn neurons were found; the rest stays whole." in caplog.messages
-    assert [site.kind for site in parent.sites] == ["ffn", "ffn"]
-    assert [entry["key"] for entry in parent.config.sites] == [site.key for site in parent.sites]
-    assert parent.config.equivalence["status"] == "verified"
-
-
-def test_a_model_none_of_whose_sites_run_is_refused():
-    model = wavlm()
-    logits_of(model, random_inputs(model))
-    before = hooks_of(model)  # of transformers' own
-    with pytest.raises(
-        UnsupportedArchitectureError,
-        match=r"^Got model type 'wavlm', which reads the weights of 'wavlm.encoder.layers.0.attention' .* without",
-    ):
-        make_parent(model, NeMoConfig(targets=["attention"]))
-    assert hooks_of(model) == before
-
-
-class BranchedViTConfig(ViTConfig):
-    model_type = "branched-vit"
-
-
-class BranchedViT(ViTForImageClassification):
-    """Has a block that no input reaches, as text models with an image encoder have without images."""
-
-    config_class = BranchedViTConfig
-
-    def __init__(self, config) -> None:
-        super().__init__(config)
-        self.side_branch = copy.deepcopy(self.vit.layers[0])
-
-
-def test_a_branch_that_the_inputs_don_t_reach_is_left_out_of_masks_and_files(registered, tmp_path):
-    registered(BranchedViTConfig, AutoModelForImageClassification, BranchedViT)
-    model = randomize(BranchedViT(BranchedViTConfig(**IMAGE)))
-    keys = [site.key for site in find_sites(model)]
-    parent = make_parent(model)
-    assert len(keys) == 6
-    assert list(parent.masks.relevance()) == keys[:4]
+    assert len(keys) == 4
+    assert list(parent.masks.relevance()) == [key for key in keys if key.endswith(":ffn")]
     assert parent.config.equivalence["status"] == "verified"
     randomize_relevance(parent)
     parent.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    auto, inputs = AutoModelForAudioClassification, random_inputs(parent)
+    loaded = auto.from_pretrained(tmp_path)
     assert loaded.sites == parent.sites
-    inputs = random_inputs(parent)
-    assert torch.equal(logits_of(loaded, inputs), logits_of(parent, inputs))
-    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
-    assert torch.equal(logits_of(cut, inputs), logits_of(parent.extract_module([0, 1]), inputs))
+    assert torch.equal(logits_of(loaded, **inputs), logits_of(parent, **inputs))
+    cut = auto.from_pretrained(tmp_path, labels=[0, 1], verify=True)
+    assert torch.equal(logits_of(cut, **inputs), logits_of(parent.extract_module([0, 1]), **inputs))
 
 
-# What is refused
+REFUSED = {
+    xlnet: "^Got model type 'xlnet', whose ffn neurons in 'transformer.layer.0.ff' can't be cut: "
+    r"the mask of one sample reaches the logits of another\. ",
+    reformer: "^Got ReformerForSequenceClassification, whose logits differ from call to call in eval mode; expected",
+    vit_without_logits: r"\['last_hidden_state'.*\] and no logits; expected logits",
+    wavlm: "^Got model type 'wavlm', which reads the weights of 'wavlm.encoder.layers.0.attention' .* without",
+}
 
 
-def test_samples_that_are_not_in_the_first_dimension_are_refused():
-    sizes = {"vocab_size": 120, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48, "pad_token_id": 0}
-    model = randomize(tiny("XLNetForSequenceClassification", **sizes))
+@pytest.mark.parametrize("build", list(REFUSED))
+def test_a_model_that_can_t_be_cut_is_refused_and_left_as_it_was(build):
+    model = build()
     inputs = random_inputs(model)
-    expected = logits_of(model, inputs)
-    with pytest.raises(
-        UnsupportedArchitectureError,
-        match=r"^Got model type 'xlnet', whose ffn neurons in 'transformer.layer.0.ff' can't be cut: "
-        r"the mask of one sample reaches the logits of another\. ",
-    ):
-        make_parent(model, NeMoConfig(targets=["ffn"]))
-    assert hooks_of(model) == 0
-    assert torch.equal(logits_of(model, inputs), expected)
-
-
-def test_a_model_whose_logits_differ_from_call_to_call_is_refused():
-    sizes = {"attention_head_size": 8, "feed_forward_size": 48, "max_position_embeddings": 16, "is_decoder": False}
-    sizes |= {name: TEXT[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "pad_token_id")}
-    positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4]}
-    chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
-    layers = {"attn_layers": ["local", "lsh"]}
-    model = randomize(tiny("ReformerForSequenceClassification", **sizes, **positions, **chunks, **layers))
-    with pytest.raises(
-        UnsupportedArchitectureError,
-        match=r"^Got ReformerForSequenceClassification, whose logits differ from call to call in eval mode; expected",
-    ):
-        make_parent(model, NeMoConfig(targets=["ffn"]))
-    assert hooks_of(model) == 0
+    model(**inputs)  # may attach hooks of transformers' own
+    before = hooks_of(model)
+    with pytest.raises(UnsupportedArchitectureError, match=REFUSED[build]):
+        make_parent(model, NeMoConfig(targets=["attention" if build is wavlm else "ffn"]))
+    assert hooks_of(model) == before
 
 
 def test_a_model_that_does_not_run_on_the_inputs_is_refused(vit):
-    vit.train()
-    with pytest.raises(
-        ValueError,
-        match=r"^Got ViTForImageClassification, which does not run on pixel_values of shape \(2, 3, 20, 20\): .*make_p",
-    ) as refused:
-        make_parent(vit, inputs={"pixel_values": torch.zeros(2, 3, 20, 20)})
+    message = r"^Got ViTForImageClassification, which does not run on pixel_values of shape \(2, 3, 20, 20\): .*make_p"
+    with pytest.raises(ValueError, match=message) as refused:
+        make_parent(vit.train(), inputs={"pixel_values": torch.zeros(2, 3, 20, 20)})
     assert not isinstance(refused.value, UnsupportedArchitectureError)  # other inputs may do
-    assert isinstance(refused.value.__cause__, ValueError)
     assert hooks_of(vit) == 0
     assert vit.training
-
-
-def test_a_model_without_logits_is_refused(vit):
-    vit.forward = vit.vit.forward
-    with pytest.raises(UnsupportedArchitectureError, match=r"\['last_hidden_state'.*\] and no logits; expected logits"):
-        make_parent(vit)
-    assert hooks_of(vit) == 0
 
 
 def spoiled(monkeypatch, is_spoiled, spoil) -> list[tuple[str, str]]:
@@ -207,10 +161,7 @@ def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, s
     }
     assert hooks_of(vit) == 0
     inputs = random_inputs(vit)
-    assert torch.equal(logits_of(vit, inputs), logits_of(plain, inputs))
-
-
-# What is tried
+    assert torch.equal(logits_of(vit, **inputs), logits_of(plain, **inputs))
 
 
 def test_layers_of_one_class_share_a_pruning_mode(vit, monkeypatch):
@@ -243,43 +194,34 @@ def test_one_sample_is_enough_to_try_a_model():
     assert parent.config.equivalence["status"] == "verified"
 
 
-def test_a_model_keeps_its_mode_and_its_weights(vit):
-    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    parent = make_parent(vit.train())
+@pytest.mark.parametrize("build", [lambda: fresh("vit"), resnet], ids=["vit", "resnet"])
+def test_a_model_keeps_its_mode_and_its_weights_and_gets_rid_of_hooks(build):
+    model = build().train()
+    before = copy.deepcopy(model.state_dict())
+    parent = make_parent(model)
     assert parent.training
-    assert parent.model.training
-    assert parent.model is vit
-    assert all(torch.equal(tensor, before[name]) for name, tensor in parent.model.state_dict().items())
-
-
-def test_about_half_of_the_chosen_neurons_are_kept_and_all_others():
-    sites = find_sites(fresh("vit"))
-    chosen = {site.key for site in sites[1:]}
-    keep = random_keep(sites, chosen)
-    state = torch.get_rng_state()
-    again = random_keep(sites, chosen)
-    assert torch.equal(torch.get_rng_state(), state)
-    for site in sites:
-        assert all(torch.equal(again[site.key][name], kept) for name, kept in keep[site.key].items())
-        assert list(keep[site.key]) == list(site.parts)
-    assert {name: len(kept) for name, kept in keep[sites[0].key].items()} == sites[0].parts
-    for site in sites[1:]:
-        for name, size in site.parts.items():
-            kept = keep[site.key][name]
-            assert 0.2 * size < len(kept) < 0.8 * size
-            assert kept.tolist() == sorted(set(kept.tolist()))
+    assert model.training
+    assert parent.model is model
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    parent.detach_masks()
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("family", ["vit", "llama"])
-def test_the_first_head_of_several_loses_its_values(family):
-    sites = find_sites(fresh(family), ["attention"])
-    keep = random_keep(sites, {site.key for site in sites})
+def test_about_half_of_the_chosen_neurons_are_kept_no_values_of_the_first_head_and_all_others(family):
+    whole, *sites = all_sites = find_sites(fresh(family))
+    keep, again = (random_keep(all_sites, {site.key for site in sites}) for _ in range(2))
+    assert {name: len(kept) for name, kept in keep[whole.key].items()} == whole.parts
     for site in sites:
-        assert keep[site.key]["value"].min() >= site.value_dim
-        # Frequencies belong to all heads; other q.k dimensions go with their head.
-        assert (keep[site.key]["query_key"].min() >= site.query_key_dims) == (family == "vit")
-    alone = replace(sites[0], heads=1, key_value_heads=1, head_dim=32)
-    assert 4 < len(random_keep([alone], {alone.key})[alone.key]["value"]) < 28
+        for name, size in site.parts.items():
+            kept = keep[site.key][name]
+            assert torch.equal(again[site.key][name], kept)
+            assert 0.1 * size < len(kept) < 0.8 * size
+            assert kept.tolist() == sorted(set(kept.tolist()))
+        if site.kind == "attention":
+            assert keep[site.key]["value"].min() >= site.value_dim
+            # Frequencies belong to all heads; other q.k dimensions go with their head.
+            assert (keep[site.key]["query_key"].min() >= site.query_key_dims) == (family == "vit")
 
 
 def test_fresh_weights_do_not_hide_what_reads_all_units():

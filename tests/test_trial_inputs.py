@@ -59,10 +59,8 @@ def test_a_model_runs_on_inputs_of_its_kind(name):
         logits = model(**inputs).logits
     assert logits.shape == (4, len(LABELS))
     assert logits.isfinite().all()
-    torch.manual_seed(7)
     again = random_inputs(attach_masks(model) if name in PARENTS else model)
-    assert list(again) == list(inputs)
-    assert all(torch.equal(again[key], value) for key, value in inputs.items())
+    torch.testing.assert_close(again, inputs, rtol=0, atol=0)
     assert all(len(value) == 2 for value in random_inputs(model, samples=2).values())
     first, *others = next(iter(inputs.values())).unbind()
     assert all(not torch.equal(first, other) for other in others)
@@ -77,14 +75,8 @@ def test_half_of_the_texts_have_padding_at_the_end(name):
     assert torch.equal(ids == model.config.pad_token_id, attention_mask == 0)
     assert (attention_mask.diff(dim=1) <= 0).all()
     assert ids.max() < model.config.vocab_size
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-def test_each_text_of_an_encoder_decoder_ends_once(samples):
-    inputs = random_inputs(built("BartForSequenceClassification"), samples)
-    ends = inputs["input_ids"] == 2
-    assert ends.sum(1).tolist() == [1] * samples
-    assert torch.equal(ends.int().argmax(1), inputs["attention_mask"].sum(1) - 1)
+    if name != "bert":  # encoder-decoders classify at the end of the text
+        assert torch.equal((ids == 2).nonzero()[:, 1], attention_mask.sum(1) - 1)
 
 
 def test_texts_use_the_whole_vocabulary_but_no_special_token(bert):
@@ -99,21 +91,13 @@ def test_texts_are_as_long_as_the_model_has_positions_for(bert, longest, tokens)
     # Some models number positions from the padding token's id on, so that a few are never used.
     bert.config.max_position_embeddings = longest
     assert random_inputs(bert)["input_ids"].shape == (4, tokens)
+    bert.config.pad_token_id = None  # then it takes one text at a time
+    assert {name: tuple(value.shape) for name, value in random_inputs(bert).items()} == {"input_ids": (1, tokens)}
 
 
-def test_models_without_a_padding_token_take_one_text():
-    model = fresh("gpt2")
-    model.config.pad_token_id = None
-    inputs = random_inputs(model)
-    assert {name: tuple(value.shape) for name, value in inputs.items()} == {"input_ids": (1, 16)}
-
-
-def test_images_may_be_wide_and_have_other_channels(vit):
+def test_images_may_be_wide_and_a_model_of_other_inputs_is_refused(vit):
     vit.config.image_size, vit.config.num_channels = [8, 16], 1
     assert random_inputs(vit)["pixel_values"].shape == (4, 1, 8, 16)
-
-
-def test_a_model_of_other_inputs_is_refused(vit):
     vit.main_input_name = "point_cloud"
     with pytest.raises(ValueError, match=r"^Got a model whose main input is 'point_cloud'; expected .*\. Pass a few"):
         random_inputs(vit)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, fresh, image_samples, parent_of, randomize, randomize_relevance
+from conftest import LABELS, NAMES, fresh, hooks_of, image_samples, randomize, randomize_relevance
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -23,16 +22,16 @@ from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.neurons.user_sites import build_user_sites
 
+LAYER = "vit.layers.*"
+PROJECTIONS = {part: f"{LAYER}.attention.{part[0]}_proj" for part in ("query", "key", "value", "output")}
 VIT_SITES = [
-    {
-        "kind": "attention",
-        "query": "vit.layers.*.attention.q_proj",
-        "key": "vit.layers.*.attention.k_proj",
-        "value": "vit.layers.*.attention.v_proj",
-        "output": "vit.layers.*.attention.o_proj",
-        "heads": 4,
-    },
-    {"kind": "ffn", "producers": ["vit.layers.*.mlp.fc1"], "output": "vit.layers.*.mlp.fc2"},
+    {"kind": "attention", **PROJECTIONS, "heads": 4},
+    {"kind": "ffn", "producers": [f"{LAYER}.mlp.fc1"], "output": f"{LAYER}.mlp.fc2"},
+]
+FUSED = {"fused": "blocks.*.all_three", "layout": "by key/value head", "output": "blocks.*.join", "heads": 3}
+STRANGE_SITES = [
+    {"kind": "attention", **FUSED},
+    {"kind": "ffn", "producers": ["blocks.*.rise"], "output": "blocks.*.fall"},
 ]
 
 
@@ -89,34 +88,12 @@ def strange() -> StrangeNet:
     return randomize(StrangeNet(StrangeConfig(**NAMES)), 0.3)
 
 
-STRANGE_SITES = [
-    {
-        "kind": "attention",
-        "fused": "blocks.*.all_three",
-        "layout": "by key/value head",
-        "output": "blocks.*.join",
-        "heads": 3,
-    },
-    {"kind": "ffn", "producers": ["blocks.*.rise"], "output": "blocks.*.fall"},
-]
-
-
-def test_a_described_model_gives_the_modules_of_one_that_is_known_by_name(vit):
-    known, described = parent_of("vit"), make_parent(vit, NeMoConfig(sites=VIT_SITES, relevance_threshold=0.6)).eval()
-    relevance = {mask.site.output: mask.relevance for mask in known.masks.site_masks()}
-    by_output = {site.output: site for site in known.sites}
-    for mask in described.masks.site_masks():
-        twin = by_output.pop(mask.site.output)
-        assert mask.site.produced() == twin.produced()
-        assert (mask.site.parts, mask.site.in_features) == (twin.parts, twin.in_features)
-        mask.relevance.copy_(relevance[mask.site.output])
-    assert not by_output
-    inputs = random_inputs(known)
-    with torch.no_grad():
-        expected = known.extract_module(["dog", "frog"])(**inputs).logits
-        assert torch.equal(described.extract_module(["dog", "frog"])(**inputs).logits, expected)
-    with pytest.raises(ValueError, match="Got sites="):  # they shape the masks
-        described.set_nemo_config(NeMoConfig())
+def test_described_sites_shape_the_masks(vit):
+    parent = make_parent(vit, NeMoConfig(sites=VIT_SITES))
+    known = {site.output: site for site in find_sites(vit)}
+    assert {site.output: site.parts for site in parent.sites} == {path: site.parts for path, site in known.items()}
+    with pytest.raises(ValueError, match="Got sites="):
+        parent.set_nemo_config(NeMoConfig())
 
 
 def test_sites_are_proposed_for_layers_of_any_name_and_the_model_stays_as_it_is():
@@ -124,11 +101,11 @@ def test_sites_are_proposed_for_layers_of_any_name_and_the_model_stays_as_it_is(
     assert propose_sites(model) == STRANGE_SITES
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    assert hooks_of(model) == 0
     assert all(map(torch.equal, model.parameters(), strange().parameters()))
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "swin"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "swin"])
 def test_proposals_agree_with_what_is_known_by_name(family):
     model = fresh(family)
     proposed = [site for described in propose_sites(model) for site in build_user_sites(model, described)]
@@ -159,26 +136,6 @@ def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
     assert json.loads((tmp_path / "parent" / "config.json").read_text())["nemo_config"]["sites"] == STRANGE_SITES
 
 
-def test_without_the_class_a_file_says_what_to_register(tmp_path, monkeypatch):
-    make_parent(strange(), NeMoConfig(sites=STRANGE_SITES)).save_pretrained(tmp_path)
-    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "strange")
-    monkeypatch.delitem(AutoModelForImageClassification._model_mapping._extra_content, StrangeConfig)
-    with pytest.raises(ValueError, match=r"(?s)'strange'.*AutoConfig\.register"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
-
-
-def test_a_class_that_is_not_registered_is_refused():
-    class LonelyConfig(StrangeConfig):
-        model_type = "lonely"
-
-    class LonelyForImageClassification(StrangeNet):
-        config_class = LonelyConfig
-
-    model = LonelyForImageClassification(LonelyConfig(**NAMES))
-    with pytest.raises(ValueError, match=r"AutoModelForImageClassification\.register\(LonelyConfig, LonelyFor"):
-        make_parent(model, NeMoConfig(sites=STRANGE_SITES))
-
-
 def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     source = (Path(__file__).parents[1] / "examples" / "custom_model.py").read_text()
     start, end = source.index("class RowsConfig"), source.index("AutoConfig.register")
@@ -198,69 +155,67 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     assert module.config.equivalence["status"] == "verified"
 
 
-BAD = [
-    ({"kind": "pooling", "output": "a"}, "expected a mapping with 'kind'"),
-    ({"kind": "conv", "producers": ["a"], "readers": []}, "expected a list of layers"),
-    ({"kind": "conv", "producers": ["a"], "readers": ["b"], "passing": [1]}, "expected paths of layers"),
-    ("vit.layers.0", "expected a mapping with 'kind'"),
-    ({"kind": "ffn", "output": "a"}, "expected the keys"),
-    ({"kind": "ffn", "producers": "a", "output": "b"}, "expected a list of layers"),
-    ({"kind": "ffn", "producers": ["a"], "output": 3}, "expected paths of layers"),
-    ({"kind": "attention", "query": "a", "key": "b", "output": "c"}, "expected the keys"),
-    ({"kind": "attention", "fused": "a", "output": "c", "heads": 0}, "expected a positive integer"),
-    ({"kind": "attention", "fused": "a", "output": "c", "layout": "mixed"}, "expected one of"),
-    ({"kind": "attention", "fused": "a", "output": "c", "colour": "red"}, "expected the keys"),
-    ({"kind": "ffn", "producers": ["a"], "output": "*" * 9 + ".@"}, "one whole part of a path"),
-    ({"kind": "ffn", "producers": ["a.*_b"], "output": "a.*.b"}, "one whole part of a path"),
-]
-
-
-@pytest.mark.parametrize(("site", "message"), BAD)
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ({"kind": "pooling", "output": "a"}, "expected a mapping with 'kind'"),
+        ("vit.layers.0", "expected a mapping with 'kind'"),
+        ({"kind": "conv", "producers": ["a"], "readers": []}, "expected a list of layers"),
+        ({"kind": "conv", "producers": ["a"], "readers": ["b"], "passing": [1]}, "expected paths of layers"),
+        ({"kind": "ffn", "output": "a"}, "expected the keys"),
+        ({"kind": "ffn", "producers": "a", "output": "b"}, "expected a list of layers"),
+        ({"kind": "ffn", "producers": ["a"], "output": 3}, "expected paths of layers"),
+        ({"kind": "attention", "query": "a", "key": "b", "output": "c"}, "expected the keys"),
+        ({"kind": "attention", "fused": "a", "output": "c", "heads": 0}, "expected a positive integer"),
+        ({"kind": "attention", "fused": "a", "output": "c", "layout": "mixed"}, "expected one of"),
+        ({"kind": "attention", "fused": "a", "output": "c", "colour": "red"}, "expected the keys"),
+        ({"kind": "ffn", "producers": ["a"], "output": "*" * 9 + ".@"}, "one whole part of a path"),
+        ({"kind": "ffn", "producers": ["a.*_b"], "output": "a.*.b"}, "one whole part of a path"),
+    ],
+)
 def test_a_description_that_can_t_be_one_is_refused(site, message):
     with pytest.raises(ValueError, match=message):
         NeMoConfig(sites=[site])
+    for no_list in ([], site, 3):
+        with pytest.raises(TypeError, match="expected a list of descriptions"):
+            NeMoConfig(sites=no_list)
 
 
-@pytest.mark.parametrize("sites", [[], "vit", {"kind": "ffn"}, 3])
-def test_sites_must_be_a_list(sites):
-    with pytest.raises(TypeError, match="expected a list of descriptions"):
-        NeMoConfig(sites=sites)
+ATTENTION, UNITS = VIT_SITES
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("sites", "message"),
     [
-        ({"output": "vit.layers.*.mlp.fc3"}, "'vit.layers.*.mlp.fc3'.*which no layer has"),
-        ({"producers": ["vit.layers.*.mlp.fc3"]}, "'vit.layers.0.mlp.fc3'.*which the model does not have"),
-        ({"producers": ["vit.layers.*.mlp"]}, "a ViTMLP; expected a linear layer"),
-        ({"producers": ["vit.layers.*.attention.q_proj"]}, "expected outputs that are the inputs of 'output'"),
-        ({"pooled": "vit.layers.*.nothing"}, "which the model does not have; expected a layer"),
+        ([{**UNITS, "output": "vit.layers.*.mlp.fc3"}], r"'vit.layers.\*\.mlp.fc3'.*which no layer has"),
+        ([{**UNITS, "producers": ["vit.layers.*.mlp.fc3"]}], "'vit.layers.0.mlp.fc3'.*which the model does not have"),
+        ([{**UNITS, "producers": ["vit.layers.*.mlp"]}], "a ViTMLP; expected a linear layer"),
+        (
+            [{**UNITS, "producers": ["vit.layers.*.attention.q_proj"]}],
+            "expected outputs that are the inputs of 'output'",
+        ),
+        ([{**UNITS, "pooled": "vit.layers.*.nothing"}], "which the model does not have; expected a layer"),
+        ([{**UNITS, "output": "vit.layers.*"}], "expected a linear layer"),
+        *(([{**UNITS, "output": path}], "which no layer has") for path in ("*." * 50_000 + "fc2", "*.*.*.*.nothing")),
+        ([{**ATTENTION, "heads": 5}], "or give 'heads'"),
+        ([UNITS, UNITS], "twice; expected each site once"),
     ],
+    ids=range(10),
 )
-def test_paths_that_don_t_fit_the_model_are_refused(vit, changes, message):
-    with pytest.raises(ValueError, match=message.replace("*.", r"\*\.") if "no layer" in message else message):
-        make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[1], **changes}]))
+def test_descriptions_that_don_t_fit_the_model_are_refused(vit, sites, message):
+    with pytest.raises(ValueError, match=message):
+        make_parent(vit, NeMoConfig(sites=sites))
 
 
-@pytest.mark.parametrize("output", ["*." * 50_000 + "fc2", "*.*.*.*.nothing", "vit.layers.*", "*"])
-def test_a_star_is_one_part_of_a_path(vit, output):
-    with pytest.raises(ValueError, match=r"which no layer has|expected a linear layer"):
-        build_user_sites(vit, {**VIT_SITES[1], "output": output})
+def test_sites_of_other_targets_are_left_out(vit):
+    assert make_parent(vit, NeMoConfig(sites=VIT_SITES, targets=["attention"])).kinds == {"attention"}
+    with pytest.raises(ValueError, match="no site of these targets"):
+        make_parent(fresh("vit"), NeMoConfig(sites=[UNITS], targets=["attention"]))
 
 
 def test_stars_are_filled_in_order(vit):
     description = {"kind": "ffn", "producers": ["*.layers.*.mlp.fc1"], "output": "*.layers.*.mlp.fc2"}
-    expected = build_user_sites(vit, VIT_SITES[1])
-    assert [site.key for site in build_user_sites(vit, description)] == [site.key for site in expected]
-
-
-def test_impossible_heads_the_same_site_twice_and_no_site_at_all_are_refused(vit):
-    with pytest.raises(ValueError, match="or give 'heads'"):
-        make_parent(vit, NeMoConfig(sites=[{**VIT_SITES[0], "heads": 5}]))
-    with pytest.raises(ValueError, match="twice; expected each site once"):
-        make_parent(vit, NeMoConfig(sites=[VIT_SITES[1], VIT_SITES[1]]))
-    with pytest.raises(ValueError, match="no site of these targets"):
-        make_parent(vit, NeMoConfig(sites=[VIT_SITES[1]], targets=["attention"]))
+    assert build_user_sites(vit, description) == build_user_sites(vit, UNITS)
 
 
 def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):

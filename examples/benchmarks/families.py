@@ -88,11 +88,7 @@ def whole(model: PreTrainedModel, parent, reasons: dict[str, str]) -> dict[str, 
             own = reasons.get(kind) or reasons.get("+".join(KINDS), "")
             remarks[kind] = "none known" if "no neuron sites" in own else remark(own)
         elif kind not in remarks:
-            try:
-                find_sites(model, [kind])
-                remarks[kind] = "weights read without a call"
-            except UnsupportedArchitectureError:
-                remarks[kind] = "none known"
+            remarks[kind] = "weights read without a call" if find_sites(model, [kind]) else "none known"
     return remarks
 
 

@@ -22,7 +22,7 @@ from nemo_hf.models.loading import hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
-from nemo_hf.pruning.tensor_slices import cut_tensor, tensor_cuts
+from nemo_hf.pruning.layer_cuts import cut_tensor, tensor_cuts
 
 from .onnx import (
     ONNX_NAME,

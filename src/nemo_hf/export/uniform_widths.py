@@ -16,8 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows
-from nemo_hf.pruning.layer_cuts import ROTARY_NAME, Keep, LayerCut, SiteCut, site_cut
-from nemo_hf.pruning.tensor_slices import tensor_cuts, uncut_tensor
+from nemo_hf.pruning.layer_cuts import ROTARY_NAME, Keep, LayerCut, SiteCut, site_cut, tensor_cuts, uncut_tensor
 
 State = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]

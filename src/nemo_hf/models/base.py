@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 
 from nemo_hf.config import SHAPING_OPTIONS, NeMoConfig
-from nemo_hf.neurons.generators import MaskGenerator
+from nemo_hf.neurons.mask_hooks import MaskGenerator
 from nemo_hf.neurons.masks import NeuronMasks, build_masks, untied_parameters
 from nemo_hf.neurons.patterns import find_heads
 from nemo_hf.neurons.sites import NeuronSite, with_pruning_modes

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
 from nemo_hf.neurons.patterns import find_heads
 from nemo_hf.neurons.sites import NeuronSite
-from nemo_hf.pruning.layer_cuts import site_cut
+from nemo_hf.pruning.layer_cuts import TensorCut, cut_tensor, site_cut, tensor_cuts
 from nemo_hf.pruning.plan import is_relevant, plan_module, retained_neurons, static_masks
-from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor, tensor_cuts
 
 from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig

@@ -7,7 +7,7 @@ first pruning mode under which a random cut passes the equivalence check, on a c
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import TARGETS, LabelLike, NeMoConfig
 from nemo_hf.neurons.channel_tracing import ChannelSearch, find_channels
-from nemo_hf.neurons.patterns import find_heads, find_sites
+from nemo_hf.neurons.patterns import check_found, find_heads, find_sites
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_pruning_modes
 from nemo_hf.neurons.trial_calls import check_runs, first_line, reached_sites, rectified_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
-from nemo_hf.neurons.user_sites import build_user_sites, model_sites
+from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.pruning.plan import static_masks
 
 from .attach import attach_masks, check_plain
@@ -69,35 +69,38 @@ def make_parent(
     find_heads(model, model.config.num_labels or 0)
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     check_runs(model, inputs)
-    known = find_sites(model, nemo_config.targets, None) if nemo_config.sites is None else []
-    channels = ChannelSearch([], {})
-    if "conv" in nemo_config.targets and nemo_config.sites is None:
-        channels = find_channels(model, inputs, known)
-    found = model_sites(model, nemo_config, channels.sites, channels.explanation, known)
+    channels = ChannelSearch()
+    if nemo_config.sites is not None:
+        found = model_sites(model, nemo_config)
+    else:
+        found = find_sites(model, nemo_config.targets)
+        if "conv" in nemo_config.targets:
+            channels = find_channels(model, inputs, found)
+        found = check_found(model, [*found, *channels.sites], nemo_config.targets, channels.explanation)
     try:
         parent = _try_sites(model, nemo_config, label_groups, inputs, found)
     except UnsupportedArchitectureError as error:
-        exact = [one for one in channels.sites if _is_exact_alone(model, nemo_config, inputs, one)]
-        left_out = len(channels.sites) - len(exact)
+        left_out = [site for site in channels.sites if not _is_exact_alone(model, nemo_config, inputs, site)]
         if not left_out:
             raise
-        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, left_out)
-        found = model_sites(model, nemo_config, exact, channels.explanation, known)
+        logger.warning("Got channels that can't be cut exactly (%s); %d stay whole.", error, len(left_out))
+        found = [site for site in found if site not in left_out]
+        check_found(model, found, nemo_config.targets, channels.explanation)
         parent = _try_sites(model, nemo_config, label_groups, inputs, found)
     gated = [site.key for site in parent.sites if site.pruning_mode == "scatter-gated" and not site.is_gated_only]
     if nemo_config.sites is not None and gated:
         logger.warning(
-            "Got descriptions of which %s are exact only where masks also close neurons at their source. That is right "
-            "where something between source and output reads them all; else look for a layer in the wrong place.",
+            "Got descriptions of which %s are exact only where masks also close neurons at their source. Unless "
+            "something between source and output reads them all, look for a layer in the wrong place.",
             gated,
         )
-    kinds = {site.kind for site in parent.sites}
     # No model has all kinds of neurons: a warning is due where kinds that were found, or asked for, are missing.
-    expected = {site.kind for site in found} if nemo_config.has_generators else kinds
+    expected = {site.kind for site in found} if nemo_config.has_generators else parent.kinds
     if tuple(nemo_config.targets) != TARGETS:
         expected = set(nemo_config.targets)
-    if kinds != expected:
-        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", " and ".join(kinds))
+    if parent.kinds != expected:
+        kinds = " and ".join(sorted(parent.kinds))
+        logger.warning("Got a model in which only %s neurons were found; the rest stays whole.", kinds)
     return parent
 
 
@@ -113,7 +116,7 @@ def _try_sites(
     if not reached:
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
-            "without calling these layers; expected layers that are called. Choose another architecture."
+            "without calling these layers. Choose another architecture."
         )
     if not nemo_config.has_generators:
         reached = rectified_sites(model, reached, inputs)
@@ -133,10 +136,10 @@ def _try_sites(
 
 
 def _is_exact_alone(
-    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], description: Mapping[str, Any]
+    model: PreTrainedModel, nemo_config: NeMoConfig, inputs: Mapping[str, Tensor], site: NeuronSite
 ) -> bool:
-    """Whether the channels of one description can be cut when nothing else is."""
-    parent = attach_masks(model, nemo_config, None, build_user_sites(model, description))
+    """Whether the neurons of one site can be cut when nothing else is."""
+    parent = attach_masks(model, nemo_config, None, [site])
     try:
         return _trial(_randomized_copy(parent, inputs), inputs, parent.sites)[0] <= LARGEST_SHARE
     finally:
@@ -144,10 +147,7 @@ def _is_exact_alone(
 
 
 def _randomized_copy(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> NeMoPreTrainedModel:
-    """A copy with random weights, large enough for each kind of neurons to move the logits visibly.
-
-    What is exact must not depend on the weights: fresh ones hide errors, as norms that do nothing yet do.
-    """
+    """A copy with weights so large that all neurons move the logits visibly: fresh norms, say, would hide errors."""
     randomized: NeMoPreTrainedModel = copy.deepcopy(parent).float()
     effects: dict[float, float] = {}
     for spread in SPREADS:
@@ -164,27 +164,22 @@ def _draw_weights(parent: NeMoPreTrainedModel, spread: float) -> None:
     parent.train()
     generator = torch.Generator().manual_seed(0)
     for parameter in parent.model.parameters():
-        width = parameter[0].numel() if parameter.ndim > 1 else 1
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(noise * (spread * width**-0.5 if parameter.ndim > 1 else VECTOR_SPREAD * spread))
+        scale = spread * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else VECTOR_SPREAD)
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     parent.eval()
 
 
-def _half_closed(parent: NeMoPreTrainedModel) -> list[tuple[str, dict[str, Tensor]]]:
+def _half_closed(parent: NeMoPreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """For each kind and part of neurons: the kind, and static masks that close about half of that part."""
-    found = []
     for kind, part in dict.fromkeys((site.kind, part) for site in parent.sites for part in site.parts):
-        keep = random_keep(parent.sites, {site.key for site in parent.sites if site.kind == kind}, part)
-        static = static_masks(parent.sites, keep)
-        found.append((kind, {key: mask.to(parent.device) for key, mask in static.items()}))
-    return found
+        chosen = {site.key for site in parent.sites if site.kind == kind}
+        yield kind, static_masks(parent.sites, random_keep(parent.sites, chosen, part))
 
 
 @torch.no_grad()
 def _smallest_effect(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """Least that closing half of a part does to the logits, in tolerances of the equivalence check."""
-    assert parent.masks is not None
-    masks = [parent.masks.open_masks(), *(static for _, static in _half_closed(parent))]
+    masks = [parent.parent_masks().open_masks(), *(static for _, static in _half_closed(parent))]
     opened, *masked = _logits(parent, inputs, *masks)
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
     effects = [(logits - opened).abs().max().item() / tolerance for logits in masked]
@@ -217,20 +212,10 @@ def _find_pruning_modes(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor
         parent.set_sites(with_pruning_modes(parent.sites, {site.key: name for site in part}))
 
 
-def _trial(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[float, str]:
-    """Cuts about half of some sites' neurons; returns the error as a share of the masks' effect, and what failed.
-
-    Of attention, q and k are tried alone as well: their effect is smaller than that of v, which could hide it.
-    """
-    worst = _trial_of_part(parent, inputs, sites, None)
-    if all(isinstance(site, AttentionSite) for site in sites):
-        worst = max(worst, _trial_of_part(parent, inputs, sites, "query_key"))
-    return worst
-
-
-def _trial_of_part(
-    parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite], part: str | None
+def _trial(
+    parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], sites: Sequence[NeuronSite], part: str | None = None
 ) -> tuple[float, str]:
+    """Cuts about half of some sites' neurons (or only `part`); returns the error as a share of the masks' effect."""
     keep = random_keep(parent.sites, {site.key for site in sites if part is None or part in site.parts}, part)
     static = static_masks(parent.sites, keep)
     if not parent.nemo_config.hard_masks:
@@ -239,10 +224,9 @@ def _trial_of_part(
     ids = list(parent.config.names)
     # The last label before the first: a cut head shows whether it is the head.
     plan = ModulePlan([ids[-1], ids[0]], [], keep, static, 1.0, None, 0.5, {site.key: [] for site in parent.sites})
+    read = partial(read_tensor, parent.model.state_dict())
     try:
-        module = build_module(
-            type(parent), CutSource.of_parent(parent), plan, partial(read_tensor, parent.model.state_dict())
-        )
+        module = build_module(type(parent), CutSource.of_parent(parent), plan, read)
         module.to(parent.device)  # type: ignore[arg-type]
         check = check_equivalence(parent, module, plan.static, inputs)
     except Exception as error:
@@ -252,25 +236,24 @@ def _trial_of_part(
     # A mask without effect shows nothing; the status of the check then says so.
     wrong = max(0.0, check.difference - ROUNDING_SHARE * check.tolerance)
     share = wrong / check.effect if check.effect else math.inf if wrong else 0.0
-    return share, f"{check.difference:.1e} of {check.effect:.1e}"
+    found = share, f"{check.difference:.1e} of {check.effect:.1e}"
+    # Of attention, q and k are tried alone as well: v has a larger effect, which could hide an error of theirs.
+    if part is None and all(isinstance(site, AttentionSite) for site in sites):
+        return max(found, _trial(parent, inputs, sites, "query_key"))
+    return found
 
 
 def random_keep(sites: Sequence[NeuronSite], chosen: set[str], part: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """Draws neurons to keep in a trial cut, by site key and part; the same ones in each call.
-
-    About half of each site in `chosen` stays, and no values of its first head; `part` is the only part that is cut,
-    `None` cuts all. Other sites stay whole.
-    """
+    """Draws about half of the `chosen` sites' neurons (or only of `part`), the same in each call, by site and part."""
     generator = torch.Generator().manual_seed(0)
     keep: dict[str, dict[str, Tensor]] = {}
     for site in sites:
         kept = {name: torch.rand(size, generator=generator) < 0.5 for name, size in site.parts.items()}
         if isinstance(site, AttentionSite):
             _close_heads(site, kept)
-        if part == "query_key" and isinstance(site, AttentionSite):
-            # Every other one, in turn from head to head: no two neighbours or partners are closed by chance.
-            order = torch.arange(site.parts[part])
-            kept[part] = order % 2 != order // site.query_key_dims % 2
+            if part == "query_key":  # every other one, in turn from head to head, so that no neighbours are closed
+                order = torch.arange(site.parts[part])
+                kept[part] = order % 2 != order // site.query_key_dims % 2
         whole = [name for name in kept if site.key not in chosen or part not in (None, name)]
         kept.update({name: torch.ones_like(kept[name]) for name in whole})
         keep[site.key] = {name: mask.nonzero().squeeze(-1) for name, mask in kept.items()}
@@ -295,28 +278,19 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     samples = len(next(iter(inputs.values())))
     if samples == 1:
         return
-    assert parent.masks is not None
     first = {site.kind: site for site in reversed(parent.sites)}
-    is_masked = torch.arange(samples, device=parent.device) == 0
+    is_masked = torch.arange(samples) == 0
     effects: dict[str, float] = {}
     for kind, static in _half_closed(parent):
         mixed = {key: torch.where(is_masked[:, None], mask, 1.0) for key, mask in static.items()}
-        masked, opened, got = _logits(parent, inputs, static, parent.masks.open_masks(), mixed)
+        masked, opened, got = _logits(parent, inputs, static, parent.parent_masks().open_masks(), mixed)
         expected = torch.cat([masked[:1], opened[1:]])
         effect = (masked - opened).abs().max().item()
         effects[kind] = max(effects.get(kind, 0.0), effect)
         rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
         if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
             raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
-    _check_pooled(parent, inputs)
-    for kind, effect in effects.items():
-        if effect == 0 and bool((opened != opened[:1]).any()):
-            reason = "closing half of them leaves all logits as they are, so no cut can be checked"
-            raise _refusal(parent, first[kind], reason)
-
-
-def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Refuses sites whose pooled input mixes samples: the mask of one then depends on the others."""
+    # Sites whose pooled input mixes samples: the mask of one then depends on the others.
     given = {name: value.to(parent.device) for name, value in inputs.items()}
     others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
     masks, changed = (parent(**batch, output_neuron_masks=True).neuron_masks for batch in (given, others))
@@ -324,20 +298,21 @@ def _check_pooled(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> 
         own = masks[site.key][0]
         if (own - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE * max(1.0, own.max().item()):
             raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")
+    for kind, effect in effects.items():
+        if effect == 0 and bool((opened != opened[:1]).any()):
+            raise _refusal(parent, first[kind], "closing half of them leaves all logits as they are")
 
 
 def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
     with exact_float32(parent) as (exact,):
-        batch = {
-            name: value.to(exact.device, torch.float32 if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
+        given = {name: value.to(exact.device) for name, value in inputs.items()}
+        batch = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
         return [exact(**batch, static_masks=static).logits for static in masks]
 
 
 def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:
-    other = sorted({other.kind for other in parent.sites} - {site.kind})
-    model_type = getattr(parent.config.base_config, "model_type", "?")
+    other = sorted(parent.kinds - {site.kind})
+    model_type = parent.model.config.model_type
     return UnsupportedArchitectureError(
         f"Got model type {model_type!r}, whose {site.kind} neurons in {site.name!r} can't be cut: {reason}. "
         + (f"Leave them whole with NeMoConfig(targets={other})." if other else "Choose another architecture.")

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor
+from nemo_hf.pruning.layer_cuts import TensorCut, cut_tensor
 
 from .remote_files import find_file, read_json
 

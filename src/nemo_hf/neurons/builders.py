@@ -10,8 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .sites import CHANNEL_NORMS, AttentionSite, ChannelSite, FeedForwardSite, Rows, layer_features
 
-Projections = tuple[Rows, Rows, Rows, int]
-"""Rows of q, k and v, and the number of query heads."""
+Projections = tuple[Rows, Rows, Rows, int]  # of q, k and v, and the number of query heads
 
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "depth")
 HEAD_COUNT_ATTRIBUTES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_head")
@@ -21,10 +20,7 @@ HEAD_NORM = re.compile(r"([qk](uery|ey)?_?(layer_?)?norm)|(norm_[qk])")
 
 
 class ModelLayers:
-    """A model's layers by path, collected once: looking paths up one by one in the model is slow.
-
-    `unique` names each layer once, `by_path` by all of its paths; `linear` holds (inputs, outputs) of linear layers.
-    """
+    """A model's layers by path, collected once: `unique` names each once, `linear` says (inputs, outputs)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config: PreTrainedConfig = model.config
@@ -37,15 +33,15 @@ def channel_site(
     layers: ModelLayers, producers: Sequence[str], passing: Sequence[str], readers: Sequence[str]
 ) -> ChannelSite | None:
     """Builds the site of a convolution's channels, or returns `None` if the layers' widths are not those of one."""
-    channels, width = (_produced(layers.by_path[producers[0]]) or (0, 1))[0], 1
-    mixed = [_produced(layers.by_path[path]) for path in producers]
-    mixed += [_passed(layers.by_path[path]) for path in passing]
-    for made in mixed:
-        if made is None or made[0] != channels or channels < 1:
-            return None
-        width = max(width, made[1])
-    read_by = [(path, _read(layers.by_path[path])) for path in readers]
-    if any(width % made[1] for made in mixed if made) or any(not read or read % channels for _, read in read_by):
+    widths = {path: _channels(layers.by_path[path]) for path in (*producers, *passing, *readers)}
+    channels = widths[producers[0]][1]
+    same = {*(widths[path][1] for path in producers), *(widths[path][2] for path in passing)}
+    mixed = [widths[path][3] for path in passing]
+    group = max(mixed, default=1)
+    read_by = [(path, widths[path][0]) for path in readers]
+    if channels < 1 or same != {channels} or any(group % each for each in mixed):
+        return None
+    if any(read < 1 or read % channels for _, read in read_by):
         return None
     return ChannelSite(
         name=producers[0],
@@ -54,33 +50,24 @@ def channel_site(
         output=readers[0],
         least_width=1,  # torch has no convolution without outputs
         channels=channels,
-        size=channels // width,
+        size=channels // group,
         producers=tuple(producers),
         passing=tuple(passing),
         read_by=tuple(read_by),
     )
 
 
-def _produced(layer: nn.Module) -> tuple[int, int] | None:
-    """Number of channels that a layer makes, and 1: it mixes none of them."""
+def _channels(layer: nn.Module) -> tuple[int, int, int, int]:
+    """Numbers of channels that a layer reads, makes and passes on (0: none), and of those that it mixes."""
+    if isinstance(layer, CHANNEL_NORMS):
+        return 0, 0, layer.num_features, 1
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        passed = layer.out_channels if layer.in_channels == layer.out_channels else 0
+        return 0, 0, passed, layer.out_channels // layer.groups
     if isinstance(layer, nn.Conv2d):
-        return (layer.out_channels, 1) if layer.groups == 1 else None
-    features = layer_features(layer)
-    return None if features is None or isinstance(layer, Conv1D) else (features[1], 1)
-
-
-def _passed(layer: nn.Module) -> tuple[int, int] | None:
-    """Number of channels that a norm or grouped convolution passes on, and how many it mixes."""
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels == layer.out_channels:
-        return layer.out_channels, layer.out_channels // layer.groups
-    return (layer.num_features, 1) if isinstance(layer, CHANNEL_NORMS) else None
-
-
-def _read(layer: nn.Module) -> int:
-    """Number of inputs of a layer that may read channels, 0 for others."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels if layer.groups == 1 else 0
-    return (layer_features(layer) or (0, 0))[0] if isinstance(layer, nn.Linear) else 0
+        return layer.in_channels, layer.out_channels, 0, 1
+    inputs, outputs = (isinstance(layer, nn.Linear) and layer_features(layer)) or (0, 0)
+    return inputs, outputs, 0, 1
 
 
 def feed_forward_site(
@@ -91,10 +78,7 @@ def feed_forward_site(
     pooled: str | None = None,
     pooled_output: bool = False,
 ) -> FeedForwardSite | None:
-    """Builds the site of a feed-forward part, or returns `None` if the layers' widths are not those of one.
-
-    `producers` is one linear layer, the two of a GLU, or one that holds both; `pooled` is the first one by default.
-    """
+    """Builds the site of a feed-forward part of one layer or a GLU, or returns `None` if the widths don't fit."""
     width = layers.linear[output][0]
     widths = [layers.linear[path][1] for path in producers]
     if widths == [2 * width]:  # a GLU with both projections in one layer
@@ -123,10 +107,7 @@ def attention_site(
     pooled: str | None = None,
     is_rotary: bool | None = None,
 ) -> AttentionSite:
-    """Builds the site of the attention layer `name`.
-
-    The input of q is pooled by default; `is_rotary=None` takes what the layer's signature suggests.
-    """
+    """Builds the site of the attention layer `name`; `is_rotary=None` takes what its signature suggests."""
     query, key, value, heads = projections
     layer = layers.by_path[name]
     head_dim = query.size // heads

@@ -1,11 +1,9 @@
 """Finds convolution channels that can be pruned, by following marked channels through forward passes.
 
-1. Some channels of one convolution's result are marked with NaN. Activations, pooling, sums and products pass a mark on
-   in the same channel; a convolution or linear layer reads it, and its input is cleared of marks.
-2. Norms that work by channel and grouped convolutions pass marks on. Where a mark appears in another channel, in a
-   layer that mixes channels in another way, or in the logits, the channels stay whole, and a sentence says why.
-3. Layers whose results are read by the same layers make the same channels: those of a residual stream, or
-   squeeze-and-excite and what it weighs. They are one site.
+1. Some channels of one convolution's result are marked with NaN. Activations, pooling, sums, products, norms by channel
+   and grouped convolutions pass a mark on; a convolution or linear layer reads it, and its input is cleared of marks.
+2. Where a mark appears in another channel, in a layer that mixes channels, or in the logits, the channels stay whole.
+3. Layers whose results are read by the same layers, such as those of a residual stream, are one site.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .builders import ModelLayers, channel_site
 from .sites import CHANNEL_NORMS, NeuronSite, layer_features, neuron_dim
 from .trial_calls import evaluating
 from .trial_inputs import random_inputs
@@ -35,10 +34,10 @@ class Channels:
 
 @dataclass(frozen=True)
 class ChannelSearch:
-    """Channels of a model: descriptions of those that can be cut, and why others, by their first layer, can't."""
+    """Channels of a model: the sites that can be cut, and why others, by their first layer, can't."""
 
-    sites: list[dict[str, Any]]
-    reasons: dict[str, str]
+    sites: list[NeuronSite] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def explanation(self) -> str:
@@ -50,13 +49,10 @@ class ChannelSearch:
 def find_channels(
     model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None, others: Sequence[NeuronSite] = ()
 ) -> ChannelSearch:
-    """Finds the channels that can be closed and cut, of convolutions and of linear layers that read such channels.
-
-    `inputs` are a few samples (`None`: random ones); `others` are sites whose neurons are not to be used again.
-    """
+    """Finds channels that can be cut, beside `others`: of convolutions, and of linear layers that read these."""
     convolutions = {path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     if not convolutions:
-        return ChannelSearch([], {})
+        return ChannelSearch()
     inputs = random_inputs(model) if inputs is None else inputs
     made_elsewhere = {rows.layer for site in others for rows, _ in site.produced()}
     read_elsewhere = {path for site in others for path in (site.layers if site.kind == "attention" else site.readers)}
@@ -68,26 +64,23 @@ def find_channels(
             # Linear layers that write into the same channels are found; those that read channels make some.
             groups = _joined([*groups, *(runs.follow(path) for path in linear)])
         groups = _without_tokens(groups, set(linear), runs)
-    sites = [
-        {"kind": "conv", "producers": group.layers, "passing": group.passing, "readers": group.readers}
-        for group in groups
-        if group.readers and not group.reason
-    ]
-    return ChannelSearch(sites, {g.layers[0]: g.reason for g in groups if g.reason and g.layers[0] in convolutions})
+    layers = ModelLayers(model)
+    found = [channel_site(layers, g.layers, g.passing, g.readers) for g in groups if g.readers and not g.reason]
+    reasons = {g.layers[0]: g.reason for g in groups if g.reason and g.layers[0] in convolutions}
+    return ChannelSearch([site for site in found if site], reasons)
 
 
 def _joined(groups: list[Channels]) -> list[Channels]:
     """Joins channels that pass through or are read by the same layers."""
     joined: list[Channels] = []
     for group in groups:
-        same = [other for other in joined if set(other.readers) & set(group.readers)]
-        same += [o for o in joined if o not in same and set(o.passing) & set(group.passing)]
-        parts = (*same, group)
-        layers, passing, readers = (
-            list(dict.fromkeys(path for part in parts for path in getattr(part, name)))
-            for name in ("layers", "passing", "readers")
-        )
-        merged = Channels(layers, passing, readers, next((part.reason for part in parts if part.reason), ""))
+        same = [o for o in joined if set(o.readers) & set(group.readers) or set(o.passing) & set(group.passing)]
+        merged = Channels([])
+        for part in (*same, group):
+            merged.layers += part.layers
+            merged.passing += [path for path in part.passing if path not in merged.passing]
+            merged.readers += [path for path in part.readers if path not in merged.readers]
+            merged.reason = merged.reason or part.reason
         joined = [other for other in joined if other not in same] + [merged]
     return joined
 
@@ -182,13 +175,10 @@ class _MarkedRuns:
                 seen.append(path)
             if path in self.taken and not is_passing:
                 self._refuse(f"are read by {path!r}, whose inputs are no channels alone")
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            self._refuse(f"are read by the grouped convolution {path!r}, which has other groups")
         else:
-            is_grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-            self._refuse(
-                f"are read by the grouped convolution {path!r}, which has other groups"
-                if is_grouped
-                else f"are read by {path!r} beside others (concatenated), or after a change of their order"
-            )
+            self._refuse(f"are read by {path!r} beside others (concatenated), or after a change of their order")
         if isinstance(layer, CHANNEL_NORMS):
             return None
         if _passes_on(layer):

@@ -1,7 +1,8 @@
-"""The masks of one neuron site, and the hooks that apply them to the layers of a plain model."""
+"""The masks of one neuron site: the network that makes them, and the hooks that apply them to a model's layers."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,34 +10,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .generators import MaskGenerator
 from .masked_products import ReplacedForward, apply_mask, expand_mask, is_replaceable, masked_linear
 from .sites import NeuronSite, Rows, neuron_dim
 
+MASK_BIAS = 1.0  # at the start: tanh(1) = .76, so that every neuron is open and can still close
 HookHandle = torch.utils.hooks.RemovableHandle | ReplacedForward
 
-FrameMask = Callable[[int, Tensor], Tensor]
-"""Turns the attention mask of a recording's samples into one of the given number of frames."""
+FrameMask = Callable[[int, Tensor], Tensor]  # makes an attention mask of samples one of so many frames
 
 
-class CallState:
-    """What the masks of one forward call depend on.
+class MaskGenerator(nn.Module):
+    """Low-rank network from a site's pooled input to its soft masks: relu(tanh(W2 relu(W1 p + b1) + b2)).
 
-    It stays until the next call, because activation checkpointing replays layers in the backward pass.
-    Only `collected` is dropped when the call returns, so that replays add nothing to it.
+    NeMo (arXiv 2508.11348) makes the hidden width that of the layer; here it is `rank`.
     """
 
-    def __init__(self) -> None:
-        self.is_enabled = True
-        self.is_hard = True
-        self.detaches_pooled = True
-        self.batch_size = 0
-        self.attention_mask: Tensor | None = None
-        self.frame_mask: FrameMask | None = None
-        self.static_masks: Mapping[str, Tensor] | None = None
-        self.static_samples: Tensor | None = None
-        self.collected: dict[str, list[Tensor]] | None = None
-        self.current: dict[str, Tensor] = {}
+    def __init__(self, in_features: int, rank: int, neurons: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank)
+        self.up = nn.Linear(rank, neurons)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights; all neurons start open for inputs of ordinary size."""
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.down.bias)
+        nn.init.normal_(self.up.weight, std=0.02)
+        nn.init.constant_(self.up.bias, MASK_BIAS)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Maps pooled inputs (batch, in_features) to soft masks (batch, neurons) in [0, 1), float32."""
+        # Without autocast: a mask near 0 must not open or close with the dtype.
+        with torch.autocast(pooled.device.type, enabled=False):
+            hidden = F.linear(pooled.float(), self.down.weight.float(), self.down.bias.float()).relu()
+            return F.linear(hidden, self.up.weight.float(), self.up.bias.float()).tanh().relu()
+
+
+@dataclass(eq=False)
+class CallState:
+    """What the masks of one forward call depend on, until the next call: checkpointing replays layers in between."""
+
+    is_hard: bool = True
+    detaches_pooled: bool = True
+    is_enabled: bool = True
+    batch_size: int = 0
+    attention_mask: Tensor | None = None
+    frame_mask: FrameMask | None = None
+    static_masks: Mapping[str, Tensor] | None = None
+    static_samples: Tensor | None = None
+    collected: dict[str, list[Tensor]] | None = None  # `None` after the call, so that replays add nothing
+    current: dict[str, Tensor] = field(default_factory=dict)
 
     def check_is_open(self) -> None:
         """Refuses layers that run outside a call, where the state is that of an older one."""
@@ -45,26 +68,19 @@ class CallState:
         # The id of the running backward pass, as torch's own checkpointing reads it; -1 if there is none.
         if torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
-                "Got a call of the base model inside a parent; expected a call of the parent itself, which sets the "
-                "masks. Call parent(...), or run parent.model within `parent.masks.disabled()`."
+                "Got a call of the base model inside a parent, which sets the masks. "
+                "Call parent(...), or run parent.model within `parent.masks.disabled()`."
             )
         # A replay: drop its last mask when the backward pass ends, lest it keep a graph alive.
         torch.autograd.Variable._execution_engine.queue_callback(self.current.clear)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallState":
         # A call's tensors belong to the graph of the model that made them, not to its copy.
-        copied = CallState()
-        copied.is_enabled, copied.is_hard = self.is_enabled, self.is_hard
-        copied.detaches_pooled = self.detaches_pooled
-        return copied
+        return CallState(self.is_hard, self.detaches_pooled, self.is_enabled)
 
 
 class SiteMask(nn.Module):
-    """Relevance and hooks of one site.
-
-    The hooks are bound methods, not closures, so that those of a deep copy use the copy. `keeps_mean` adds a buffer
-    of mean mask values per group, which modules of soft masks need.
-    """
+    """Relevance and hooks of one site; the hooks are bound methods, so that those of a deep copy use the copy."""
 
     relevance: Tensor
     mean_mask: Tensor | None
@@ -75,6 +91,7 @@ class SiteMask(nn.Module):
         self.state = CallState()
         # uint8, since a cast of the model to another dtype would change a float buffer
         self.register_buffer("relevance", torch.full((groups, site.neurons), 255, dtype=torch.uint8))
+        # Of each group, for modules of soft masks.
         self.register_buffer("mean_mask", torch.ones(groups, site.neurons) if keeps_mean else None)
 
     def attach(self, model: nn.Module) -> list[HookHandle]:
@@ -102,16 +119,13 @@ class SiteMask(nn.Module):
         return None if mask is None else apply_mask(output, rows.spread(self.site.part_mask(part, mask)))
 
     def mask_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook: multiplies what a layer reads, such as values after attention, or activated units.
-
-        Masks of v commute with attention; units are masked after the activation, so that a closed one
-        is 0 for activations with act(0) != 0 as well.
-        """
+        """Forward pre-hook: multiplies what a layer reads, such as values after attention, or activated units."""
+        # Masks of v commute with attention; a unit is closed after the activation, whose value at 0 may not be 0.
         mask = self._read_mask(inputs[0], neuron_dim(layer))
         return None if mask is None else (apply_mask(inputs[0], mask, neuron_dim(layer)), *inputs[1:])
 
     def masked_forward(self, layer: nn.Linear, hidden_states: Tensor) -> Tensor:
-        """Replaces the `forward` of a plain linear layer: as `mask_inputs` before it, with less memory."""
+        """Replaces the `forward` of a plain linear layer: as with `mask_inputs`, but with less memory."""
         mask = self._read_mask(hidden_states, -1)
         if mask is None:
             return F.linear(hidden_states, layer.weight, layer.bias)
@@ -216,18 +230,14 @@ class GeneratedMask(SiteMask):
     def _current(self) -> Tensor:
         if self.site.key not in self.state.current:
             raise RuntimeError(
-                f"Got a call of a layer of the site {self.site.key!r} before its input {self.site.pooled!r} was seen; "
-                "expected it after. Name another `pooled` layer in NeMoConfig(sites=[...]), or leave the site out."
+                f"Got a call of a layer of the site {self.site.key!r} before its input {self.site.pooled!r} was seen. "
+                "Name another `pooled` layer in NeMoConfig(sites=[...]), or leave the site out."
             )
         return self.state.current[self.site.key]
 
 
 class ActivityMask(SiteMask):
-    """Activity of rectified units in place of generated masks: a unit that is 0 for a sample counts as closed.
-
-    Collects the mean over positions of what each reader of the units reads, as MODA (arXiv 2411.01074) does;
-    several readers are as many calls. Only static masks close a unit.
-    """
+    """Collects the mean activity of rectified units, as MODA (arXiv 2411.01074) does; static masks alone close them."""
 
     def _read_mask(self, hidden_states: Tensor, dim: int) -> Tensor | None:
         if self.state.is_enabled and not self._is_shared(hidden_states):

@@ -46,10 +46,7 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def expand_mask(hidden_states: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
-    """Repeats a mask (batch, neurons) for each window of a sample and each input of a neuron: (windows, inputs).
-
-    `dim` is the dimension of `hidden_states` that counts the inputs.
-    """
+    """Repeats a mask (batch, neurons) for each window of a sample and input of a neuron: (windows, size of `dim`)."""
     windows = hidden_states.shape[0] // mask.shape[0]
     if windows > 1:
         mask = mask.repeat_interleave(windows, 0)

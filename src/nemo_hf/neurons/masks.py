@@ -17,19 +17,13 @@ LEVEL_SCALE = 1e6  # the logarithm of the sparsity factor is stored in millionth
 
 
 class NeuronMasks(nn.ModuleList):
-    """The masks of all sites of a model, in site order, with one shared call state.
-
-    `is_hard` says whether the forward pass sees 0/1 masks, `detaches_pooled` that no gradient goes through the
-    generators' inputs.
-    """
+    """The masks of all sites of a model, in site order, with one shared call state."""
 
     sparsity_level: Tensor
 
     def __init__(self, masks: Iterable[SiteMask], is_hard: bool, detaches_pooled: bool = True) -> None:
         super().__init__(masks)
-        self.state = CallState()
-        self.state.is_hard = is_hard
-        self.state.detaches_pooled = detaches_pooled
+        self.state = CallState(is_hard, detaches_pooled)
         # An integer, since a cast of the model to another dtype would change a float buffer.
         self.register_buffer("sparsity_level", torch.zeros((), dtype=torch.int64))
         self._handles: list[HookHandle] = []
@@ -79,15 +73,16 @@ class NeuronMasks(nn.ModuleList):
         static_samples: Tensor | None,
         frame_mask: FrameMask | None = None,
     ) -> Iterator[dict[str, list[Tensor]]]:
-        """Sets the state of one forward call and collects its soft masks.
-
-        `static_masks`, site key to (neurons,) or (batch, neurons), replace the generated masks, for all samples or
-        those that `static_samples` (batch,) says. Yields site key to soft masks of shape (batch, neurons), one for
-        each call of the site, filled as the model runs.
-        """
+        """Sets the state of one forward call, and yields its soft masks: by site, one (batch, neurons) a call."""
         state = self.state
-        if static_masks is not None:
-            self._check_static(static_masks)
+        for mask in self.site_masks() if static_masks is not None else ():
+            static = static_masks.get(mask.site.key) if static_masks else None
+            if static is None or static.shape[-1] != mask.site.neurons:
+                raise ValueError(
+                    f"Got static masks with {None if static is None else tuple(static.shape)} for {mask.site.key!r}; "
+                    f"expected {mask.site.neurons} neurons there, and a mask for each of the {len(self)} sites. "
+                    "Start from parent.masks.open_masks()."
+                )
         state.batch_size, state.attention_mask, state.frame_mask = batch_size, attention_mask, frame_mask
         state.static_masks, state.static_samples = static_masks, static_samples
         collected: dict[str, list[Tensor]] = {}
@@ -97,16 +92,6 @@ class NeuronMasks(nn.ModuleList):
         finally:
             state.collected = None
             state.current.clear()
-
-    def _check_static(self, static_masks: Mapping[str, Tensor]) -> None:
-        for mask in self.site_masks():
-            static = static_masks.get(mask.site.key)
-            if static is None or static.shape[-1] != mask.site.neurons:
-                raise ValueError(
-                    f"Got static masks with {None if static is None else tuple(static.shape)} for {mask.site.key!r}; "
-                    f"expected a mask of {mask.site.neurons} neurons for each of the {len(self)} sites. "
-                    "Start from parent.masks.open_masks()."
-                )
 
     def relevance(self) -> dict[str, Tensor]:
         """Returns site key to relevance, uint8, shape (groups, neurons): round(255 f)."""
@@ -131,17 +116,14 @@ def default_rank(sites: Sequence[NeuronSite], base_parameters: int) -> int:
 
 
 def untied_parameters(model: PreTrainedModel) -> int:
-    """Counts parameters, those that the configuration ties once, whether or not they are tied yet.
-
-    A model that is still being loaded is not tied: its generators must have the same rank all the same.
-    """
+    """Counts parameters, tied ones once, even if they are not tied yet, as while loading: the rank must be the same."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     own = {tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name not in tied}
     return sum(tensor.numel() for tensor in own)
 
 
 def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters: int, groups: int) -> NeuronMasks:
-    """Builds the masks, not attached yet, for a plain model with `base_parameters` and for a number of label groups."""
+    """Builds the masks, not attached yet, of a plain model with `base_parameters` for a number of label groups."""
     masks: list[SiteMask]
     if config.has_generators:
         rank = config.generator_rank or default_rank(sites, base_parameters)

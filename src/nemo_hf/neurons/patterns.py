@@ -1,10 +1,7 @@
-"""Finds attention and feed-forward neurons by the names and widths of a model's layers.
-
-Names of layers and quirks of architectures are known here and in `builders`, nowhere else.
-"""
+"""Finds attention and feed-forward neurons by names and widths of layers, which only this file and `builders` know."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
@@ -56,22 +53,24 @@ HEAD_NAMES = re.compile(
 """Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
 
 
-def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason: str | None = "") -> list[NeuronSite]:
-    """Finds attention and feed-forward sites, in the order of the model's layers; weights may be on the meta device.
-
-    If there is none, raises UnsupportedArchitectureError, whose message ends with `reason`; `reason=None` allows none.
-    """
+def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list[NeuronSite]:
+    """Finds attention and feed-forward sites, in the order of the model's layers; weights may be on the meta device."""
     layers = ModelLayers(model)
     sites: list[NeuronSite] = []
     for name, layer in layers.unique.items():
-        if next(layer.children(), None) is None:
-            continue
-        if "attention" in targets:
-            sites.extend(_attention_sites(layers, name))
-        if "ffn" in targets:
-            sites.extend(_feed_forward_sites(layers, name))
-    if not sites and reason is not None:
-        linear = list(layers.linear)
+        if next(layer.children(), None) is not None:
+            attention = _attention_site(layers, name) if "attention" in targets else None
+            units = _feed_forward_site(layers, name) if "ffn" in targets else None
+            sites.extend(site for site in (attention, units) if site)
+    return sites
+
+
+def check_found(
+    model: PreTrainedModel, sites: list[NeuronSite], targets: Sequence[str], reason: str = ""
+) -> list[NeuronSite]:
+    """The sites, of which there must be one; `reason` says why some of the model's neurons are none."""
+    if not sites:
+        linear = list(ModelLayers(model).linear)
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r}, in which no neuron sites of kind {list(targets)} are known; "
             "expected attention with separate q, k, v and output projections, a feed-forward part of two linear "
@@ -83,39 +82,27 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS, reason:
 
 
 def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
-    """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head).
-
-    Raises UnsupportedArchitectureError if there is none.
-    """
-    heads = [
-        name
-        for name, layer in model.named_modules()
-        if HEAD_NAMES.search(name) and (features := layer_features(layer)) and features[1] == num_labels
-    ]
+    """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head)."""
+    fitting = [name for name, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
+    heads = [name for name in fitting if HEAD_NAMES.search(name)]
     # A projection before the head, which has as many outputs by chance.
     heads = [h for h in heads if not (h.endswith(".dense") and h.removesuffix("dense") + "out_proj" in heads)]
     last = {h.rpartition(".")[0]: h for h in heads if h.rpartition(".")[2].isdigit()}
     heads = [h for h in heads if last.get(h.rpartition(".")[0], h) == h]
-    if not heads:  # a head of another name, if only one layer can be it
-        by_width = [n for n, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
-        heads = by_width if len(by_width) == 1 else []
+    if not heads and len(fitting) == 1:  # a head of another name, if only one layer can be it
+        heads = fitting
     if not heads:
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r} without a linear head of {num_labels} outputs named like "
-            "'classifier' or 'score'; modules are cut at that head. Choose a *ForImageClassification or "
-            "*ForSequenceClassification model."
+            "'classifier' or 'score'. Choose a *ForImageClassification or *ForSequenceClassification model."
         )
     return heads
 
 
 def _linear_paths(layers: ModelLayers, name: str, relatives: Sequence[str]) -> list[str] | None:
     """Paths of the linear layers at relative paths from the layer `name`, or `None` if one of them is not there."""
-    paths = []
-    for relative in relatives:
-        paths.append(_path(name, relative))
-        if paths[-1] not in layers.linear:
-            return None
-    return paths
+    paths = [_path(name, relative) for relative in relatives]
+    return paths if all(path in layers.linear for path in paths) else None
 
 
 def _path(name: str, relative: str) -> str:
@@ -124,7 +111,7 @@ def _path(name: str, relative: str) -> str:
     return f"{name}.{relative}" if name and relative else name or relative
 
 
-def _feed_forward_sites(layers: ModelLayers, name: str) -> Iterator[FeedForwardSite]:
+def _feed_forward_site(layers: ModelLayers, name: str) -> FeedForwardSite | None:
     for producers, output in FEED_FORWARD_LAYERS.items():
         paths = _linear_paths(layers, name, (*producers, output))
         if paths is None:
@@ -133,27 +120,25 @@ def _feed_forward_sites(layers: ModelLayers, name: str) -> Iterator[FeedForwardS
         pooled = None if around is None or _path(name, around) not in layers.by_path else _path(name, around)
         site = feed_forward_site(layers, name, paths[:-1], paths[-1], pooled, bool(around and pooled))
         if site is not None:
-            yield site
-            return
+            return site
+    return None
 
 
-def _attention_sites(layers: ModelLayers, name: str) -> Iterator[AttentionSite]:
+def _attention_site(layers: ModelLayers, name: str) -> AttentionSite | None:
     output = next((found[0] for last in OUTPUT_PROJECTIONS if (found := _linear_paths(layers, name, (last,)))), None)
     if output is None:
-        return
+        return None
     heads = head_count(layers.config, layers.by_path[name], layers.linear[output][0])
     for names in SEPARATE_PROJECTIONS:
         paths = _linear_paths(layers, name, names)
         if paths and (rows := separate_rows(layers, paths, output, heads)):
-            yield attention_site(layers, name, output, rows, name if names[0] in POOLED_AT_LAYER else None)
-            return
+            return attention_site(layers, name, output, rows, name if names[0] in POOLED_AT_LAYER else None)
     for latent in LATENT_PROJECTIONS:
         paths = _linear_paths(layers, name, latent)
         if paths and (rows := latent_rows(layers, paths, name, output)):
-            yield attention_site(layers, name, output, rows, is_rotary=False)
-            return
+            return attention_site(layers, name, output, rows, is_rotary=False)
     for fused, layout in FUSED_PROJECTIONS.items():
         paths = _linear_paths(layers, name, (fused,))
         if paths and (rows := fused_rows(layers, paths[0], layout, output, heads)):
-            yield attention_site(layers, name, output, rows)
-            return
+            return attention_site(layers, name, output, rows)
+    return None

@@ -1,9 +1,8 @@
 """Proposes `NeMoConfig(sites=...)` for an unknown architecture, from what changes when one output is perturbed.
 
-A perturbed unit changes one input of the next linear layer that reads it, at the same token; a value one (or one for
-each query head that shares it) at other tokens too; a query a whole head at the same token; a key a whole head at
-others too. Other layers could look the same, so widths must fit, and the equivalence check decides whether the layers
-are cut exactly; that they are what they are called is only likely.
+A perturbed unit changes one input of the next linear layer that reads it, at the same token; a value one (for each
+query head) at other tokens too; a query a whole head at the same token; a key a whole head at others too. Other layers
+could look the same: widths must fit, and the equivalence check decides whether the layers are cut exactly.
 """
 
 import json
@@ -21,7 +20,7 @@ from nemo_hf.config import LAYOUTS
 from .builders import ModelLayers
 from .trial_calls import evaluating, on_device
 from .trial_inputs import random_inputs
-from .user_sites import PATHS, build_user_sites
+from .user_sites import PATHS, build_user_sites, shared_parts, with_paths
 
 PERTURBATION = 3.0  # large, so that it shows behind a softmax
 SMALLEST_CHANGE = 1e-5  # that counts, relative to the largest input
@@ -56,23 +55,21 @@ def propose_sites(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = 
         nothing looks like one. `make_parent` checks them.
     """
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
-    linear = ModelLayers(model).linear
+    layers = ModelLayers(model)
     readers: dict[str, dict[str, list[tuple[str, Reading]]]] = {}
-    with _Perturbed(model, linear, inputs).running() as perturbed:
+    with _Perturbed(model, layers, inputs).running() as perturbed:
         for layer in perturbed.order:
             for role, reading in _roles(perturbed, layer).items():
                 readers.setdefault(reading.reader, {}).setdefault(role, []).append((layer, reading))
-    found = [site for output, roles in readers.items() if (site := _description(linear, output, roles))]
+    found = [site for output, roles in readers.items() if (site := _description(layers.linear, output, roles))]
     return _merged(model, [site for site in found if _site_keys(model, site)])
 
 
 class _Perturbed:
     """Runs a model on the same inputs again and again, and keeps the inputs of its linear layers."""
 
-    def __init__(
-        self, model: PreTrainedModel, linear: Mapping[str, tuple[int, int]], inputs: Mapping[str, Tensor]
-    ) -> None:
-        self.model, self.linear, self.inputs = model, linear, on_device(model, inputs)
+    def __init__(self, model: PreTrainedModel, layers: ModelLayers, inputs: Mapping[str, Tensor]) -> None:
+        self.model, self.layers, self.inputs = model, layers, on_device(model, inputs)
         self.order: list[str] = []
         self.reads: dict[str, Tensor] = {}
         self.plain: dict[str, Tensor] = {}
@@ -81,8 +78,8 @@ class _Perturbed:
     @contextmanager
     def running(self) -> Iterator["_Perturbed"]:
         """Attaches the hooks and runs once without a perturbation."""
-        layers = {name: self.model.get_submodule(name) for name in self.linear}
-        handles = [layer.register_forward_hook(partial(self._note, name)) for name, layer in layers.items()]
+        paths = self.layers.linear
+        handles = [self.layers.by_path[path].register_forward_hook(partial(self._note, path)) for path in paths]
         with evaluating(self.model, handles):
             self.model(**self.inputs)
             self.plain = dict(self.reads)
@@ -118,11 +115,11 @@ class _Perturbed:
 
 def _roles(perturbed: _Perturbed, layer: str) -> dict[str, Reading]:
     """Roles of a layer's outputs; one that makes q, k and v at once has the role `"fused"` or `"fused by head"`."""
-    outputs = perturbed.linear[layer][1]
+    outputs = perturbed.layers.linear[layer][1]
     first = perturbed.reading(layer, 1) if outputs >= 4 else None
     if first is None:
         return {}
-    width = perturbed.linear[first.reader][0]
+    width = perturbed.layers.linear[first.reader][0]
     if first.role == "query" and outputs > width:
         last, end = perturbed.reading(layer, outputs - 1), perturbed.reading(layer, width - 1)
         if last and end and last.role == "value" and last.reader == first.reader:
@@ -146,9 +143,7 @@ def _description(
         heads = width // len(roles["query"][0][1].inputs)
         return {"kind": "attention", **paths, "output": output, "heads": heads}
     # A feed-forward part returns to the width that it came from; other pairs of layers rarely do.
-    units = [
-        layer for layer, reading in roles.get("unit", []) if reading.inputs == (1,) and linear[layer][0] == outputs
-    ]
+    units = [path for path, one in roles.get("unit", []) if one.inputs == (1,) and linear[path][0] == outputs]
     return {"kind": "ffn", "producers": units, "output": output} if units else None
 
 
@@ -176,19 +171,10 @@ def _merged(model: PreTrainedModel, descriptions: Sequence[dict[str, Any]]) -> l
 def _starred(description: Mapping[str, Any]) -> dict[str, Any]:
     """A description with `"*"` for the numbers in the part that all of its paths share."""
     paths = [*(description[key] for key in PATHS if key in description), *description.get("producers", [])]
-    shared = 0
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared += 1
+    shared = len(shared_parts(paths))
 
     def star(path: str) -> str:
         parts = path.split(".")
         return ".".join("*" if part.isdigit() and place < shared else part for place, part in enumerate(parts))
 
-    starred = {key: star(value) if key in PATHS else value for key, value in description.items()}
-    return (
-        starred | {"producers": [star(path) for path in description["producers"]]}
-        if "producers" in starred
-        else starred
-    )
+    return with_paths(description, star)

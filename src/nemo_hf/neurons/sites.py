@@ -1,5 +1,6 @@
 """Neuron sites: which layers produce a group of neurons, which layers read them, and how they can be pruned."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,10 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers.pytorch_utils import Conv1D
 
-CHANNEL_NORMS = (_BatchNorm, _InstanceNorm)
-"""Norms that work on each channel separately."""
-PAD = -1
-"""Index of a row or column of zeros."""
+CHANNEL_NORMS = (_BatchNorm, _InstanceNorm)  # work on each channel separately
+PAD = -1  # index of a row or column of zeros
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -35,7 +34,8 @@ class PruningMode:
 DENSE = PruningMode("dense", drops_heads=True)
 SCATTER = PruningMode("scatter", is_scattered=True)
 SCATTER_GATED = PruningMode("scatter-gated", is_scattered=True, is_gated=True)
-DENSE_ATTENTION = (
+SCATTERED = (SCATTER, SCATTER_GATED)
+DENSE_ATTENTION = (  # in the order of the trials
     DENSE,
     PruningMode("dense-rescaled", drops_heads=True, rescales=True),
     PruningMode("dense-heads-kept"),
@@ -43,8 +43,7 @@ DENSE_ATTENTION = (
     PruningMode("dense-heads-kept-gated", is_gated=True),
     PruningMode("dense-heads-kept-rescaled-gated", rescales=True, is_gated=True),
 )
-"""Dense pruning modes of attention, in the order of the trials."""
-PRUNING_MODES = {pruning_mode.name: pruning_mode for pruning_mode in (*DENSE_ATTENTION, SCATTER, SCATTER_GATED)}
+PRUNING_MODES = {mode.name: mode for mode in (*DENSE_ATTENTION, *SCATTERED)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class Rows:
 
     def indices(self, kept: Tensor) -> Tensor:
         """Turns positions among these outputs, or `PAD`, into output indices of the layer; same shape."""
-        each = self.size // self.shares
-        share = self.layer_outputs // self.shares
+        each, share = self.size // self.shares, self.layer_outputs // self.shares
         return torch.where(kept == PAD, PAD, self.start + kept // each * share + kept % each)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -114,7 +112,7 @@ class NeuronSite:
     @property
     def pruning_modes(self) -> tuple[PruningMode, ...]:
         """Pruning modes that may be exact here, the one with the smallest modules first."""
-        raise NotImplementedError
+        return (SCATTER_GATED,) if self.is_gated_only else (DENSE, *SCATTERED)
 
     @property
     def cut_by(self) -> PruningMode:
@@ -165,20 +163,13 @@ class FeedForwardSite(NeuronSite):
     def parts(self) -> dict[str, int]:  # noqa: D102 - inherited
         return {"intermediate": self.producers[0].size}
 
-    @property
-    def pruning_modes(self) -> tuple[PruningMode, ...]:  # noqa: D102 - inherited
-        return (SCATTER_GATED,) if self.is_gated_only else (DENSE, SCATTER, SCATTER_GATED)
-
     def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
         return tuple((rows, "units") for rows in self.producers)
 
 
 @dataclass(frozen=True)
 class ChannelSite(NeuronSite):
-    """Channels of convolutions. A neuron is a channel, or a whole group of a grouped convolution's.
-
-    Masks close it where it is read: the bias of a norm would revive a channel that is closed before the norm.
-    """
+    """Channels of convolutions, or groups of them; closed where they are read, as a norm's bias would revive them."""
 
     channels: int = 0
     size: int = 0  # number of neurons
@@ -233,8 +224,7 @@ class ChannelSite(NeuronSite):
 class AttentionSite(NeuronSite):
     """Dimensions of an attention block: those that q and k share, and those of v.
 
-    Rotation ties dimension j of q and k to j + head_dim / 2. A q.k neuron is then a frequency, the same pair in all
-    heads, since they read one table of angles.
+    Rotation ties dimension j of q and k to j + head_dim / 2: a q.k neuron is then a frequency, one pair in all heads.
     """
 
     query: Rows = Rows("", 0, 0)
@@ -273,12 +263,11 @@ class AttentionSite(NeuronSite):
     def pruning_modes(self) -> tuple[PruningMode, ...]:  # noqa: D102 - inherited
         if self.is_gated_only:
             return (SCATTER_GATED,)
-        rows: dict[str, int] = {}
-        for part, _ in self.produced():
-            rows[part.layer] = rows.get(part.layer, 0) + part.size
-        lies_apart = all(part.shares == 1 and rows[part.layer] == part.layer_outputs for part, _ in self.produced())
-        can_be_dense = lies_apart and self.value_dim == self.head_dim
-        return (*(DENSE_ATTENTION if can_be_dense else ()), SCATTER, SCATTER_GATED)
+        neurons: Counter[str] = Counter()
+        for rows, _ in self.produced():
+            neurons[rows.layer] += rows.size
+        lies_apart = all(rows.shares == 1 and neurons[rows.layer] == rows.layer_outputs for rows, _ in self.produced())
+        return (*DENSE_ATTENTION, *SCATTERED) if lies_apart and self.value_dim == self.head_dim else SCATTERED
 
     def produced(self) -> tuple[tuple[Rows, str], ...]:  # noqa: D102 - inherited
         return ((self.query, "query"), (self.key_rows, "key"), (self.value, "value"))
@@ -288,8 +277,7 @@ class AttentionSite(NeuronSite):
             return mask[..., self.parts["query_key"] :]
         mask = mask[..., : self.parts["query_key"]]
         if self.is_rotary:
-            halves = 2 * (self.heads if part == "query" else self.key_value_heads)
-            return torch.cat([mask for _ in range(halves)], -1)
+            return torch.cat([mask] * (2 * (self.heads if part == "query" else self.key_value_heads)), -1)
         return self._shared(mask) if part == "query" else mask
 
     def read_mask(self, mask: Tensor) -> Tensor:  # noqa: D102 - inherited
@@ -303,16 +291,14 @@ class AttentionSite(NeuronSite):
 
 def with_pruning_modes(sites: Sequence[NeuronSite], pruning_modes: Mapping[str, str]) -> list[NeuronSite]:
     """Returns the sites with other pruning modes (by site key); raises ValueError if one can't have its mode."""
-    changed = []
-    for site in sites:
-        wanted = pruning_modes.get(site.key, site.pruning_mode)
-        possible = [pruning_mode.name for pruning_mode in site.pruning_modes]
-        if wanted not in possible:
+    changed = [replace(site, pruning_mode=pruning_modes.get(site.key, site.pruning_mode)) for site in sites]
+    for site in changed:
+        possible = [mode.name for mode in site.pruning_modes]
+        if site.pruning_mode not in possible:
             raise ValueError(
-                f"Got the pruning mode {wanted!r} for {site.key!r}; expected one of {possible}. "
+                f"Got the pruning mode {site.pruning_mode!r} for {site.key!r}; expected one of {possible}. "
                 "The config.json is damaged or of another version: save the model again."
             )
-        changed.append(replace(site, pruning_mode=wanted))
     return changed
 
 
@@ -327,12 +313,10 @@ def neuron_dim(layer: nn.Module) -> int:
 
 
 def layer_features(layer: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a plain linear layer, `None` for any other.
-
-    Subclasses must belong to transformers or timm: quantized and adapter layers hold weights that can't be cut by row.
-    """
+    """Returns (in_features, out_features) of a plain linear layer, `None` for any other."""
     if type(layer) is Conv1D:
         return layer.nx, layer.nf
+    # No subclasses of other libraries: quantized and adapter layers hold weights that can't be cut by row.
     is_plain = type(layer) is nn.Linear or type(layer).__module__.startswith(("transformers.models.", "timm."))
     if is_plain and isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features

@@ -34,11 +34,7 @@ def on_device(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str,
 
 
 def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Checks that a plain model runs on some samples and that its logits can be compared.
-
-    Raises ValueError if it does not run on them, and UnsupportedArchitectureError if it returns no logits, or others
-    from call to call.
-    """
+    """Checks that a plain model runs on some samples, and returns the same logits from call to call."""
     try:
         with evaluating(model):
             given = on_device(model, inputs)
@@ -46,19 +42,16 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     except Exception as error:
         shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
         raise ValueError(
-            f"Got {type(model).__name__}, which does not run on {shapes}: {first_line(error)}. Expected a "
-            "few samples as it takes them: pass NeMoTrainer the parent make_parent(model, inputs=...)."
+            f"Got {type(model).__name__}, which does not run on {shapes}: {first_line(error)}. "
+            "Pass a few samples as it takes them: make_parent(model, inputs=...), which NeMoTrainer takes as its model."
         ) from error
     if not hasattr(outputs, "logits"):
-        raise UnsupportedArchitectureError(
-            f"Got {type(model).__name__}, whose output has {list(outputs)} and no logits; expected logits, which "
-            "modules are compared by. Wrap the model so that it returns an output with logits."
-        )
-    if not torch.equal(outputs.logits, again.logits):
-        raise UnsupportedArchitectureError(
-            f"Got {type(model).__name__}, whose logits differ from call to call in eval mode; expected the same, or no "
-            "cut can be checked. Choose an architecture without random hashing or sampling."
-        )
+        fault = f"output has {list(outputs)} and no logits; expected logits. Wrap the model so that it returns them."
+    elif not torch.equal(outputs.logits, again.logits):
+        fault = "logits differ from call to call in eval mode; expected the same. Choose one without sampling."
+    else:
+        return
+    raise UnsupportedArchitectureError(f"Got {type(model).__name__}, whose {fault}")
 
 
 def reached_sites(
@@ -84,10 +77,7 @@ def reached_sites(
 def rectified_sites(
     model: PreTrainedModel, sites: Sequence[NeuronSite], inputs: Mapping[str, Tensor]
 ) -> list[NeuronSite]:
-    """The sites whose neurons are rectified units: their readers' inputs are 0 in places and nowhere negative.
-
-    Raises UnsupportedArchitectureError if there is none.
-    """
+    """The sites of rectified units, whose readers' inputs are 0 in places and nowhere negative; there must be one."""
     least: dict[str, float] = {}
 
     def note(path: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -101,13 +91,12 @@ def rectified_sites(
     found = [site for site in sites if min(least[path] for path in site.readers) == 0]
     if not found:
         raise UnsupportedArchitectureError(
-            f"Got objective='moda' for model type {model.config.model_type!r}, none of whose neurons are rectified "
-            "units, which are 0 for some samples; expected a network with ReLU. Choose another objective."
+            f"Got objective='moda' for model type {model.config.model_type!r}, none of whose neurons are rectified; "
+            "expected a network with ReLU. Choose another objective."
         )
     return found
 
 
 def first_line(error: Exception) -> str:
     """First line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

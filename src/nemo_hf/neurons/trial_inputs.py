@@ -13,10 +13,7 @@ FRAMES = 30
 
 
 def random_inputs(model: PreTrainedModel, samples: int = 4) -> dict[str, Tensor]:
-    """Draws inputs that a plain model, parent or module accepts (texts with padding); always the same ones.
-
-    The global random state is not used. Raises ValueError if the model's main input is of an unknown kind.
-    """
+    """Draws inputs for a plain model, parent or module (texts with padding); always the same ones."""
     config = getattr(model.config, "base_config", model.config)
     assert isinstance(config, PreTrainedConfig)
     generator = torch.Generator().manual_seed(0)
@@ -28,21 +25,20 @@ def random_inputs(model: PreTrainedModel, samples: int = 4) -> dict[str, Tensor]
         return _images(config, samples, generator)
     if name == "input_ids":
         return _texts(config, samples, generator)
-    if name == "input_values" and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        return {name: torch.randn(samples, config.max_length, config.num_mel_bins, generator=generator)}
+    shape: tuple[int, ...]
     if name == "input_values":
-        return {name: torch.randn(samples, WAVEFORM_SAMPLES, generator=generator)}
-    if name == "input_features":
-        if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
-            # Whisper: mel bins, then frames, which its encoder halves.
-            shape = (config.num_mel_bins, 2 * config.max_source_positions)
-        else:
-            shape = (FRAMES, _first(config, ("feature_projection_input_dim", "num_mel_bins"), 80))
-        return {name: torch.randn(samples, *shape, generator=generator)}
-    raise ValueError(
-        f"Got a model whose main input is {name!r}; expected pixel_values, input_ids, input_values or input_features. "
-        "Pass a few samples: make_parent(model, inputs=...)."
-    )
+        is_spectrogram = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
+        shape = (config.max_length, config.num_mel_bins) if is_spectrogram else (WAVEFORM_SAMPLES,)
+    elif name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        shape = (config.num_mel_bins, 2 * config.max_source_positions)  # Whisper's encoder halves the frames
+    elif name == "input_features":
+        shape = (FRAMES, _first(config, ("feature_projection_input_dim", "num_mel_bins"), 80))
+    else:
+        raise ValueError(
+            f"Got a model whose main input is {name!r}; expected pixel_values, input_ids, input_values or "
+            "input_features. Pass a few samples: make_parent(model, inputs=...)."
+        )
+    return {name: torch.randn(samples, *shape, generator=generator)}
 
 
 def _images(config: PreTrainedConfig, samples: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,47 +1,30 @@
 """Builds the sites that `NeMoConfig(sites=...)` describes, for architectures whose layers have unknown names."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from nemo_hf.config import LAYER_LISTS, LAYOUTS, NeMoConfig, checked_site
 
-from .builders import (
-    ModelLayers,
-    attention_site,
-    channel_site,
-    feed_forward_site,
-    fused_rows,
-    head_count,
-    separate_rows,
-)
-from .patterns import find_sites
+from . import builders
+from .builders import ModelLayers
+from .patterns import check_found, find_sites
 from .sites import ChannelSite, NeuronSite, layer_features
 
 PROJECTIONS = ("query", "key", "value", "fused")
-PATHS = (*PROJECTIONS, "output", "layer", "pooled")
-"""Keys of a description that name one layer."""
+PATHS = (*PROJECTIONS, "output", "layer", "pooled")  # keys of a description that name one layer
 
 
 def model_sites(
-    model: PreTrainedModel,
-    nemo_config: NeMoConfig,
-    channels: Sequence[Mapping[str, Any]] = (),
-    reason: str = "",
-    known: Sequence[NeuronSite] | None = None,
+    model: PreTrainedModel, nemo_config: NeMoConfig, channels: Sequence[Mapping[str, Any]] = ()
 ) -> list[NeuronSite]:
-    """The sites that the options describe, or else those that are found; weights may be on the meta device.
-
-    `channels` describes those that running the model has found, `reason` says for an error why others were not found,
-    and `known` are sites that `find_sites` has found already. Raises UnsupportedArchitectureError if there is no site,
-    and ValueError if a description fits no layers, or layers of other widths.
-    """
+    """The sites that the options describe, or else those that are found and the described `channels`."""
     layers = ModelLayers(model)
     if nemo_config.sites is None:
-        if known is None or not (known or channels):
-            known = find_sites(model, nemo_config.targets, None if channels else reason)
-        return _checked_apart([*known, *(site for one in channels for site in _build(layers, one))])
+        found = [*find_sites(model, nemo_config.targets), *(s for one in channels for s in _build(layers, one))]
+        return _checked_apart(check_found(model, found, nemo_config.targets))
     wanted = [description for description in nemo_config.sites if description["kind"] in nemo_config.targets]
     sites = [site for description in wanted for site in _build(layers, description)]
     keys = [site.key for site in sites]
@@ -69,27 +52,36 @@ def _checked_apart(sites: list[NeuronSite]) -> list[NeuronSite]:
 
 def user_site_entries(entries: Any) -> list[dict[str, Any]]:
     """The checked descriptions in a configuration's list of sites: those of sites that can't be found by name."""
-    found = [entry["site"] for entry in entries or [] if isinstance(entry, dict) and "site" in entry]
-    checked = [checked_site(description) for description in found]
+    checked = [checked_site(entry["site"]) for entry in entries or [] if isinstance(entry, dict) and "site" in entry]
     if any("*" in path for site in checked for key in LAYER_LISTS for path in site.get(key, [])):
         raise ValueError(
-            "Got '*' in the paths of a site in config.json; expected whole paths there. The file is damaged: save the "
-            "model again."
+            "Got '*' in the paths of a site in config.json; expected whole paths. The file is damaged: save it again."
         )
     return checked
 
 
 def build_user_sites(model: PreTrainedModel, description: Mapping[str, Any]) -> list[NeuronSite]:
-    """Builds the sites of one description: one for each way to fill in its `"*"`, which stand for parts of a path.
-
-    Raises ValueError if a path names no linear layer, or widths don't fit together.
-    """
+    """Builds the sites of one description: one for each way to fill in its `"*"`, which stand for parts of a path."""
     return _build(ModelLayers(model), description)
 
 
 def _build(layers: ModelLayers, description: Mapping[str, Any]) -> list[NeuronSite]:
     build = _channel_site if description["kind"] == "conv" else _linear_site
     return [build(layers, concrete) for concrete in _expanded(layers, description)]
+
+
+def with_paths(description: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A description with other paths of its layers."""
+    return {
+        key: change(value) if key in PATHS else [change(path) for path in value] if key in LAYER_LISTS else value
+        for key, value in description.items()
+    }
+
+
+def shared_parts(paths: Iterable[str]) -> list[str]:
+    """The parts with which all of some paths begin."""
+    parts = zip(*(path.split(".") for path in paths), strict=False)
+    return [names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts)]
 
 
 def _expanded(layers: ModelLayers, description: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -102,8 +94,8 @@ def _expanded(layers: ModelLayers, description: Mapping[str, Any]) -> Iterator[d
     ]
     if not matches:
         raise ValueError(
-            f"Got the path {anchor!r} in NeMoConfig(sites=[...]), which no layer has; expected a linear "
-            f"layer such as {list(layers.linear)[:6]}. Correct the path."
+            f"Got the path {anchor!r} in NeMoConfig(sites=[...]), which no layer has; expected a linear layer such as "
+            f"{list(layers.linear)[:6]}. Correct the path."
         )
     for match in matches:
 
@@ -111,8 +103,7 @@ def _expanded(layers: ModelLayers, description: Mapping[str, Any]) -> Iterator[d
             left = iter(stars)
             return ".".join(next(left, part) if part == "*" else part for part in path.split("."))
 
-        concrete = {key: fill(value) if key in PATHS else value for key, value in description.items()}
-        yield concrete | {key: [fill(path) for path in description[key]] for key in LAYER_LISTS if key in description}
+        yield with_paths(description, fill)
 
 
 def _linear_site(layers: ModelLayers, description: Mapping[str, Any]) -> NeuronSite:
@@ -123,16 +114,17 @@ def _linear_site(layers: ModelLayers, description: Mapping[str, Any]) -> NeuronS
     output, pooled = description["output"], description.get("pooled")
     site: NeuronSite | None
     if description["kind"] == "ffn":
-        site = feed_forward_site(layers, output, description["producers"], output, pooled)
+        site = builders.feed_forward_site(layers, output, description["producers"], output, pooled)
     else:
-        name = description.get("layer") or _layer_around(projections)
+        # By default the innermost layer around the projections.
+        name = description.get("layer") or ".".join(shared_parts(path.rpartition(".")[0] for path in projections))
         heads = description.get("heads")
-        heads = heads or head_count(layers.config, layers.by_path[name], layers.linear[output][0])
+        heads = heads or builders.head_count(layers.config, layers.by_path[name], layers.linear[output][0])
         if "fused" in description:
-            rows = fused_rows(layers, projections[0], description.get("layout", LAYOUTS[0]), output, heads)
+            rows = builders.fused_rows(layers, projections[0], description.get("layout", LAYOUTS[0]), output, heads)
         else:
-            rows = separate_rows(layers, projections, output, heads)
-        site = rows and attention_site(layers, name, output, rows, pooled, description.get("is_rotary"))
+            rows = builders.separate_rows(layers, projections, output, heads)
+        site = rows and builders.attention_site(layers, name, output, rows, pooled, description.get("is_rotary"))
     if site is None:
         raise ValueError(
             f"Got the site {dict(description)!r} with layers of (inputs, outputs) "
@@ -146,12 +138,12 @@ def _channel_site(layers: ModelLayers, description: Mapping[str, Any]) -> Neuron
     producers, passing, readers = description["producers"], description.get("passing", []), description["readers"]
     for path in (*producers, *passing, *readers):
         _check_layer(layers, path, is_linear=False)
-    site = channel_site(layers, producers, passing, readers)
+    site = builders.channel_site(layers, producers, passing, readers)
     if site is None:
         raise ValueError(
             f"Got channels made by {list(producers)}, passed on by {list(passing)} and read by {list(readers)}; "
-            "expected convolutions or linear layers that make and read the same number of channels, and norms by "
-            "channel or grouped convolutions of as many inputs as outputs in between. Correct the paths."
+            "expected layers of the same number of channels, with norms by channel or grouped convolutions in between. "
+            "Correct the paths."
         )
     return site
 
@@ -164,13 +156,3 @@ def _check_layer(layers: ModelLayers, path: str, is_linear: bool) -> None:
             f"Got the path {path!r} in NeMoConfig(sites=[...]), {got}; expected a {'linear ' * is_linear}layer of the "
             "model. Correct the path; a '*' stands for the same part as in 'output'."
         )
-
-
-def _layer_around(paths: Sequence[str]) -> str:
-    """Path of the innermost layer around some layers."""
-    common: list[str] = []
-    for parts in zip(*(path.split(".")[:-1] for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)

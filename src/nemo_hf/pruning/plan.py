@@ -10,20 +10,16 @@ from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
 RELEVANCE_SCALE = 255
-"""Relevance is stored as round(255 f), where f is the share of a group's samples that open a neuron.
+"""Relevance is stored as round(255 f), where f is the share of a group's samples that open a neuron, known to 1/510.
 
-A share is therefore known to 1/510. One below that, such as one sample of 10,000, is stored as 0 and counts as never
-open: no threshold keeps the neuron. One above 1 - 1/510 is stored as 255 and counts as always open.
+A lower share, such as one sample of 10,000, counts as never open, and one above 1 - 1/510 as always open.
 """
 
 Plan = Mapping[str, Mapping[str, Tensor]]  # site key to part to kept neurons: sorted indices, int64
 
 
 def is_relevant(relevance: Tensor, threshold: float) -> Tensor:
-    """Whether stored relevances (uint8) reach a threshold in (0, 1], which is rounded as they were.
-
-    A relevance of 0 reaches none, however low: no sample opens such a neuron, or hardly any.
-    """
+    """Whether stored relevances (uint8) reach a threshold in (0, 1], rounded as they were; 0 reaches none."""
     stored = int((torch.tensor(threshold, dtype=torch.float32) * RELEVANCE_SCALE).round())
     return relevance >= max(1, stored)
 
@@ -35,11 +31,10 @@ def plan_module(
     threshold: float,
     round_to: int | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Chooses the neurons that a module for some groups (indices) keeps: those that reach the threshold in any of them.
+    """Chooses the neurons that reach the threshold in any of some groups (indices), as NeMo (arXiv 2508.11348) does.
 
     `relevance` maps site keys to uint8 of shape (groups, neurons). `round_to` fills widths up to multiples of it with
-    the next most relevant neurons; empty sites and empty heads stay empty. As in NeMo (arXiv 2508.11348), whose
-    threshold is .9. Raises a ValueError if no neuron of any site is kept, or `round_to` is not positive.
+    the next most relevant neurons; empty sites and empty heads stay empty. Raises ValueError if no neuron is kept.
     """
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ValueError(f"Got round_to={round_to!r}; expected None or a positive integer such as 8 or 16.")
@@ -98,12 +93,11 @@ def _most_relevant(kept: Tensor, scores: Tensor, count: int) -> Tensor:
 
 def static_masks(sites: Sequence[NeuronSite], plan: Plan) -> dict[str, Tensor]:
     """Turns a plan into the static masks that a module computes under: 0/1, float32, shape (neurons,) by site key."""
-    return {
-        site.key: torch.cat(
-            [torch.zeros(size).index_fill(0, plan[site.key][name], 1.0) for name, size in site.parts.items()]
-        )
+    parts = {
+        site.key: [torch.zeros(size).index_fill(0, plan[site.key][name], 1.0) for name, size in site.parts.items()]
         for site in sites
     }
+    return {key: torch.cat(masks) for key, masks in parts.items()}
 
 
 def retained_neurons(sites: Sequence[NeuronSite], plan: Plan) -> float:
@@ -113,6 +107,4 @@ def retained_neurons(sites: Sequence[NeuronSite], plan: Plan) -> float:
 
 def module_masks(masks: NeuronMasks, groups: Tensor | slice, threshold: float) -> dict[str, Tensor]:
     """Static masks, 0/1, of the module that some groups of a parent would have now; `groups` indexes the relevance."""
-    return {
-        key: is_relevant(relevance[groups].amax(0), threshold).float() for key, relevance in masks.relevance().items()
-    }
+    return {key: is_relevant(table[groups].amax(0), threshold).float() for key, table in masks.relevance().items()}

@@ -10,17 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nemo_hf.neurons.sites import CHANNEL_NORMS, AttentionSite, ChannelSite, NeuronSite
 
-from .layer_cuts import ROTARY_NAME
-
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # one number for each channel; some norms have none
+from .layer_cuts import NORM_TENSORS, ROTARY_NAME
 
 
 class ScatterLinear(nn.Module):
-    """A linear layer that reads some inputs and writes some outputs of a layer of the old outer shape.
-
-    `full_inputs` is the width of what it is given, `full_outputs` that of its result, which is 0 where no output is
-    computed; `None` if all inputs are read, or all outputs computed.
-    """
+    """A linear layer that reads some of `full_inputs` and computes some of `full_outputs` (others: 0); `None`: all."""
 
     input_indices: Tensor | None
     output_indices: Tensor | None
@@ -59,10 +53,7 @@ class ClosedLinear(nn.Linear):
 
 
 class RotaryAngles(nn.Module):
-    """Picks the cosines and sines of the frequencies that an attention layer keeps.
-
-    `head_dim` is the width of a head, `full_dim` its width in the parent.
-    """
+    """Picks the cosines and sines of the frequencies that an attention layer keeps of `full_dim` dimensions."""
 
     angle_indices: Tensor
 
@@ -92,17 +83,12 @@ def check_widths(site: NeuronSite, widths: Mapping[str, int]) -> None:
         most = {part: rows.size for rows, part in site.produced()} | {"output": site.heads * site.value_dim}
     elif isinstance(site, AttentionSite):
         most, least = {"key_value_heads": site.key_value_heads, "head_dim": site.head_dim}, 1
-    advice = "The config.json is damaged or belongs to another base model: save or download the module again."
-    if not isinstance(widths, Mapping) or set(widths) != set(most):
+    is_complete = isinstance(widths, Mapping) and set(widths) == set(most)
+    if not is_complete or not all(type(width) is int and least <= width <= most[n] for n, width in widths.items()):
         raise ValueError(
-            f"Got the widths {widths!r} for {site.key!r}; expected one for each of {sorted(most)}. {advice}"
+            f"Got the widths {widths!r} for {site.key!r}; expected integers from {least} to {most}. The config.json is "
+            "damaged or belongs to another base model: save or download the module again."
         )
-    for name, width in widths.items():
-        if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most[name]:
-            raise ValueError(
-                f"Got the width {name}={width!r} for {site.key!r}; "
-                f"expected an integer from {least} to {most[name]}. {advice}"
-            )
 
 
 def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> None:
@@ -125,8 +111,8 @@ def resize(model: nn.Module, site: NeuronSite, widths: Mapping[str, int]) -> Non
         kept = {**widths, "units": read}
     counts: dict[str, int] = {}
     for rows, part in site.produced():
-        others = rows.layer_outputs if is_scattered else 0  # a scattered layer computes more than neurons
-        cut = rows.size if is_scattered else 0
+        # A scattered layer may compute more than neurons.
+        others, cut = (rows.layer_outputs, rows.size) if is_scattered else (0, 0)
         counts[rows.layer] = counts.get(rows.layer, others) + kept[part] - cut
     for path, count in counts.items():
         resize_layer(model, path, outputs=count, is_scattered=is_scattered)
@@ -153,12 +139,9 @@ def _resize_heads(model: nn.Module, site: AttentionSite, heads: int, head_dim: i
 def resize_layer(
     model: nn.Module, path: str, outputs: int | None = None, inputs: int | None = None, is_scattered: bool = False
 ) -> None:
-    """Gives a linear layer, a convolution or a norm other widths; `None` keeps one.
-
-    `outputs` of a grouped convolution or a norm are its inputs as well. A scattered layer becomes a `ScatterLinear`.
-    """
+    """Gives a linear layer, a convolution or a norm other widths; `None` keeps one."""
     layer = model.get_submodule(path)
-    old = next((tensor for tensor in (*layer.parameters(), *layer.buffers())), torch.empty(0))
+    old = next(iter((*layer.parameters(), *layer.buffers())), torch.empty(0))
     with old.device:
         if isinstance(layer, (nn.Conv2d, *CHANNEL_NORMS)):
             _resize_in_place(layer, outputs, inputs)
@@ -168,10 +151,7 @@ def resize_layer(
 
 
 def close_attention(model: nn.Module, site: NeuronSite) -> None:
-    """Skips the work of an attention block of which no value is kept; its output is the bias alone.
-
-    The model must have been resized for the site, and get the weights of its cut. Only plain linear layers change.
-    """
+    """Skips the work of a resized attention block of which no value is kept; its output is the bias alone."""
     if not site.cut_by.is_scattered:
         for path in {site.output, *(rows.layer for rows, _ in site.produced())}:
             layer = model.get_submodule(path)
