@@ -13,10 +13,6 @@ from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.base import base_parameters
 from nemo_hf.models.equivalence import check_equivalence
 from nemo_hf.models.extraction import make_plan
-<<<<<<< HEAD
-from nemo_hf.models.weight_files import WeightFiles
-=======
->>>>>>> s4
 from nemo_hf.neurons.sites import with_pruning_modes
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.pruning.resize import ClosedLinear
