@@ -223,8 +223,8 @@ def test_compiled_modules_give_the_same_logits(family, mode):
 def test_latency_is_of_all_formats_that_can_be_made(monkeypatch):
     parent, module = built_parent("vit"), cut_module("vit")
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_hf.export.plain_model.export_onnx", lambda module, folder: None)
-        patch.setattr("nemo_hf.export.plain_model.OnnxRunner", lambda path, threads: {1: module.model}[threads])
+        patch.setattr("nemo_hf.export.onnx.export_onnx", lambda module, folder: None)
+        patch.setattr("nemo_hf.export.onnx.OnnxRunner", lambda path, threads: {1: module.model}[threads])
         report = compare_latency(module, parent, batch_sizes=(1, 3))
     assert report["device"].endswith(", 1 thread)")
     assert list(report["latency_ms"]) == ["parent", "module", "plain", "onnx"]
