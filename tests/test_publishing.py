@@ -17,9 +17,8 @@ from safetensors.torch import load
 from transformers import AutoModelForImageClassification, TrainingArguments, pipeline
 
 from nemo_hf import NeMoTrainer, compose, evaluate_module, make_parent
-from nemo_hf.hub.module_collections import module_repositories, push_modules, repository_name
 from nemo_hf.hub.provenance import safe_command, training_record
-from nemo_hf.hub.publish import CardOptions, settled_report
+from nemo_hf.hub.publish import CardOptions, module_repositories, push_modules, repository_name, settled_report
 from nemo_hf.models.remote_files import hub_name
 
 KINDS = ("parent", "module", "composed")
