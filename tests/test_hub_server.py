@@ -97,7 +97,6 @@ def test_revisions_are_apart(hub, pushed):
 
 def test_private_repositories_and_writing_need_rights(hub, pushed):
     hub.repos[REPO].private = True
-    hub.add_user("you", "hf_you")
     assert fetched("config.json", token="hf_me") == b"{}"
     for token, status in ((False, 401), ("hf_you", 404)):
         with refused(status, RepositoryNotFoundError):

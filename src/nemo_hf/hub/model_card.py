@@ -98,9 +98,10 @@ def own_text(card: str) -> str:
 def license_of(card: str) -> str | None:
     """Returns the license that a card's header names, if any."""
     try:
-        return str(ModelCard(card).data.get("license") or "") or None
+        found = ModelCard(card).data.get("license")
     except Exception:  # a header that is no YAML names none
         return None
+    return found if isinstance(found, str) else None
 
 
 def extraction_command(facts: CardFacts) -> str | None:
