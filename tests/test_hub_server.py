@@ -1,13 +1,9 @@
-"""The Hub of `hub_server` does what the real one does, as far as other tests rely on it; the real client is used.
-
-A test here is for one thing that pushing, loading or collections depend on and that a wrong server would hide.
-"""
+"""The Hub of `hub_server` does what the real one does, as far as other tests rely on it; the real client is used."""
 
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from hub_server import hub as hub
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -17,13 +13,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors.torch import save
 from transformers.utils.hub import hf_api
 
 REPO = "me/x"
-WEIGHTS = save({"weight": torch.arange(30_000, dtype=torch.float32)})
-CARD = b"---\ntags: [small]\nlibrary_name: nemo_hf\n---\n# X\n"
-FILES = {"README.md": CARD, "config.json": b"{}", "sub/deep/vocab.txt": b"a\nb\n", "model.safetensors": WEIGHTS}
+FILES = {"config.json": b"{}", "sub/deep/vocab.txt": b"a\nb\n", "model.safetensors": bytes(range(256)) * 400}
 
 
 @pytest.fixture
@@ -60,18 +53,11 @@ def fetched(name: str = "model.safetensors", **options) -> bytes:
     return Path(hf_hub_download(REPO, name, **options)).read_bytes()
 
 
-def cached() -> list[bytes]:
-    """The contents of everything that the cache keeps as a file of a repository, finished or not."""
-    files = Path(constants.HF_HUB_CACHE).glob("models--*/[bs]*/**/*")
-    return [path.read_bytes() for path in files if path.is_file()]
-
-
 def test_a_folder_comes_back_equal_and_a_second_push_changes_nothing(hub, pushed, folder):
     snapshot = Path(snapshot_download(REPO))
     found = {str(path.relative_to(snapshot)): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()}
     assert found == hub.files(REPO)
     assert found.items() > FILES.items()
-    assert pushed.verify_repo_checksums(REPO).mismatches == []
     before = hub.commits(REPO)
     pushed.upload_folder(repo_id=REPO, folder_path=folder)
     assert hub.commits(REPO) == before
@@ -100,31 +86,20 @@ def test_private_repositories_and_writing_need_rights(hub, pushed):
     assert fetched("config.json", token="hf_me") == b"{}"
     for token, status in ((False, 401), ("hf_you", 404)):
         with refused(status, RepositoryNotFoundError):
-            fetched("README.md", token=token)
+            fetched("model.safetensors", token=token)
     hub.repos[REPO].private = False
     for token, status in ((False, 401), ("hf_wrong", 401), ("hf_you", 403)):
         with refused(status):
             put(pushed, token=token)
-    assert CARD not in cached()
-    assert "hf_me" not in repr(hub.log)
 
 
-def test_a_busy_hub_is_asked_again_and_an_error_is_raised_at_last(hub, pushed):
+def test_faults_reach_the_client(hub, pushed):
+    """It takes wrong bytes of the right length, which is the reason for our own check of checksums."""
     rule = hub.misbehave(kind="status", path="/preupload/", status=503)
     put(pushed)
     assert (rule.hits, hub.waits, hub.files(REPO)["new"]) == (1, [1], b"1")
-    hub.misbehave(kind="status", path="/preupload/", status=503, times=None)
-    with refused(503):
-        put(pushed, name="newer")
-    assert "newer" not in hub.files(REPO)
-
-
-def test_the_client_takes_wrong_bytes_of_the_right_length(hub, pushed):
-    """The reason for our own check of checksums: were it gone, that check could go as well."""
     hub.misbehave(kind="wrong_bytes", method="GET", path="/resolve/")
-    got = fetched()
-    assert len(got) == len(WEIGHTS)
-    assert got != WEIGHTS
+    assert fetched() == FILES["model.safetensors"][::-1]
 
 
 def test_the_client_is_as_before_afterwards():
