@@ -27,7 +27,8 @@ def saved(tmp_path_factory) -> Path:
     """Directories `whole`, `sharded` and `other`, a parent with other weights, and `bert`."""
     root = tmp_path_factory.mktemp("saved")
     for name, family, seed, size in (
-        ("whole", "vit", 0, "5GB"), ("sharded", "vit", 0, "30KB"), ("other", "vit", 1, "5GB"), ("bert", "bert", 0, "30KB"),
+        ("whole", "vit", 0, "5GB"), ("sharded", "vit", 0, "30KB"),
+        ("other", "vit", 1, "5GB"), ("bert", "bert", 0, "30KB"),
     ):  # fmt: skip
         torch.manual_seed(seed)
         parent = make_parent(fresh(family)).eval()
