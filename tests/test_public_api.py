@@ -31,14 +31,14 @@ SIGNATURES = {
     "NeMoForImageClassification": "config base_model sites",
     "NeMoForImageClassification.attach_processor": "self processor",
     "NeMoForImageClassification.detach_masks": "self",
-    "NeMoForImageClassification.export_onnx": "self directory inputs",
+    "NeMoForImageClassification.export_onnx": "module directory inputs",
     "NeMoForImageClassification.extract_module": "self labels threshold round_to inputs",
     "NeMoForImageClassification.forward": f"self pixel_values {MASKED}",
     "NeMoForImageClassification.from_pretrained": "pretrained_model_name_or_path model_args labels threshold round_to"
     " verify kwargs",
     "NeMoForImageClassification.push_to_hub": "self repo_id parent license datasets tags commit_message"
     " commit_description private token revision create_pr max_shard_size",
-    "NeMoForImageClassification.save_plain": "self directory inputs",
+    "NeMoForImageClassification.save_plain": "module directory inputs",
     "NeMoForImageClassification.save_pretrained": "self save_directory kwargs",
     "NeMoForSequenceClassification": "config base_model sites",
     "NeMoForSequenceClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",

@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from .config import LabelLike
-from .export.onnx import OnnxExport, export_onnx
-from .export.plain_model import PlainExport, save_plain
+from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoOutput, NeMoPreTrainedModel
 from .models.composed_model import NeMoComposedModel
@@ -71,6 +70,8 @@ class NeMoClassifier(NeMoPreTrainedModel):
     """A parent or a module, with the methods to cut, export and publish it."""
 
     push_to_hub = push_to_hub  # type: ignore[assignment]
+    save_plain = plain_model.save_plain
+    export_onnx = onnx.export_onnx
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -134,47 +135,6 @@ class NeMoClassifier(NeMoPreTrainedModel):
             EquivalenceError: If the module's logits are not the parent's under the same mask.
         """
         return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
-
-    def save_plain(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> PlainExport:
-        """Saves a module as a plain model of `transformers`, which loads without this library.
-
-        A plain configuration says one width for all layers. So every feed-forward part gets the width of the widest,
-        filled up with zeros; attention gets fewer or narrower heads where the configuration can say so (Llama, ViT, T5)
-        and its full width otherwise (BERT, GPT-2). The plain model is thus larger than the module, at most as large as
-        the parent's.
-
-        Args:
-            directory: Where to; appears whole or not at all.
-            inputs: A few samples to compare logits on; `None` draws random ones.
-
-        Returns:
-            Sizes, changed widths and the difference that was found before anything was written.
-
-        Raises:
-            ValueError: If this is a parent.
-            UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
-        """
-        return save_plain(self, directory, inputs)
-
-    def export_onnx(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> OnnxExport:
-        """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
-
-        The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in float32.
-        A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold.
-
-        Args:
-            directory: Where to; appears whole or not at all.
-            inputs: A few samples, at least 2, to trace and compare with; `None` draws random ones.
-
-        Returns:
-            Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and lengths.
-
-        Raises:
-            ValueError: If this is a parent, or has texts but no padding token.
-            ImportError: If onnx, onnxscript or onnxruntime is missing.
-            UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
-        """
-        return export_onnx(self, directory, inputs)
 
 
 class NeMoForImageClassification(NeMoClassifier):

@@ -67,8 +67,26 @@ def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
         (directory / name).write_bytes(content)
 
 
-def export_onnx(module: NeMoPreTrainedModel, directory: str | Path, inputs: Inputs | None = None) -> OnnxExport:
-    """Exports a module to ONNX; see the method `export_onnx`."""
+def export_onnx(  # noqa: D417 - a method of parents and modules
+    module: NeMoPreTrainedModel, directory: str | Path, inputs: Inputs | None = None
+) -> OnnxExport:
+    """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
+
+    The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in float32.
+    A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold.
+
+    Args:
+        directory: Where to; appears whole or not at all.
+        inputs: A few samples, at least 2, to trace and compare with; `None` draws random ones.
+
+    Returns:
+        Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and lengths.
+
+    Raises:
+        ValueError: If this is a parent, or has texts but no padding token.
+        ImportError: If onnx, onnxscript or onnxruntime is missing.
+        UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
+    """
     check_is_module(module)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:

@@ -42,10 +42,27 @@ class PlainExport:
     tolerance: float  # largest difference allowed: 1e-5 times max(1, largest logit)
 
 
-def save_plain(
+def save_plain(  # noqa: D417 - a method of parents and modules
     module: NeMoPreTrainedModel, directory: str | Path, inputs: Mapping[str, Tensor] | None = None
 ) -> PlainExport:
-    """Saves a module as a plain model; see the method `save_plain`."""
+    """Saves a module as a plain model of `transformers`, which loads without this library.
+
+    A plain configuration says one width for all layers. So every feed-forward part gets the width of the widest,
+    filled up with zeros; attention gets fewer or narrower heads where the configuration can say so (Llama, ViT, T5)
+    and its full width otherwise (BERT, GPT-2). The plain model is thus larger than the module, at most as large as
+    the parent's.
+
+    Args:
+        directory: Where to; appears whole or not at all.
+        inputs: A few samples to compare logits on; `None` draws random ones.
+
+    Returns:
+        Sizes, changed widths and the difference that was found before anything was written.
+
+    Raises:
+        ValueError: If this is a parent.
+        UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
+    """
     onnx.check_is_module(module)
     plain_class = module.config.plain_class
     if getattr(transformers, plain_class.__name__, None) is not plain_class:

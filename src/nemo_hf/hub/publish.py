@@ -103,18 +103,14 @@ def _composed_facts(model: NeMoComposedModel) -> dict[str, Any]:
 
 
 def write_companions(
-    model: Publishable,
-    directory: str | Path,
-    repo_id: str,
-    options: CardOptions | None = None,
-    card_before: str | None = None,
+    model: Publishable, directory: str | Path, repo_id: str, options: CardOptions, card_before: str | None,
     report: dict[str, Any] | None = None,
-) -> CardFacts:
+) -> CardFacts:  # fmt: skip
     """Writes the card, with `report` or else the model's, and the picture into a directory; returns the card's facts.
 
     The owner's text of `card_before` stays, and so does its license where the options name none.
     """
-    directory, options = Path(directory), options or CardOptions()
+    directory = Path(directory)
     has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, directory / PICTURE_NAME)
     options = replace(options, license=options.license or license_of(card_before or ""))
     facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None)
@@ -147,7 +143,7 @@ def push_model(
         if report is not model.report:
             write_json(directory / REPORT_NAME, report)
         card = fetch_text(repo_id, CARD_NAME, revision, token)
-        facts = write_companions(model, directory, repo_id, options, card, report)
+        facts = write_companions(model, directory, repo_id, options or CardOptions(), card, report)
         message = commit_message or f"Upload {facts.role}{' model' if facts.role == 'composed' else ''}"
         about = {"commit_message": message, "revision": revision, "delete_patterns": STALE, **upload_options}
         commit: CommitInfo = api.upload_folder(repo_id=repo_id, folder_path=directory, **about)
