@@ -166,10 +166,7 @@ def test_onnx_of_texts_takes_any_length_and_padding(family, tmp_path):
     ("patched", "match"),
     [
         ({"nemo_hf.export.onnx.find_spec": lambda name: None}, r"Got no onnx and no .*nemo-hf\[onnx\]"),
-        (
-            {"torch.onnx.export": Mock(side_effect=RuntimeError("a branch\n"))},
-            r"free batch and tokens \(RuntimeError: a branch\).*save_plain",
-        ),
+        ({"torch.onnx.export": Mock(side_effect=RuntimeError("why\n"))}, r"free batch and tokens \(Runtime.*: why\)"),
         ({}, r"without a padding token"),
     ],
 )

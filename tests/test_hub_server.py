@@ -75,10 +75,9 @@ def test_revisions_are_apart(hub, pushed):
         put(pushed, b"[1]", "config.json", revision="a", parent_commit=first)
     contents = [fetched("config.json", revision=revision) for revision in ("main", first, "a", second)]
     assert contents == [b"{}", b"{}", b"[]", b"[]"]
-    with refused(404, RevisionNotFoundError):
-        fetched("config.json", revision="absent")
-    with refused(404, EntryNotFoundError):
-        fetched("absent")
+    for name, revision, kind in (("config.json", "absent", RevisionNotFoundError), ("no", "a", EntryNotFoundError)):
+        with refused(404, kind):
+            fetched(name, revision=revision)
 
 
 def test_private_repositories_and_writing_need_rights(hub, pushed):

@@ -67,9 +67,9 @@ def card_of(hub, repo):
     return text, yaml.safe_load(text.split("---\n")[1])
 
 
-def add_to_card(hub, repo, text=b"\nMine: \xc3\xa9.\n"):
+def add_to_card(hub, repo):
     """What an owner writes below the last line."""
-    content = hub.files(repo)["README.md"] + text
+    content = hub.files(repo)["README.md"] + "\nMine: é.\n".encode()
     HfApi().upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=content)
 
 
@@ -304,13 +304,17 @@ def test_no_report_of_other_weights_is_kept_or_pushed(hub, tmp_path):
     assert trainer.parent.report is None  # the best checkpoint's weights are not the last ones
 
 
-def test_no_token_and_no_path_is_recorded():
+def test_no_token_and_no_path_is_recorded(tmp_path, monkeypatch):
     words = ["nemo-hf", "train", "--hub_token", "secret", "--hub-token=secret", "hf_ABCDEFGHIJKL", "--model", "org/m"]
     line = safe_command(words)
     assert line == "nemo-hf train --hub_token TOKEN --hub-token=TOKEN TOKEN --model org/m"
     words = ["--include_tokens_per_second", "--learning_rate", "1e-3", "--include_num_input_tokens_seen", "all"]
     assert safe_command(words) == " ".join(words)
     assert safe_command(["--output_dir", "/home/me/out", "--dataset=/me/data"]) == "--output_dir out --dataset=data"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert [hub_name(name) for name in (str(tmp_path), "models/mine", "./x", "/no/x", "a/b/c", "", None)] == [None] * 7
+    assert hub_name("org/model") == "org/model"
 
 
 def test_a_training_is_recorded_whole(tmp_path):
@@ -320,10 +324,3 @@ def test_a_training_is_recorded_whole(tmp_path):
     always = {"num_train_epochs": 3.0, "learning_rate": 5e-5, "per_device_train_batch_size": 8, "seed": 42}
     assert record["arguments"] == {**always, **given}
     assert record == json.loads(json.dumps(record))
-
-
-def test_only_names_of_the_hub_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert [hub_name(name) for name in (str(tmp_path), "models/mine", "./x", "/no/x", "a/b/c", "", None)] == [None] * 7
-    assert hub_name("org/model") == "org/model"

@@ -144,15 +144,10 @@ class NeMoForImageClassification(NeMoClassifier):
     task = "image-classification"
 
     def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
         """Classifies images.
 
         Args:
@@ -179,18 +174,11 @@ class NeMoForSequenceClassification(NeMoClassifier):
     task = "text-classification"
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        bbox: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, bbox: Tensor | None = None, labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
         """Classifies texts: `input_ids` and `attention_mask` of shape (batch, tokens), 1 for tokens and 0 for padding.
 
         `token_type_ids` and `bbox` are left out where the plain model does not take them; they are named here since
@@ -199,8 +187,8 @@ class NeMoForSequenceClassification(NeMoClassifier):
         """
         known = inspect.signature(self.model.forward).parameters
         extras = {"token_type_ids": token_type_ids, "bbox": bbox}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs.update({name: value for name, value in extras.items() if name in known})
+        extras = {name: value for name, value in extras.items() if name in known}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 
@@ -211,16 +199,10 @@ class NeMoForAudioClassification(NeMoClassifier):
     task = "audio-classification"
 
     def forward(
-        self,
-        input_values: Tensor | None = None,
-        input_features: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
+        self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
         """Classifies recordings: `input_values`, such as waveforms of shape (batch, samples), or `input_features`.
 
         `labels`, `static_masks`, `static_samples`, `output_neuron_masks`, `return_dict` and `kwargs` are those of

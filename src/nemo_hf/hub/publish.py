@@ -121,16 +121,10 @@ def write_companions(
 
 
 def push_model(
-    model: Publishable,
-    repo_id: str,
-    options: CardOptions | None = None,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    max_shard_size: int | str = "50GB",
-    **upload_options: Any,
-) -> CommitInfo:
+    model: Publishable, repo_id: str, options: CardOptions | None = None, commit_message: str | None = None,
+    private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
+    max_shard_size: int | str = "50GB", **upload_options: Any,
+) -> CommitInfo:  # fmt: skip
     """Pushes a model with its processor, report, card and picture in one commit; see its `push_to_hub`."""
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name, clear_errors(repo_id):
@@ -210,19 +204,11 @@ def module_repositories(namespace: str, parent: str, modules: Mapping[str, Seque
 
 
 def push_modules(
-    parent: NeMoPreTrainedModel,
-    modules: Mapping[str, Sequence[LabelLike]],
-    namespace: str,
-    name: str,
-    batches: Iterable[Mapping[str, Any]] | None = None,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
-    options: CardOptions | None = None,
-    threshold: float | None = None,
-    round_to: int | None = None,
-    compares_formats: bool = False,
-    private: bool | None = None,
-    **push_options: Any,
-) -> dict[str, str]:
+    parent: NeMoPreTrainedModel, modules: Mapping[str, Sequence[LabelLike]], namespace: str, name: str,
+    batches: Iterable[Mapping[str, Any]] | None = None, calibration: Iterable[Mapping[str, Any]] | None = None,
+    options: CardOptions | None = None, threshold: float | None = None, round_to: int | None = None,
+    compares_formats: bool = False, private: bool | None = None, **push_options: Any,
+) -> dict[str, str]:  # fmt: skip
     """Pushes a parent and modules of it, one repository each, and ties them in a collection.
 
     `modules` maps the caller's name of each to labels or groups. They are measured on `batches` of held-out data, and

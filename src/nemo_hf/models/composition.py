@@ -25,13 +25,11 @@ def compose(
 ) -> NeMoComposedModel:
     """Joins modules with different labels, of one parent or of several, into one model with joint logits.
 
-    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons. So a weak model
-    is repaired by a stronger one's module for the labels on which it is weak.
+    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons.
 
     Args:
         modules: Modules for the same kind of input; they become parts of the result.
-        labels: Names of the joint labels in their order; `None`: those of the first module, then of the second and
-            so on.
+        labels: Names of the joint labels in their order; `None`: those of the first module, of the second and so on.
         batches: Validation data on which one scale and one bias a module are fitted: batches of model inputs with
             `labels`, places in the joint order. `None` joins the logits as they are, which suits modules of one parent
             only, since models that were trained apart have logits of other scales.
@@ -44,8 +42,8 @@ def compose(
         ValueError: If modules share a label, differ in task, precision or processor, or `labels` are not theirs.
 
     References:
-        Modules are reused in other models by CNNSplitter (arXiv 2209.06116) and MODA (arXiv 2411.01074); the
-        calibration is ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers a module.
+        CNNSplitter (arXiv 2209.06116) and MODA (arXiv 2411.01074) reuse modules in other models; the calibration is
+        ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers a module.
     """
     modules = list(modules)
     _check_modules(modules)
