@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig
 
 from .config import LabelLike
 from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoOutput, NeMoPreTrainedModel
 from .models.composed_model import NeMoComposedModel
+from .models.configuration import TASKS
 from .models.extraction import cut_on_load, extract_module
 from .models.saved_model import pin_revision
 
@@ -262,12 +258,7 @@ class NeMoComposedForAudioClassification(NeMoComposedClassifier):
         return self._run({"input_values": input_values, "input_features": input_features}, labels, return_dict, kwargs)
 
 
-AUTO_CLASSES: dict[str, Any] = {
-    "image-classification": AutoModelForImageClassification,
-    "text-classification": AutoModelForSequenceClassification,
-    "audio-classification": AutoModelForAudioClassification,
-}
 for base in (NeMoClassifier, NeMoComposedClassifier):
     AutoConfig.register(base.config_class.model_type, base.config_class)
     for registered in base.__subclasses__():
-        AUTO_CLASSES[registered.task].register(registered.config_class, registered)
+        TASKS[registered.task][1].register(registered.config_class, registered)  # type: ignore[arg-type]
