@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,20 +97,20 @@ class Request:
 
 @dataclass
 class Answer:
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes
+    status: int
+    headers: dict[str, str]
 
 
 class RefusedError(Exception):
-    def __init__(self, status: int, message: str, code: str = "", headers: dict | None = None, **extra):
+    def __init__(self, status: int, message: str, code: str = "", headers: Mapping = {}, **extra):
         super().__init__(message)
-        about = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        about = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
         self.answer = answer({"error": message, **extra}, status, about)
 
 
-def answer(content: dict | list, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+def answer(content: dict | list, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
+    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **headers})
 
 
 @dataclass(kw_only=True)
@@ -126,10 +127,9 @@ class Rule:
 
     def fires(self, request: Request) -> bool:
         is_meant = self.method in (None, request.method) and re.search(self.path, request.path)
-        if not is_meant or self.hits == self.times:
-            return False
-        self.hits += 1
-        return True
+        is_firing = bool(is_meant) and self.hits != self.times
+        self.hits += is_firing
+        return is_firing
 
 
 class HubServer(ThreadingHTTPServer):
@@ -236,8 +236,7 @@ class HubServer(ThreadingHTTPServer):
         """About a repository, or the files of a folder without the folders in it."""
         commit = repo.find(rest[1] if rest else "main")
         if rest[:1] != ["tree"]:
-            about = {"id": repo.id, "sha": commit.oid, "private": repo.private, "lastModified": DATE, "tags": []}
-            about |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
+            about = {"id": repo.id, "sha": commit.oid, "private": repo.private}
             return answer({**about, "siblings": [{"rfilename": path} for path in sorted(commit.tree)]})
         entries, folder = [], "".join(f"{part}/" for part in rest[2:])
         for path, blob in sorted(commit.tree.items()):

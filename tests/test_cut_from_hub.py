@@ -174,9 +174,8 @@ def test_wrong_bytes_are_found_and_removed(hub, api, expected, path, name):
 
 
 def test_large_files_are_compared_when_they_arrive_only(tmp_path):
-    blobs = tmp_path / "blobs"
+    blobs, path = tmp_path / "blobs", tmp_path / "model.safetensors"
     blobs.mkdir()
-    path = tmp_path / "model.safetensors"
 
     def put(name: str, content: bytes, since: float):
         (blobs / name).write_bytes(content)
@@ -184,8 +183,7 @@ def test_large_files_are_compared_when_they_arrive_only(tmp_path):
         path.symlink_to(blobs / name)
         check_content(path, since)
 
-    large = bytes(2**20 + 1)
-    wrong = hashlib.sha256(b"other").hexdigest()
+    large, wrong = bytes(2**20 + 1), hashlib.sha256(b"other").hexdigest()
     put(hashlib.sha256(large).hexdigest(), large, 0)
     put(wrong, large, float("inf"))  # older than the download
     put("an-etag-of-another-kind", b"a", 0)

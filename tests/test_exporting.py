@@ -24,9 +24,9 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 @cache
 def built_parent(family, hard_masks=True):
-    parent = attach_masks(fresh(family), NeMoConfig(relevance_threshold=0.6, hard_masks=hard_masks))
+    parent = attach_masks(fresh(family), NeMoConfig(relevance_threshold=0.6, hard_masks=hard_masks)).eval()
     randomize_relevance(parent)
-    return parent.eval()
+    return parent
 
 
 def cut_module(family, pruning_mode=None, empty_head=False, hard_masks=True):
@@ -63,13 +63,11 @@ def assert_plain(module, directory):
 @pytest.mark.parametrize(
     ("family", "options", "widths", "heads"),
     [
-        ("vit", {}, {"intermediate_size", "head_dim"}, {}),
         ("vit", {"hard_masks": False}, {"intermediate_size", "head_dim"}, {}),
         ("vit", {"pruning_mode": "dense-heads-kept"}, {"intermediate_size", "head_dim"}, {}),
         ("vit", {"empty_head": True}, {"intermediate_size", "head_dim"}, {"num_attention_heads": 3}),
         ("bert", {"empty_head": True}, {"intermediate_size"}, {}),
         ("gpt2", {"pruning_mode": "scatter"}, {"n_inner"}, {}),
-        ("llama", {"hard_masks": False}, {"intermediate_size"}, {}),
         ("llama", {"pruning_mode": "scatter"}, {"intermediate_size"}, {}),
         ("llama", {"empty_head": True}, {"intermediate_size"}, {"num_attention_heads": 2, "num_key_value_heads": 1}),
         ("swin", {}, set(), {}),
