@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import HfFileSystem, constants, file_download, hf_api
@@ -24,7 +25,6 @@ from transformers.utils import hub as transformers_hub
 
 DATE = "2025-01-01T00:00:00.000Z"  # one date for all, so that commit ids depend on contents alone
 LARGE_SUFFIXES = (".safetensors", ".bin", ".onnx")
-LARGE_SIZE = 10 * 2**20
 INVERTED = bytes(range(255, -1, -1))
 
 
@@ -52,32 +52,27 @@ class Blob:
 class Commit:
     title: str
     message: str
-    author: str
     tree: dict[str, Blob]
     parent: "Commit | None" = None
 
     @cached_property
     def oid(self) -> str:
         files = sorted((path, blob.oid) for path, blob in self.tree.items())
-        parent = self.parent.oid if self.parent else None
-        return hashlib.sha1(json.dumps([parent, self.title, self.message, self.author, files]).encode()).hexdigest()
+        content = [self.parent and self.parent.oid, self.title, self.message, files]
+        return hashlib.sha1(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass
 class Repo:
     id: str
-    private: bool = False
-    branches: dict[str, Commit] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
+    private: bool
+    branches: dict[str, Commit]
+    commits: dict[str, Commit]
     large: dict[str, bytes] = field(default_factory=dict)  # LFS objects by SHA-256
 
     @property
     def owner(self) -> str:
         return self.id.split("/")[0]
-
-    def add(self, branch: str, commit: Commit) -> Commit:
-        self.branches[branch] = self.commits[commit.oid] = commit
-        return commit
 
     def find(self, revision: str) -> Commit:
         commit = self.branches.get(revision) or self.commits.get(revision)
@@ -88,14 +83,11 @@ class Repo:
 
 @dataclass
 class Request:
-    """A line of the log, too: `sent` are bytes of the body, and a dropped request has the status 0."""
+    """A line of the log, too."""
 
     method: str
     path: str
-    query: dict[str, str]
     range: str | None
-    status: int = 0
-    sent: int = 0
     user: str | None = None
     body: bytes = field(default=b"", repr=False)  # until it is answered
 
@@ -105,53 +97,39 @@ class Request:
 
 @dataclass
 class Answer:
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes
+    status: int
+    headers: dict[str, str]
 
 
 class RefusedError(Exception):
-    def __init__(self, status: int, message: str, code: str = "", headers: dict | None = None, **extra):
+    def __init__(self, status: int, message: str, code: str = "", headers: Mapping = {}, **extra):
         super().__init__(message)
-        about = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        about = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
         self.answer = answer({"error": message, **extra}, status, about)
 
 
-def answer(content: dict | list, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+def answer(content: dict | list, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
+    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **headers})
 
 
 @dataclass(kw_only=True)
 class Rule:
     """Misbehaves at the first `times` requests that it matches (None: always)."""
 
-    kind: str  # status, cut, wrong_bytes, ignore_range or die_after
+    kind: str  # status, cut, wrong_bytes or drop
     method: str | None = None
     path: str = ""  # searched for as a regular expression
     times: int | None = 1
     status: int = 500
-    retry_after: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     hits: int = 0
 
     def fires(self, request: Request) -> bool:
         is_meant = self.method in (None, request.method) and re.search(self.path, request.path)
-        if not is_meant or self.hits == self.times or (self.kind == "ignore_range" and request.range is None):
-            return False
-        self.hits += 1
-        return True
-
-
-def part_of(data: bytes, asked: str | None) -> Answer:
-    """Whole content, or the part that a Range header asks for."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", asked or "")
-    if not match or match[0] == "bytes=-":
-        return Answer(data)
-    size = len(data)
-    start = int(match[1]) if match[1] else max(size - int(match[2]), 0)
-    stop = min(int(match[2]) + 1, size) if match[1] and match[2] else size
-    if start >= stop:
-        return answer({"error": "Range not satisfiable"}, 416, {"Content-Range": f"bytes */{size}"})
-    return Answer(data[start:stop], 206, {"Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+        is_firing = bool(is_meant) and self.hits != self.times
+        self.hits += is_firing
+        return is_firing
 
 
 class HubServer(ThreadingHTTPServer):
@@ -163,7 +141,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.users: dict[str, str] = {}
+        self.users = {"hf_me": "me", "hf_you": "you"}
         self.repos: dict[str, Repo] = {}
         self.collections: dict[str, dict] = {}
         self.rules: list[Rule] = []
@@ -175,11 +153,6 @@ class HubServer(ThreadingHTTPServer):
     def handle_error(self, *args) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # clients may leave as they like
             self.failures.append(sys.exception())
-
-    # For tests
-
-    def add_user(self, name: str, token: str) -> None:
-        self.users[token] = name
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.data for path, blob in self.repos[repo].find(revision).tree.items()}
@@ -199,16 +172,13 @@ class HubServer(ThreadingHTTPServer):
     def requests(self, method: str | None = None, path: str = "") -> list[Request]:
         return [line for line in self.log if method in (None, line.method) and re.search(path, line.path)]
 
-    # What every request goes through
-
-    def handle(self, request: Request, raw_path: str, token: str | None) -> Answer:
+    def handle(self, request: Request, parts: list[str], token: str | None) -> Answer:
         try:
             with self.lock:
                 if token is not None and token not in self.users:
                     raise RefusedError(401, "Invalid credentials in Authorization header")
                 request.user = self.users.get(token)
-                method = "GET" if request.method == "HEAD" else request.method
-                return self.routed(request, method, [unquote(part) for part in raw_path.strip("/").split("/")])
+                return self.routed(request, "GET" if request.method == "HEAD" else request.method, parts)
         except RefusedError as refused:
             return refused.answer
         except Exception as error:
@@ -223,19 +193,13 @@ class HubServer(ThreadingHTTPServer):
                 return self.create_repo(request)
             case [_, "api", "collections", *slug]:
                 return self.collected(request, method, slug)
-            case [
-                "PUT",
-                "lfs",
-                owner,
-                name,
-                oid,
-            ]:  # without a token: on the Hub this is a signed address of its storage
+            case ["PUT", "lfs", owner, name, oid]:  # without a token, as the Hub signs addresses of its storage
                 if hashlib.sha256(request.body).hexdigest() != oid:
                     raise RefusedError(400, "The content is not what was announced")
                 self.repos[f"{owner}/{name}"].large[oid] = request.body
                 return answer({})
             case ["GET", "api", "models", owner, name, *rest]:
-                return self.told(self.repo(request, f"{owner}/{name}"), rest)
+                return self.described(self.repo(request, f"{owner}/{name}"), rest)
             case ["GET", owner, name, "resolve", revision, *path]:
                 return self.sent(request, self.repo(request, f"{owner}/{name}").find(revision), "/".join(path))
             case ["POST", "api", "models", owner, name, *rest] | ["POST", owner, name, *rest]:
@@ -255,8 +219,6 @@ class HubServer(ThreadingHTTPServer):
         if request.user != owner:
             raise RefusedError(403 if request.user else 401, f"You don't have the rights to write to {owner}'s")
 
-    # Repositories
-
     def create_repo(self, request: Request) -> Answer:
         asked = request.json()
         owner = asked.get("organization") or request.user
@@ -264,17 +226,17 @@ class HubServer(ThreadingHTTPServer):
         url = f"{self.endpoint}/{owner}/{asked['name']}"
         if f"{owner}/{asked['name']}" in self.repos:
             raise RefusedError(409, "You already created this model repo", url=url)
-        repo = Repo(f"{owner}/{asked['name']}", private=asked.get("visibility") == "private")
-        repo.add("main", Commit("initial commit", "", owner, {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}))
+        first = Commit("initial commit", "", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")})
+        is_private = asked.get("visibility") == "private"
+        repo = Repo(f"{owner}/{asked['name']}", is_private, {"main": first}, {first.oid: first})
         self.repos[repo.id] = repo
         return answer({"url": url, "name": repo.id})
 
-    def told(self, repo: Repo, rest: list[str]) -> Answer:
+    def described(self, repo: Repo, rest: list[str]) -> Answer:
         """About a repository, or the files of a folder without the folders in it."""
         commit = repo.find(rest[1] if rest else "main")
         if rest[:1] != ["tree"]:
-            about = {"id": repo.id, "sha": commit.oid, "private": repo.private, "lastModified": DATE, "tags": []}
-            about |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
+            about = {"id": repo.id, "sha": commit.oid, "private": repo.private}
             return answer({**about, "siblings": [{"rfilename": path} for path in sorted(commit.tree)]})
         entries, folder = [], "".join(f"{part}/" for part in rest[2:])
         for path, blob in sorted(commit.tree.items()):
@@ -293,9 +255,10 @@ class HubServer(ThreadingHTTPServer):
         headers |= {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if blob.large:
             headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
-        part = part_of(blob.data, request.range)
-        part.headers = headers | part.headers
-        return part
+        start = int(re.fullmatch(r"bytes=(\d+)-.*", request.range)[1]) if request.range else 0
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(blob.data) - 1}/{len(blob.data)}"
+        return Answer(blob.data[start:], 206 if start else 200, headers)
 
     def written(self, request: Request, repo: Repo, rest: list[str]) -> Answer:
         match rest:
@@ -307,14 +270,10 @@ class HubServer(ThreadingHTTPServer):
             case ["preupload", revision]:
                 tree, files = repo.find(revision).tree, []
                 for file in request.json()["files"]:
-                    is_large = file["path"].endswith(LARGE_SUFFIXES) or file["size"] > LARGE_SIZE
-                    about = {
-                        "path": file["path"],
-                        "uploadMode": "lfs" if is_large else "regular",
-                        "shouldIgnore": False,
-                    }
+                    path, mode = file["path"], "lfs" if file["path"].endswith(LARGE_SUFFIXES) else "regular"
                     # The checksum tells the client what is unchanged.
-                    files.append({**about, "oid": tree[file["path"]].etag if file["path"] in tree else None})
+                    oid = tree[path].etag if path in tree else None
+                    files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
                 return answer({"files": files})
             case ["info", "lfs", "objects", "batch"]:
                 objects = [{"oid": file["oid"], "size": file["size"]} for file in request.json()["objects"]]
@@ -340,8 +299,8 @@ class HubServer(ThreadingHTTPServer):
                 tree[value["path"]] = Blob(repo.large[value["oid"]], large=True)
             else:
                 del tree[value["path"]]
-        about = (header["value"]["summary"], header["value"].get("description", ""), request.user)
-        commit = repo.add(branch, Commit(*about, tree, head))
+        commit = Commit(header["value"]["summary"], header["value"].get("description", ""), tree, head)
+        repo.branches[branch] = repo.commits[commit.oid] = commit
         url = f"{self.endpoint}/{repo.id}/commit/{commit.oid}"
         return answer({"success": True, "commitOid": commit.oid, "commitUrl": url})
 
@@ -353,8 +312,7 @@ class HubServer(ThreadingHTTPServer):
             about |= {"description": None, "lastUpdated": DATE, "theme": "green", "upvotes": 0, "items": []}
             self.collections[name] = about
         elif not slug:  # as on the Hub: the first four items only
-            found = [each for each in self.collections.values() if request.query.get("owner") in (None, each["owner"])]
-            return answer([{**each, "items": each["items"][:4]} for each in found])
+            return answer([{**each, "items": each["items"][:4]} for each in self.collections.values()])
         else:
             about = self.collections["/".join(slug[:2])]
         if slug[2:] == ["items"]:
@@ -374,40 +332,28 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def respond(self) -> None:
-        url, token = urlsplit(self.path), self.headers.get("Authorization")
+        path, token = urlsplit(self.path).path, self.headers.get("Authorization")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        request = Request(self.command, unquote(url.path), query, self.headers.get("Range"), body=body)
+        request = Request(self.command, unquote(path), self.headers.get("Range"), body=body)
         with self.server.lock:
             rule = next((rule for rule in self.server.rules if rule.fires(request)), Rule(kind="none"))
-        if rule.kind == "die_after":
-            reply, self.close_connection = None, True
-        elif rule.kind == "status":
-            waiting = {} if rule.retry_after is None else {"Retry-After": str(rule.retry_after)}
-            reply = answer({"error": "misbehaving"}, rule.status, waiting)
-        else:
-            if rule.kind == "ignore_range":
-                request.range = None
-            reply = self.server.handle(request, url.path, token and token.removeprefix("Bearer "))
-            request.range = self.headers.get("Range")
-        self.send(request, reply, rule)
-
-    def send(self, request: Request, reply: Answer | None, rule: Rule) -> None:
-        sent = b"" if reply is None or self.command == "HEAD" else reply.body
-        if rule.kind == "wrong_bytes":
-            sent = sent.translate(INVERTED)
-        if rule.kind == "cut":
-            sent = sent[: len(sent) // 2]
-            self.close_connection = True
-        request.body, request.status, request.sent = b"", reply.status if reply else 0, len(sent)
-        self.server.log.append(request)  # before it is sent, as the client may look as soon as it has the answer
-        if reply is None:
+        if rule.kind == "status":
+            reply = answer({"error": "misbehaving"}, rule.status, rule.headers)
+        elif rule.kind != "drop":
+            parts = [unquote(part) for part in path.strip("/").split("/")]
+            reply = self.server.handle(request, parts, token and token.removeprefix("Bearer "))
+        request.body = b""
+        self.server.log.append(request)  # before it is answered, as the client may look as soon as it has the answer
+        self.close_connection |= rule.kind in ("cut", "drop")
+        if rule.kind == "drop":
             return
+        sent = reply.body.translate(INVERTED) if rule.kind == "wrong_bytes" else reply.body
         self.send_response(reply.status)
         for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(sent)
+        if self.command != "HEAD":
+            self.wfile.write(sent[: len(sent) // 2] if rule.kind == "cut" else sent)
 
     do_GET = do_HEAD = do_POST = do_PUT = respond
 
@@ -440,12 +386,10 @@ def point_client(server: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def hub(request, tmp_path_factory, monkeypatch):
     """A Hub of its own for the test, with the client signed in as `me` and nothing in its cache."""
-    # The client uploads LFS files in a way its HTTP library warns of, and warnings are errors here: once for fixtures
-    # that come after this one, once for the test.
+    # The client uploads in a way its HTTP library warns of: ignored in later fixtures, and in the test.
     warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
     request.node.add_marker(pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"))
     server = HubServer()
-    server.add_user("me", "hf_me")
     monkeypatch.setenv("HF_TOKEN", "hf_me")
     point_client(server, tmp_path_factory.mktemp("hub"), monkeypatch)
     close_session()  # it may know other proxies

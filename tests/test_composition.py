@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, fresh, image_processor, image_samples, randomize_relevance, tokenizer
-from PIL import Image
+from conftest import NAMES, fresh, image_processor, image_samples, randomize_relevance
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -21,19 +21,19 @@ from transformers import (
     ResNetForImageClassification,
     Trainer,
     TrainingArguments,
-    pipeline,
 )
 
-from nemo_hf import NeMoConfig, compose, make_parent
+from nemo_hf import compose, make_parent
 from nemo_hf.auto_classes import NeMoComposedForImageClassification
 from nemo_hf.models.composition import fit_scales
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 ALL = list(NAMES["id2label"].values())
+SEVERAL = "multi_label_classification"
 
 
 def parent_of(plain, seed=0):
-    parent = make_parent(plain, NeMoConfig()).eval()
+    parent = make_parent(plain).eval()
     randomize_relevance(parent, seed)
     return parent
 
@@ -44,39 +44,39 @@ def built_modules():
     return [vit.extract_module([ALL[3], ALL[0]]), other.extract_module([ALL[1]])]
 
 
-def image_modules():
+@pytest.fixture
+def modules():
     """Modules of two parents of different kinds, the second of a single label."""
     return copy.deepcopy(built_modules())
 
 
-def given(model, samples=4):
-    return {name: value[:1].expand(samples, *value.shape[1:]) + 0 for name, value in random_inputs(model).items()}
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
 
 
-def test_joint_logits_are_the_modules_own_in_the_order_asked_for():
-    modules = image_modules()
+def test_joint_logits_are_the_modules_own_in_the_order_asked_for(modules):
     inputs = random_inputs(modules[0])
-    with torch.no_grad():
-        first, second = (module(**inputs).logits for module in modules)
-        assert torch.equal(compose(modules)(**inputs).logits, torch.cat([first, second], -1))
-        mixed = compose(modules, [ALL[1], ALL[0], ALL[3]])
-        assert torch.equal(mixed(**inputs).logits, torch.cat([second, first[:, [1, 0]]], -1))
-        mixed.config.scales, mixed.config.biases = [2.0, 0.5], [1.0, -1.0]
-        torch.testing.assert_close(mixed(**inputs).logits, torch.cat([0.5 * second - 1, 2 * first[:, [1, 0]] + 1], -1))
+    first, second = (logits(module, inputs) for module in modules)
+    assert torch.equal(logits(compose(modules), inputs), torch.cat([first, second], -1))
+    mixed = compose(modules, [ALL[1], ALL[0], ALL[3]])
+    assert torch.equal(logits(mixed, inputs), torch.cat([second, first[:, [1, 0]]], -1))
+    mixed.config.scales, mixed.config.biases = [2.0, 0.5], [1.0, -1.0]
+    torch.testing.assert_close(logits(mixed, inputs), torch.cat([0.5 * second - 1, 2 * first[:, [1, 0]] + 1], -1))
     assert mixed.config.id2label == {0: ALL[1], 1: ALL[0], 2: ALL[3]}
     assert mixed.num_parameters() == sum(module.num_parameters() for module in modules)
 
 
-def test_modules_of_one_parent_for_all_labels_answer_about_as_it_does():
-    parent = make_parent(fresh("vit"), NeMoConfig()).eval()  # no mask is closed yet: modules keep everything
-    modules = [parent.extract_module([ALL[2]]), parent.extract_module([name for name in ALL if name != ALL[2]])]
-    inputs = random_inputs(parent)
-    with torch.no_grad():
-        joint = compose(modules, ALL)(**inputs)
-        torch.testing.assert_close(joint.logits, parent(**inputs).logits, atol=1e-5, rtol=1e-5)
-        loss = compose(modules, ALL)(**inputs, labels=torch.tensor([1, 2, 0, 3][: len(joint.logits)])).loss
-    expected = torch.nn.functional.cross_entropy(joint.logits, torch.tensor([1, 2, 0, 3][: len(joint.logits)]))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+def test_modules_of_one_parent_for_all_labels_answer_as_it_does_also_in_the_trainer(tmp_path):
+    parent = make_parent(fresh("vit")).eval()  # no mask is closed yet: modules keep everything
+    joint = compose([parent.extract_module([ALL[2]]), parent.extract_module([n for n in ALL if n != ALL[2]])], ALL)
+    samples = image_samples(6)
+    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    expected = logits(parent, batch)
+    torch.testing.assert_close(logits(joint, batch), expected, atol=1e-5, rtol=1e-5)
+    loss = cross_entropy(expected, torch.tensor([sample["labels"] for sample in samples]))
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    assert Trainer(joint, args, eval_dataset=samples).evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_the_fit_is_the_best_by_cross_entropy():
@@ -86,7 +86,6 @@ def test_the_fit_is_the_best_by_cross_entropy():
     owner = np.array([0, 0, 1, 2, 2])
     true = (logits * torch.tensor([0.5, 3.0, 1.0])[owner] + torch.tensor([0.0, -1.0, 2.0])[owner])[:, order]
     labels = torch.multinomial(true.softmax(-1), 1, generator=generator).flatten()
-
     spreads = np.array([part.std().item() for part in logits.split(sizes, -1)])
     centers = np.array([part.mean().item() for part in logits.split(sizes, -1)])
 
@@ -102,131 +101,32 @@ def test_the_fit_is_the_best_by_cross_entropy():
     assert scales[0] < 1 < scales[1]
 
 
-def test_the_fit_does_not_depend_on_how_a_module_scales_its_logits():
-    generator = torch.Generator().manual_seed(1)
-    logits, labels = torch.randn(50, 4, generator=generator).double(), torch.randint(0, 4, (50,), generator=generator)
-    scales, biases = fit_scales(logits, labels, [2, 2], [0, 1, 2, 3])
-    others = torch.cat([logits[:, :2], 0.05 * logits[:, 2:] + 30], -1)
-    got, moved = fit_scales(others, labels, [2, 2], [0, 1, 2, 3])
-    assert got == pytest.approx([scales[0], scales[1] / 0.05], rel=1e-4)
-    assert moved == pytest.approx([biases[0], biases[1] - 30 * scales[1] / 0.05], rel=1e-4, abs=1e-4)
-
-
 def test_calibration_undoes_what_another_training_did_to_the_logits():
     plain = fresh("vit")
     pixels = torch.stack([sample["pixel_values"] for sample in image_samples(80)]) * 3
     with torch.no_grad():  # answers go with the sample and not with the label alone
         plain.classifier.weight *= 20
         plain.classifier.bias -= plain(pixels).logits.mean(0)
-    parent = make_parent(plain, NeMoConfig()).eval()
+    parent = make_parent(plain).eval()
     modules = [parent.extract_module([ALL[0], ALL[1]]), parent.extract_module(ALL[2:])]
-    with torch.no_grad():
-        right = parent(pixels).logits.argmax(-1)
-        head = modules[1].model.classifier
-        head.weight *= 0.1
-        head.bias.mul_(0.1).add_(3.0)
-        batch = {"pixel_values": pixels, "labels": right}
-        before, after = compose(modules, ALL), compose(modules, ALL, batches=[batch])
-        shares = [(joined(pixels).logits.argmax(-1) == right).float().mean() for joined in (before, after)]
+    right = logits(parent, {"pixel_values": pixels}).argmax(-1)
+    head = modules[1].model.classifier
+    head.weight.data *= 0.1
+    head.bias.data.mul_(0.1).add_(3.0)
+    before, after = compose(modules, ALL), compose(modules, ALL, [{"pixel_values": pixels, "labels": right}])
+    shares = [(logits(each, {"pixel_values": pixels}).argmax(-1) == right).float().mean() for each in (before, after)]
     assert len(right.unique()) > 2
     assert shares[0] < 0.8 < 0.9 < shares[1]
     assert after.config.scales[1] > 3 * after.config.scales[0]
 
 
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_files_hold_it_all(kind, tmp_path):
-    if kind == "image":
-        modules, processor, auto = image_modules(), image_processor(), AutoModelForImageClassification
-    else:
-        parent = parent_of(fresh("bert"))
-        modules, processor = [parent.extract_module([ALL[0], ALL[2]]), parent.extract_module([ALL[1]])], tokenizer()
-        auto = AutoModelForSequenceClassification
-    for module in modules:
-        module.attach_processor(processor)
-    composed = compose(modules, [ALL[1], ALL[0], ALL[3 if kind == "image" else 2]])
-    composed.config.scales, composed.config.biases = [1.5, 0.75], [0.25, -2.0]
-    composed.save_pretrained(tmp_path / "one")
-    loaded, info = auto.from_pretrained(tmp_path / "one", output_loading_info=True)
-    assert not info["missing_keys"] | info["unexpected_keys"]
-    assert type(loaded) is type(composed)
-    assert not loaded.training
-    inputs = random_inputs(modules[0])
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, composed(**inputs).logits)
-    loaded.save_pretrained(tmp_path / "two")
-    files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
-    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in files)
-    task = "image-classification" if kind == "image" else "text-classification"
-    sample = Image.new("RGB", (16, 16), (200, 30, 30)) if kind == "image" else "w3 w5"
-    answers = pipeline(task, model=str(tmp_path / "one"), top_k=3)([sample])[0]
-    assert {answer["label"] for answer in answers} == set(composed.config.id2label.values())
+def test_one_sample_is_enough_for_finite_numbers(modules):
+    batch = {name: value[:1] for name, value in random_inputs(modules[0]).items()}
+    config = compose(modules, batches=[{**batch, "labels": torch.tensor([2], dtype=torch.int32)}]).config
+    assert all(map(math.isfinite, config.scales + config.biases))
 
 
-def test_modules_of_a_channel_network_join(tmp_path):
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    cnn = parent_of(ResNetForImageClassification(ResNetConfig(**sizes, **NAMES)).eval())
-    vit = parent_of(fresh("vit"))
-    composed = compose([cnn.extract_module([ALL[0]]), cnn.extract_module([ALL[2]])])
-    with pytest.raises(ValueError, match="in several modules"):
-        compose([cnn.extract_module([ALL[0]]), vit.extract_module([ALL[0]])])
-    composed.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    inputs = {"pixel_values": torch.rand(2, 3, 32, 32)}
-    with torch.no_grad():
-        # Loaded weights lie where they lie in the file, and some processors round by their alignment; copies lie alike.
-        answers = [copy.deepcopy(model)(**inputs).logits for model in (loaded, composed)]
-    assert torch.equal(*answers)
-
-
-def test_the_trainer_evaluates_it(tmp_path):
-    composed = compose(image_modules())
-    samples = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 3} for index in range(6)]
-    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
-    metrics = Trainer(composed, args, eval_dataset=samples).evaluate()
-    batch = {name: torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in samples[0]}
-    with torch.no_grad():
-        assert metrics["eval_loss"] == pytest.approx(composed(**batch).loss.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("ask", "kind", "words"),
-    [
-        (lambda modules: compose([]), ValueError, "Got 0 modules to join; expected at least two"),
-        (lambda modules: compose([modules[0], fresh("vit")]), TypeError, "Got a ViTForImageClassification to join"),
-        (lambda modules: compose([parent_of(fresh("vit")), modules[0]]), TypeError, "Got a parent to join"),
-        (lambda modules: compose([modules[0], copy.deepcopy(modules[0])]), ValueError, "in several modules"),
-        (lambda modules: compose(modules, ["cat"]), ValueError, "expected just these in any order"),
-        (lambda modules: compose([modules[0], modules[1].half()]), ValueError, "Got modules of the precisions"),
-        (lambda modules: compose(modules, batches=[]), ValueError, "Got no batches to calibrate on"),
-        (lambda modules: compose(modules, batches=[given(modules[0])]), ValueError, "expected 'labels' in it"),
-        (
-            lambda modules: compose(modules, batches=[{**given(modules[0]), "labels": torch.tensor([0, 1, 2, 3])}]),
-            ValueError,
-            "expected places among the 3 joint labels",
-        ),
-    ],
-    ids=["none", "plain", "parent", "shared label", "labels", "precision", "no data", "no labels", "range"],
-)  # fmt: skip
-def test_what_can_not_be_joined_is_refused(ask, kind, words):
-    with pytest.raises(kind, match=words):
-        ask(image_modules())
-
-
-def test_other_processors_and_tasks_are_refused():
-    modules = image_modules()
-    modules[0].attach_processor(image_processor())
-    assert compose(modules).processor_files == modules[0].processor_files
-    modules[1].processor_files = {"preprocessor_config.json": b"{}"}
-    with pytest.raises(ValueError, match="different processors"):
-        compose(modules)
-    text = parent_of(fresh("bert")).extract_module([ALL[2]])
-    with pytest.raises(ValueError, match="Got modules of the tasks"):
-        compose([modules[0], text])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_tied_weights_and_precisions_survive_files(dtype, tmp_path):
+def bart_modules():
     config = BartConfig(
         vocab_size=120, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, **NAMES,
@@ -234,45 +134,107 @@ def test_tied_weights_and_precisions_survive_files(dtype, tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     parent = parent_of(BartForSequenceClassification(config))
-    modules = [parent.extract_module([ALL[0], ALL[2]]).to(dtype), parent.extract_module([ALL[1]]).to(dtype)]
-    composed = compose(modules)
-    composed.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    return [parent.extract_module([ALL[3], ALL[0]]), parent.extract_module([ALL[1]])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("built", "auto"),
+    [(built_modules, AutoModelForImageClassification), (bart_modules, AutoModelForSequenceClassification)],
+)
+def test_files_hold_it_all(built, auto, dtype, tmp_path):
+    """Also weights that are tied within a module (BART), and a precision."""
+    modules = [copy.deepcopy(module).to(dtype) for module in built()]
+    for module in modules:
+        module.attach_processor(image_processor())
+    composed = compose(modules, [ALL[1], ALL[0], ALL[3]])
+    composed.config.scales, composed.config.biases = [1.5, 0.75], [0.25, -2.0]
+    composed.save_pretrained(tmp_path / "one")
+    loaded, info = auto.from_pretrained(tmp_path / "one", dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert (type(loaded), loaded.training) == (type(composed), False)
     inputs = {"input_ids": torch.tensor([[1, 5, 6, 2], [1, 9, 8, 2]])}
-    with torch.no_grad():
-        logits = composed(**inputs).logits
-        assert torch.equal(loaded(**inputs).logits, logits)
-    assert logits.dtype == torch.float32
-    assert len(composed.all_tied_weights_keys) == sum(len(module.all_tied_weights_keys) for module in modules) > 0
+    if built is built_modules:
+        inputs = {"pixel_values": torch.ones(2, 3, 16, 16, dtype=dtype)}
+    assert torch.equal(logits(loaded, inputs), logits(composed, inputs))
+    assert logits(loaded, inputs).dtype == torch.float32
+    assert len(composed.all_tied_weights_keys) == sum(len(module.all_tied_weights_keys) for module in modules)
+    loaded.save_pretrained(tmp_path / "two")
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
 
 
-def test_attention_is_chosen_for_all_modules(tmp_path):
-    compose(image_modules()).save_pretrained(tmp_path)
+def test_attention_is_chosen_for_all_modules(modules, tmp_path):
+    compose(modules).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")
     assert {part.model.config._attn_implementation for part in loaded.parts} == {"eager"}
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([2], dtype=torch.int32), torch.tensor([0])])
-def test_one_sample_is_enough_for_finite_numbers(labels):
-    modules = image_modules()
-    batch = {**{name: value[:1] for name, value in random_inputs(modules[0]).items()}, "labels": labels}
-    composed = compose(modules, batches=[batch])
-    assert all(map(math.isfinite, composed.config.scales + composed.config.biases))
+def test_modules_of_a_channel_network_join(modules, tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    cnn = parent_of(ResNetForImageClassification(ResNetConfig(**sizes, **NAMES)).eval())
+    composed = compose([cnn.extract_module([ALL[0]]), cnn.extract_module([ALL[2]])])
+    composed.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    # Loaded weights lie where they lie in the file, and some processors round by their alignment; copies lie alike.
+    inputs = {"pixel_values": torch.rand(2, 3, 32, 32)}
+    assert torch.equal(*(logits(copy.deepcopy(model), inputs) for model in (loaded, composed)))
 
 
-def test_logits_that_are_no_numbers_and_labels_that_are_none_are_refused():
-    modules = image_modules()
-    batch = {**given(modules[0]), "labels": torch.tensor([0.0, 1.0, 2.0, 1.0])}
-    with pytest.raises(ValueError, match=r"type torch\.float32 from 0\.0"):
-        compose(modules, batches=[batch])
-    modules[1].model.deit.layernorm.weight.data.fill_(math.inf)
-    with pytest.raises(ValueError, match="no finite numbers"):
-        compose(modules, batches=[{**batch, "labels": torch.tensor([0, 1, 2, 1])}])
+def on(labels):
+    """Calibrates on four samples with labels."""
+
+    def join(modules):
+        inputs = {n: value[:1].expand(4, *value.shape[1:]) + 0 for n, value in random_inputs(modules[0]).items()}
+        return compose(modules, batches=[{**inputs, **({} if labels is None else {"labels": torch.tensor(labels)})}])
+
+    return join
+
+
+def with_change(change, labels=None):
+    """Joins modules after a change to the second."""
+
+    def join(modules):
+        change(modules[1])
+        return compose(modules) if labels is None else on(labels)(modules)
+
+    return join
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind", "words"),
+    [
+        (lambda m: compose([]), ValueError, "Got 0 modules to join; expected at least two"),
+        (lambda m: compose([m[0], fresh("vit")]), TypeError, "Got a ViTForImageClassification to join"),
+        (lambda m: compose([parent_of(fresh("vit")), m[0]]), TypeError, "Got a parent to join"),
+        (lambda m: compose([m[0], copy.deepcopy(m[0])]), ValueError, "in several modules"),
+        (lambda m: compose(m, ["cat"]), ValueError, "expected just these in any order"),
+        (lambda m: compose([m[0], bart_modules()[1]]), ValueError, "Got modules of the tasks"),
+        (with_change(lambda m: m.half()), ValueError, "Got modules of the precisions"),
+        (with_change(lambda m: setattr(m.config, "problem_type", SEVERAL)), ValueError, "a yes or no each"),
+        (lambda m: compose(m, batches=[]), ValueError, "Got no batches to calibrate on"),
+        (on(None), ValueError, "expected 'labels' in it"),
+        (on([0, 1, 2, 3]), ValueError, "expected places among the 3 joint labels"),
+        (on([0.0, 1.0, 2.0, 1.0]), ValueError, r"type torch\.float32 from 0\.0"),
+        (with_change(lambda m: m.model.deit.layernorm.weight.data.fill_(math.inf), [0, 1, 2, 1]), ValueError, "finite"),
+    ],
+)
+def test_what_can_not_be_joined_is_refused(modules, ask, kind, words):
+    with pytest.raises(kind, match=words):
+        ask(modules)
+
+
+def test_other_processors_are_refused(modules):
+    modules[0].attach_processor(image_processor())
+    assert compose(modules).processor_files == modules[0].processor_files
+    modules[1].processor_files = {"preprocessor_config.json": b"{}"}
+    with pytest.raises(ValueError, match="different processors"):
+        compose(modules)
 
 
 @pytest.fixture
-def saved(tmp_path):
-    compose(image_modules()).save_pretrained(tmp_path / "saved")
+def saved(modules, tmp_path):
+    compose(modules).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
 
@@ -284,7 +246,7 @@ def saved(tmp_path):
         (lambda c: c.update(label_order=[0, 1, 1]), "a place for each label"),
         (lambda c: c.update(label_order=[2, 1, 0]), "expected each label of a module once"),
         (lambda c: c.update(scales=[-1.0, 1.0]), "a scale above 0"),
-        (lambda c: c.update(problem_type="multi_label_classification"), "modules of single labels"),
+        (lambda c: c.update(problem_type=SEVERAL), "modules of single labels"),
         (lambda c: c.update(modules=1, to_dict=1), "the name of a method"),
         (lambda c: c.update(sub_configs=5), "makes no configuration"),
         (lambda c: c["parts"][0].update(id2label={"0": "a"}), "with 2 labels"),
@@ -308,9 +270,7 @@ def test_missing_and_misshapen_tensors_are_refused(saved):
     tensors = load_file(saved / "model.safetensors")
     name = next(name for name in tensors if name.startswith("part_1.") and name.endswith("classifier.weight"))
     kept = tensors.pop(name)
-    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="1 missing tensors"):
-        AutoModelForImageClassification.from_pretrained(saved)
-    save_file({**tensors, name: kept[:, 1:].contiguous()}, saved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="of shape"):
-        AutoModelForImageClassification.from_pretrained(saved)
+    for changed, words in ((tensors, "1 missing tensors"), ({**tensors, name: kept[:, 1:].contiguous()}, "of shape")):
+        save_file(changed, saved / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=words):
+            AutoModelForImageClassification.from_pretrained(saved)

@@ -12,47 +12,24 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.hub.model_card import KEPT_BELOW, CardFacts, license_of, own_text, render_model_card
 
 REPORT = {
-    "megabytes": 1.5,
-    "parent_megabytes": 6.0,
-    "macs": 1_111,
-    "parent_macs": 4_444,
-    "weight_retention_rate": 0.5,
-    "latency_ms": {"1": 2.0, "8": 4.0},
-    "parent_latency_ms": {"1": 3.0, "8": 9.0},
-    "latency_note": None,
-    "device": "cpu (X, 1 thread)",
-    "input_shape": [3, 16, 16],
-    "accuracy": 0.9876,
-    "parent_restricted_accuracy": 0.9912,
-    "controls": {"random": 0.5432, "other": None, "empty": 0.3333},
-    "samples": 123,
-    "seed": 7,
+    "megabytes": 1.5, "parent_megabytes": 6.0, "macs": 1_111, "parent_macs": 4_444, "weight_retention_rate": 0.5,
+    "latency_ms": {"1": 2.0, "8": 4.0}, "parent_latency_ms": {"1": 3.0, "8": 9.0}, "latency_note": None,
+    "device": "cpu (X, 1 thread)", "input_shape": [3, 16, 16], "accuracy": 0.9876, "parent_restricted_accuracy": 0.9912,
+    "controls": {"random": 0.5432, "other": None, "empty": 0.3333}, "samples": 123, "seed": 7,
     "rejection": {"auroc": 0.8765, "accepted": 0.951, "rejected": 0.777},
-}
+}  # fmt: skip
 TRAINING = {
     "arguments": {"num_train_epochs": 3.0, "learning_rate": 0.001, "per_device_train_batch_size": 16, "seed": 5},
-    "processes": 2,
-    "samples": 10_000,
-    "base_model": "org/base",
-    "versions": {"torch": "9.9"},
+    "processes": 2, "samples": 10_000, "base_model": "org/base", "versions": {"torch": "9.9"},
     "command": "nemo-hf train --model org/base",
-}
+}  # fmt: skip
 COMMON = {
-    "task": "image-classification",
-    "base_class": "ViTForImageClassification",
-    "parameters": 1_234_567,
-    "megabytes": 1.5,
-    "license": "mit",
-    "datasets": ["org/data"],
-    "measured_on": "org/data",
-    "split": "test",
-    "tags": ["small"],
+    "task": "image-classification", "base_class": "ViTForImageClassification", "parameters": 1_234_567,
+    "megabytes": 1.5, "license": "mit", "datasets": ["org/data"], "measured_on": "org/data", "split": "test",
+    "tags": ["small"], "training": TRAINING, "nemo_config": {"retention_target": 0.1}, "versions": {"torch": "9.9"},
     "equivalence": {"status": "verified", "difference": 1.5e-7, "tolerance": 1e-5, "effect": 0.5, "samples": 4},
-    "training": TRAINING,
-    "nemo_config": {"retention_target": 0.1},
-    "versions": {"torch": "9.9"},
     "picture": "neurons.png",
-}
+}  # fmt: skip
 OF_MODULE = {"retained_neurons": 0.25, "threshold": 0.5, "round_to": 8, "rejection": {"threshold": 0.4321}}
 MODULE = CardFacts(
     "me/cat-dog", role="module", labels=["cat", "dog"], label_ids=[3, 5], parent="me/parent", report=REPORT,
@@ -91,52 +68,43 @@ def test_the_header_finds_the_card(base, origin, accuracy):
     assert "model-index" not in header(card(base, measured_on=None))
 
 
+def missing(text, words):
+    return [word for word in words if word not in text]
+
+
 def test_numbers_are_those_handed_in():
-    text = card()
     shown = ("1,234,567", "0.9876", "0.9912", "0.5432", "0.3333", "25.0%", "50.0%", "1,111 (parent: 4,444)", " 123 ")
     shown += ("| 2.0 | 4.0 |", "| 3.0 | 9.0 |", "0.8765", "0.4321", "95.1%", "77.7%", "1.5e-07", "9.9")
-    for number in shown:
-        assert number in text, number
-    assert "other label groups" not in text
-    text = card(PARENT)
-    for number in (
-        "76,543",
-        "0.9321",
-        "0.4000",
-        "| 7,000 |",
-        "pets: cat, dog",
-        "seed 5",
-        "2 processes",
-        "10,000 sampl",
-    ):
-        assert number in text, number
-    assert "8.5" not in text
-
-
-def test_latencies_have_their_threads_and_a_note_where_some_are_left_out():
-    text = card()
-    assert "lower quartile" in text
-    assert r"on cpu \(X, 1 thread\)" in text
-    assert "Latencies:" not in text
-    note = "Left out, since runs disagree: batch size 1."
-    some = {"latency_ms": {"8": 4.0}, "parent_latency_ms": {"8": 9.0}, "latency_note": note}
-    formats = {"device": "cpu", "latency_ms": {"module": {"1": 1.25, "8": 5.5}, "onnx": {"8": 0.5}}}
-    for changes, rows, noted in (
-        (some, ["| this module | 4.0 |"], True),
-        ({"latency_ms": {}, "parent_latency_ms": {}, "latency_note": note}, [], True),
-        ({"formats": formats}, ["| this module | 1.2 | 5.5 |", "onnxruntime (`export_onnx`) | - | 0.5 |"], False),
-        ({"formats": {**formats, "latency_ms": {"module": {}}, "latency_note": note}}, ["| 2.0 | 4.0 |"], False),
-    ):
-        text = card(report={**REPORT, **changes})
-        assert [row for row in rows if row not in text] == []
-        assert ("Milliseconds" in text) == bool(rows)
-        assert (r"Latencies: left out, since runs disagree\: batch size 1" in text) == noted
-
-
-def test_metrics_of_a_module_stand_beside_its_parents():
+    assert missing(card(), shown) == []
+    assert "other label groups" not in card()
+    shown = ("76,543", "0.9321", "0.4000", "| 7,000 |", "pets: cat, dog", "seed 5", "2 processes", "10,000 sampl")
+    assert missing(card(PARENT), shown) == []
+    assert "8.5" not in card(PARENT)
     text = card(report={**REPORT, "metrics": {"f1": 0.91, "n": 3}, "parent_metrics": {"f1": 0.92, "n": 4}})
     assert "| `f1` | 0.9100 | 0.9200 |\n| `n` | 3 | 4 |" in text
     assert text.count("## Results") == 1
+
+
+NOTE = {"latency_note": "Left out, since runs disagree: batch size 1."}
+SOME = {"latency_ms": {"8": 4.0}, "parent_latency_ms": {"8": 9.0}}
+FORMATS = {"device": "cpu", "latency_ms": {"module": {"1": 1.25, "8": 5.5}, "onnx": {"8": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "noted"),
+    [
+        ({}, [r"on cpu \(X, 1 thread\)", "lower quartile"], False),
+        ({**SOME, **NOTE}, ["| this module | 4.0 |"], True),
+        ({"latency_ms": {}, "parent_latency_ms": {}, **NOTE}, [], True),
+        ({"formats": FORMATS}, ["| this module | 1.2 | 5.5 |", "onnxruntime (`export_onnx`) | - | 0.5 |"], False),
+        ({"formats": {**FORMATS, "latency_ms": {"module": {}}, **NOTE}}, ["| 2.0 | 4.0 |"], False),
+    ],
+)
+def test_latencies_have_a_note_where_some_are_left_out(changes, rows, noted):
+    text = card(report={**REPORT, **changes})
+    assert missing(text, rows) == []
+    assert ("Milliseconds" in text) == bool(rows)
+    assert (r"Latencies: left out, since runs disagree\: batch size 1" in text) == noted
 
 
 def test_nothing_is_said_that_was_not_handed_in():
@@ -144,8 +112,8 @@ def test_nothing_is_said_that_was_not_handed_in():
     text = render_model_card(bare)
     assert set(header(text)) == {"library_name", "tags", "pipeline_tag"}
     assert "Trained with torch 9.9.\nSaved with torch 10.0." in card(versions={"torch": "10.0"})
-    for absent in ("## Results", "Milliseconds", "## Inputs of other labels", "Saved with", "seed", "!["):
-        assert absent not in text, absent
+    absent = ("## Results", "Milliseconds", "## Inputs of other labels", "Saved with", "seed", "![")
+    assert missing(text, absent) == list(absent)
 
 
 def test_what_was_trained_further_says_so():
@@ -156,23 +124,16 @@ def test_what_was_trained_further_says_so():
     assert "without fine-tuning" not in tuned
 
 
-def test_the_extraction_command_reads_back_as_its_words():
+def test_commands_and_options_read_back():
     line = next(line for line in card().splitlines() if line.startswith("nemo-hf extract"))
     assert shlex.split(line) == [
         *("nemo-hf", "extract", "--parent", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
         *("--round_to", "8", "--output_dir", "cat-dog"),
     ]
-
-
-def test_the_training_reads_back_as_options():
     code = card().split("```python\n")[2].split("```")[0]
-    names = {
-        "NeMoTrainer": lambda **given: given,
-        "AutoModelForImageClassification": type("Auto", (), {"from_pretrained": lambda *given: given}),
-        "TrainingArguments": lambda directory, **given: given,
-        "NeMoConfig": NeMoConfig,
-    }
-    found = eval(code.replace(", ...)", ")"), names)
+    auto = type("Auto", (), {"from_pretrained": lambda *given: given})
+    names = {"NeMoTrainer": dict, "AutoModelForImageClassification": auto, "NeMoConfig": NeMoConfig}
+    found = eval(code.replace(", ...)", ")"), {**names, "TrainingArguments": lambda directory, **given: given})
     assert found["args"] == TRAINING["arguments"]
     assert found["nemo_config"] == NeMoConfig(retention_target=0.1)
 

@@ -31,14 +31,14 @@ SIGNATURES = {
     "NeMoForImageClassification": "config base_model sites",
     "NeMoForImageClassification.attach_processor": "self processor",
     "NeMoForImageClassification.detach_masks": "self",
-    "NeMoForImageClassification.export_onnx": "self directory inputs",
+    "NeMoForImageClassification.export_onnx": "module directory inputs",
     "NeMoForImageClassification.extract_module": "self labels threshold round_to inputs",
     "NeMoForImageClassification.forward": f"self pixel_values {MASKED}",
     "NeMoForImageClassification.from_pretrained": "pretrained_model_name_or_path model_args labels threshold round_to"
     " verify kwargs",
     "NeMoForImageClassification.push_to_hub": "self repo_id parent license datasets tags commit_message"
     " commit_description private token revision create_pr max_shard_size",
-    "NeMoForImageClassification.save_plain": "self directory inputs",
+    "NeMoForImageClassification.save_plain": "module directory inputs",
     "NeMoForImageClassification.save_pretrained": "self save_directory kwargs",
     "NeMoForSequenceClassification": "config base_model sites",
     "NeMoForSequenceClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",
@@ -74,14 +74,10 @@ def test_the_public_names_are_these():
         assert issubclass(find(name), kind)
 
 
-@pytest.mark.parametrize("name", list(SIGNATURES))
-def test_signatures_are_these(name):
-    assert " ".join(inspect.signature(find(name)).parameters) == SIGNATURES[name]
-
-
-@pytest.mark.parametrize("name", list(FIELDS))
-def test_fields_are_these(name):
-    assert " ".join(field for field in find(name).__annotations__ if not field.startswith("_")) == FIELDS[name]
+def test_signatures_and_fields_are_these():
+    assert {name: " ".join(inspect.signature(find(name)).parameters) for name in SIGNATURES} == SIGNATURES
+    fields = {name: [each for each in find(name).__annotations__ if not each.startswith("_")] for name in FIELDS}
+    assert {name: " ".join(found) for name, found in fields.items()} == FIELDS
 
 
 @pytest.mark.parametrize("name", ["NeMoTrainer", "NeMoForImageClassification"])
@@ -104,15 +100,9 @@ def test_every_argument_is_described(name):
     assert [a for a in arguments if a != "self" and not re.search(rf"(^\s*\**|`){a}(`|:)", described, re.M)] == []
 
 
-@pytest.mark.parametrize(
-    ("auto", "expected"),
-    [
-        (AutoModelForImageClassification, "NeMoForImageClassification"),
-        (AutoModelForTexts, "NeMoForSequenceClassification"),
-        (AutoModelForAudioClassification, "NeMoForAudioClassification"),
-    ],
-)
-def test_importing_registers_with_the_auto_classes(auto, expected):
-    assert auto._model_mapping[nemo_hf.NeMoModelConfig] is find(expected)
-    assert nemo_hf.NeMoModelConfig.model_type == "nemo_hf"
-    assert find(expected).accepts_loss_kwargs is False
+def test_importing_registers_with_the_auto_classes():
+    classes = {"Image": AutoModelForImageClassification, "Sequence": AutoModelForTexts}
+    for name, auto in {**classes, "Audio": AutoModelForAudioClassification}.items():
+        expected = find(f"NeMoFor{name}Classification")
+        assert auto._model_mapping[nemo_hf.NeMoModelConfig] is expected
+        assert expected.accepts_loss_kwargs is False

@@ -3,8 +3,8 @@
 from functools import partial
 
 import pytest
-import torch
 from conftest import benchmark_script, fresh, image_samples, randomize_relevance
+from torch.utils.data import default_collate
 
 from nemo_hf import NeMoConfig, make_parent
 from nemo_hf.models.extraction import make_plan
@@ -16,9 +16,8 @@ GROUPS = {name: [label] for label, name in enumerate("abcde")}
 
 @pytest.fixture(scope="module")
 def split():
-    samples = image_samples(40)
-    pixels = torch.stack([sample["pixel_values"] for sample in samples])
-    return tasks.Split({"pixel_values": pixels}, torch.tensor([sample["labels"] for sample in samples]))
+    batch = default_collate(image_samples(40))
+    return tasks.Split({"pixel_values": batch["pixel_values"]}, batch["labels"])
 
 
 @pytest.fixture(scope="module")

@@ -6,83 +6,68 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig
 
 from .config import LabelLike
-from .export.onnx import OnnxExport, export_onnx
-from .export.plain_model import PlainExport, save_plain
+from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoOutput, NeMoPreTrainedModel
-from .models.composed_model import NeMoComposedConfig, NeMoComposedModel
-from .models.configuration import NeMoModelConfig
+from .models.composed_model import NeMoComposedModel
+from .models.configuration import TASKS
 from .models.extraction import cut_on_load, extract_module
 from .models.saved_model import pin_revision
 
 
-class HubMixin:
-    """Publishing of parents, modules and composed models; stands before the model's class."""
+def push_to_hub(  # noqa: D417 - a method of two classes
+    self: NeMoPreTrainedModel | NeMoComposedModel,
+    repo_id: str,
+    *,
+    parent: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
+) -> str:
+    """Uploads the model with its processor, report, card and picture, in one commit.
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        parent: str | None = None,
-        license: str | None = None,
-        datasets: Sequence[str] = (),
-        tags: Sequence[str] | None = None,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-    ) -> str:
-        """Uploads the model with its processor, report, card and picture, in one commit.
+    Files of an older push that this one doesn't write go. Text that stands in the repository's card below the line that
+    says so stays. A push that changes nothing makes no commit.
 
-        Files of an older push that this one doesn't write go. Text that stands in the repository's card below the
-        line that says so stays. A push that changes nothing makes no commit.
+    Args:
+        repo_id: Repository, such as `"me/cat-dog"`; it is created if need be.
+        parent: Module: repository of the parent, for the card; `None`: the one that it was cut from, if on the Hub.
+        license: Identifier of the license, for the card.
+        datasets: Hub data sets that the model was trained and measured on, for the card.
+        tags: Further tags of the card.
+        commit_message: As in `transformers`; all arguments below likewise.
+        commit_description: Description of the commit.
+        private: Whether to create a private repository.
+        token: Token of the Hub.
+        revision: Branch.
+        create_pr: Whether to open a pull request instead.
+        max_shard_size: Largest size of one weight file.
 
-        Args:
-            repo_id: Repository, such as `"me/cat-dog"`; it is created if need be.
-            parent: Module: repository of the parent, for the card; `None` takes the one that it was cut from, if that
-                is on the Hub.
-            license: Identifier of the license, for the card.
-            datasets: Hub data sets that the model was trained and measured on, for the card.
-            tags: Further tags of the card.
-            commit_message: As in `transformers`; all arguments below likewise.
-            commit_description: Description of the commit.
-            private: Whether to create a private repository.
-            token: Token of the Hub.
-            revision: Branch.
-            create_pr: Whether to open a pull request instead.
-            max_shard_size: Largest size of one weight file.
-
-        Returns:
-            The address of the commit.
-        """
-        commit = push_model(
-            self,  # type: ignore[arg-type]
-            repo_id,
-            CardOptions(parent, license, tuple(datasets), tuple(tags or ())),
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            max_shard_size="50GB" if max_shard_size is None else max_shard_size,
-        )
-        return str(commit)
+    Returns:
+        The address of the commit.
+    """
+    card = CardOptions(parent, license, tuple(datasets), tuple(tags or ()))
+    about = {"commit_description": commit_description, "create_pr": create_pr}
+    shards = "50GB" if max_shard_size is None else max_shard_size
+    return str(push_model(self, repo_id, card, commit_message, private, token, revision, shards, **about))
 
 
-class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
-    """A parent or a module, with the ways to cut, export and publish it."""
+class NeMoClassifier(NeMoPreTrainedModel):
+    """A parent or a module, with the methods to cut, export and publish it."""
+
+    push_to_hub = push_to_hub  # type: ignore[assignment]
+    save_plain = plain_model.save_plain
+    export_onnx = onnx.export_onnx
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -103,8 +88,8 @@ class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
             labels: With a parent: read only the module for these labels, as `extract_module` takes them.
             threshold: With `labels`: as in `extract_module`.
             round_to: With `labels`: as in `extract_module`.
-            verify: With `labels`: load the parent too and run the equivalence check, instead of trusting
-                the check that was made when the parent was saved.
+            verify: With `labels`: load the parent too and run the equivalence check, instead of trusting the check that
+                was made when the parent was saved.
             **kwargs: As in `transformers`.
 
         Returns:
@@ -117,10 +102,7 @@ class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
         source = pretrained_model_name_or_path
         if labels is None and (threshold is not None or round_to is not None or verify):
             given = {"threshold": threshold, "round_to": round_to, "verify": verify}
-            raise ValueError(
-                f"Got {given} without labels; expected labels, since these options say how a module is cut. Pass "
-                "labels=[...], or leave them out."
-            )
+            raise ValueError(f"Got {given} without labels; expected labels. Pass labels=[...], or leave these out.")
         if labels is None or source is None:
             return super().from_pretrained(source, *model_args, **kwargs)
         pin_revision(source, kwargs)
@@ -137,10 +119,8 @@ class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
 
         Args:
             labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
-            threshold: Share of a group's samples that must open a neuron; `None` takes the parent's
-                `relevance_threshold`.
-            round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant
-                neurons.
+            threshold: Share of a group's samples that must open a neuron; `None`: the parent's `relevance_threshold`.
+            round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant neurons.
             inputs: A few samples to check on; `None` draws random ones.
 
         Returns:
@@ -152,50 +132,6 @@ class NeMoClassifier(HubMixin, NeMoPreTrainedModel):  # type: ignore[misc]
         """
         return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
 
-    def save_plain(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> PlainExport:
-        """Saves a module as a plain model of `transformers`, which loads without this library.
-
-        A plain configuration says one width for all layers. So every feed-forward part gets the width of the
-        widest one, filled up with zeros, where the configuration has a number for it; attention gets fewer or
-        narrower heads where the configuration can say so (Llama, ViT, T5) and its full width otherwise (BERT,
-        GPT-2). What differs in the softmax scale goes into q. The plain model is thus larger than the module,
-        at most as large as the parent's.
-
-        Args:
-            directory: Where to; appears whole or not at all.
-            inputs: A few samples to compare logits on; `None` draws random ones.
-
-        Returns:
-            Sizes, changed widths and the difference that was found before anything was written.
-
-        Raises:
-            ValueError: If this is a parent.
-            UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
-        """
-        return save_plain(self, directory, inputs)
-
-    def export_onnx(self, directory: str | Path, inputs: Mapping[str, Tensor] | None = None) -> OnnxExport:
-        """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
-
-        The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in
-        float32. A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the
-        threshold.
-
-        Args:
-            directory: Where to; appears whole or not at all.
-            inputs: A few samples, at least 2, to trace and compare with; `None` draws random ones.
-
-        Returns:
-            Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and
-            lengths, found before anything was moved into place.
-
-        Raises:
-            ValueError: If this is a parent, or has texts but no padding token.
-            ImportError: If onnx, onnxscript or onnxruntime is missing.
-            UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
-        """
-        return export_onnx(self, directory, inputs)
-
 
 class NeMoForImageClassification(NeMoClassifier):
     """Parent or module that classifies images."""
@@ -204,22 +140,17 @@ class NeMoForImageClassification(NeMoClassifier):
     task = "image-classification"
 
     def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
         """Classifies images.
 
         Args:
             pixel_values: Shape (batch, channels, height, width).
             labels: Label ids, shape (batch,); adds the loss to the output.
-            static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in
-                [0, 1], in place of the generated ones.
+            static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in [0, 1], in place
+                of the generated ones.
             static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
             output_neuron_masks: Parents: whether to return the soft masks; `None`: in training mode only.
             return_dict: `False` for a plain tuple.
@@ -239,18 +170,11 @@ class NeMoForSequenceClassification(NeMoClassifier):
     task = "text-classification"
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        bbox: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, bbox: Tensor | None = None, labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
         """Classifies texts: `input_ids` and `attention_mask` of shape (batch, tokens), 1 for tokens and 0 for padding.
 
         `token_type_ids` and `bbox` are left out where the plain model does not take them; they are named here since
@@ -259,8 +183,8 @@ class NeMoForSequenceClassification(NeMoClassifier):
         """
         known = inspect.signature(self.model.forward).parameters
         extras = {"token_type_ids": token_type_ids, "bbox": bbox}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs.update({name: value for name, value in extras.items() if name in known})
+        extras = {name: value for name, value in extras.items() if name in known}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 
@@ -271,16 +195,10 @@ class NeMoForAudioClassification(NeMoClassifier):
     task = "audio-classification"
 
     def forward(
-        self,
-        input_values: Tensor | None = None,
-        input_features: Tensor | None = None,
-        labels: Tensor | None = None,
-        static_masks: Mapping[str, Tensor] | None = None,
-        static_samples: Tensor | None = None,
-        output_neuron_masks: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> NeMoOutput | tuple[Any, ...]:
+        self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
+        static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
+        output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
         """Classifies recordings: `input_values`, such as waveforms of shape (batch, samples), or `input_features`.
 
         `labels`, `static_masks`, `static_samples`, `output_neuron_masks`, `return_dict` and `kwargs` are those of
@@ -290,8 +208,10 @@ class NeMoForAudioClassification(NeMoClassifier):
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 
-class NeMoComposedClassifier(HubMixin, NeMoComposedModel):  # type: ignore[misc]
-    """Modules that form one classifier, with the ways to publish it."""
+class NeMoComposedClassifier(NeMoComposedModel):
+    """Modules that form one classifier, with the method to publish it."""
+
+    push_to_hub = push_to_hub  # type: ignore[assignment]
 
 
 class NeMoComposedForImageClassification(NeMoComposedClassifier):
@@ -338,18 +258,7 @@ class NeMoComposedForAudioClassification(NeMoComposedClassifier):
         return self._run({"input_values": input_values, "input_features": input_features}, labels, return_dict, kwargs)
 
 
-for config_class, classes in (
-    (NeMoModelConfig, (NeMoForImageClassification, NeMoForSequenceClassification, NeMoForAudioClassification)),
-    (
-        NeMoComposedConfig,
-        (
-            NeMoComposedForImageClassification,
-            NeMoComposedForSequenceClassification,
-            NeMoComposedForAudioClassification,
-        ),
-    ),
-):
-    AutoConfig.register(config_class.model_type, config_class)
-    AutoModelForImageClassification.register(config_class, classes[0])
-    AutoModelForSequenceClassification.register(config_class, classes[1])
-    AutoModelForAudioClassification.register(config_class, classes[2])
+for base in (NeMoClassifier, NeMoComposedClassifier):
+    AutoConfig.register(base.config_class.model_type, base.config_class)
+    for registered in base.__subclasses__():
+        TASKS[registered.task][1].register(registered.config_class, registered)  # type: ignore[arg-type]

@@ -15,8 +15,7 @@ from transformers import AutoModelForSequenceClassification as AutoModelForTextC
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.report import evaluate_module, format_table
-from nemo_hf.hub.module_collections import push_modules
-from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, write_companions
+from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
 from nemo_hf.models.files import write_json

@@ -5,7 +5,6 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,42 +22,29 @@ from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Inputs = Mapping[str, Tensor]
-Free = Mapping[str, Mapping[int, str]]
-"""Names of the dimensions of inputs that may have any size."""
+Free = Mapping[str, Mapping[int, str]]  # names of the dimensions of inputs that may have any size
 
 ONNX_NAME = "model.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_TOLERANCE = 1e-4
-"""Share of the largest logit by which onnxruntime may differ, whose kernels sum in another order."""
-LARGEST_FILE = 1_500_000_000
-"""Bytes of weights over which they go to a file of their own: an ONNX file holds at most 2 GB."""
+ONNX_TOLERANCE = 1e-4  # share of the largest logit: onnxruntime's kernels sum in another order
+LARGEST_FILE = 1_500_000_000  # bytes of weights; an ONNX file holds at most 2 GB, so more go to a file of their own
 OTHER_WAYS = "Use save_pretrained, whose files nemo_hf loads, or {}."
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What `export_onnx` wrote.
+    """What `export_onnx` wrote."""
 
-    Args:
-        inputs: Input name to its dimensions, names for the free ones.
-        outputs: `"logits"`, shape (batch, labels), and `"rejection_scores"`, shape (batch,), of calibrated modules.
-        difference: Largest difference between onnxruntime's outputs and the module's, in float32.
-        tolerance: Largest difference that was allowed: 1e-4 times max(1, largest logit).
-    """
-
-    inputs: dict[str, list[Any]]
-    outputs: list[str]
-    difference: float
-    tolerance: float
+    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
+    outputs: list[str]  # "logits", shape (batch, labels), and of calibrated modules "rejection_scores", shape (batch,)
+    difference: float  # largest between onnxruntime's outputs and the module's, in float32
+    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
 
 
 def check_is_module(module: NeMoPreTrainedModel) -> None:
     """Refuses parents, which have masks, with a `ValueError`."""
     if module.is_parent:
-        raise ValueError(
-            "Got a parent; expected a module, which has no masks. Call extract_module(labels) first, or detach_masks() "
-            "for the plain model inside."
-        )
+        raise ValueError("Got a parent; expected a module. Call extract_module(labels) or detach_masks().")
 
 
 def plain_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
@@ -81,21 +67,41 @@ def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
         (directory / name).write_bytes(content)
 
 
-def export_onnx(module: NeMoPreTrainedModel, directory: str | Path, inputs: Inputs | None = None) -> OnnxExport:
-    """Exports a module to ONNX; see the method `export_onnx`."""
+def export_onnx(  # noqa: D417 - a method of parents and modules
+    module: NeMoPreTrainedModel, directory: str | Path, inputs: Inputs | None = None
+) -> OnnxExport:
+    """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
+
+    The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in float32.
+    A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold.
+
+    Args:
+        directory: Where to; appears whole or not at all.
+        inputs: A few samples, at least 2, to trace and compare with; `None` draws random ones.
+
+    Returns:
+        Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and lengths.
+
+    Raises:
+        ValueError: If this is a parent, or has texts but no padding token.
+        ImportError: If onnx, onnxscript or onnxruntime is missing.
+        UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
+    """
     check_is_module(module)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Got no {' and no '.join(missing)}; expected the packages that write and check ONNX files. "
-            "Run: pip install 'nemo-hf[onnx]'"
+            f"Got no {' and no '.join(missing)}; expected these packages. Run: pip install 'nemo-hf[onnx]'"
         )
-    exact = _cpu_copy(module)
+    with as_saved(module):
+        exact = copy.deepcopy(module).cpu().float().eval()
+    if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
+        exact.set_attn_implementation("eager")
     inputs = traced_inputs(exact) if inputs is None else {k: v.cpu() for k, v in inputs.items() if k != "labels"}
     if exact.main_input_name == "input_ids" and len(inputs["input_ids"]) < 2:
         raise ValueError(
-            f"Got a {module.config.base_class} without a padding token or samples to pad; expected batches of texts. "
-            "Set module.config.base_config.pad_token_id, and module.model.config.pad_token_id."
+            f"Got a {module.config.base_class} without a padding token; expected one, for batches of texts. "
+            "Set pad_token_id in module.config.base_config and module.model.config."
         )
     outputs = ["logits", *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
@@ -109,16 +115,6 @@ def export_onnx(module: NeMoPreTrainedModel, directory: str | Path, inputs: Inpu
         write_processor(module, temporary)
     shapes = {name: [free[name].get(dim, size) for dim, size in enumerate(v.shape)] for name, v in inputs.items()}
     return OnnxExport(shapes, outputs, difference, tolerance)
-
-
-def _cpu_copy(module: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
-    """A copy on the CPU in float32 and eval mode, with attention that can be traced."""
-    with as_saved(module):
-        exact = copy.deepcopy(module)
-    exact.cpu().float().eval()
-    if exact.config._attn_implementation not in ("eager", "sdpa"):
-        exact.set_attn_implementation("eager")
-    return exact
 
 
 def traced_inputs(module: NeMoPreTrainedModel) -> dict[str, Tensor]:
@@ -142,39 +138,20 @@ def _free_dimensions(name: str, value: Tensor) -> dict[int, str]:
 
 def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Sequence[str], path: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    names = " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
-    try:
-        with torch.no_grad(), _quiet_tracing():
-            torch.onnx.export(
-                module,
-                (),
-                path,
-                kwargs=dict(inputs),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes={name: dict(dims) for name, dims in free.items()},
-                external_data=size > LARGEST_FILE,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises whatever the model's code meets
-        raise UnsupportedArchitectureError(
-            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "
-            f"({type(error).__name__}: {first_line(error)}); expected one whose steps don't depend on input values. "
-            f"{OTHER_WAYS.format('save_plain')}"
-        ) from error
-
-
-@contextmanager
-def _quiet_tracing() -> Iterator[None]:
-    """Hides the exporter's warnings about itself: deprecations, axis names, optional packages."""
+    options: dict[str, Any] = {"external_data": size > LARGEST_FILE, "dynamo": True, "verbose": False}
+    options |= {"input_names": list(inputs), "output_names": list(outputs), "dynamic_shapes": free}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)  # what it says of itself: deprecations, axis names, optional packages
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            torch.onnx.export(module, (), path, kwargs=dict(inputs), **options)
+    except Exception as error:  # the exporter raises whatever the model's code meets
+        names = " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
+        raise UnsupportedArchitectureError(
+            f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "
+            f"({type(error).__name__}: {first_line(error)}). {OTHER_WAYS.format('save_plain')}"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -213,8 +190,7 @@ def _check_onnx(
     if refused:
         raise UnsupportedArchitectureError(
             f"Got an ONNX file of a {module.config.base_class} whose outputs differ from the module's by "
-            f"{refused[0]:.2e}; expected at most {tolerance:.2e} for every size and length of a batch. "
-            f"{OTHER_WAYS.format('save_plain')}"
+            f"{refused[0]:.2e}; expected at most {tolerance:.2e}. {OTHER_WAYS.format('save_plain')}"
         )
     return max(differences), tolerance
 

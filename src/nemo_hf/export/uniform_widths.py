@@ -1,8 +1,7 @@
-"""Finds plain configurations into which a module's weights fit, padded with zeros.
+"""Finds plain configurations, which have one width for all layers, into which a module's weights fit with zeros.
 
-The layers of a module have different widths, while a plain configuration has one number for all of them. So the
-weights first get the parent's widths again, with zeros for the neurons that were cut. Neurons that are zero in every
-layer can then be left out, as far as the configuration has a number for their width.
+The weights first get the parent's widths again, with zeros for the neurons that were cut. Neurons that are zero in
+every layer can then be left out, as far as the configuration has a number for their width.
 """
 
 import copy
@@ -15,27 +14,30 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+<<<<<<< HEAD
 from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows
 from nemo_hf.pruning.layer_cuts import ROTARY_NAME, Keep, LayerCut, SiteCut, site_cut, tensor_cuts, uncut_tensor
+=======
+from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError
+from nemo_hf.pruning.layer_cuts import ROTARY_NAME, LayerCut, SiteCut, site_cut
+from nemo_hf.pruning.tensor_slices import tensor_cuts, uncut_tensor
+>>>>>>> s2
+
+from .onnx import OTHER_WAYS
 
 State = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "d_kv", "kv_channels")
-UNSET_WIDTH_WORDS = ("inner", "intermediate", "ffn")
-"""Words in the names of widths that a configuration may leave out for a multiple of another (GPT-2)."""
+UNSET_WIDTH_WORDS = ("inner", "intermediate", "ffn")  # of widths that may be unset for a multiple of another (GPT-2)
 
 
 @dataclass(frozen=True)
 class UniformWidths:
-    """A plain configuration, and the cuts that turn the zero-padded weights into its shapes.
-
-    `changes` has the integers that differ from the parent's configuration, by attribute: `"text_config.head_dim"` is
-    one of a part.
-    """
+    """A plain configuration, and the cuts that turn the zero-padded weights into its shapes."""
 
     config: PreTrainedConfig
-    changes: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)  # of the parent's configuration: "text_config.head_dim" to 4
     cuts: tuple[SiteCut, ...] = ()
 
 
@@ -45,21 +47,20 @@ def zero_padded_state(
     """Gives a module's tensors the shapes of the plain model at full width, with zeros for what was cut.
 
     `plain` may be on the meta device; `widths` are those of the module's cuts by site key, as `SiteCut.widths`. Returns
-    tensors on the CPU, floating ones in float32; a `ValueError` says which one is missing or fits no cut.
+    tensors on the CPU, floating ones in float32.
     """
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     by_name = tensor_cuts(plain, [_original_cut(site, widths[site.key], state) for site in sites], {})
     padded = {}
     for name, full in plain.state_dict().items():
-        if name not in state:
-            raise ValueError(f"Got a module without the tensor {name!r}; expected all of a {type(plain).__name__}'s.")
-        tensor = state[name].float() if state[name].is_floating_point() else state[name]
-        if name in by_name:
+        tensor = state.get(name, torch.empty(0))
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        if name in by_name and name in state:
             tensor = uncut_tensor(tensor, by_name[name], full.shape)
         if tensor.shape != full.shape:
-            raise ValueError(
-                f"Got the tensor {name!r} of shape {tuple(tensor.shape)}; expected {tuple(full.shape)}, as in a "
-                f"{type(plain).__name__} of these labels."
+            raise UnsupportedArchitectureError(
+                f"Got a module whose tensor {name!r} is missing or doesn't fit into a {type(plain).__name__}; expected "
+                f"shape {tuple(full.shape)} at full width. {OTHER_WAYS.format('export_onnx')}"
             )
         padded[name] = tensor.clone()
     return padded
@@ -87,9 +88,8 @@ def uniform_widths(
 ) -> Iterator[UniformWidths]:
     """Finds configurations of smaller widths whose shapes fit, the smallest first and the full width last.
 
-    Takes the plain model at full width, on the meta device, its sites and its zero-padded tensors. `shapes_of` returns
-    the shapes of the tensors of a model with a configuration, none if it allows no model. Whether the model then
-    computes the same is for the caller to try.
+    Takes the plain model at full width, on the meta device, its sites and zero-padded tensors. `shapes_of` returns the
+    tensors' shapes by configuration, none if it allows no model. Whether it computes the same is yet to be tried.
     """
     search = _Search(plain, sites, state, shapes_of)
     full = UniformWidths(plain.config)
@@ -131,10 +131,8 @@ class _Search:
                 if not reached:
                     continue
                 width = _widest(reached.values())
-                own = [
-                    site_cut(replace(site, pruning_mode="dense"), {"intermediate": _first(used, width)})
-                    for site, used in reached.items()
-                ]
+                dense = {replace(site, pruning_mode="dense"): _first(used, width) for site, used in reached.items()}
+                own = [site_cut(site, {"intermediate": kept}) for site, kept in dense.items()]
                 if self._fits({path: width}, own):
                     changes[path] = width
                     cuts += own
@@ -158,8 +156,8 @@ class _Search:
             if count < key_value_heads:
                 counts = {heads: heads // key_value_heads * count, key_value_heads: count}
                 changes |= {p: counts[v] for p, name, v in _entries(config) if _counts_heads(name, v) and v in counts}
-            for pruning_mode in ("dense", "dense-rescaled") if width < head_dim else ("dense",):
-                cuts = [_head_cut(site, *dims, count, width, pruning_mode) for site, dims in used.items()]
+            for mode in ("dense", "dense-rescaled") if width < head_dim else ("dense",):
+                cuts = [_head_cut(site, *dims, count, width, mode) for site, dims in used.items()]
                 if self._fits(changes, cuts):
                     yield UniformWidths(config, changes, tuple(cuts))
 
@@ -171,29 +169,25 @@ class _Search:
         query_key = made["query"].view(heads, sharing, -1).any(1) & made["key"].view(heads, -1)
         return value, query_key
 
-    def _weight(self, path: str) -> Tensor:
-        """Weight of a linear layer, shape (outputs, inputs)."""
+    def _is_nonzero(self, path: str) -> Tensor:
+        """Which weights of a linear layer are not zero, shape (outputs, inputs)."""
         weight = self.state[f"{path}.weight"]
-        return weight.T if isinstance(self.plain.get_submodule(path), Conv1D) else weight
+        return (weight.T if isinstance(self.plain.get_submodule(path), Conv1D) else weight) != 0
 
     def _read(self, site: NeuronSite) -> Tensor:
         """Inputs of a site's output layer whose weights are not all zero."""
-        return (self._weight(site.output) != 0).any(0)
+        return self._is_nonzero(site.output).any(0)
 
     def _made(self, rows: Rows) -> Tensor:
         """Outputs whose weights or bias are not zero."""
-        made = (self._weight(rows.layer) != 0).any(1)
-        bias = self.state.get(f"{rows.layer}.bias")
-        made = made if bias is None else made | (bias != 0)
+        made = self._is_nonzero(rows.layer).any(1) | (self.state.get(f"{rows.layer}.bias", torch.zeros(1)) != 0)
         return made[rows.indices(torch.arange(rows.size))]
 
     def _fits(self, changes: Mapping[str, int], cuts: Sequence[SiteCut]) -> bool:
         expected = {name: tuple(tensor.shape) for name, tensor in self.plain.state_dict().items()}
         for name, cut in tensor_cuts(self.plain, cuts, {}).items():
-            shape = list(expected[name])
-            for dim, index in cut.indices.items():
-                shape[dim] = len(index)
-            expected[name] = tuple(shape)
+            widths = {dim: len(index) for dim, index in cut.indices.items()}
+            expected[name] = tuple(widths.get(dim, size) for dim, size in enumerate(expected[name]))
         return self.shapes_of(_changed(self.plain.config, changes)) == expected
 
 
@@ -209,17 +203,14 @@ def _head_width(site: AttentionSite, value: Tensor, query_key: Tensor) -> int:
     return max(1, int(value.sum(-1).max()), int((query_key & has_values).sum(-1).max()))
 
 
-def _head_cut(
-    site: AttentionSite, value: Tensor, query_key: Tensor, count: int, width: int, pruning_mode: str
-) -> SiteCut:
+def _head_cut(site: AttentionSite, value: Tensor, query_key: Tensor, count: int, width: int, mode: str) -> SiteCut:
     heads = _first(value.any(-1), count).tolist()
-    keep: Keep = {
-        name: torch.cat([_first(used[head], width) + head * site.head_dim for head in heads])
-        for name, used in (("query_key", query_key), ("value", value))
-    }
-    if site.is_rotary:
-        keep = {**keep, "query_key": torch.arange(site.query_key_dims)}
-    return replace(site_cut(replace(site, pruning_mode=pruning_mode), keep), constants={})
+
+    def kept(used: Tensor) -> Tensor:
+        return torch.cat([_first(used[head], width) + head * site.head_dim for head in heads])
+
+    keep = {"query_key": torch.arange(site.query_key_dims) if site.is_rotary else kept(query_key), "value": kept(value)}
+    return replace(site_cut(replace(site, pruning_mode=mode), keep), constants={})
 
 
 def _first(used: Tensor, count: int) -> Tensor:

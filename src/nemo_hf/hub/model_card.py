@@ -10,8 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 LIBRARY_NAME = "nemo-hf"
-KEPT_BELOW = "<!-- nemo-hf writes all above this line anew; text below it stays -->"
-"""Line of a card below which a repository's owner can write."""
+KEPT_BELOW = "<!-- nemo-hf writes all above this line anew; text below it stays -->"  # by the repository's owner
 PARENT_NAME = "its parent, answering with the same labels only"
 CONTROL_NAMES = {
     "random": "control: as many random neurons",

@@ -19,18 +19,16 @@ NAMED_GROUPS = 40  # along an axis; of more, every second, third, ... has its na
 
 
 def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
-    """Draws which share of each site's neurons the label groups use; the file's ending says its format.
+    """Draws which share of each site's neurons the label groups use, with their overlap or what a module keeps.
 
-    A parent's picture shows also how far groups share neurons, a module's what it keeps. Returns whether it was drawn:
-    a module that was cut by an older version doesn't know its groups' shares, and matplotlib may be missing.
+    Returns whether it was drawn: a module cut by an older version lacks its groups' shares, or matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         logger.warning("No picture of the neurons is drawn, since matplotlib is missing. Install nemo-hf[demo].")
         return False
-    panels = _parent_panels(model) if model.is_parent else _module_panels(model)
-    if not panels:
+    if not (panels := _parent_panels(model) if model.is_parent else _module_panels(model)):
         return False
     kinds = [site.kind for site in model.sites]
     names = [f"{kind} {kinds[:index].count(kind)}" for index, kind in enumerate(kinds)]
@@ -51,10 +49,8 @@ def _parent_panels(parent: NeMoPreTrainedModel) -> list[tuple[Any, list[str], li
     shares = torch.stack([mask.float().mean(-1) for mask in used]).cpu().numpy()
     overlap = jaccard_indices(torch.cat(used, -1)).cpu().numpy()
     groups = list(parent.config.groups)
-    return [
-        (shares, groups, [], "Share of neurons used"),
-        (overlap, groups, groups, "Overlap of neurons (Jaccard index)"),
-    ]
+    overlaps = (overlap, groups, groups, "Overlap of neurons (Jaccard index)")
+    return [(shares, groups, [], "Share of neurons used"), overlaps]
 
 
 def _module_panels(module: NeMoPreTrainedModel) -> list[tuple[Any, list[str], list[str], str]]:

@@ -1,19 +1,27 @@
-"""Repositories of parents, modules and composed models: the saved files with card and picture, pushed to the Hub."""
+"""Pushes models to the Hub: one repository each with its card and picture, tied in a collection."""
 
+import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from nemo_hf.config import NeMoConfig
+from nemo_hf.config import LabelLike, NeMoConfig
+from nemo_hf.evaluation.rejection import calibrate_rejection
+from nemo_hf.evaluation.report import evaluate_module
+from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.composed_model import NeMoComposedModel
+from nemo_hf.models.extraction import extract_module, make_plan
 from nemo_hf.models.files import REPORT_NAME, write_json, write_text
 from nemo_hf.models.remote_files import hub_name
 
@@ -23,6 +31,7 @@ from .provenance import versions
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "neurons.png"
+NAME_LENGTH = 60  # of a module's repository
 STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin",
          REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]  # fmt: skip
 """Files of an older push that go, unless they are pushed anew."""
@@ -46,29 +55,19 @@ class CardOptions:
 
 
 def card_facts(model: Publishable, repo_id: str, options: CardOptions, picture: str | None) -> CardFacts:
-    """Collects what the card of a model says; every number is of the model, or was measured or recorded before."""
+    """Collects what the card of a model says."""
     own = _composed_facts(model) if isinstance(model, NeMoComposedModel) else _single_facts(model, options)
     trained_on = list((own.get("training") or {}).get("datasets") or [])
     # What a trainer recorded is also what it evaluated the parent on; a module is measured by whoever pushes it.
-    known = list(options.datasets) or (trained_on if own["role"] == "parent" else [])
-    measured_on = options.measured_on or (known[0] if known else None)
-    return CardFacts(
-        repo_id=repo_id,
-        task=model.task,
-        license=options.license,
-        datasets=list(dict.fromkeys([*(options.datasets or trained_on), *([measured_on] if measured_on else [])])),
-        measured_on=measured_on,
-        split=options.split,
-        tags=list(options.tags),
-        report=model.report,
-        versions=versions(),
-        picture=picture,
-        **own,
-    )
+    known = options.datasets or (trained_on if own["role"] == "parent" else [])
+    measured_on = options.measured_on or next(iter(known), None)
+    datasets = list(dict.fromkeys([*(options.datasets or trained_on), *([measured_on] if measured_on else [])]))
+    given: dict[str, Any] = {"license": options.license, "split": options.split, "tags": list(options.tags)}
+    given |= {"datasets": datasets, "measured_on": measured_on, "report": model.report, "picture": picture}
+    return CardFacts(repo_id, model.task, versions=versions(), **given, **own)
 
 
 def _single_facts(model: NeMoPreTrainedModel, options: CardOptions) -> dict[str, Any]:
-    """Facts of a parent or module."""
     config, names = model.config, model.config.names
     owned = config.groups if model.is_parent else {}  # a module's groups name labels by the parent's ids
     groups = [{"name": name, "labels": [names[i] for i in ids]} for name, ids in owned.items()]
@@ -104,39 +103,28 @@ def _composed_facts(model: NeMoComposedModel) -> dict[str, Any]:
 
 
 def write_companions(
-    model: Publishable,
-    directory: str | Path,
-    repo_id: str,
-    options: CardOptions | None = None,
-    card_before: str | None = None,
+    model: Publishable, directory: str | Path, repo_id: str, options: CardOptions, card_before: str | None,
     report: dict[str, Any] | None = None,
-) -> CardFacts:
+) -> CardFacts:  # fmt: skip
     """Writes the card, with `report` or else the model's, and the picture into a directory; returns the card's facts.
 
     The owner's text of `card_before` stays, and so does its license where the options name none.
     """
-    directory, options = Path(directory), options or CardOptions()
+    directory = Path(directory)
     has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, directory / PICTURE_NAME)
-    if options.license is None and card_before:
-        options = replace(options, license=license_of(card_before))
+    options = replace(options, license=options.license or license_of(card_before or ""))
     facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None)
     facts = replace(facts, report=report or model.report)
-    kept = own_text(card_before) if card_before else ""
+    kept = own_text(card_before or "")
     write_text(directory / CARD_NAME, render_model_card(facts) + (f"\n{kept}\n" if kept else ""))
     return facts
 
 
 def push_model(
-    model: Publishable,
-    repo_id: str,
-    options: CardOptions | None = None,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    max_shard_size: int | str = "50GB",
-    **upload_options: Any,
-) -> CommitInfo:
+    model: Publishable, repo_id: str, options: CardOptions | None = None, commit_message: str | None = None,
+    private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
+    max_shard_size: int | str = "50GB", **upload_options: Any,
+) -> CommitInfo:  # fmt: skip
     """Pushes a model with its processor, report, card and picture in one commit; see its `push_to_hub`."""
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name, clear_errors(repo_id):
@@ -149,15 +137,10 @@ def push_model(
         if report is not model.report:
             write_json(directory / REPORT_NAME, report)
         card = fetch_text(repo_id, CARD_NAME, revision, token)
-        facts = write_companions(model, directory, repo_id, options, card, report)
-        commit: CommitInfo = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            commit_message=commit_message or f"Upload {facts.role}{' model' if facts.role == 'composed' else ''}",
-            revision=revision,
-            delete_patterns=STALE,
-            **upload_options,
-        )
+        facts = write_companions(model, directory, repo_id, options or CardOptions(), card, report)
+        message = commit_message or f"Upload {facts.role}{' model' if facts.role == 'composed' else ''}"
+        about = {"commit_message": message, "revision": revision, "delete_patterns": STALE, **upload_options}
+        commit: CommitInfo = api.upload_folder(repo_id=repo_id, folder_path=directory, **about)
     return commit
 
 
@@ -182,10 +165,8 @@ def clear_errors(repo_id: str) -> Iterator[None]:
         # The client lets errors of its HTTP library through.
         if type(error) is not RuntimeError and not type(error).__module__.startswith("httpx"):
             raise
-        raise OSError(
-            f"The push to {repo_id!r} failed because the connection broke ({error}). "
-            "Push again: files that have arrived are not sent twice."
-        ) from error
+        message = f"The push to {repo_id!r} failed because the connection broke ({error}). Push again to resume it."
+        raise OSError(message) from error
 
 
 def fetch_text(repo_id: str, name: str, revision: str | None, token: bool | str | None) -> str | None:
@@ -196,3 +177,72 @@ def fetch_text(repo_id: str, name: str, revision: str | None, token: bool | str 
             return Path(path).read_text(encoding="utf-8")
     except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
+
+
+def repository_name(labels: Sequence[str]) -> str:
+    """Joins label names into ASCII letters, digits and dashes; labels without these and long names get a hash."""
+    plain = [unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode() for label in labels]
+    parts = [re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") for text in plain]
+    name = "-".join(part or _hash(label) for part, label in zip(parts, labels, strict=True))
+    return name if len(name) <= NAME_LENGTH else f"{name[:NAME_LENGTH].rstrip('-')}-{_hash(*labels)}"
+
+
+def _hash(*words: str) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
+
+
+def module_repositories(namespace: str, parent: str, modules: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Names the repositories of modules by their label names; two equal ones, or one like the parent's, are refused."""
+    names = {key: repository_name(labels) for key, labels in modules.items()}
+    for (one, name), (other, taken) in combinations([("the parent", parent), *names.items()], 2):
+        if name == taken:
+            raise ValueError(
+                f"Got the modules {one!r} and {other!r}, whose repositories would both be {namespace}/{name}; "
+                "expected different ones. Push one by itself with another name: module.push_to_hub(...)."
+            )
+    return {key: f"{namespace}/{name}" for key, name in names.items()}
+
+
+def push_modules(
+    parent: NeMoPreTrainedModel, modules: Mapping[str, Sequence[LabelLike]], namespace: str, name: str,
+    batches: Iterable[Mapping[str, Any]] | None = None, calibration: Iterable[Mapping[str, Any]] | None = None,
+    options: CardOptions | None = None, threshold: float | None = None, round_to: int | None = None,
+    compares_formats: bool = False, private: bool | None = None, **push_options: Any,
+) -> dict[str, str]:  # fmt: skip
+    """Pushes a parent and modules of it, one repository each, and ties them in a collection.
+
+    `modules` maps the caller's name of each to labels or groups. They are measured on `batches` of held-out data, and
+    their rejection is calibrated on `calibration`, validation data. A call that failed half-way can be repeated.
+    Returns the repository of the `"parent"` and of each module by name, and the address of the `"collection"`.
+    """
+    names = parent.config.names
+    label_ids = {key: make_plan(parent, labels, threshold, round_to).label_ids for key, labels in modules.items()}
+    repositories = module_repositories(namespace, name, {k: [names[i] for i in ids] for k, ids in label_ids.items()})
+    options = options or CardOptions()
+    done = {"parent": f"{namespace}/{name}"}
+    push_model(parent, done["parent"], options, private=private, **push_options)
+    for key, labels in modules.items():
+        module = extract_module(parent, labels, threshold, round_to)
+        if calibration is not None:
+            calibrate_rejection(module, calibration, show_progress=False)
+        if batches is not None:
+            evaluate_module(parent, labels, batches, module, threshold, round_to, show_progress=False)
+            if compares_formats:
+                module.report = {**(module.report or {}), "formats": compare_latency(module, parent)}
+        push_model(module, repositories[key], replace(options, parent=done["parent"]), private=private, **push_options)
+        done[key] = repositories[key]
+    done["collection"] = _collect(HfApi(token=push_options.get("token")), name, namespace, [*done.values()], private)
+    return done
+
+
+def _collect(api: HfApi, title: str, namespace: str, repositories: Sequence[str], private: bool | None) -> str:
+    """Adds model repositories to the collection of this title, made if need be, and returns its address."""
+    options = {"namespace": namespace, "private": bool(private), "exists_ok": True}
+    with clear_errors(title):
+        found = [each for each in api.list_collections(owner=namespace) if each.title == title]
+        collection = found[0] if found else api.create_collection(title, **options)  # type: ignore[arg-type]
+        present = {item.item_id for item in api.get_collection(collection.slug).items}
+        for repository in repositories:
+            if repository not in present:
+                api.add_collection_item(collection.slug, repository, "model", exists_ok=True)
+    return str(collection.url)

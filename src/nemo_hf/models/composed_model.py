@@ -19,23 +19,15 @@ MOST_PARTS = 1000
 
 @strict
 class NeMoComposedConfig(SavedConfig):
-    """Configuration of several modules with different labels that form one classifier.
-
-    Args:
-        parts: One `NeMoModelConfig` a module, as data.
-        label_order: For each joint label, its place among the labels of all modules one after another.
-        scales: Factor of each module's logits, above 0.
-        biases: What is added then to the logits of each module.
-        processor_files: As in `NeMoModelConfig`.
-    """
+    """Configuration of several modules with different labels that form one classifier."""
 
     model_type = "nemo_hf_composed"
     describes = "modules that were joined"
 
-    parts: list | None = None  # type: ignore[type-arg]
-    label_order: list | None = None  # type: ignore[type-arg]
-    scales: list | None = None  # type: ignore[type-arg]
-    biases: list | None = None  # type: ignore[type-arg]
+    parts: list[Any] | None = None  # one `NeMoModelConfig` a module, as data
+    label_order: list[Any] | None = None  # for each joint label, its place among the labels of all modules in a row
+    scales: list[Any] | None = None  # factor of each module's logits, above 0
+    biases: list[Any] | None = None  # what is added then to the logits of each module
     processor_files: list[str] | None = validated_field(check_companions, default=None)
 
     @classmethod
@@ -54,28 +46,19 @@ class NeMoComposedConfig(SavedConfig):
             or config_dict.get("problem_type") not in (None, "single_label_classification")
         ):
             raise ValueError(
-                f"Got a config.json of {count} modules with {labels} labels, the label order {str(order)[:120]} and "
-                f"the scales {str(scales)[:120]}; expected at most {MOST_PARTS} modules of single labels, each with a "
-                f"scale above 0 and a bias, and a place for each label. {REMEDY}"
+                f"Got a config.json of {count} modules with {labels} labels, label_order={str(order)[:120]} and "
+                f"scales={str(scales)[:120]}; expected 1 to {MOST_PARTS} modules of single labels, each with a scale "
+                f"above 0 and a bias, and a place for each label. {REMEDY}"
             )
-
-    def part_configs(self) -> Iterator[NeMoModelConfig]:
-        """Builds the configurations of the modules, one after another."""
-        for part in self.parts or []:
-            yield NeMoModelConfig.from_dict(dict(part))
 
 
 def _are_numbers(value: Any, count: int) -> bool:
-    """Tells whether a value is a list of so many finite numbers."""
     is_list = isinstance(value, list) and len(value) == count
     return is_list and all(type(entry) in (int, float) and math.isfinite(entry) for entry in value)
 
 
 class NeMoComposedModel(SavedModel):
-    """Modules with different labels that form one classifier.
-
-    A logit is `scale * logit of the module + bias`, with one scale and one bias a module.
-    """
+    """Modules that form one classifier: a logit is `scale * logit of the module + bias`, with both one a module."""
 
     config: NeMoComposedConfig
     config_class = NeMoComposedConfig
@@ -98,7 +81,8 @@ class NeMoComposedModel(SavedModel):
         self.post_init()
 
     def _built(self, attention: str | None) -> Iterator[NeMoPreTrainedModel]:
-        for config in self.config.part_configs():
+        for part in self.config.parts or []:
+            config = NeMoModelConfig.from_dict(dict(part))
             if attention is not None:
                 config._attn_implementation = attention
             yield model_class(self.task, NeMoModelConfig)(config)
@@ -109,17 +93,16 @@ class NeMoComposedModel(SavedModel):
         return [part for part in self.children() if isinstance(part, NeMoPreTrainedModel)]
 
     def _check(self) -> None:
-        config, own = self.config, self.parts
-        names = [name for part in own for name in part.config.names.values()]
-        joint = {int(index): str(name) for index, name in (config.id2label or {}).items()}
-        order = config.label_order or []
+        names = [name for part in self.parts for name in part.config.names.values()]
+        joint = {int(index): str(name) for index, name in (self.config.id2label or {}).items()}
+        order = self.config.label_order or []
         named = [joint.get(index) for index in range(len(order))]
         if sorted(order) != list(range(len(names))) or named != [names[place] for place in order]:
             raise ValueError(
                 f"Got a config.json with the labels {named[:12]} of modules with {names[:12]}; expected each label of "
                 f"a module once. {REMEDY}"
             )
-        if any(part.is_parent for part in own):
+        if any(part.is_parent for part in self.parts):
             raise ValueError(f"Got a config.json of a parent among the modules; expected modules. {REMEDY}")
 
     @torch.no_grad()
@@ -146,9 +129,7 @@ class NeMoComposedModel(SavedModel):
         output = NeMoOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration and processor, as modules do."""
         for part in self.parts:
             part.drop_stale_results()

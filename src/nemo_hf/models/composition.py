@@ -15,8 +15,7 @@ from .configuration import model_class
 logger = logging.getLogger(__name__)
 
 PRIOR = 1e-4
-"""Weight of the squared logarithms of scales and of the squared biases, in units of the spread of each module's logits,
-so that separable data have a finite fit."""
+"""Weight of squared log scales and squared biases, in units of each module's spread, so that every fit is finite."""
 
 
 def compose(
@@ -26,16 +25,14 @@ def compose(
 ) -> NeMoComposedModel:
     """Joins modules with different labels, of one parent or of several, into one model with joint logits.
 
-    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons. So a weak model
-    is repaired by a stronger one's module for the labels on which it is weak.
+    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons.
 
     Args:
         modules: Modules for the same kind of input; they become parts of the result.
-        labels: Names of the joint labels in their order; `None`: those of the first module, then of the second and
-            so on.
-        batches: Batches of model inputs with `labels`, the places in the joint order, of validation data on which
-            one scale and one bias a module are fitted. `None` joins the logits as they are, which is right for
-            modules of one parent only: those of several were trained apart.
+        labels: Names of the joint labels in their order; `None`: those of the first module, of the second and so on.
+        batches: Validation data on which one scale and one bias a module are fitted: batches of model inputs with
+            `labels`, places in the joint order. `None` joins the logits as they are, which suits modules of one parent
+            only, since models that were trained apart have logits of other scales.
 
     Returns:
         A model that is saved and loaded like any module.
@@ -45,22 +42,19 @@ def compose(
         ValueError: If modules share a label, differ in task, precision or processor, or `labels` are not theirs.
 
     References:
-        Modules are reused in other models by CNNSplitter (arXiv 2209.06116) and MODA (arXiv 2411.01074); the
-        calibration is ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers a module.
+        CNNSplitter (arXiv 2209.06116) and MODA (arXiv 2411.01074) reuse modules in other models; the calibration is
+        ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers a module.
     """
     modules = list(modules)
     _check_modules(modules)
     names = [name for module in modules for name in module.config.names.values()]
     joint = names if labels is None else list(labels)
     if sorted(joint) != sorted(names):
-        raise ValueError(
-            f"Got labels={joint} for modules with {names}; expected just these in any order. Name each once."
-        )
+        raise ValueError(f"Got labels={joint} for {names}; expected just these in any order. Name each once.")
     processors = [module.processor_files for module in modules if module.processor_files]
     if any(files != processors[0] for files in processors):
         raise ValueError(
-            "Got modules with different processors; expected one, since all see the same inputs. If they do, pass it "
-            "to each with module.attach_processor(processor)."
+            "Got modules with different processors; expected one. Attach one to each: module.attach_processor(...)."
         )
     config = NeMoComposedConfig(
         parts=[module.config.to_dict() for module in modules],
@@ -76,8 +70,8 @@ def compose(
     composed.processor_files = processors[0] if processors else {}
     if batches is None:
         logger.warning(
-            "Got %d modules to join without data; expected batches of validation data unless all are of one parent, "
-            "since logits of models that were trained apart can't be compared as they are.",
+            "Joined %d modules without calibrating them, which suits modules of one parent only. "
+            "Pass batches of validation data for others.",
             len(modules),
         )
     else:
@@ -92,25 +86,19 @@ def _check_modules(modules: Sequence[Any]) -> None:
         if not isinstance(module, NeMoPreTrainedModel) or module.is_parent:
             kind = "parent" if isinstance(module, NeMoPreTrainedModel) else type(module).__name__
             raise TypeError(
-                f"Got a {kind} to join; expected modules. Cut one with extract_module, of a plain model with "
-                "make_parent(model).extract_module(labels)."
+                f"Got a {kind} to join; expected modules. Cut one: make_parent(...).extract_module(labels)."
             )
     names = [name for module in modules for name in module.config.names.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"Got the labels {repeated} in several modules; expected each label in one. Cut one of the modules without."
-        )
-    for what, values in (
-        ("tasks", [module.task for module in modules]),
-        ("precisions", [str(module.dtype) for module in modules]),
-        ("devices", [str(module.device) for module in modules]),
-    ):
+        raise ValueError(f"Got the labels {repeated} in several modules; expected each in one. Cut a module without.")
+    for what, name in (("tasks", "task"), ("precisions", "dtype"), ("devices", "device")):
+        values = [str(getattr(module, name)) for module in modules]
         if len(set(values)) > 1:
             raise ValueError(f"Got modules of the {what} {values}; expected one. Load them alike.")
     if any(module.config.has_several_labels for module in modules):
         raise ValueError(
-            "Got a module whose labels are a yes or no each; expected single-label ones, since only these answers "
-            "compete. Put the answers of the modules side by side."
+            "Got a module whose labels are a yes or no each; expected modules of single labels. Use the answers of "
+            "the modules side by side."
         )
 
 
@@ -122,25 +110,21 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
     for batch in batches:
         inputs = {k: v.to(composed.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if (labels := inputs.pop("labels", None)) is None:
-            raise ValueError(
-                f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
-            )
+            raise ValueError(f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a column of labels.")
         if labels.ndim != 1 or labels.is_floating_point() or not bool(((labels >= 0) & (labels < count)).all()):
             raise ValueError(
                 f"Got labels of shape {tuple(labels.shape)} and type {labels.dtype} from {labels.min().item()} to "
-                f"{labels.max().item()}; expected places among the {count} joint labels. Leave other samples out, or "
-                "pass labels=... in their order."
+                f"{labels.max().item()}; expected places among the {count} joint labels. Leave other samples out."
             )
         found.append(composed.part_logits(**inputs).double().cpu())
         rights.append(labels.long().cpu())
     if not found:
         raise ValueError("Got no batches to calibrate on; expected some. Pass validation data.")
     sizes = [len(module.config.names) for module in composed.parts]
-    logits = torch.cat(found)
-    if not bool(logits.isfinite().all()):
+    if not bool((logits := torch.cat(found)).isfinite().all()):
         raise ValueError("Got logits that are no finite numbers; expected finite ones. Join modules in float32.")
-    scales, biases = fit_scales(logits, torch.cat(rights), sizes, composed.config.label_order or [])
-    composed.config.scales, composed.config.biases = scales, biases
+    fitted = fit_scales(logits, torch.cat(rights), sizes, composed.config.label_order or [])
+    composed.config.scales, composed.config.biases = fitted
 
 
 def fit_scales(
@@ -148,8 +132,8 @@ def fit_scales(
 ) -> tuple[list[float], list[float]]:
     """Fits one scale (above 0) and one bias a module by the cross-entropy of the joint logits.
 
-    `logits` are those of all modules one after another, shape (samples, labels), float64; `labels` the joint label of
-    each sample; `sizes` the number of labels of each module; `order` the column of each joint label.
+    `logits`, shape (samples, labels), float64, are those of modules of `sizes` labels in a row; `labels` the joint
+    label of each sample; `order` the column of each joint label.
     """
     own = logits.split(list(sizes), -1)
     centers = torch.stack([part.mean() for part in own])
