@@ -14,14 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-<<<<<<< HEAD
-from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows
-from nemo_hf.pruning.layer_cuts import ROTARY_NAME, Keep, LayerCut, SiteCut, site_cut, tensor_cuts, uncut_tensor
-=======
 from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError
-from nemo_hf.pruning.layer_cuts import ROTARY_NAME, LayerCut, SiteCut, site_cut
-from nemo_hf.pruning.tensor_slices import tensor_cuts, uncut_tensor
->>>>>>> s2
+from nemo_hf.pruning.layer_cuts import ROTARY_NAME, LayerCut, SiteCut, site_cut, tensor_cuts, uncut_tensor
 
 from .onnx import OTHER_WAYS
 
