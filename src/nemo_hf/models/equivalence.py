@@ -28,16 +28,9 @@ class EquivalenceError(RuntimeError):
 
 @dataclass(frozen=True)
 class EquivalenceCheck:
-    """Result of an equivalence check, in float32.
+    """Largest `difference` between a module's and the parent's logits, and `effect` of the mask on the latter.
 
-    Args:
-        status: `"verified"`, or `"unverified"` where the mask hardly moves the parent's logits, so that
-            equal logits would prove nothing.
-        difference: Largest difference between the module's and the parent's logits.
-        tolerance: 1e-5 times max(1, largest logit of the parent): rounding goes with what the layers compute, however
-            small the logits of the module's own labels come out.
-        effect: Largest difference that the static mask makes to the parent's logits.
-        samples: Number of samples compared.
+    Of a mask that hardly moves the logits equal logits prove nothing: the status is then `"unverified"`.
     """
 
     status: str
@@ -62,23 +55,20 @@ def check_equivalence(
     inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     assert parent.masks is not None
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
-        device = exact_parent.device
-        batch = {
-            name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
+        batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
+        batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
         opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, label_ids]
         whole = exact_parent(**batch, static_masks=static).logits
         expected = whole[:, label_ids]
         got = exact_module(**batch).logits
     difference = (got - expected).abs().max().item()
+    # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())
     effect = (opened - expected).abs().max().item()
     if not difference <= tolerance:  # also when it is not a number
         raise EquivalenceError(
-            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask "
-            f"by {difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: "
-            "mask less of it, for example NeMoConfig(targets=['ffn']), and report the model type."
+            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
+            f"{difference:.2e}; expected at most {tolerance:.2e}. Mask less of it: NeMoConfig(targets=['ffn'])."
         )
     status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
     return EquivalenceCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))

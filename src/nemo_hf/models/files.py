@@ -14,10 +14,9 @@ from .remote_files import REPORT_NAME as REPORT_NAME  # for those who write it
 
 @contextmanager
 def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iterator[Path]:
-    """Yields an empty directory beside `directory`, whose files are moved there when the block ends.
+    """Yields an empty directory, whose files are moved to `directory` when the block ends without an error.
 
-    If the block raises, `directory` is untouched. Files in it of other names stay, except those that match a pattern in
-    `stale`, such as shards of an older save.
+    Files there of other names stay, except those that match a pattern in `stale`, such as shards of an older save.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -26,7 +25,8 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's directories are private
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o777 & ~mask)  # mkdtemp's directories are private
         if not directory.exists():
             temporary.rename(directory)
             return
@@ -34,18 +34,11 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
         written = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
         for file in written:
             file.replace(directory / file.name)
-        names = {file.name for file in written}
-        for old in [old for pattern in stale for old in directory.glob(pattern)]:
-            if old.name not in names:
-                old.unlink()
+        old = {path for pattern in stale for path in directory.glob(pattern)}
+        for path in old - {directory / file.name for file in written}:
+            path.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -20,7 +20,7 @@ from nemo_hf.pruning.layer_cuts import RotaryAngles, ScatterLinear
 from .config_checks import REMEDY
 from .configuration import NeMoModelConfig, SavedConfig
 from .remote_files import find_file, read_json
-from .weight_files import WeightFiles
+from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
@@ -40,20 +40,19 @@ def open_model(
         model_type = read_json(path).get("model_type") if path else kind.model_type
         if model_type != kind.model_type:
             raise ValueError(
-                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. "
-                "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
+                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. Load it with "
+                "the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
     if find_file(source, "adapter_config.json", hub_options):
         raise ValueError(
             f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
-            "expected a parent or module alone. Remove that file."
+            "expected none. Remove that file."
         )
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
         raise ValueError(
-            f"Got {str(source)!r} with a distributed checkpoint; expected weights as save_pretrained writes them. "
-            "Save the model again."
+            f"Got {str(source)!r} with a distributed checkpoint; expected model.safetensors. Save the model again."
         )
     return copy.deepcopy(config), WeightFiles(source, hub_options, variant)
 
@@ -68,29 +67,20 @@ def _bounded_build(most: int) -> Iterator[None]:
         count += threading.get_ident() == thread
         if count > most:
             raise ValueError(
-                f"Got a config.json of a model with over {most} layers and parameters; expected what its weight files "
-                f"hold. {REMEDY}"
+                f"Got a config.json of a model with over {most} layers and parameters; expected about those in its "
+                f"weight files. {REMEDY}"
             )
 
-    hooks = [
+    with (
         torch_module.register_module_parameter_registration_hook(register),
         torch_module.register_module_buffer_registration_hook(register),
         torch_module.register_module_module_registration_hook(register),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
-    """Builds a parent, module or composed model without memory for its weights, and compares it with its files.
-
-    Raises:
-        UnsupportedArchitectureError: If the class of the plain model is unknown.
-        ValueError: If the configuration builds no model, or one far larger than the files.
-    """
+    """Builds a parent, module or composed model without memory for its weights, and compares it with its files."""
     model = _built(partial(kind, config), getattr(config, "base_class", kind.__name__), weights)
     for part in getattr(model, "parts", [model]):
         _check_labels(part.config, part.model.config.num_labels)
@@ -119,8 +109,7 @@ def _built(make: Callable[[], Any], name: str, weights: WeightFiles) -> Any:
         raise
     except Exception as error:  # of whatever kind the plain model raises
         raise ValueError(
-            f"Got a config.json that builds no {name} ({type(error).__name__}: {error}); expected that of the saved "
-            f"weights. {REMEDY}"
+            f"Got a config.json that builds no {name} ({type(error).__name__}: {error}); expected one. {REMEDY}"
         ) from error
 
 
@@ -129,8 +118,7 @@ def _check_tensors(model: nn.Module, weights: WeightFiles, prefix: str = "") -> 
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     if size > 2 * weights.size + SPARE_BYTES:
         raise ValueError(
-            f"Got a config.json of a model of {size} bytes beside weight files of {weights.size}; expected one of "
-            f"about their size. {REMEDY}"
+            f"Got a config.json of a model of {size} bytes; expected about {weights.size}, as its files hold. {REMEDY}"
         )
     weights.check_dtypes({f"{prefix}{name}": tensor.dtype for name, tensor in model.state_dict().items()})
 
@@ -169,8 +157,7 @@ def check_mean_masks(mean_masks: Sequence[Tensor | None]) -> None:
     for index, mean in enumerate(mean_masks):
         if mean is not None and not mean.is_meta and not bool(((mean >= 0) & (mean <= 1)).all()):
             raise ValueError(
-                f"Got masks.{index}.mean_mask with values outside [0, 1]; expected shares. The weights are damaged: "
-                "save or download them again."
+                f"Got masks.{index}.mean_mask with values outside [0, 1]; expected shares. Save or download it again."
             )
 
 
@@ -180,34 +167,26 @@ def _check_indices(name: str, indices: Tensor | None, size: int | None, is_incre
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= size or (is_increasing and not bool((indices.diff() > 0).all())):
         raise ValueError(
-            f"Got the tensor {name!r} with indices from {low} to {high}; expected "
-            f"{'increasing ' * is_increasing}ones from 0 to {size - 1}. The weights are damaged: save or download them "
-            "again."
+            f"Got the tensor {name!r} with indices from {low} to {high}; expected {'increasing ' * is_increasing}ones "
+            f"from 0 to {size - 1}. Save or download it again."
         )
 
 
 def check_loaded(source: str, info: Mapping[str, Any]) -> None:
-    """Checks that a model got exactly the tensors that it has; `info` is the loading info of `transformers`."""
+    """Checks from the loading info of `transformers` that a model got exactly the tensors that it has."""
     if info["mismatched_keys"]:
         name, got, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"Got the tensor {name!r} of shape {tuple(got)} in {source!r}; expected {tuple(expected)}. "
-            "The weights and config.json are not of the same model: save or download them again."
-        )
+        raise other_shape(source, name, got, expected)
     for kind in ("missing", "unexpected"):
         if info[f"{kind}_keys"]:
-            raise ValueError(
-                f"Got weights in {source!r} with {len(info[f'{kind}_keys'])} {kind} tensors, such as "
-                f"{sorted(info[f'{kind}_keys'])[0]!r}; expected exactly those of the configuration. "
-                "Save or download them again."
-            )
+            raise other_tensors(source, kind, info[f"{kind}_keys"])
     if info["error_msgs"]:
         raise ValueError(f"Got weights in {source!r} that don't load: {info['error_msgs'][0]}")
 
 
 @contextmanager
 def hidden_progress() -> Iterator[None]:
-    """Hides the progress bar of loading, for weights that are at hand already."""
+    """Hides the progress bar of loading, for weights that are in memory."""
     shows = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

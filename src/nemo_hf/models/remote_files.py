@@ -21,10 +21,10 @@ from .config_checks import check_report, is_companion, leaves
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
+# Usual files of tokenizers, image processors and feature extractors, where a configuration names none.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
                    "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
-"""Usual files of tokenizers, image processors and feature extractors, where a configuration names none."""
 LARGEST_JSON = 16 * 2**20
 LARGEST_COMPANION = 512 * 2**20  # bytes of a tokenizer or image processor's file
 ALWAYS_CHECKED = 2**20  # bytes up to which a file is compared with its checksum at every load, not only on arrival
@@ -35,9 +35,7 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
     """Finds a file of a local directory or a Hub repository (through the ordinary cache); `None` if it has none."""
     inner = Path(hub_options.get("subfolder") or "", name)
     if inner.is_absolute() or ".." in inner.parts:
-        raise ValueError(
-            f"Got the path {str(inner)!r}; expected one inside {str(source)!r}. Name a file or folder there."
-        )
+        raise ValueError(f"Got the path {str(inner)!r}; expected one inside {str(source)!r}. Name a folder there.")
     if Path(source).is_dir():
         path = Path(source, inner)
         return path if path.is_file() else None
@@ -55,10 +53,9 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
 
 
 def check_content(path: Path, since: float) -> None:
-    """Compares a file of the Hub's cache with its checksum, by which the cache names it.
+    """Compares a file of the Hub's cache with its checksum, by which the cache names it, where lengths don't tell.
 
-    `huggingface_hub` compares lengths alone. SHA-256 takes some 2 s a gigabyte, a download far longer. Files that are
-    older than `since` (seconds since the epoch) count as checked, unless they are small.
+    Files that are older than `since` (seconds since the epoch) count as checked, unless they are small.
     """
     blob = path.resolve()
     known, about = blob.name, blob.stat()
@@ -79,36 +76,31 @@ def check_content(path: Path, since: float) -> None:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise OSError(
-            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected an undamaged "
-            "download. It was removed from the cache: load again."
+            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected that. It was "
+            "removed from the cache: load again."
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file; an `OSError` tells if it is too large, no mapping or nested too deep."""
-    size = path.stat().st_size
-    problem, data = f"{size} bytes", None
     try:
-        if size <= LARGEST_JSON:
-            data = json.loads(path.read_bytes())
-            problem = f"a {type(data).__name__}"
-            for _ in leaves(data):
-                pass
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{size} bytes")
+        data = json.loads(path.read_bytes())
+        for _ in leaves(data):  # nested too deep
+            pass
+        if not isinstance(data, dict):
+            raise ValueError(f"a {type(data).__name__}")
     except (ValueError, RecursionError) as error:
-        problem, data = str(error), None
-    if not isinstance(data, dict):
         raise OSError(
-            f"Got {str(path)!r} with {problem}; expected a JSON mapping of at most {LARGEST_JSON} bytes. "
-            "Save or download it again."
-        )
+            f"Got {str(path)!r} with {error}; expected a JSON mapping of at most {LARGEST_JSON} bytes. Save or "
+            "download it again."
+        ) from error
     return data
 
 
 def recorded_names(files: Mapping[str, Any]) -> list[str] | None:
-    """Names of a processor's files that a configuration records, without those of code, weights and the model's own.
-
-    Loading reads just these; `None` if there are no files.
-    """
+    """Names of a processor's files that a configuration records, and loading reads; `None` if there are no files."""
     return sorted(filter(is_companion, files)) if files else None
 
 
@@ -123,23 +115,16 @@ def read_companions(
     paths = {name: find_file(source, name, hub_options) for name in names}
     for name, path in paths.items():
         if path and path.stat().st_size > LARGEST_COMPANION:
-            raise OSError(
-                f"Got {name!r} of {path.stat().st_size} bytes in {str(source)!r}; expected {LARGEST_COMPANION} "
-                "at most. Save the processor again."
-            )
+            size = path.stat().st_size
+            raise OSError(f"Got {name!r} of {size} bytes in {str(source)!r}; expected at most {LARGEST_COMPANION}.")
     path = find_file(source, REPORT_NAME, hub_options)
     report = read_json(path) if path else None
     try:
         if report is not None:
             check_report(report)
     except (TypeError, ValueError) as error:
-        logger.warning(
-            "Got a %s in %r that is no report of a parent or module (%s); expected the numbers that evaluation writes. "
-            "It is left out: evaluate the model again.",
-            REPORT_NAME,
-            str(source),
-            str(error)[:500],
-        )
+        message = "Got a %s in %r that is no report of a parent or module (%s). It is left out: evaluate again."
+        logger.warning(message, REPORT_NAME, str(source), str(error)[:500])
         report = None
     return {name: found.read_bytes() for name, found in paths.items() if found}, report
 

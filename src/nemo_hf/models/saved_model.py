@@ -10,6 +10,7 @@ from transformers.utils.hub import resolve_revision
 from .files import processor_files, replaced_directory, write_json
 from .loading import HUB_OPTIONS, build_on_meta, check_loaded, check_values, open_model
 from .remote_files import REPORT_NAME, read_companions, recorded_names
+from .weight_files import damaged_weights
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -20,10 +21,11 @@ class SavedModel(PreTrainedModel):
 
     config: Any
     config_class: Any
-    processor_files: dict[str, bytes]
-    """Files of the tokenizer, image processor or feature extractor, by name."""
-    report: dict[str, Any] | None
-    """What was measured of these weights; it is saved beside them."""
+    processor_files: dict[str, bytes]  # of the tokenizer, image processor or feature extractor, by name
+    report: dict[str, Any] | None  # what was measured of these weights
+
+    def _prepare_to_save(self) -> None:
+        """Brings the configuration up to date with the weights."""
 
     def attach_processor(self, processor: Any) -> None:
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
@@ -43,6 +45,7 @@ class SavedModel(PreTrainedModel):
                 options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
                 loads its best model by the names that the weights have in memory.
         """
+        self._prepare_to_save()
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
@@ -89,10 +92,7 @@ class SavedModel(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise OSError(
-                f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. "
-                "Save or download it again."
-            ) from error
+            raise damaged_weights(str(source), error) from error
         model, info = loaded
         check_loaded(str(source), info)
         for part in getattr(model, "parts", [model]):

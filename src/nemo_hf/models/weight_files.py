@@ -1,7 +1,7 @@
 """The tensors of a saved model: checked from the headers of their files, and read by name and by slice."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +54,14 @@ class WeightFiles:
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]], others: tuple[str, ...] = ()) -> None:
         """Checks that these tensors are there with these shapes, and besides only names that start with `others`."""
+        if missing := expected.keys() - self._files.keys():
+            raise other_tensors(self._source, "missing", missing)
         for name, shape in expected.items():
-            if name not in self._files:
-                raise ValueError(
-                    f"Got weights of {str(self._source)!r} without the tensor {name!r}; expected all of the parent's. "
-                    "Save or download the parent again."
-                )
-            got = tuple(self._lazy(name).get_shape())
-            if got != tuple(shape):
-                raise ValueError(
-                    f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
-                    "The weights and config.json are not of the same model: save or download them again."
-                )
-        unexpected = set(self._files) - set(expected)
-        if strange := sorted(name for name in unexpected if not name.startswith(others)):
-            raise ValueError(
-                f"Got weights of {str(self._source)!r} with {len(strange)} unexpected tensors, such as {strange[0]!r}; "
-                "expected exactly those of the configuration. Save or download the parent again."
-            )
+            got = self._lazy(name).get_shape()
+            if tuple(got) != tuple(shape):
+                raise other_shape(self._source, name, got, shape)
+        if strange := {name for name in self._files.keys() - expected.keys() if not name.startswith(others)}:
+            raise other_tensors(self._source, "unexpected", strange)
 
     def find_tied(self, tied: Mapping[str, str]) -> None:
         """Lets tensors be read that are stored under another name; `tied` is a model's `all_tied_weights_keys`."""
@@ -83,11 +73,11 @@ class WeightFiles:
 
     def read(self, name: str, cut: TensorCut | None = None) -> Tensor:
         """Reads a tensor to the CPU, or only the rows and columns that `cut` keeps of it."""
-        if cut is not None and cut.constant is not None:
-            return cut.constant.clone()
         if cut is None:
             tensor: Tensor = self._files[name].get_tensor(self._stored_names.get(name, name))
             return tensor
+        if cut.constant is not None:
+            return cut.constant.clone()
         lazy = self._lazy(name)
         return cut_tensor(lambda dim, index: _read_slice(lazy, dim, index), cut)
 
@@ -97,6 +87,30 @@ class WeightFiles:
 
     def _lazy(self, name: str) -> Any:
         return self._files[name].get_slice(self._stored_names.get(name, name))
+
+
+def other_shape(source: str | Path, name: str, got: Sequence[int], expected: Sequence[int]) -> ValueError:
+    """Makes the error of a tensor that has another shape than the configuration says."""
+    return ValueError(
+        f"Got the tensor {name!r} of shape {tuple(got)} in {str(source)!r}; expected {tuple(expected)}. The weights "
+        "and config.json are not of the same model: save or download them again."
+    )
+
+
+def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> ValueError:
+    """Makes the error of tensors that are missing or unexpected."""
+    return ValueError(
+        f"Got weights in {str(source)!r} with {len(names)} {kind} tensors, such as {min(names)!r}; expected exactly "
+        "those of the configuration. Save or download them again."
+    )
+
+
+def damaged_weights(source: str | Path, error: Exception) -> OSError:
+    """Makes the error of a file that `safetensors` can't read."""
+    return OSError(
+        f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. Save or download "
+        "it again."
+    )
 
 
 def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: str) -> list[Path]:
@@ -118,10 +132,7 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
     paths = {name: find_file(source, name, hub_options) for name in sorted(set(names))}
     for name, path in paths.items():
         if path is None:
-            raise OSError(
-                f"Got {str(source)!r} without {name}; expected the weights of a nemo_hf parent. "
-                "Save the parent again with save_pretrained."
-            )
+            raise OSError(f"Got {str(source)!r} without {name}; expected all weights. Save or download them again.")
     return [path for path in paths.values() if path]
 
 
@@ -139,7 +150,4 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise OSError(
-            f"Got a damaged or truncated weight file {str(path)!r} ({error}); expected safetensors. "
-            "Save or download it again."
-        ) from error
+        raise damaged_weights(path, error) from error
