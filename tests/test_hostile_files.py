@@ -7,7 +7,7 @@ import resource
 import shutil
 import struct
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -79,14 +79,14 @@ def changed(source: Path, target: Path, field: str, value) -> Path:
 
 
 def load(directory, model=NeMoForImageClassification, **options):
-    """Loads and runs a model, in bounded time."""
+    """Loads and runs a model, in bounded time, and returns its logits."""
     start = time.monotonic()
     try:
         loaded = model.from_pretrained(directory, **options)
         with torch.no_grad():
             logits = loaded(**random_inputs(loaded)).logits
         assert logits.shape == (4, loaded.config.num_labels)
-        return loaded, logits
+        return logits
     finally:
         assert time.monotonic() - start < SECONDS
 
@@ -104,7 +104,7 @@ def refused(directory, *parts: str, kind: str = "module", model=NeMoForImageClas
 def test_the_untouched_files_load(saved, kind):
     """Without which the tests below would prove nothing."""
     for options in LOADS[kind]:
-        first, second = (load(saved / kind, **options)[1] for _ in range(2))
+        first, second = (load(saved / kind, **options) for _ in range(2))
         assert torch.equal(first, second)
         assert first.isfinite().all()
 
@@ -199,15 +199,11 @@ RIGHT = {
 }
 
 
-def test_right_records_are_read(saved):
+def test_right_records_are_read_and_wrong_ones_not_set(saved):
     for field, values in RIGHT.items():
         for value in values:
             config = NeMoModelConfig.from_dict(with_entry(config_of(saved / "module"), (field,), value))
             assert getattr(config, field) == value
-
-
-def test_wrong_values_are_refused_when_they_are_set(saved):
-    config = NeMoModelConfig.from_pretrained(saved / "module")
     with pytest.raises(Exception, match="label_ids"):
         config.label_ids = [1, 1]
     assert config.label_ids == [0, 1]
@@ -312,6 +308,7 @@ ABSURD = [
     ("module", "base_config.num_hidden_layers", 99_999),
     ("module", "label_ids", [0, 10**12]),
     ("parent", "base_config.intermediate_size", 10**9),
+    ("parent", "nemo_config.generator_rank", 10**12),
 ]
 
 
@@ -319,15 +316,13 @@ ABSURD = [
 def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field, value):
     directory = changed(saved / kind, tmp_path / "a", field, value)
     with limited_memory(2**30):
-        refused(directory, kind=kind)
+        if field == "nemo_config.generator_rank":  # of no account for a cut
+            with pytest.raises(ValueError, match=r"^Got .*; expected"):
+                load(directory)
+        else:
+            refused(directory, kind=kind)
     if value == 99_999:  # the bound on layers was for that build alone
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(12_000))
-
-
-def test_an_absurd_rank_of_generators_takes_no_memory(saved, tmp_path):
-    directory = changed(saved / "parent", tmp_path / "a", "nemo_config.generator_rank", 10**12)
-    with limited_memory(2**30), pytest.raises(ValueError, match=r"^Got .*; expected"):
-        NeMoForImageClassification.from_pretrained(directory)
 
 
 # Other files
@@ -344,6 +339,7 @@ def test_files_of_absurd_size_are_not_read(saved, tmp_path, name, size):
 
 @pytest.mark.parametrize("subfolder", ["..", "../module", "a/../../module", "/"])
 def test_subfolders_lie_inside(saved, subfolder):
+    load(saved, subfolder="parent")
     with pytest.raises(REFUSALS, match=r"^Got the path .*; expected one inside .*\. "):
         NeMoForImageClassification.from_pretrained(saved / "parent", subfolder=subfolder)
 
@@ -373,6 +369,8 @@ def test_nothing_is_unpickled(saved, tmp_path, kind):
             load(directory, **options)
     (directory / "shard-00000-model-00001-of-00001.safetensors").write_bytes(b"")
     refused(directory, "distributed checkpoint", kind=kind)
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "stranger/model"}')
+    refused(directory, "adapter_config", "from elsewhere", kind=kind)
     assert not mark.exists()
 
 
@@ -393,13 +391,6 @@ def test_code_beside_a_model_is_not_run(saved, tmp_path, kind):
         load(directory, **options)
         load(directory, AutoModelForImageClassification, **options)
     assert not mark.exists()
-
-
-@kinds
-def test_a_model_leads_to_no_other_one(saved, tmp_path, kind):
-    content = {"base_model_name_or_path": "stranger/model"}
-    directory = damaged(saved / kind, tmp_path / "a", "adapter_config.json", content)
-    refused(directory, "adapter_config", "from elsewhere", kind=kind)
 
 
 # Weights
@@ -494,17 +485,12 @@ def test_values_that_steer_others_are_checked(saved, tmp_path, source, end, valu
 def test_weights_that_are_no_numbers_load(saved, tmp_path):
     """They are a training that failed, not a damaged file."""
     directory, _ = with_tensor(saved / "module", tmp_path / "a", NAME, lambda weight: weight.fill_(NAN))
-    assert load(directory)[1].isnan().all()
+    assert load(directory).isnan().all()
 
 
-@pytest.fixture
-def sharded(saved, tmp_path) -> Path:
-    model = NeMoForImageClassification.from_pretrained(saved / "parent")
-    model.save_pretrained(tmp_path / "in" / "parent", max_shard_size="20KB")
-    return tmp_path / "in" / "parent"
-
-
-def test_shards_lie_beside_their_index(sharded):
+def test_shards_lie_beside_their_index(saved, tmp_path):
+    sharded = tmp_path / "in" / "parent"
+    NeMoForImageClassification.from_pretrained(saved / "parent").save_pretrained(sharded, max_shard_size="20KB")
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     first = next(iter(index["weight_map"]))
@@ -547,26 +533,20 @@ def mutated(data, config: dict) -> dict:
     return with_entry(config, data.draw(st.sampled_from(list(places(config)))), data.draw(GARBAGE))
 
 
-def fuzzing(examples: int):
-    suppressed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(  # `load` holds its own deadline
-        derandomize=True, database=None, deadline=None, max_examples=examples, suppress_health_check=suppressed
-    )
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+FUZZING = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": SUPPRESSED}
 
 
 @kinds
-@fuzzing(100)
+@settings(max_examples=100, **FUZZING)
 @given(data=st.data())
 def test_any_entry_of_a_configuration_may_be_garbage(saved, kind, data):
-    config = mutated(data, config_of(saved / kind))
-    try:
-        assert NeMoModelConfig.from_dict(config).model_type == "nemo_hf"
-    except REFUSALS:
-        return
+    with suppress(*REFUSALS):
+        assert NeMoModelConfig.from_dict(mutated(data, config_of(saved / kind))).model_type == "nemo_hf"
 
 
 @kinds
-@fuzzing(25)
+@settings(max_examples=25, **FUZZING)
 @given(data=st.data())
 def test_garbage_in_a_configuration_or_header_is_loaded_or_refused(saved, tmp_path, kind, data):
     header, tensors = header_of(saved / kind / "model.safetensors")
@@ -574,7 +554,5 @@ def test_garbage_in_a_configuration_or_header_is_loaded_or_refused(saved, tmp_pa
         file, content = "config.json", json.dumps(mutated(data, config_of(saved / kind)))
     else:
         file, content = "model.safetensors", with_header(mutated(data, header), tensors)
-    try:
+    with suppress(*REFUSALS):
         load(damaged(saved / kind, tmp_path / "a", file, content), **data.draw(st.sampled_from(LOADS[kind])))
-    except REFUSALS:
-        return
