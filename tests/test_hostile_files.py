@@ -174,7 +174,6 @@ WRONG = {
     "quantization_config": ({"quant_method": "bitsandbytes"},),
     "transformers_weights": ("../other.safetensors",),
     "get_text_config": (3,),
-    "validate_problem_type": (3,),
 }  # fmt: skip
 
 

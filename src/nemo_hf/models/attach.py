@@ -25,8 +25,8 @@ def attach_masks(
     nemo_config = nemo_config or NeMoConfig()
     check_plain(model, nemo_config.hard_masks)
     base_config = model.config
-    names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
-    names = names or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
+    id2label = base_config.id2label or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
+    names = {int(index): str(name) for index, name in id2label.items()}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     sites = model_sites(model, nemo_config) if sites is None else sites
     changed = _stop_cache_and_layer_drop(model)
@@ -37,7 +37,7 @@ def attach_masks(
         label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
-        problem_type=base_config.problem_type or "single_label_classification",
+        problem_type=base_config.problem_type or "single_label_classification",  # type: ignore[arg-type]
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )

@@ -20,6 +20,7 @@ from nemo_hf.neurons.user_sites import model_sites, user_site_entries
 from nemo_hf.pruning.layer_cuts import ScatterLinear, close_attention, resize, resize_head
 from nemo_hf.pruning.plan import module_masks
 
+from .config_checks import damaged
 from .configuration import NeMoModelConfig, task_of
 from .label_checks import check_label_shape
 from .rejection import rejection_scores
@@ -295,10 +296,8 @@ def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[Ne
     pruning_modes = {entry["key"]: entry["pruning_mode"] for entry in entries}
     found = model_sites(plain, NeMoConfig.from_dict(config.nemo_config or {}), user_site_entries(entries))
     if not entries or len(pruning_modes) < len(entries) or not set(pruning_modes) <= {site.key for site in found}:
-        raise ValueError(
-            f"Got a config.json with the sites {sorted(entry['key'] for entry in entries)}; expected some of "
-            f"{[site.key for site in found]}, each once. It is of another base model or version: save the model again."
-        )
+        got = f"a config.json with the sites {sorted(entry['key'] for entry in entries)}"
+        raise damaged(got, f"some of {[site.key for site in found]}, each once")
     return with_pruning_modes([site for site in found if site.key in pruning_modes], pruning_modes)
 
 

@@ -64,6 +64,13 @@ FORMATS = {"device": str, "latency_ms": dict[str, dict[str, Number]]}
 PARENT_REPORT = {"metrics": dict[str, Any]}
 
 
+def damaged(got: str, expected: str, kind: type[Exception] = ValueError) -> Exception:
+    """Makes the error of files that don't hold what they should."""
+    return kind(
+        f"Got {got}; expected {expected}. Files are damaged or of another version: save or download them again."
+    )
+
+
 def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yields the path of keys to each value of nested JSON, and the value; an entry of a list has the list's path."""
     waiting: list[tuple[tuple[str, ...], int, Any]] = [((), 0, data)]
@@ -111,8 +118,8 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
         raise _refused(path, value, f"at most {most}")
 
 
-def _refused(path: tuple[str, ...], value: Any, expected: str) -> ValueError:
-    return ValueError(f"Got {'.'.join(path)}={repr(value)[:120]} in config.json; expected {expected}. {REMEDY}")
+def _refused(path: tuple[str, ...], value: Any, expected: str) -> Exception:
+    return damaged(f"{'.'.join(path)}={repr(value)[:120]} in config.json", expected)
 
 
 def check_record(data: Any, types: Mapping[str, Any]) -> None:

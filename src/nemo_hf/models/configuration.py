@@ -7,15 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
 from nemo_hf.config import NeMoConfig
@@ -25,9 +17,9 @@ from . import config_checks as checks
 
 # For each task, what names of its classes have in them, and the classes that its Auto class knows.
 TASKS = {
-    "image-classification": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
-    "text-classification": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "audio-classification": ("ForAudioClassification", MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
+    "image-classification": ("ForImageClassification", transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    "text-classification": ("ForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "audio-classification": ("ForAudioClassification", transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
 }
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type under which each label is a yes or no of its own
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
@@ -50,8 +42,7 @@ class SavedConfig(PreTrainedConfig):
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
-        # Code beside the weights is never loaded, and a copy of the model saved anew may have none.
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}  # no code is loaded
         is_base_read = False
         try:
             base = config_dict.get("base_config")
@@ -62,10 +53,8 @@ class SavedConfig(PreTrainedConfig):
         except Exception as error:  # of whatever kind the plain model's own checks raise
             if isinstance(error, (ImportError, OSError)) or (is_base_read and isinstance(error, ValueError)):
                 raise  # a ValueError then tells of an argument
-            raise ValueError(
-                f"Got a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]}); expected "
-                f"that of {cls.describes}. {checks.REMEDY}"
-            ) from error
+            got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
+            raise checks.damaged(got, f"that of {cls.describes}") from error
         return (config, {**unused, **passed}) if wants_unused else config
 
     @classmethod
@@ -115,7 +104,7 @@ class NeMoModelConfig(SavedConfig):
     # As in transformers, whose own declarations strict dataclasses can't read.
     id2label: dict[int, str] | dict[str, str] | None = validated_field(checks.check_names, default=None)
     label2id: dict[str, int] | None = None
-    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
     relevance_source: Literal["initial", "running", "exact"] = "initial"
     parent: str | None = None
     relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
@@ -147,11 +136,6 @@ class NeMoModelConfig(SavedConfig):
         """Class of the plain model inside."""
         assert isinstance(self.base_config, PreTrainedConfig)
         return find_base_class(self.base_class, self.base_config)
-
-    def validate_problem_type(self) -> None:
-        """Refuses regression, which has no labels."""
-        if self.problem_type == "regression":
-            raise ValueError("expected problem_type to be a classification, got regression")
 
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:

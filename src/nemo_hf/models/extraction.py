@@ -22,7 +22,7 @@ from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor, tensor_cuts
 from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
-from .loading import HUB_OPTIONS, build_plain_on_meta, check_mean_masks, hidden_progress, open_model
+from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress, open_model
 from .remote_files import hub_name, read_companions
 from .weight_files import WeightFiles
 
@@ -207,8 +207,7 @@ def cut_on_load(
     **kwargs: Any,
 ) -> Model:
     """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
-    strange = sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS)
-    if strange:
+    if strange := sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS):
         raise ValueError(f"Got {strange} with labels; expected some of {sorted(CUT_OPTIONS)}. Set them after the cut.")
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
@@ -237,7 +236,8 @@ def cut_on_load(
 
 def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:
     """Reads what a cut needs besides the weights themselves: structure, relevance and mean masks."""
-    plain = build_plain_on_meta(config, weights)
+    plain = build_on_meta(config.build_plain, weights, "model.")
+    check_labels(config, plain.config.num_labels or 0)
     sites = configured_sites(plain, config)
     weights.find_tied({f"model.{name}": f"model.{other}" for name, other in plain.all_tied_weights_keys.items()})
     options = NeMoConfig.from_dict(config.nemo_config or {})

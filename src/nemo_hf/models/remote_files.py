@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers.utils.hub import cached_file
 
-from .config_checks import check_report, is_companion, leaves
+from .config_checks import check_report, damaged, is_companion, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(data, dict):
             raise ValueError(f"a {type(data).__name__}")
     except (ValueError, RecursionError) as error:
-        raise OSError(
-            f"Got {str(path)!r} with {error}; expected a JSON mapping of at most {LARGEST_JSON} bytes. Save or "
-            "download it again."
-        ) from error
+        expected = f"a JSON mapping of at most {LARGEST_JSON} bytes"
+        raise damaged(f"{str(path)!r} with {error}", expected, OSError) from error
     return data
 
 

@@ -1,5 +1,6 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,10 +8,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
+from .config_checks import damaged
 from .files import processor_files, replaced_directory, write_json
-from .loading import HUB_OPTIONS, build_on_meta, check_loaded, check_values, open_model
+from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
 from .remote_files import REPORT_NAME, read_companions, recorded_names
-from .weight_files import damaged_weights
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -66,23 +67,17 @@ class SavedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
     ) -> Self:
-        """Loads what `save_pretrained` saved; arguments as in `transformers`.
-
-        Returns:
-            The model in eval mode.
-
-        Raises:
-            OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
-        """
+        """Loads what `save_pretrained` saved, in eval mode; arguments as in `transformers`."""
         source = pretrained_model_name_or_path
         if source is not None:
             pin_revision(source, kwargs)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         if source is not None:
             config = kwargs["config"] if isinstance(kwargs.get("config"), cls.config_class) else None
-            opened = open_model(source, hub_options, config, kwargs.get("variant"), cls.config_class)
-            checked = build_on_meta(cls, *opened)
+            config, weights = open_model(source, hub_options, config, kwargs.get("variant"), cls.config_class)
+            checked = build_on_meta(partial(cls, config), weights)
+            for part in getattr(checked, "parts", [checked]):
+                check_labels(part.config, part.model.config.num_labels)
             if not model_args and (sites := getattr(checked, "sites", None)):
                 model_args = (None, sites)  # found already
             hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
@@ -92,7 +87,9 @@ class SavedModel(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise damaged_weights(str(source), error) from error
+            raise damaged(
+                f"damaged or truncated weights in {str(source)!r} ({error})", "safetensors", OSError
+            ) from error
         model, info = loaded
         check_loaded(str(source), info)
         for part in getattr(model, "parts", [model]):

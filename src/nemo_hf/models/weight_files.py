@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor
 
+from .config_checks import damaged
 from .remote_files import find_file, read_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -28,12 +29,13 @@ class WeightFiles:
         self._stored_names: dict[str, str] = {}
         self.size = 0
         for path in _weight_paths(source, hub_options, f".{variant}" if variant else ""):
-            opened = _open(path)
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise damaged(f"a truncated file {str(path)!r} ({error})", "safetensors", OSError) from error
             if repeated := sorted(set(opened.keys()) & set(self._files)):
-                raise OSError(
-                    f"Got the tensor {repeated[0]!r} in several weight files of {str(source)!r}; expected each in one. "
-                    "Save the model again."
-                )
+                got = f"the tensor {repeated[0]!r} in several weight files of {str(source)!r}"
+                raise damaged(got, "each in one", OSError)
             self._files.update(dict.fromkeys(opened.keys(), opened))
             self.size += path.stat().st_size
 
@@ -47,10 +49,8 @@ class WeightFiles:
             dtype, got = expected[name], self._lazy(name).get_dtype()
             allowed = tuple(STORED_FLOATS) if dtype.is_floating_point else (STORED_DTYPES.get(dtype, got),)
             if got not in allowed:
-                raise ValueError(
-                    f"Got the tensor {name!r} stored as {got} in {str(self._source)!r}; expected "
-                    f"{' or '.join(allowed)}. Save or download the model again."
-                )
+                problem = f"the tensor {name!r} stored as {got} in {str(self._source)!r}"
+                raise damaged(problem, " or ".join(allowed))
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]], others: tuple[str, ...] = ()) -> None:
         """Checks that these tensors are there with these shapes, and besides only names that start with `others`."""
@@ -89,28 +89,15 @@ class WeightFiles:
         return self._files[name].get_slice(self._stored_names.get(name, name))
 
 
-def other_shape(source: str | Path, name: str, got: Sequence[int], expected: Sequence[int]) -> ValueError:
+def other_shape(source: str | Path, name: str, got: Sequence[int], expected: Sequence[int]) -> Exception:
     """Makes the error of a tensor that has another shape than the configuration says."""
-    return ValueError(
-        f"Got the tensor {name!r} of shape {tuple(got)} in {str(source)!r}; expected {tuple(expected)}. The weights "
-        "and config.json are not of the same model: save or download them again."
-    )
+    return damaged(f"the tensor {name!r} of shape {tuple(got)} in {str(source)!r}", str(tuple(expected)))
 
 
-def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> ValueError:
+def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> Exception:
     """Makes the error of tensors that are missing or unexpected."""
-    return ValueError(
-        f"Got weights in {str(source)!r} with {len(names)} {kind} tensors, such as {min(names)!r}; expected exactly "
-        "those of the configuration. Save or download them again."
-    )
-
-
-def damaged_weights(source: str | Path, error: Exception) -> OSError:
-    """Makes the error of a file that `safetensors` can't read."""
-    return OSError(
-        f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. Save or download "
-        "it again."
-    )
+    got = f"weights in {str(source)!r} with {len(names)} {kind} tensors, such as {min(names)!r}"
+    return damaged(got, "exactly those of the configuration")
 
 
 def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: str) -> list[Path]:
@@ -122,18 +109,17 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
     names: Any = [single]
     if index:
         weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
         if strange or not names:
-            raise OSError(
-                f"Got {index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}; expected names "
-                "of *.safetensors files beside it. Save or download the model again."
-            )
-    paths = {name: find_file(source, name, hub_options) for name in sorted(set(names))}
-    for name, path in paths.items():
-        if path is None:
-            raise OSError(f"Got {str(source)!r} without {name}; expected all weights. Save or download them again.")
-    return [path for path in paths.values() if path]
+            got = f"{index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}"
+            raise damaged(got, "names of *.safetensors files beside it", OSError)
+    paths = []
+    for name in sorted(set(names)):
+        if (path := find_file(source, name, hub_options)) is None:
+            raise damaged(f"{str(source)!r} without {name}", "all weights", OSError)
+        paths.append(path)
+    return paths
 
 
 def _read_slice(lazy: Any, dim: int, index: Tensor) -> Tensor:
@@ -144,10 +130,3 @@ def _read_slice(lazy: Any, dim: int, index: Tensor) -> Tensor:
         return torch.empty(shape, dtype=sample.dtype)
     part: Tensor = lazy[(*(slice(None),) * dim, index.tolist())]
     return part
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise damaged_weights(path, error) from error
