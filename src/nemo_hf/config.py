@@ -58,10 +58,8 @@ class NeMoConfig:
             sides. `sparsity_weight` is then where the weight starts; it adapts to modules' size. `None` keeps it.
         hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or soft values in [0, 1).
         static_evaluation: Whether a parent with hard masks uses in eval mode one static mask for all inputs, that of
-            the module of all its labels. If not, each input opens its own neurons, as in the paper, and an input that
-            the generators misjudge is answered wrongly.
-        detach_pooled: Whether no gradient flows from the mask generators into the hidden states that they read; in the
-            paper it does.
+            the module of all its labels. If not, each input opens its own neurons, as in the paper.
+        detach_pooled: Whether no gradient of the generators flows into the hidden states that they read.
         mask_learning_rate: Learning rate of the mask generators; `None` takes 3 times
             `TrainingArguments.learning_rate`, so that masks close early and the model adapts to them.
         warmup_ratio: Share of the training steps, in [0, 1], over which `contrastive_weight` and

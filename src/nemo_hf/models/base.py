@@ -239,9 +239,9 @@ class NeMoPreTrainedModel(SavedModel):
         self._watch_weights()
         given = {name: value for name, value in inputs.items() if value is not None}
         collected: dict[str, list[Tensor]] = {}
+        if static_masks is not None:
+            self.parent_masks()  # a module has none
         if self.masks is None:
-            if static_masks is not None:
-                self.parent_masks()
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
             attention_mask = given.get("attention_mask", kwargs.get("attention_mask"))

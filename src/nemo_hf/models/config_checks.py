@@ -66,9 +66,7 @@ PARENT_REPORT = {"metrics": dict[str, Any]}
 
 def damaged(got: str, expected: str, kind: type[Exception] = ValueError) -> Exception:
     """Makes the error of files that don't hold what they should."""
-    return kind(
-        f"Got {got}; expected {expected}. Files are damaged or of another version: save or download them again."
-    )
+    return kind(f"Got {got}; expected {expected}. The files are damaged or of another version: save or download again.")
 
 
 def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:

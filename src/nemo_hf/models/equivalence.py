@@ -1,9 +1,7 @@
 """The equivalence check: a module's logits equal the parent's under the same static mask.
 
-It holds because a closed neuron adds exactly nothing to what reads it: values and units are masked where they
-are read, q.k dimensions are missing in q and k alike, attention keeps its scale, and the residual stream keeps
-its width, so that every norm sees the statistics that it was trained with. Families in which one of these
-fails would fail silently, so every extraction is checked.
+It holds because a closed neuron adds exactly nothing to what reads it, attention keeps its scale, and the residual
+stream its width. Families in which one of these fails would fail silently, so every extraction is checked.
 """
 
 import copy
@@ -51,15 +49,14 @@ def check_equivalence(
     `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
     Logits that differ by more than the tolerance are an `EquivalenceError`.
     """
-    label_ids = module.config.label_ids or []
     inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     assert parent.masks is not None
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
         batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
         batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, label_ids]
+        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, module.config.label_ids]
         whole = exact_parent(**batch, static_masks=static).logits
-        expected = whole[:, label_ids]
+        expected = whole[:, module.config.label_ids]
         got = exact_module(**batch).logits
     difference = (got - expected).abs().max().item()
     # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
@@ -76,11 +73,9 @@ def check_equivalence(
 
 @contextmanager
 def as_saved(*models: NeMoPreTrainedModel) -> Iterator[None]:
-    """Lets models run as they would when loaded: in eval mode, in the precision of their weights.
-
-    Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
-    """
+    """Lets models run as they would when loaded: in eval mode, in the precision of their weights."""
     training = [model.training for model in models]
+    # Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
     wrapped = [model.__dict__.pop("forward", None) for model in models]
     try:
         for model in models:

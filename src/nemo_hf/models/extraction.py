@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,17 +44,15 @@ class CutSource:
     options: NeMoConfig
     plain: PreTrainedModel
     sites: Sequence[NeuronSite]
-    heads: Sequence[str]
     relevance: Mapping[str, Tensor]
-    mean_masks: Mapping[str, Tensor] = field(default_factory=dict)
+    mean_masks: Mapping[str, Tensor]
 
     @classmethod
     def of_parent(cls, parent: NeMoPreTrainedModel) -> "CutSource":
         """Takes what a cut needs from a parent in memory; a module is refused with a `ValueError`."""
         masks = parent.parent_masks()
         means = {mask.site.key: mask.mean_mask for mask in masks.site_masks() if mask.mean_mask is not None}
-        shape = parent.model, parent.sites, parent.heads
-        return cls(parent.config, parent.nemo_config, *shape, masks.relevance(), means)
+        return cls(parent.config, parent.nemo_config, parent.model, parent.sites, masks.relevance(), means)
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,7 @@ def make_plan(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
     if config.relevance_source == "initial":
-        logger.warning(
-            "This parent's relevance was never measured, so its modules keep every neuron. "
-            "Train it with NeMoTrainer, or call compute_relevance(parent, dataloader) first."
-        )
+        logger.warning("This parent's relevance was never measured: modules keep all. Call compute_relevance first.")
     indices = [list(config.groups).index(name) for name in names]
     keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)
     static = static_masks(source.sites, keep)
@@ -132,12 +127,8 @@ def _check(parent: Model, module: Model, plan: ModulePlan, inputs: Mapping[str, 
     """Compares a module that is still in float32 with its parent, and records the result in its configuration."""
     check = check_equivalence(parent, module, plan.static, inputs)
     if check.status == "unverified":
-        logger.warning(
-            "The module's mask moves the parent's logits by %.1e only; a check of the cut needs over %.1e. The module "
-            "is marked as unverified.",
-            check.effect,
-            EFFECT_FACTOR * check.tolerance,
-        )
+        message = "The module is unverified: its mask moves the parent's logits by %.1e only; a check needs over %.1e."
+        logger.warning(message, check.effect, EFFECT_FACTOR * check.tolerance)
     module.config.equivalence = asdict(check)
 
 
@@ -151,8 +142,8 @@ def build_module(
     has_means = bool(source.mean_masks)
     cuts = [site_cut(site, plan.keep[site.key], plan.static[site.key] if has_means else None) for site in source.sites]
     config = _module_config(source, plan, [cut.widths for cut in cuts])
-    heads = dict.fromkeys(source.heads, torch.tensor(plan.label_ids, dtype=torch.long))
-    by_name = tensor_cuts(source.plain, cuts, heads)
+    heads = find_heads(source.plain, source.plain.config.num_labels or 0)
+    by_name = tensor_cuts(source.plain, cuts, dict.fromkeys(heads, torch.tensor(plan.label_ids)))
     names = [*source.plain.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]
     state = {f"model.{name}": _at_least_float32(read(name, by_name.get(name))) for name in names}
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
@@ -228,8 +219,7 @@ def cut_on_load(
     if verify:
         _check(cls.from_pretrained(source, **hub_options), module, plan)
     _restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
-    dtype = kwargs.get("dtype")
-    if dtype not in (None, "auto"):
+    if (dtype := kwargs.get("dtype")) not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return module
 
@@ -247,10 +237,8 @@ def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:
         read = {f"masks.{index}.{name}": (len(config.groups), site.neurons) for index, site in enumerate(sites)}
         weights.check_dtypes(dict.fromkeys(read, dtype))
         shapes |= read
-    others = ("masks.sparsity_level", *(f"masks.{index}." for index in range(len(sites))))
-    weights.check_shapes(shapes, others)
+    weights.check_shapes(shapes, ("masks.sparsity_level", *(f"masks.{index}." for index in range(len(sites)))))
     relevance = {site.key: weights.read(f"masks.{index}.relevance") for index, site in enumerate(sites)}
     means = {site.key: weights.read(f"masks.{index}.mean_mask") for index, site in enumerate(sites) if has_means}
     check_mean_masks(list(means.values()))
-    heads = find_heads(plain, plain.config.num_labels or 0)
-    return CutSource(config, options, plain, sites, heads, relevance, means)
+    return CutSource(config, options, plain, sites, relevance, means)

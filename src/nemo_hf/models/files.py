@@ -53,10 +53,3 @@ def write_text(path: str | Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def processor_files(processor: Any) -> dict[str, bytes]:
-    """Returns the files that a tokenizer, image processor or feature extractor saves, by name."""
-    with tempfile.TemporaryDirectory() as directory:
-        processor.save_pretrained(directory)
-        return {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir()) if file.is_file()}

@@ -1,5 +1,6 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from .config_checks import damaged
-from .files import processor_files, replaced_directory, write_json
+from .files import replaced_directory, write_json
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
 from .remote_files import REPORT_NAME, read_companions, recorded_names
 
@@ -30,7 +31,10 @@ class SavedModel(PreTrainedModel):
 
     def attach_processor(self, processor: Any) -> None:
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
-        self.processor_files = processor_files(processor)
+        with tempfile.TemporaryDirectory() as directory:
+            processor.save_pretrained(directory)
+            files = [file for file in sorted(Path(directory).iterdir()) if file.is_file()]
+            self.processor_files = {file.name: file.read_bytes() for file in files}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
@@ -87,9 +91,7 @@ class SavedModel(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise damaged(
-                f"damaged or truncated weights in {str(source)!r} ({error})", "safetensors", OSError
-            ) from error
+            raise damaged(f"truncated weights in {str(source)!r} ({error})", "safetensors", OSError) from error
         model, info = loaded
         check_loaded(str(source), info)
         for part in getattr(model, "parts", [model]):
