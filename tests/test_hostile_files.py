@@ -221,25 +221,26 @@ def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path,
 
 # Configurations that fit no model
 
-WRONG_MODELS = [
-    *(("base_config.hidden_size", value) for value in (-4, 0, 31)),
-    ("base_config.num_hidden_layers", -1),
-    ("base_config.patch_size", 0),
-    ("base_config.hidden_act", "evil"),
-    ("base_config.id2label", {}),
-    *(("base_class", name) for name in ("ViTModel", "BertForSequenceClassification")),
-    *(("nemo_config", options) for options in ({"targets": 3}, {"sites": [3]}, {"sites": 3})),
-    ("label_groups", []),
-    ("id2label", {}),
-    ("model_type", "vit"),
-]
+WRONG_MODELS = {
+    "base_config.hidden_size": (-4, 0, 31),
+    "base_config.num_hidden_layers": (-1,),
+    "base_config.patch_size": (0,),
+    "base_config.hidden_act": ("evil",),
+    "base_config.id2label": ({},),
+    "base_class": ("ViTModel", "BertForSequenceClassification"),
+    "nemo_config": ({"targets": 3}, {"sites": [3]}, {"sites": 3}),
+    "label_groups": ([],),
+    "id2label": ({},),
+    "model_type": ("vit",),
+}
 
 
 @kinds
-@pytest.mark.parametrize(("field", "value"), WRONG_MODELS, ids=str)
-def test_configurations_that_build_no_model_are_refused(saved, tmp_path, kind, field, value):
-    with pytest.raises(REFUSALS):
-        load(changed(saved / kind, tmp_path / "a", field, value), **LOADS[kind][-1])
+@pytest.mark.parametrize("field", list(WRONG_MODELS))
+def test_configurations_that_build_no_model_are_refused(saved, tmp_path, kind, field):
+    for value in WRONG_MODELS[field]:
+        with pytest.raises(REFUSALS):
+            load(changed(saved / kind, tmp_path / "a", field, value), **LOADS[kind][-1])
 
 
 WIDTHS = [*({"intermediate": width} for width in (10**12, 49, -1, "3", True, None)), {}, {"head_dim": 3}, None]
@@ -336,11 +337,11 @@ def test_files_of_absurd_size_are_not_read(saved, tmp_path, name, size):
         NeMoForImageClassification.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("subfolder", ["..", "../module", "a/../../module", "/"])
-def test_subfolders_lie_inside(saved, subfolder):
+def test_subfolders_lie_inside(saved):
     load(saved, subfolder="parent")
-    with pytest.raises(REFUSALS, match=r"^Got the path .*; expected one inside .*\. "):
-        NeMoForImageClassification.from_pretrained(saved / "parent", subfolder=subfolder)
+    for subfolder in ("..", "../module", "a/../../module", "/"):
+        with pytest.raises(REFUSALS, match=r"^Got the path .*; expected one inside .*\. "):
+            NeMoForImageClassification.from_pretrained(saved / "parent", subfolder=subfolder)
 
 
 class Evil:
@@ -382,9 +383,8 @@ def test_code_beside_a_model_is_not_run(saved, tmp_path, kind):
     (directory / "custom_generate").mkdir()
     (directory / "custom_generate" / "generate.py").write_text(code)
     config = config_of(directory)
-    config["auto_map"] = config["base_config"]["auto_map"] = {
-        "AutoConfig": "evil.Own", "AutoModelForImageClassification": "evil.Own"
-    }  # fmt: skip
+    names = dict.fromkeys(("AutoConfig", "AutoModelForImageClassification"), "evil.Own")
+    config["auto_map"] = config["base_config"]["auto_map"] = names
     (directory / "config.json").write_text(json.dumps(config))
     for options in LOADS[kind]:
         load(directory, **options)
