@@ -72,15 +72,6 @@ def test_a_file_is_no_place_to_save(tmp_path, vit):
     assert contents(tmp_path) == {"out": "mine"}
 
 
-def test_json_is_written_whole(tmp_path):
-    path = tmp_path / "deep" / "report.json"
-    write_json(path, {"name": "Käse", "values": [1, None]})
-    with pytest.raises(TypeError):
-        write_json(path, {"not": {1, 2}})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Käse", "values": [1, None]}
-    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
-
-
 @pytest.mark.parametrize(
     ("rows", "columns"),
     [([0, 2], None), (None, [5, 1]), ([3, 0], [0, 4, 5]), ([], None), (None, []), ([1], [])],
@@ -197,10 +188,3 @@ def test_other_reports_are_left_out_with_a_warning(tmp_path, caplog):
         write_json(tmp_path / "report.json", report)
         assert read_companions(tmp_path, {}) == ({}, None), report
         assert "no report of a parent or module" in caplog.text
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a":' * 30 + b"1" + b"}" * 30])
-def test_a_report_that_is_no_mapping_is_an_error(tmp_path, content):
-    (tmp_path / "report.json").write_bytes(content)
-    with pytest.raises(OSError, match=r"^Got .*report\.json.*; expected a JSON mapping"):
-        read_companions(tmp_path, {})

@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, make_parent, nemo_loss
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, make_parent
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
@@ -41,16 +41,6 @@ def test_a_pipeline_runs_on_a_saved_image_module_with_nothing_else_given(vit, tm
         logits = module(image_processor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"]).logits[0]
     scores = dict(zip(["frog", "cat"], logits.softmax(-1).tolist(), strict=True))
     assert {a["label"]: pytest.approx(a["score"], abs=1e-5) for a in answers} == scores
-
-
-def test_a_pipeline_runs_on_a_text_module_cut_on_load(bert, tmp_path):
-    parent = parent_of(bert)
-    parent.attach_processor(tokenizer())
-    parent.save_pretrained(tmp_path / "parent")
-    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path / "parent", labels=["ship", "dog"])
-    cut.save_pretrained(tmp_path / "module")
-    answers = pipeline("text-classification", model=str(tmp_path / "module"), top_k=None)(["w3 w5", "w7"])
-    assert [{answer["label"] for answer in each} for each in answers] == [{"ship", "dog"}] * 2
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
@@ -147,21 +137,6 @@ def test_a_module_fine_tunes_under_a_plain_trainer(vit, tmp_path):
     trainer.save_model(str(tmp_path / "tuned"))
     tuned = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
     assert torch.equal(tuned.model.classifier.weight, module.model.classifier.weight)
-
-
-def test_a_loop_of_ones_own_trains_a_parent(vit):
-    parent = parent_of(vit).train()
-    inputs, labels = random_inputs(parent), torch.arange(4)
-    optimizer = torch.optim.AdamW(parent.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(5):
-        outputs = parent(**inputs)
-        loss = nemo_loss(outputs.logits, labels, outputs.neuron_masks, labels, sparsity_weight=0.1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
 
 
 def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens(vit):
