@@ -20,7 +20,7 @@ from nemo_hf import NeMoTrainer, compose, evaluate_module, make_parent
 from nemo_hf.hub.module_collections import module_repositories, push_modules, repository_name
 from nemo_hf.hub.provenance import safe_command, training_record
 from nemo_hf.hub.publish import CardOptions, settled_report
-from nemo_hf.models.remote_files import hub_name
+from nemo_hf.models.files import hub_name
 
 KINDS = ("parent", "module", "composed")
 RECORD = {"arguments": {"seed": 1}, "processes": 1, "samples": 5, "base_model": None, "versions": {"torch": "9.9"}}

@@ -9,27 +9,24 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = ("attention", "ffn", "conv")
-SITE_KEYS = {
+SITE_KEYS = {  # of a description of a site: required keys, and optional ones
     "ffn": ({"producers", "output"}, {"pooled"}),
     "attention": ({"query", "key", "value", "output"}, {"heads", "layer", "pooled", "is_rotary"}),
     "conv": ({"producers", "readers"}, {"passing"}),
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
-"""Keys that describe a user's neuron site: required ones, and optional ones."""
-LAYER_LISTS = ("producers", "passing", "readers")
-"""Keys of a description that name several layers."""
+LAYER_LISTS = ("producers", "passing", "readers")  # keys of a description that name several layers
 OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling", "moda")
 SHAPING_OPTIONS = ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column", "has_generators")
 """Options that decide the shape of a parent's masks."""
 LAYOUTS = ("one after another", "by key/value head")
-RANGES = {
+RANGES = {  # interval of each number among the options
     **dict.fromkeys(("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"), "[0, inf)"),
     **dict.fromkeys(("warmup_ratio", "rehearsal_probability"), "[0, 1]"),
     **dict.fromkeys(("relevance_threshold", "retention_target"), "(0, 1]"),
     "temperature": "(0, inf)",
     "mask_learning_rate": "[0, inf)",
 }
-"""Interval of each number among the options."""
 LabelLike = int | str
 
 
@@ -215,7 +212,7 @@ def checked_site(site: Any) -> dict[str, Any]:
     if (site["kind"] != "attention" and "fused" in site) or not needed <= keys <= needed | optional:
         raise ValueError(
             f"Got the site {dict(site)!r}; expected the keys {sorted(needed)} and perhaps {sorted(optional)}. "
-            "Correct the description; `nemo-hf inspect --propose` writes ones that are right."
+            "See `nemo-hf inspect --propose`."
         )
 
     def check(key: str, is_right: bool, expected: str) -> None:
@@ -233,10 +230,7 @@ def checked_site(site: Any) -> dict[str, Any]:
         if not isinstance(path, str) or not path:
             raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
         if any("*" in part and part != "*" for part in path.split(".")):
-            raise ValueError(
-                f"Got the path {path[:200]!r} in a site; expected each '*' to stand for one whole part of a path, as "
-                "in 'blocks.*.fc1'."
-            )
+            raise ValueError(f"Got the path {path[:200]!r} in a site; expected each '*' as one whole part of a path.")
     return {**site, **{key: list(layers) for key, layers in lists.items()}}
 
 

@@ -43,8 +43,7 @@ def attach_masks(
     )
     parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model, sites)
     parent.changed_attributes = changed
-    assert parent.masks is not None
-    parent.masks.to(model.device)
+    parent.parent_masks().to(model.device)
     parent.set_sites(parent.sites)
     parent.train(model.training)
     return parent

@@ -22,8 +22,8 @@ from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor, tensor_cuts
 from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
+from .files import hub_name, read_companions
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress, open_model
-from .remote_files import hub_name, read_companions
 from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -203,9 +203,7 @@ def cut_on_load(
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
     if config.role == "module":
-        raise ValueError(
-            f"Got {str(source)!r}, which is a module; expected a parent to cut labels from. Load it without labels=."
-        )
+        raise ValueError(f"Got {str(source)!r}, which is a module; expected a parent. Load it without labels=.")
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
     hub_options["force_download"] = False  # what is here now was checked

@@ -17,7 +17,7 @@ from nemo_hf.pruning.layer_cuts import RotaryAngles, ScatterLinear
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, SavedConfig
-from .remote_files import find_file, read_json
+from .files import find_file, read_json
 from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -44,8 +44,7 @@ def open_model(
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
     if find_file(source, "adapter_config.json", hub_options):
         raise ValueError(
-            f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
-            "expected none. Remove that file."
+            f"Got {str(source)!r} with adapter_config.json, for weights from elsewhere; expected none. Remove it."
         )
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):

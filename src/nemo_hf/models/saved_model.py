@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from .config_checks import damaged
-from .files import replaced_directory, write_json
+from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
-from .remote_files import REPORT_NAME, read_companions, recorded_names
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -36,9 +35,7 @@ class SavedModel(PreTrainedModel):
             files = [file for file in sorted(Path(directory).iterdir()) if file.is_file()]
             self.processor_files = {file.name: file.read_bytes() for file in files}
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration, processor and report.
 
         A new directory appears whole or not at all. In one that is there already the files are replaced one

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_hf.pruning.tensor_slices import TensorCut, cut_tensor
 
 from .config_checks import damaged
-from .remote_files import find_file, read_json
+from .files import find_file, read_json
 
 WEIGHTS_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
@@ -40,7 +40,6 @@ class WeightFiles:
             self.size += path.stat().st_size
 
     def __len__(self) -> int:
-        """Number of tensors."""
         return len(self._files)
 
     def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
