@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, make_parent
-from nemo_hf.models.remote_files import check_content
+from nemo_hf.models.files import check_content
 
 REPO = "me/parent"
 LABELS = ["frog", "cat"]

@@ -1,7 +1,6 @@
 """Directories are written whole or not at all, weights are read by slice, and reports and processors come back."""
 
 import json
-import re
 from dataclasses import fields
 
 import pytest
@@ -10,9 +9,8 @@ from safetensors.torch import save_file
 
 from nemo_hf.evaluation.report import ModuleReport
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.config_checks import MODULE_REPORT, type_validator
-from nemo_hf.models.files import processor_files, replaced_directory, write_json
-from nemo_hf.models.remote_files import find_file, read_companions, recorded_names
+from nemo_hf.models.config_checks import MODULE_REPORT
+from nemo_hf.models.files import read_companions, recorded_names, replaced_directory, write_json
 from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.pruning.layer_cuts import PAD, TensorCut
 
@@ -49,26 +47,27 @@ def test_files_of_other_names_stay(tmp_path):
     assert contents(out) == {"a": "new", "b": "old", "config.json": "new"}
 
 
+@pytest.mark.parametrize("spoiled", [{"report": {"accuracy": {1, 2}}}, {"processor_files": {"no/folder.json": b""}}])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_block_that_raises_leaves_nothing_behind(tmp_path, exists):
-    out = tmp_path / "out"
+def test_a_save_that_fails_leaves_the_directory_as_it_was(tmp_path, vit, spoiled, exists):
+    parent = attach_masks(vit)
     if exists:
-        out.mkdir()
-        (out / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), replaced_directory(out) as temporary:  # noqa: PT012
-        (temporary / "a").write_text("new")
-        raise KeyboardInterrupt
+        parent.save_pretrained(tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.glob("out/*")}
+    torch.nn.init.zeros_(vit.classifier.weight)
+    for name, value in spoiled.items():
+        setattr(parent, name, value)
+    with pytest.raises((TypeError, OSError)):
+        parent.save_pretrained(tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("out/*")}
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if exists else [])
-    assert not exists or contents(out) == {"a": "old"}
 
 
-def test_json_is_written_whole(tmp_path):
-    path = tmp_path / "deep" / "report.json"
-    write_json(path, {"name": "Käse", "values": [1, None]})
-    with pytest.raises(TypeError):
-        write_json(path, {"not": {1, 2}})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Käse", "values": [1, None]}
-    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+def test_a_file_is_no_place_to_save(tmp_path, vit):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="out', which is a file; expected a directory"):
+        attach_masks(vit).save_pretrained(tmp_path / "out")
+    assert contents(tmp_path) == {"out": "mine"}
 
 
 @pytest.mark.parametrize(
@@ -109,32 +108,7 @@ def test_sharded_weights_are_read_as_one(tmp_path):
     with pytest.raises(OSError, match=r"^Got the tensor 'weight' in several weight files of .*; expected each in one"):
         WeightFiles(tmp_path, {})
     (tmp_path / "two.safetensors").unlink()
-    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected .*\. Save the parent again"):
-        WeightFiles(tmp_path, {})
-
-
-@pytest.mark.parametrize("shape", [(5, 6), (4, 5), (4,), (4, 6, 1)])
-def test_tensors_that_are_missing_misshapen_or_too_many_are_named(tmp_path, shape):
-    weights = saved(tmp_path)
-    weights.check_shapes({"weight": (4, 6), "bias": (4,)})
-    with pytest.raises(ValueError, match=r"^Got weights .* without the tensor 'other'; expected .*\. Save or "):
-        weights.check_shapes({"other": (4, 6)})
-    with pytest.raises(ValueError, match=r"^Got weights .* 1 unexpected tensors, such as 'bias'; expected exactly"):
-        weights.check_shapes({"weight": (4, 6)})
-    expected = re.escape(str(shape))
-    with pytest.raises(ValueError, match=rf"^Got the tensor 'weight' of shape \(4, 6\) in .*; expected {expected}\. "):
-        weights.check_shapes({"weight": shape})
-
-
-@pytest.mark.parametrize("length", [0, 4, 40, -1, None])
-def test_a_truncated_or_missing_file_is_named(tmp_path, length):
-    saved(tmp_path)
-    path = tmp_path / "model.safetensors"
-    content = path.read_bytes()
-    path.unlink()
-    if length is not None:
-        path.write_bytes(content[:length])
-    with pytest.raises(OSError, match=r"^Got .*model\.safetensors.*; expected .*\. Save (or download it|the parent)"):
+    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected all weights"):
         WeightFiles(tmp_path, {})
 
 
@@ -149,23 +123,7 @@ def test_weights_saved_before_are_not_read_again(tmp_path, vit, first, second):
     assert torch.equal(loaded.model.classifier.bias.detach(), torch.full((5,), 7.0))
 
 
-def test_files_are_found_in_directories_and_their_subfolders(tmp_path):
-    write_json(tmp_path / "sub" / "report.json", {})
-    assert find_file(tmp_path, "report.json", {}) is None
-    assert find_file(tmp_path, "report.json", {"subfolder": "sub"}) == tmp_path / "sub" / "report.json"
-
-
-class Processor:
-    """Saves two files and a folder, as a tokenizer does."""
-
-    def save_pretrained(self, directory):
-        write_json(f"{directory}/tokenizer_config.json", {"a": 1})
-        write_json(f"{directory}/vocab.json", {})
-        write_json(f"{directory}/folder/other.json", {})
-
-
 def test_a_processor_s_files_are_read_by_the_names_that_are_recorded(tmp_path):
-    assert sorted(processor_files(Processor())) == ["tokenizer_config.json", "vocab.json"]
     files = {"dict.txt": b"a", "spm_char.model": b"b", "entity_vocab.json": b"{}"}
     for name, content in {**files, "vocab.txt": b"c"}.items():
         (tmp_path / name).write_bytes(content)
@@ -196,16 +154,8 @@ REPORT = {
 FORMATS = {"device": "cpu", "threads": 2, "latency_ms": {"plain": TIMES}}
 
 
-def is_optional(kind) -> bool:
-    try:
-        type_validator("", None, kind)
-    except TypeError:
-        return False
-    return True
-
-
 def test_the_fields_of_a_report_are_those_of_the_class():
-    needed = {name for name, kind in MODULE_REPORT.items() if not is_optional(kind)}
+    needed = {name for name, kind in MODULE_REPORT.items() if not str(kind).endswith("| None")}
     assert needed == set(REPORT)
     assert needed <= {field.name for field in fields(ModuleReport)} <= set(MODULE_REPORT)
 
@@ -236,10 +186,3 @@ def test_other_reports_are_left_out_with_a_warning(tmp_path, caplog):
         write_json(tmp_path / "report.json", report)
         assert read_companions(tmp_path, {}) == ({}, None), report
         assert "no report of a parent or module" in caplog.text
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a":' * 30 + b"1" + b"}" * 30])
-def test_a_report_that_is_no_mapping_is_an_error(tmp_path, content):
-    (tmp_path / "report.json").write_bytes(content)
-    with pytest.raises(OSError, match=r"^Got .*report\.json.*; expected a JSON mapping"):
-        read_companions(tmp_path, {})

@@ -19,14 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from nemo_hf import (
-    NeMoConfig,
-    NeMoForImageClassification,
-    NeMoForSequenceClassification,
-    NeMoTrainer,
-    make_parent,
-    nemo_loss,
-)
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, make_parent
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
@@ -50,16 +43,6 @@ def test_a_pipeline_runs_on_a_saved_image_module_with_nothing_else_given(vit, tm
     assert {a["label"]: pytest.approx(a["score"], abs=1e-5) for a in answers} == scores
 
 
-def test_a_pipeline_runs_on_a_saved_text_module_with_nothing_else_given(bert, tmp_path):
-    parent = parent_of(bert)
-    parent.attach_processor(tokenizer())
-    parent.save_pretrained(tmp_path / "parent")
-    cut = AutoModelForSequenceClassification.from_pretrained(tmp_path / "parent", labels=["ship", "dog"])
-    cut.save_pretrained(tmp_path / "module")
-    answers = pipeline("text-classification", model=str(tmp_path / "module"), top_k=None)(["w3 w5", "w7"])
-    assert [{answer["label"] for answer in each} for each in answers] == [{"ship", "dog"}] * 2
-
-
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_processor_and_report_are_saved_restored_and_saved_alike(family, tmp_path):
     parent = parent_of(fresh(family))
@@ -79,9 +62,10 @@ def test_processor_and_report_are_saved_restored_and_saved_alike(family, tmp_pat
 class OddTokenizer:
     """Writes files of other names than most."""
 
-    names = ("bpe.codes", "byte_maps.json", "dict.txt", "entity_vocab.json", "prophetnet.tokenizer", "spm_char.model")
+    names = ("bpe.codes", "byte_maps.json", "dict.txt", "prophetnet.tokenizer", "spm_char.model")
 
     def save_pretrained(self, directory):
+        Path(directory, "folder").mkdir()
         for name in self.names:
             Path(directory, name).write_bytes(name.encode())
 
@@ -89,7 +73,11 @@ class OddTokenizer:
 def test_files_of_any_processor_come_back(vit, tmp_path):
     parent = parent_of(vit)
     parent.save_pretrained(tmp_path / "none")
-    assert json.loads((tmp_path / "none" / "config.json").read_text())["processor_files"] is None
+    config = json.loads((tmp_path / "none" / "config.json").read_text())
+    assert (config["processor_files"], config["dtype"], config["model_type"]) == (None, "float32", "nemo_hf")
+    assert {file.suffix for file in (tmp_path / "none").iterdir()} == {".json", ".safetensors"}
+    from_config = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(tmp_path / "none"))
+    assert type(from_config) is NeMoForImageClassification
     parent.attach_processor(OddTokenizer())
     parent.save_pretrained(tmp_path / "parent")
     expected = {name: name.encode() for name in OddTokenizer.names}
@@ -100,30 +88,19 @@ def test_files_of_any_processor_come_back(vit, tmp_path):
         assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").processor_files == expected
 
 
-def test_saved_directories_hold_safetensors_and_json_only(vit, tmp_path):
-    parent = parent_of(vit)
-    parent.save_pretrained(tmp_path / "parent")
-    parent.extract_module([0, 1]).save_pretrained(tmp_path / "module")
-    suffixes = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
-    assert suffixes == {".json", ".safetensors"}
-    config = json.loads((tmp_path / "module" / "config.json").read_text())
-    assert config["model_type"] == "nemo_hf"
-    assert config["dtype"] == "float32"
-
-
 def test_loading_as_another_dtype_keeps_the_relevance(vit, tmp_path):
     parent = parent_of(vit)
     parent.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
-    pairs = zip(loaded.masks.site_masks(), parent.masks.site_masks(), strict=True)
-    assert all(torch.equal(ours.relevance, theirs.relevance) for ours, theirs in pairs)
-    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], dtype=torch.bfloat16)
-    assert cut.dtype == torch.bfloat16
+    expected = parent.masks.relevance()
+    assert all(torch.equal(relevance, expected[key]) for key, relevance in loaded.masks.relevance().items())
 
 
 def test_eager_attention_can_be_asked_for(vit, tmp_path):
+    before = vit.config._attn_implementation
     parent = parent_of(vit)
+    assert parent.model.config._attn_implementation == before is not None
     parent.save_pretrained(tmp_path)
     eager = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     inputs = random_inputs(parent)
@@ -131,12 +108,6 @@ def test_eager_attention_can_be_asked_for(vit, tmp_path):
         outputs = eager(**inputs, output_attentions=True)
         assert torch.allclose(outputs.logits, parent(**inputs).logits, atol=1e-5)
     assert len(outputs.attentions) == 2
-
-
-def test_wrapping_does_not_change_the_attention_implementation(vit):
-    before = vit.config._attn_implementation
-    assert before is not None
-    assert parent_of(vit).model.config._attn_implementation == before
 
 
 def test_outputs_are_those_of_transformers(vit):
@@ -152,28 +123,12 @@ def test_outputs_are_those_of_transformers(vit):
     assert parent.train()(**inputs).neuron_masks.keys() == {site.key for site in parent.sites}
 
 
-def test_a_module_of_one_label_classifies_but_does_not_train(vit):
-    module = parent_of(vit).extract_module("cat")
-    inputs = random_inputs(module)
-    with torch.no_grad():
-        assert module(**inputs).logits.shape == (4, 1)
-    with pytest.raises(ValueError, match="expected at least 2"):
-        module(**inputs, labels=torch.zeros(4, dtype=torch.long))
-
-
-def test_static_masks_need_a_parent(vit):
-    module = parent_of(vit).extract_module([0, 1])
-    with pytest.raises(ValueError, match="expected a parent"):
-        module(**random_inputs(module), static_masks={})
-
-
 def test_a_module_fine_tunes_under_a_plain_trainer(vit, tmp_path):
     module = parent_of(vit).extract_module([0, 1, 2])
     data = [sample for sample in image_samples(40) if sample["labels"] < 3]
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=12, learning_rate=3e-3, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1
-    )
+    options = {"max_steps": 12, "learning_rate": 3e-3, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), logging_steps=1, **options)
     trainer = Trainer(module, arguments, train_dataset=data, eval_dataset=data)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -182,49 +137,6 @@ def test_a_module_fine_tunes_under_a_plain_trainer(vit, tmp_path):
     trainer.save_model(str(tmp_path / "tuned"))
     tuned = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
     assert torch.equal(tuned.model.classifier.weight, module.model.classifier.weight)
-
-
-def test_a_loop_of_ones_own_trains_a_parent(vit):
-    parent = parent_of(vit).train()
-    samples = image_samples(10)
-    pixels = torch.stack([sample["pixel_values"] for sample in samples])
-    labels = torch.tensor([sample["labels"] for sample in samples])
-    optimizer = torch.optim.AdamW(parent.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(5):
-        outputs = parent(pixels)
-        loss = nemo_loss(outputs.logits, labels, outputs.neuron_masks, labels, sparsity_weight=0.1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-def test_the_configuration_survives_json(vit, tmp_path):
-    parent = parent_of(vit)
-    parent.save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert config.groups == parent.config.groups
-    assert config.names == parent.config.names
-    assert NeMoConfig.from_dict(config.nemo_config) == parent.nemo_config
-    assert type(AutoModelForImageClassification.from_config(config)) is NeMoForImageClassification
-
-
-def test_the_parent_carries_its_metrics_until_it_trains_on(vit, tmp_path):
-    samples = image_samples(20)
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no"
-    )
-    trainer = NeMoTrainer(vit, arguments, train_dataset=samples, eval_dataset=samples)
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model(str(tmp_path / "parent"))
-    assert json.loads((tmp_path / "parent" / "report.json").read_text())["metrics"]["eval_loss"] == metrics["eval_loss"]
-    assert 0 <= trainer.state.log_history[0]["dead_neuron_rate"] < 1
-    trainer.train()
-    trainer.save_model(str(tmp_path / "parent"))
-    assert not (tmp_path / "parent" / "report.json").exists()
 
 
 def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens(vit):
@@ -237,23 +149,15 @@ def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens(vit):
     assert parent.masks.dead_share() == pytest.approx(7 / sum(mask.site.neurons for mask in masks))
 
 
-def test_a_module_cut_on_load_says_where_its_check_comes_from(vit, tmp_path):
-    parent = parent_of(vit)
-    parent.save_pretrained(tmp_path)
-    trusted = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1])
-    assert trusted.config.equivalence["source"] == "parent"
-    verified = AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], verify=True)
-    assert "source" not in verified.config.equivalence
-    with pytest.raises(ValueError, match="device_map"):
-        AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="cpu")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, torch.float64])
 def test_a_cut_is_verified_before_it_is_converted(vit, tmp_path, dtype):
     parent = parent_of(vit)
     parent.save_pretrained(tmp_path)
     options = {"labels": ["cat", "dog"], "verify": True}
+    trusted = NeMoForImageClassification.from_pretrained(tmp_path, labels=["cat", "dog"])
+    assert trusted.config.equivalence["source"] == "parent"
     expected = NeMoForImageClassification.from_pretrained(tmp_path, **options)
+    assert "source" not in expected.config.equivalence
     module = NeMoForImageClassification.from_pretrained(tmp_path, dtype=dtype, **options)
     assert str(module.dtype).endswith(str(dtype).removeprefix("torch."))
     assert module.config.equivalence["status"] == expected.config.equivalence["status"] == "verified"
@@ -277,8 +181,10 @@ def test_a_parent_in_half_precision_whose_cut_scales_weights_is_cut_exactly(tmp_
     assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in module.named_parameters())
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.9}, {"round_to": 8}, {"verify": True}], ids=str)
-def test_options_of_a_cut_need_labels(vit, tmp_path, options):
+def test_options_of_a_cut_and_labels_go_together(vit, tmp_path):
     parent_of(vit).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"without labels; expected labels, .* Pass labels="):
-        NeMoForImageClassification.from_pretrained(tmp_path, **options)
+    for options in ({"threshold": 0.9}, {"round_to": 8}, {"verify": True}):
+        with pytest.raises(ValueError, match=r"without labels; expected labels, .* Pass labels="):
+            NeMoForImageClassification.from_pretrained(tmp_path, **options)
+    with pytest.raises(ValueError, match="device_map"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="cpu")

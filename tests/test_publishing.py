@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, TrainingArguments
 from nemo_hf import NeMoTrainer, compose, evaluate_module, make_parent
 from nemo_hf.hub.provenance import safe_command, training_record
 from nemo_hf.hub.publish import CardOptions, module_repositories, push_modules, repository_name, settled_report
-from nemo_hf.models.remote_files import hub_name
+from nemo_hf.models.files import hub_name
 
 FORMATS = {"device": "cpu", "latency_ms": {"module": {"1": 1.0}, "onnx": {"1": 0.5}}}
 KINDS = ("parent", "module", "composed")

@@ -17,15 +17,7 @@ REPORT = {"metrics": {"eval_accuracy": 0.5}}
 def built():
     parent = make_parent(fresh("vit")).eval()
     randomize_relevance(parent)
-    module = parent.extract_module(["cat", "dog", "car"])
-    return parent, module
-
-
-@pytest.fixture
-def parent(built):
-    parent = copy.deepcopy(built[0])
-    parent.report = REPORT
-    return parent
+    return parent, parent.extract_module(["cat", "dog", "car"])
 
 
 @pytest.fixture
@@ -107,7 +99,9 @@ def test_a_loaded_module_knows_its_weights(module, tmp_path, saves_first):
     assert state_of(loaded) == (None, True, None, None)
 
 
-def test_a_parent_s_report_goes_with_its_weights(parent, tmp_path):
+def test_a_parent_s_report_goes_with_its_weights(built, tmp_path):
+    parent = copy.deepcopy(built[0])
+    parent.report = REPORT
     parent.train().eval()
     assert parent.report == REPORT
     parent.save_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """Options of training with neuron masks, and how labels, groups and ids are named."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -8,27 +9,24 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = ("attention", "ffn", "conv")
-SITE_KEYS = {
+SITE_KEYS = {  # of a description of a site: required keys, and optional ones
     "ffn": ({"producers", "output"}, {"pooled"}),
     "attention": ({"query", "key", "value", "output"}, {"heads", "layer", "pooled", "is_rotary"}),
     "conv": ({"producers", "readers"}, {"passing"}),
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
-"""Keys that describe a user's neuron site: required ones, and optional ones."""
-LAYER_LISTS = ("producers", "passing", "readers")
-"""Keys of a description that name several layers."""
+LAYER_LISTS = ("producers", "passing", "readers")  # keys of a description that name several layers
 OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling", "moda")
 SHAPING_OPTIONS = ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column", "has_generators")
 """Options that decide the shape of a parent's masks."""
 LAYOUTS = ("one after another", "by key/value head")
-RANGES = {
+RANGES = {  # interval of each number among the options
     **dict.fromkeys(("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"), "[0, inf)"),
     **dict.fromkeys(("warmup_ratio", "rehearsal_probability"), "[0, 1]"),
     **dict.fromkeys(("relevance_threshold", "retention_target"), "(0, 1]"),
     "temperature": "(0, inf)",
     "mask_learning_rate": "[0, inf)",
 }
-"""Interval of each number among the options."""
 LabelLike = int | str
 
 
@@ -39,57 +37,48 @@ class NeMoConfig:
     The symbols in brackets are those of the NeMo paper (arXiv 2508.11348) and of module rehearsal.
 
     Args:
-        targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels
-            of convolutions).
+        targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
             stay within 10 % of the base model's parameters (6 % from hidden size 384 up).
-        objective: Which loss pulls the masks of one group together and those of others apart:
-            `"contrastive"`, `"contrastive-authors"` (the NeMo authors' code, a baseline: see
-            `losses.authors_contrastive_loss`), `"cohesion-coupling"` (MwT, arXiv 2306.09376) or `"moda"`
-            (arXiv 2411.01074): that loss over the activity of rectified units in place of masks, without
-            generators; a unit is open for a sample if it is not 0 at all positions.
+        objective: Loss that pulls the masks of one group together and those of others apart: `"contrastive"`,
+            `"contrastive-authors"` (the NeMo authors' code, see `losses.authors_contrastive_loss`),
+            `"cohesion-coupling"` (MwT, arXiv 2306.09376) or `"moda"` (arXiv 2411.01074): that loss over the activity of
+            rectified units in place of masks, without generators; a unit is open if it is not 0 at all positions.
         contrastive_weight: Weight of that loss [alpha; MODA's affinity], at least 0.
         coupling_weight: Weight of coupling relative to cohesion under `"cohesion-coupling"` [MwT's beta / alpha]
             and `"moda"` [dispersion / affinity].
         temperature: Temperature of the contrastive loss [tau], above 0.
         gather_across_devices: Whether that loss compares masks across all processes and not only within each.
         sparsity_weight: Weight of the mean mask value [lambda; 0 in the paper; MODA's compactness], at least 0.
-        retention_target: Share of the weights of masked layers, in (0, 1], that the module of one group shall
-            keep on average: so many of the attention and feed-forward neurons, and the square root of it of
-            channels, since both sides of a weight are cut there. `sparsity_weight` is then only where the weight
-            starts; it rises while modules are larger and falls while they are smaller. `None` keeps the weight.
-        hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or the soft
-            values in [0, 1).
+        retention_target: Share of the weights of masked layers, in (0, 1], that the module of one group shall keep on
+            average: so many attention and feed-forward neurons, and its square root of channels, which are cut on both
+            sides. `sparsity_weight` is then where the weight starts; it adapts to modules' size. `None` keeps it.
+        hard_masks: Whether the forward pass sees 0/1 masks (straight-through gradient) or soft values in [0, 1).
         static_evaluation: Whether a parent with hard masks uses in eval mode one static mask for all inputs, that of
-            the module of all its labels. If not, each input opens its own neurons, as in the paper, and an input that
-            the generators misjudge is answered wrongly.
-        detach_pooled: Whether no gradient flows from the mask generators into the hidden states that they read; in the
-            paper it does.
+            the module of all its labels. If not, each input opens its own neurons, as in the paper.
+        detach_pooled: Whether no gradient of the generators flows into the hidden states that they read.
         mask_learning_rate: Learning rate of the mask generators; `None` takes 3 times
             `TrainingArguments.learning_rate`, so that masks close early and the model adapts to them.
         warmup_ratio: Share of the training steps, in [0, 1], over which `contrastive_weight` and
             `sparsity_weight` grow linearly from 0, and before whose end no module is rehearsed.
         rehearsal_probability: Share of the optimizer steps, in [0, 1], in which a random set of groups
             is trained as the module that it would become [p].
-        specificity_weight: Weight of a term of rehearsed steps: samples of other groups run through the rehearsed
-            module too, and their answers, among their own labels, shall be uniform. Modules of other labels then know
-            less of these, at a price in the parent's accuracy. 0 leaves the term out.
+        specificity_weight: Weight of a term of rehearsed steps that makes the module's answers to samples of other
+            groups uniform. Modules of other labels then know less of these, at a price in the parent's accuracy.
         relevance_threshold: Share of a group's samples, in (0, 1], that must open a neuron for the
             group's modules to keep it [theta]. Rehearsal and extraction both use it.
         label_groups: Which labels form a group: a mapping of group name to label names or ids. `None`
             makes each label its own group, unless `group_column` is given.
         group_column: Name of a training data set column that holds each sample's group, a function of the label.
         sites: Neuron sites of architectures whose layers have other names than those known: one description a site,
-            in place of those that would be found. `"*"` stands for one whole part of a path, so that one description
-            serves all blocks. Feed-forward: `{"kind": "ffn", "producers": [...],
-            "output": ...}`. Attention: `{"kind": "attention", "query": ..., "key": ..., "value": ...,
-            "output": ..., "heads": 12}`, or `"fused": ...` with `"layout"` (`"one after another"`, the
-            default, or `"by key/value head"`) in place of the three. Optional: `layer`, the attention layer
-            whose attribute holds the width of a head; `is_rotary`, whether q and k are rotated as a whole;
-            and `pooled`, the layer whose input is pooled. Channels: `{"kind": "conv", "producers": [...],
-            "passing": [...], "readers": [...]}`: layers that make the channels, norms and grouped convolutions
+            in place of those that would be found; `nemo-hf inspect --propose` and `propose_sites` write them. `"*"`
+            stands for one whole part of a path. Feed-forward: `{"kind": "ffn", "producers": [...], "output": ...}`.
+            Attention: `{"kind": "attention", "query": ..., "key": ..., "value": ..., "output": ..., "heads": 12}`, or
+            `"fused": ...` with `"layout"` (`"one after another"`, the default, or `"by key/value head"`) in place of
+            the three. Optional: `layer`, whose attribute holds the width of a head; `is_rotary`, whether q and k are
+            rotated as a whole; and `pooled`, the layer whose input is pooled. Channels: `{"kind": "conv", "producers":
+            [...], "passing": [...], "readers": [...]}`: layers that make the channels, norms and grouped convolutions
             that they pass through, and layers that read them.
-            `nemo-hf inspect --propose` and `propose_sites` write such descriptions.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -122,17 +111,9 @@ class NeMoConfig:
     sites: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
-            raise TypeError(f"Got targets={self.targets!r}; expected a list of {list(TARGETS)}.")
-        self.targets = tuple(self.targets)
-        if not self.targets or not set(self.targets) <= set(TARGETS):
-            raise ValueError(
-                f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}. "
-                "Pass for example NeMoConfig(targets=['ffn'])."
-            )
-        self._check_rank()
+        self._check_masks()
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"Got objective={self.objective!r}; expected one of {list(OBJECTIVES)}. Choose another.")
+            raise ValueError(f"Got objective={self.objective!r}; expected one of {list(OBJECTIVES)}.")
         for name, interval in RANGES.items():
             self._check_range(name, interval)
         for name in ("hard_masks", "static_evaluation", "detach_pooled", "gather_across_devices"):
@@ -142,7 +123,7 @@ class NeMoConfig:
             raise ValueError("Got hard_masks=False with objective='moda'; expected True: activity is no soft mask.")
         self._check_groups()
         if self.sites is not None:
-            if isinstance(self.sites, (str, Mapping)) or not isinstance(self.sites, Sequence) or not self.sites:
+            if not _is_list(self.sites) or not self.sites:
                 raise TypeError(f"Got sites={self.sites!r}; expected a list of descriptions, or None to find them.")
             self.sites = [checked_site(site) for site in self.sites]
 
@@ -151,21 +132,26 @@ class NeMoConfig:
         """Whether networks make the masks; under `"moda"` the units' own activity takes their place."""
         return self.objective != "moda"
 
-    def _check_rank(self) -> None:
+    def _check_masks(self) -> None:
+        if not _is_list(self.targets):
+            raise TypeError(f"Got targets={self.targets!r}; expected a list of {list(TARGETS)}.")
+        self.targets = tuple(self.targets)
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}.")
         rank = self.generator_rank
-        if rank is not None and (not _is_number(rank, integer=True) or rank < 1):
-            raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more. Choose another.")
+        if rank is not None and not _is_count(rank):
+            raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more.")
 
     def _check_range(self, name: str, interval: str) -> None:
         value = getattr(self, name)
         if value is None and name in ("mask_learning_rate", "retention_target"):
             return
-        if not _is_number(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"Got {name}={value!r}; expected a number.")
         low, high = (float(bound) for bound in interval[1:-1].split(", "))
         is_above = value > low if interval[0] == "(" else value >= low
         if not is_above or not value <= high or math.isinf(value):
-            raise ValueError(f"Got {name}={value!r}; expected a number in {interval}. Choose another.")
+            raise ValueError(f"Got {name}={value!r}; expected a number in {interval}.")
 
     def _check_groups(self) -> None:
         if self.group_column is not None and not isinstance(self.group_column, str):
@@ -173,26 +159,20 @@ class NeMoConfig:
         if self.label_groups is None:
             return
         if self.group_column is not None:
-            raise ValueError(
-                "Got both label_groups and group_column; expected at most one. "
-                "Drop group_column, or leave label_groups to be read from that column."
-            )
-        if not isinstance(self.label_groups, Mapping):
-            raise TypeError(f"Got label_groups={self.label_groups!r}; expected a mapping of group name to labels.")
-        if not self.label_groups:
-            raise ValueError("Got label_groups={}; expected at least one group, or None for one group a label.")
+            raise ValueError("Got both label_groups and group_column; expected at most one. Drop group_column.")
+        if not isinstance(self.label_groups, Mapping) or not self.label_groups:
+            kind = ValueError if self.label_groups == {} else TypeError
+            raise kind(f"Got label_groups={self.label_groups!r}; expected a mapping of group name to labels.")
         for name, members in self.label_groups.items():
             if not isinstance(name, str):
                 raise TypeError(f"Got the group name {name!r}; expected a string.")
-            if isinstance(members, str) or not isinstance(members, Sequence) or not members:
+            if not _is_list(members) or not members:
                 raise ValueError(f"Got {members!r} for the group {name!r}; expected a list of labels.")
         self.label_groups = {name: list(members) for name, members in self.label_groups.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain data that `from_dict` reads back."""
-        data = asdict(self)
-        data["targets"] = list(self.targets)
-        return data
+        return {**asdict(self), "targets": list(self.targets)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NeMoConfig":
@@ -201,8 +181,7 @@ class NeMoConfig:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ValueError(
-                f"Got unknown options {unknown}; expected some of {sorted(known)}. "
-                "Correct the name, or update nemo-hf if a newer version wrote the file."
+                f"Got unknown options {unknown}; expected some of {sorted(known)}. Correct the name, or update nemo-hf."
             )
         return cls(**data)
 
@@ -216,8 +195,12 @@ class NeMoConfig:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _is_number(value: Any, integer: bool = False) -> bool:
-    return isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def checked_site(site: Any) -> dict[str, Any]:
@@ -229,33 +212,26 @@ def checked_site(site: Any) -> dict[str, Any]:
     if (site["kind"] != "attention" and "fused" in site) or not needed <= keys <= needed | optional:
         raise ValueError(
             f"Got the site {dict(site)!r}; expected the keys {sorted(needed)} and perhaps {sorted(optional)}. "
-            "Correct the description; `nemo-hf inspect --propose` writes ones that are right."
+            "See `nemo-hf inspect --propose`."
         )
-    heads = site.get("heads")
-    if not isinstance(site.get("is_rotary", True), bool):
-        raise ValueError(f"Got is_rotary={site['is_rotary']!r} in the site {dict(site)!r}; expected True or False.")
-    if heads is not None and (not _is_number(heads, integer=True) or heads < 1):
-        raise ValueError(f"Got heads={heads!r} in the site {dict(site)!r}; expected a positive integer.")
-    if site.get("layout", LAYOUTS[0]) not in LAYOUTS:
-        raise ValueError(f"Got layout={site['layout']!r} in the site {dict(site)!r}; expected one of {list(LAYOUTS)}.")
+
+    def check(key: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise ValueError(f"Got {key}={site[key]!r} in the site {dict(site)!r}; expected {expected}.")
+
+    check("is_rotary", isinstance(site.get("is_rotary", True), bool), "True or False")
+    check("heads", site.get("heads") is None or _is_count(site["heads"]), "a positive integer")
+    check("layout", site.get("layout", LAYOUTS[0]) in LAYOUTS, f"one of {list(LAYOUTS)}")
     lists = {key: site[key] for key in LAYER_LISTS if key in site}
     for key, layers in lists.items():
-        if isinstance(layers, str) or not isinstance(layers, Sequence) or not (layers or key == "passing"):
-            raise ValueError(f"Got {key}={layers!r} in the site {dict(site)!r}; expected a list of layers.")
+        check(key, _is_list(layers) and bool(layers or key == "passing"), "a list of layers")
     paths = [site[key] for key in keys - {"heads", "is_rotary", "layout", *LAYER_LISTS}]
-    _check_paths(site, [*paths, *(path for layers in lists.values() for path in layers)])
-    return {**site, **{key: list(layers) for key, layers in lists.items()}}
-
-
-def _check_paths(site: Mapping[str, Any], paths: Sequence[Any]) -> None:
-    if not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
-    for path in paths:
+    for path in (*paths, *itertools.chain.from_iterable(lists.values())):
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"Got the site {dict(site)!r}; expected paths of layers, such as 'blocks.*.fc1'.")
         if any("*" in part and part != "*" for part in path.split(".")):
-            raise ValueError(
-                f"Got the path {path[:200]!r} in a site; expected each '*' to stand for one whole part of a path, as "
-                "in 'blocks.*.fc1'. Put a dot around it, or write a description for each layer."
-            )
+            raise ValueError(f"Got the path {path[:200]!r} in a site; expected each '*' as one whole part of a path.")
+    return {**site, **{key: list(layers) for key, layers in lists.items()}}
 
 
 def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
@@ -267,13 +243,11 @@ def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
             return label
         raise ValueError(f"Got the label id {label}; expected 0 to {len(id2label) - 1}. Pass an id of the parent.")
     matches = [index for index, name in id2label.items() if name == label]
+    if not matches:
+        raise ValueError(f"Got the unknown label {label!r}; expected one of {_shortened(list(id2label.values()))}.")
     if len(matches) > 1:
-        raise ValueError(
-            f"Got the label name {label!r}, which the labels {matches} share; expected a unique one. Pass an id."
-        )
-    if matches:
-        return matches[0]
-    raise ValueError(f"Got the unknown label {label!r}; expected one of {_shortened(list(id2label.values()))}.")
+        raise ValueError(f"Got the label name {label!r}, which the labels {matches} share; expected one. Pass an id.")
+    return matches[0]
 
 
 def resolve_groups(
@@ -290,17 +264,14 @@ def resolve_groups(
         ids = [label_id(member, id2label) for member in members]
         for index in ids:
             if index in owner:
-                raise ValueError(
-                    f"Got the label {id2label[index]!r} in the groups {owner[index]!r} and {group!r}; "
-                    "expected each label in one group. Remove it from one of them."
-                )
+                groups = f"{owner[index]!r} and {group!r}"
+                raise ValueError(f"Got the label {id2label[index]!r} in the groups {groups}; expected it in one group.")
             owner[index] = group
         resolved[group] = ids
     missing = [id2label[index] for index in id2label if index not in owner]
     if missing:
         raise ValueError(
-            f"Got label groups without {_shortened(missing)}; expected each of the {len(id2label)} labels in a group. "
-            "Add them, for example as a group of their own."
+            f"Got label groups without {_shortened(missing)}; expected each of the {len(id2label)} labels in a group."
         )
     return resolved
 
@@ -310,8 +281,7 @@ def resolve_labels(
 ) -> tuple[list[int], list[str]]:
     """Finds the labels and groups that a module is asked for, by id, name or group name.
 
-    Returns the label ids in the order asked for, a group standing for its labels, and the names of the groups that
-    they belong to, in the order of `groups`. Unknown, repeated and ambiguous names are a `ValueError`.
+    Returns the label ids in the order asked for, a group standing for its labels, and the names of their groups.
     """
     if isinstance(labels, (int, str)):
         labels = [labels]
@@ -319,14 +289,11 @@ def resolve_labels(
         raise TypeError(f"Got labels={labels!r}; expected a list of label ids, label names or group names.")
     if len(labels) == 0:
         raise ValueError("Got an empty set of labels; expected at least one label or group. Name some.")
-    ids: list[int] = []
-    for label in labels:
-        ids.extend(_label_or_group(label, groups, id2label))
+    ids = [index for label in labels for index in _label_or_group(label, groups, id2label)]
     repeated = sorted({id2label[index] for index in ids if ids.count(index) > 1})
     if repeated:
         raise ValueError(f"Got the labels {repeated} more than once; expected each label once. Remove the repeats.")
-    used = [name for name, members in groups.items() if set(members) & set(ids)]
-    return ids, used
+    return ids, [name for name, members in groups.items() if set(members) & set(ids)]
 
 
 def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2label: Mapping[int, str]) -> list[int]:
@@ -341,8 +308,8 @@ def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2la
     same_name = [index for index, name in id2label.items() if name == label]
     if same_name and same_name != members:
         raise ValueError(
-            f"Got {label!r}, which names both the label {same_name[0]} and a group of {len(members)} labels; "
-            "expected a name that means one thing. Pass label ids instead."
+            f"Got {label!r}, which names both the label {same_name[0]} and a group of {len(members)} labels; expected "
+            "a name of one. Pass label ids."
         )
     return members
 

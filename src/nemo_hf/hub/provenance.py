@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from nemo_hf.models.remote_files import hub_name
+from nemo_hf.models.files import hub_name
 
 ALWAYS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
 WITHOUT_EFFECT = re.compile(

@@ -22,8 +22,7 @@ from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.composed_model import NeMoComposedModel
 from nemo_hf.models.extraction import extract_module, make_plan
-from nemo_hf.models.files import REPORT_NAME, write_json, write_text
-from nemo_hf.models.remote_files import hub_name
+from nemo_hf.models.files import REPORT_NAME, hub_name, write_json, write_text
 
 from .model_card import CardFacts, license_of, own_text, render_model_card
 from .pictures import draw_neurons

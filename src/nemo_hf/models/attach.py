@@ -21,16 +21,12 @@ def attach_masks(
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
     sites: Sequence[NeuronSite] | None = None,
 ) -> NeMoPreTrainedModel:
-    """Attaches masks to a plain model, which becomes part of the returned parent and shares its weights.
-
-    `sites` are those that get masks, `None`: all that are found. With hard masks the parent computes what the plain
-    model does until a mask closes. Errors as in `make_parent`.
-    """
+    """Attaches masks to a plain model, at all sites that are found or at these; the parent shares its weights."""
     nemo_config = nemo_config or NeMoConfig()
     check_plain(model, nemo_config.hard_masks)
     base_config = model.config
-    names = {int(index): str(name) for index, name in (base_config.id2label or {}).items()}
-    names = names or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
+    id2label = base_config.id2label or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
+    names = {int(index): str(name) for index, name in id2label.items()}
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     sites = model_sites(model, nemo_config) if sites is None else sites
     changed = _stop_cache_and_layer_drop(model)
@@ -41,24 +37,20 @@ def attach_masks(
         label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
-        problem_type=base_config.problem_type or "single_label_classification",
+        problem_type=base_config.problem_type or "single_label_classification",  # type: ignore[arg-type]
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )
     parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model, sites)
     parent.changed_attributes = changed
-    assert parent.masks is not None
-    parent.masks.to(model.device)
+    parent.parent_masks().to(model.device)
     parent.set_sites(parent.sites)
     parent.train(model.training)
     return parent
 
 
 def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
-    """Switches off what masks can't live with; returns owner, name and value before of each attribute.
-
-    A classifier reads no cache; a layer that LayerDrop skips at random has no masks to learn from in that step.
-    """
+    """Switches off the cache and LayerDrop, whose layers have no masks; returns owner, name and value before."""
     changed: list[tuple[Any, str, Any]] = []
     if getattr(model.config, "use_cache", False):
         changed.append((model.config, "use_cache", True))
@@ -75,49 +67,32 @@ def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, A
 def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
     """Refuses models to which masks can't be attached: of another kind or head, with masks, adapters or quantized."""
     if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
-        raise ValueError(
-            "Got a PEFT model; expected a plain one, since adapters add to rows that a module must cut. "
-            "Call merge_and_unload() on it first."
-        )
+        raise ValueError("Got a PEFT model; expected a plain one. Call merge_and_unload() on it first.")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "Got a quantized model; expected plain weights, since packed ones can't be cut by row. "
-            "Load it without quantization_config, and quantize the modules instead."
-        )
+        raise ValueError("Got a quantized model; expected plain weights. Load it without quantization_config.")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
     if isinstance(model, NeMoPreTrainedModel):
-        raise ValueError(
-            "Got a nemo_hf model; expected a plain one, since masks are attached once. "
-            "Pass a saved parent to NeMoTrainer itself to train it on, or call parent.detach_masks() first."
-        )
-    hooks = [
-        hook
-        for layer in model.modules()
-        for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-    ]
-    if any(isinstance(getattr(hook, "__self__", None), SiteMask) for hook in hooks):
-        raise ValueError(
-            "Got the model inside a parent, which has masks; expected a plain one, since masks are attached once. "
-            "Call parent.detach_masks() first."
-        )
+        raise ValueError("Got a nemo_hf model; expected a plain one. Call parent.detach_masks() first.")
+    hooks = [each for layer in model.modules() for each in (layer._forward_hooks, layer._forward_pre_hooks)]
+    if any(isinstance(getattr(hook, "__self__", None), SiteMask) for own in hooks for hook in own.values()):
+        raise ValueError("Got the model in a parent, with masks; expected a plain one. Call detach_masks() first.")
     task_of(type(model))
     registered = find_base_class(type(model).__name__, model.config)
     if registered is not type(model):
         raise UnsupportedArchitectureError(
             f"Got a {type(model).__name__} of {type(model).__module__!r}; expected that of {registered.__module__!r}, "
-            "which this name stands for in files. Give your class a name or a configuration of its own."
+            "which this name stands for in files. Give your class another name."
         )
     if not hard_masks and model.dtype != torch.float32:
         raise ValueError(
-            f"Got soft masks with weights in {model.dtype}; expected float32, since modules multiply weights by masks. "
-            "Load the model with dtype=torch.float32, or keep hard_masks=True."
+            f"Got soft masks with weights in {model.dtype}; expected float32. Load the model with dtype=torch.float32, "
+            "or keep hard_masks=True."
         )
     problem = model.config.problem_type
     known = (None, "single_label_classification", SEVERAL_LABELS)
     if problem not in known or (model.config.num_labels or 0) < 2:
         raise ValueError(
-            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected "
-            "single-label or multi-label classification with at least 2 labels, since labels say which groups a sample "
-            "trains. Load the model with num_labels=... and problem_type='single_label_classification'."
+            f"Got problem_type={problem!r} with {model.config.num_labels} labels; expected single-label or multi-label "
+            "classification with at least 2 labels. Load the model with num_labels= and problem_type=."
         )

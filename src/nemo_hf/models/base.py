@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from nemo_hf.neurons.user_sites import model_sites, user_site_entries
 from nemo_hf.pruning.plan import module_masks
 from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
 
+from .config_checks import damaged
 from .configuration import NeMoModelConfig, task_of
 from .label_checks import check_label_shape
 from .rejection import rejection_scores
@@ -31,14 +31,9 @@ from .saved_model import SavedModel
 class NeMoOutput(ModelOutput):
     """Output of a parent or a module.
 
-    Args:
-        loss: Task loss, if labels were given.
-        logits: Shape (batch, labels).
-        hidden_states: As the plain model returns them on request. `attentions` likewise.
-        neuron_masks: Parents in training, or on request: site key to soft masks of shape
-            (batch, calls, neurons), float32.
-        rejection_scores: Modules that `calibrate_rejection` prepared: chance that the input has none of the
-            module's labels, shape (batch,), float32; to be rejected over `config.rejection["threshold"]`.
+    `neuron_masks`, of parents in training or on request, maps site keys to soft masks, shape (batch, calls, neurons).
+    `rejection_scores`, of modules that `calibrate_rejection` prepared, are the chances that the inputs have none of the
+    module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected.
     """
 
     loss: Tensor | None = None
@@ -80,14 +75,13 @@ class NeMoPreTrainedModel(SavedModel):
         task = task_of(config.plain_class)
         if self.task and task != self.task:
             raise ValueError(
-                f"Got a {config.base_class} to load as {type(self).__name__}; expected a model for {self.task}. "
-                f"Load it with the Auto class for {task}."
+                f"Got a {config.base_class} for {type(self).__name__}; expected a model for {self.task}. Load it with "
+                f"the Auto class for {task}."
             )
-        is_from_config = base_model is None
         self.model: PreTrainedModel = config.build_plain() if base_model is None else base_model
         self.processor_files = {}
+        # Attributes of the plain model that are changed while it has masks: owner, name and value before.
         self.changed_attributes: list[tuple[Any, str, Any]] = []
-        """Attributes of the plain model that are changed while it has masks: owner, name and value before."""
         self.main_input_name = self.model.main_input_name
         self.nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         self.sites = list(configured_sites(self.model, config) if sites is None else sites)
@@ -96,10 +90,9 @@ class NeMoPreTrainedModel(SavedModel):
         if config.role == "module":
             self._resize()
         else:
-            parameters = untied_parameters(self.model)
-            self.masks = build_masks(self.sites, self.nemo_config, parameters, len(config.groups))
+            self.masks = build_masks(self.sites, self.nemo_config, untied_parameters(self.model), len(config.groups))
             self.masks.attach(self.model)
-        with nullcontext() if is_from_config else no_init_weights():
+        with nullcontext() if base_model is None else no_init_weights():
             self.post_init()
 
     @property
@@ -123,9 +116,7 @@ class NeMoPreTrainedModel(SavedModel):
         tensors = [tensor for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
         versions = [tensor._version for tensor in tensors]
         is_changed = self._weight_versions not in (None, versions)
-        if not is_changed and self._weight_hashes is not None:
-            is_changed = self._weight_hashes != _hashes(tensors)
-        if is_changed:
+        if is_changed or (self._weight_hashes is not None and self._weight_hashes != _hashes(tensors)):
             self._report = self.config.rejection = None
             if not self.is_parent:
                 self.config.equivalence, self.config.is_tuned = None, True
@@ -153,10 +144,7 @@ class NeMoPreTrainedModel(SavedModel):
     ) -> None:
         """Activates checkpointing as `transformers` does; parents refuse `use_reentrant=True` with a `ValueError`."""
         if self.is_parent and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "Got use_reentrant=True; expected the other kind of activation checkpointing, since the reentrant one "
-                "runs the forward pass without gradients and would train no masks. Pass use_reentrant=False."
-            )
+            raise ValueError("Got use_reentrant=True, which would train no masks; expected False. Pass that.")
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def _resize(self) -> None:
@@ -164,8 +152,8 @@ class NeMoPreTrainedModel(SavedModel):
         for site in self.sites:
             resize(self.model, site, entries[site.key].get("widths", {}))
             kept = entries[site.key].get("kept")
-            is_empty = site.kind == "attention" and isinstance(kept, list) and kept[-1:] == [0]
-            if is_empty and not self.config.is_tuned:
+            is_empty = isinstance(kept, list) and kept[-1:] == [0]
+            if site.kind == "attention" and is_empty and not self.config.is_tuned:
                 close_attention(self.model, site)
         for head in self.heads:
             resize_layer(self.model, head, outputs=self.config.num_labels or 0)
@@ -205,8 +193,8 @@ class NeMoPreTrainedModel(SavedModel):
                 before, given = ([kind for kind in kinds if kind in self.kinds] for kinds in (before, given))
             if before != given:
                 raise ValueError(
-                    f"Got {name}={given!r} for a parent trained with {before!r}; expected the same, since the masks "
-                    "have that shape. Leave nemo_config out, or start from the plain model."
+                    f"Got {name}={given!r} for a parent trained with {before!r}; expected the same. Leave nemo_config "
+                    "out, or start from the plain model."
                 )
         self.nemo_config = nemo_config
         self.config.nemo_config = nemo_config.to_dict()
@@ -218,8 +206,7 @@ class NeMoPreTrainedModel(SavedModel):
         self.masks = None
         for owner, name, value in self.changed_attributes:
             setattr(owner, name, value)
-        plain: PreTrainedModel = self.model
-        return plain
+        return self.model
 
     def _evaluation_masks(self) -> dict[str, Tensor] | None:
         """Static masks of the module of all labels, or `None` where each input opens its own neurons."""
@@ -246,15 +233,15 @@ class NeMoPreTrainedModel(SavedModel):
     ) -> NeMoOutput | tuple[Any, ...]:
         if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share one state
             raise ValueError(
-                "Got a parent or module in nn.DataParallel; expected one process a GPU. "
-                "Launch with: accelerate launch --num_processes 2 your_script.py, with the number of GPUs."
+                "Got a parent or module in nn.DataParallel; expected one process a GPU. Run: accelerate launch "
+                "--num_processes 2 your_script.py, with the number of GPUs."
             )
         self._watch_weights()
         given = {name: value for name, value in inputs.items() if value is not None}
         collected: dict[str, list[Tensor]] = {}
+        if static_masks is not None:
+            self.parent_masks()  # a module has none
         if self.masks is None:
-            if static_masks is not None:
-                self.parent_masks()
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
             attention_mask = given.get("attention_mask", kwargs.get("attention_mask"))
@@ -270,51 +257,31 @@ class NeMoPreTrainedModel(SavedModel):
             with self.masks.call(len(tensors[0]), attention_mask, static_masks, static_samples, frames) as collected:
                 outputs = self.model(**given, **kwargs, return_dict=True)
         wanted = self.training if output_neuron_masks is None else output_neuron_masks
+        masks = {key: torch.stack(calls, 1) for key, calls in collected.items()} if wanted else {}
         result = NeMoOutput(
             loss=None if labels is None else self._task_loss(outputs.logits, labels),
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            neuron_masks={key: torch.stack(calls, 1) for key, calls in collected.items()}
-            if wanted and collected
-            else None,
-            rejection_scores=rejection_scores(outputs.logits, self.config.rejection, self.config.has_several_labels)
-            if self.config.rejection
-            else None,
+            neuron_masks=masks or None,
         )
+        if self.config.rejection:
+            several = self.config.has_several_labels
+            result.rejection_scores = rejection_scores(outputs.logits, self.config.rejection, several)
         return result.to_tuple() if return_dict is False else result
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.num_labels == 1 and not self.config.has_several_labels:
-            raise ValueError(
-                "Got labels for a model of one label; expected at least 2, since a single output can't be trained "
-                "to choose. Cut a module for more labels."
-            )
+            raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
         check_label_shape(labels, self.config.has_several_labels)
-        if self.config.has_several_labels:
-            labels = labels.float()
+        labels = labels.float() if self.config.has_several_labels else labels
         loss: Tensor = self.loss_function(labels, logits, self.config)
         return loss
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **kwargs: Any
-    ) -> None:
-        """Saves weights, configuration, processor and report.
-
-        A new directory appears whole or not at all. In one that is there already the files are replaced one
-        by one when all are written, the configuration last.
-
-        Args:
-            save_directory: Where to.
-            **kwargs: As in `transformers`; with `push_to_hub=True` the main process uploads the model too, with the
-                options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
-                loads its best model by the names that the weights have in memory.
-        """
+    def _prepare_to_save(self) -> None:
         self.drop_stale_results()
-        base_config = self.config.base_config
-        assert isinstance(base_config, PreTrainedConfig)
-        base_config.dtype = self.dtype
-        super().save_pretrained(save_directory, **kwargs)
+        assert isinstance(self.config.base_config, PreTrainedConfig)
+        self.config.base_config.dtype = self.dtype
 
 
 def _hashes(tensors: Iterable[Tensor]) -> list[Any]:
@@ -324,24 +291,16 @@ def _hashes(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[NeuronSite]:
-    """Finds the neuron sites that a configuration names in a plain model, with their pruning modes.
-
-    Raises:
-        ValueError: If the model has no such sites.
-    """
+    """Finds the neuron sites that a configuration names in a plain model, with their pruning modes."""
     entries = config.sites or []
-    is_list = all(isinstance(entry, dict) and {"key", "pruning_mode"} <= set(entry) for entry in entries)
-    pruning_modes = {entry["key"]: entry["pruning_mode"] for entry in entries} if is_list else {}
+    pruning_modes = {entry["key"]: entry["pruning_mode"] for entry in entries}
     found = model_sites(plain, NeMoConfig.from_dict(config.nemo_config or {}), user_site_entries(entries))
     if not entries or len(pruning_modes) < len(entries) or not set(pruning_modes) <= {site.key for site in found}:
-        got = sorted(pruning_modes) if len(pruning_modes) == len(entries) else entries
-        raise ValueError(
-            f"Got a config.json with the sites {got!r}; expected some of {[site.key for site in found]}, each once "
-            "with its pruning mode. It belongs to another base model or version: save the model again."
-        )
+        got = f"a config.json with the sites {sorted(entry['key'] for entry in entries)}"
+        raise damaged(got, f"some of {[site.key for site in found]}, each once")
     return with_pruning_modes([site for site in found if site.key in pruning_modes], pruning_modes)
 
 
 def base_parameters(model: PreTrainedModel) -> int:
     """Counts the parameters of a parent without generators, or of a module."""
-    return int(model.model.num_parameters() if isinstance(model, NeMoPreTrainedModel) else model.num_parameters())
+    return int((model.model if isinstance(model, NeMoPreTrainedModel) else model).num_parameters())

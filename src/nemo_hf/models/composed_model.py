@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,9 +128,7 @@ class NeMoComposedModel(SavedModel):
         output = NeMoOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Saves weights, configuration and processor, as modules do."""
+    def _prepare_to_save(self) -> None:
         for part in self.parts:
             part.drop_stale_results()
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now
-        super().save_pretrained(save_directory, **kwargs)

@@ -1,8 +1,4 @@
-"""Checks of what a config.json or report.json says, made before anything is built from it: it may come from a stranger.
-
-Types are those that the configurations declare; here are bounds, and the records whose entries a model card prints.
-Whether the sizes are those of the weights is checked when these are opened.
-"""
+"""Checks of what a config.json or report.json says, before anything is built from it: it may come from a stranger."""
 
 import math
 import re
@@ -20,16 +16,16 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
 REPEATED = re.compile(r"layer|depth|block|stage|num_labels")
 SMALL = re.compile(r"(^|_)(eps|epsilon)$")
+# Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice.
 LOADING_KEYS = ("adapter_config", "attn_implementation", "distributed_config", "experts_implementation",
                 "fusion_config", "quantization_config", "transformers_weights")  # fmt: skip
-"""Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice."""
 MOST_COMPANIONS = 32
 COMPANION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+# Names, in lower case, of the model's own files, of weights and of code.
 NO_COMPANION = re.compile(
     r"(config|adapter_config|generation_config|report)\.json|readme\.md|neurons\.png"
     r"|.*(\.safetensors|\.index\.json|\.bin|\.pt|\.pth|\.pkl|\.py)"
 )
-"""Names, in lower case, of the model's own files, of weights and of code."""
 FREE_TEXTS = ("labels", "groups", "command")  # entries of records that may have line breaks; model cards escape them
 FREE_NUMBERS = ("metrics", "parent_metrics", "arguments")  # entries of records whose numbers may be infinite or NaN
 REMEDY = "The config.json is damaged or of another version: save or download the model again."
@@ -48,8 +44,7 @@ TRAINING = {
     "arguments": dict[str, Any],
     "processes": int,
     "samples": int | None,
-    "base_model": str | None,
-    "command": str | None,
+    **dict.fromkeys(("base_model", "command"), str | None),
     "datasets": list[str] | None,
     "versions": dict[str, str] | None,
 }
@@ -63,12 +58,15 @@ MODULE_REPORT = {
     "device": str,
     "input_shape": list[int],
     "latency_note": str | None,
-    "metrics": dict[str, Any] | None,
-    "parent_metrics": dict[str, Any] | None,
-    "formats": dict[str, Any] | None,
+    **dict.fromkeys(("metrics", "parent_metrics", "formats"), dict[str, Any] | None),
 }
 FORMATS = {"device": str, "latency_ms": dict[str, dict[str, Number]]}
 PARENT_REPORT = {"metrics": dict[str, Any]}
+
+
+def damaged(got: str, expected: str, kind: type[Exception] = ValueError) -> Exception:
+    """Makes the error of files that don't hold what they should."""
+    return kind(f"Got {got}; expected {expected}. The files are damaged or of another version: save or download again.")
 
 
 def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -93,9 +91,9 @@ def check_config(data: Mapping[str, Any], config_class: type) -> None:
             continue
         _check_entry(path, value, config_class)
         if REPEATED.search(path[-1]) and isinstance(value, int):
-            repeats[name := ".".join(path)] += abs(value)
-            if repeats[name] > LARGEST_COUNT:
-                raise _refused(path, repeats[name], f"at most {LARGEST_COUNT} in all")
+            repeats[".".join(path)] += abs(value)
+            if (count := repeats[".".join(path)]) > LARGEST_COUNT:
+                raise _refused(path, count, f"at most {LARGEST_COUNT} in all")
 
 
 def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
@@ -118,10 +116,8 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
         raise _refused(path, value, f"at most {most}")
 
 
-def _refused(path: tuple[str, ...], value: Any, expected: str) -> ValueError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 120 else f"{shown[:120]}..."
-    return ValueError(f"Got {'.'.join(path)}={shown} in config.json; expected {expected}. {REMEDY}")
+def _refused(path: tuple[str, ...], value: Any, expected: str) -> Exception:
+    return damaged(f"{'.'.join(path)}={repr(value)[:120]} in config.json", expected)
 
 
 def check_record(data: Any, types: Mapping[str, Any]) -> None:

@@ -7,15 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
 from nemo_hf.config import NeMoConfig
@@ -23,12 +15,12 @@ from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
 
+# For each task, what names of its classes have in them, and the classes that its Auto class knows.
 TASKS = {
-    "image-classification": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
-    "text-classification": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "audio-classification": ("ForAudioClassification", MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
+    "image-classification": ("ForImageClassification", transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    "text-classification": ("ForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "audio-classification": ("ForAudioClassification", transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
 }
-"""For each task, what names of its classes have in them, and the classes that its Auto class knows."""
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type under which each label is a yes or no of its own
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 
@@ -40,22 +32,17 @@ class SavedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the configuration from what a file says; as in `transformers`, with one exception.
+        """Builds the configuration from what a file says, as in `transformers`; a wrong entry is a `ValueError`.
 
         The Auto classes pass all arguments of a model's `from_pretrained` through here. Those for the model itself are
         returned as unused, and so are the names of our own fields: these describe the saved weights.
-
-        Raises:
-            UnsupportedArchitectureError: If the plain model's configuration is of an unknown kind.
-            ValueError: If an entry has the wrong type or is out of range.
         """
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
-        # Code beside the weights is never loaded, and a copy of the model saved anew may have none.
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}  # no code is loaded
         is_base_read = False
         try:
             base = config_dict.get("base_config")
@@ -66,10 +53,8 @@ class SavedConfig(PreTrainedConfig):
         except Exception as error:  # of whatever kind the plain model's own checks raise
             if isinstance(error, (ImportError, OSError)) or (is_base_read and isinstance(error, ValueError)):
                 raise  # a ValueError then tells of an argument
-            raise ValueError(
-                f"Got a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]}); expected "
-                f"that of {cls.describes}. {checks.REMEDY}"
-            ) from error
+            got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
+            raise checks.damaged(got, f"that of {cls.describes}") from error
         return (config, {**unused, **passed}) if wants_unused else config
 
     @classmethod
@@ -119,7 +104,7 @@ class NeMoModelConfig(SavedConfig):
     # As in transformers, whose own declarations strict dataclasses can't read.
     id2label: dict[int, str] | dict[str, str] | None = validated_field(checks.check_names, default=None)
     label2id: dict[str, int] | None = None
-    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
     relevance_source: Literal["initial", "running", "exact"] = "initial"
     parent: str | None = None
     relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
@@ -152,21 +137,15 @@ class NeMoModelConfig(SavedConfig):
         assert isinstance(self.base_config, PreTrainedConfig)
         return find_base_class(self.base_class, self.base_config)
 
-    def validate_problem_type(self) -> None:
-        """Refuses regression, which has no labels."""
-        if self.problem_type == "regression":
-            raise ValueError("expected problem_type to be a classification, got regression")
-
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:
         base = config_dict.get("base_config")
         if isinstance(base, dict) and base.get("model_type", "vit") not in CONFIG_MAPPING:
             raise UnsupportedArchitectureError(
                 f"Got a {config_dict.get('role')} of a {config_dict.get('base_class')!r} of model type "
-                f"{base['model_type']!r}, which transformers {transformers.__version__} does not know; expected one "
-                "that it knows or that is registered. Import the package that defines it and run before: "
-                f"AutoConfig.register({base['model_type']!r}, ...) and the register of its Auto class, such as "
-                "AutoModelForImageClassification.register(...)."
+                f"{base['model_type']!r}; expected one that transformers {transformers.__version__} knows or that is "
+                f"registered. Run before: AutoConfig.register({base['model_type']!r}, ...) and the register of its "
+                "Auto class, such as AutoModelForImageClassification.register(...)."
             )
         options = config_dict.get("nemo_config")
         try:
@@ -187,11 +166,8 @@ class NeMoModelConfig(SavedConfig):
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration."""
-    for _, mapping in TASKS.values():
-        for candidate in _registered(mapping, type(base_config)):
-            if candidate.__name__ == name:
-                return candidate
-    found = getattr(transformers, name, None)
+    known = [found for _, mapping in TASKS.values() for found in _registered(mapping, type(base_config))]
+    found = next((each for each in known if each.__name__ == name), getattr(transformers, name, None))
     if inspect.isclass(found) and issubclass(found, PreTrainedModel):
         return found
     kind = type(base_config).__name__
@@ -202,9 +178,9 @@ def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrained
     )
 
 
-def _registered(mapping: Any, config_class: type[PreTrainedConfig] | None) -> tuple[type[PreTrainedModel], ...]:
+def _registered(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel], ...]:
     """Model classes that an Auto class knows for a configuration."""
-    found = mapping.get(config_class, ()) if config_class is not None else ()
+    found = mapping.get(config_class, ()) if config_class else ()
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -214,7 +190,7 @@ def model_class(task: str, config_class: type[PreTrainedConfig]) -> Any:
 
 
 def task_of(base_class: type[PreTrainedModel]) -> str:
-    """Returns the task of a plain model's class, a key of `TASKS`; a `TypeError` tells if it is for another one."""
+    """Returns the task of a plain model's class, a key of `TASKS`; a class of another one is a `TypeError`."""
     for task, (_, mapping) in TASKS.items():  # before the names: Wav2Vec2ForSequenceClassification is for audio
         if base_class in _registered(mapping, base_class.config_class):
             return task
@@ -223,6 +199,5 @@ def task_of(base_class: type[PreTrainedModel]) -> str:
             return task
     raise TypeError(
         f"Got a {base_class.__name__}; expected a class for image, sequence or audio classification: a mask is of a "
-        "whole sample, and so must be its labels. Load the model with AutoModelForImageClassification or "
-        "AutoModelForSequenceClassification."
+        "whole sample. Load the model with the Auto class for its task."
     )

@@ -1,9 +1,7 @@
 """The equivalence check: a module's logits equal the parent's under the same static mask.
 
-It holds because a closed neuron adds exactly nothing to what reads it: values and units are masked where they
-are read, q.k dimensions are missing in q and k alike, attention keeps its scale, and the residual stream keeps
-its width, so that every norm sees the statistics that it was trained with. Families in which one of these
-fails would fail silently, so every extraction is checked.
+It holds because a closed neuron adds exactly nothing to what reads it, attention keeps its scale, and the residual
+stream its width. Families in which one of these fails would fail silently, so every extraction is checked.
 """
 
 import copy
@@ -28,16 +26,9 @@ class EquivalenceError(RuntimeError):
 
 @dataclass(frozen=True)
 class EquivalenceCheck:
-    """Result of an equivalence check, in float32.
+    """Largest `difference` between a module's and the parent's logits, and `effect` of the mask on the latter.
 
-    Args:
-        status: `"verified"`, or `"unverified"` where the mask hardly moves the parent's logits, so that
-            equal logits would prove nothing.
-        difference: Largest difference between the module's and the parent's logits.
-        tolerance: 1e-5 times max(1, largest logit of the parent): rounding goes with what the layers compute, however
-            small the logits of the module's own labels come out.
-        effect: Largest difference that the static mask makes to the parent's logits.
-        samples: Number of samples compared.
+    Of a mask that hardly moves the logits equal logits prove nothing: the status is then `"unverified"`.
     """
 
     status: str
@@ -58,27 +49,23 @@ def check_equivalence(
     `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
     Logits that differ by more than the tolerance are an `EquivalenceError`.
     """
-    label_ids = module.config.label_ids or []
     inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     assert parent.masks is not None
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
-        device = exact_parent.device
-        batch = {
-            name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
-        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, label_ids]
+        batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
+        batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, module.config.label_ids]
         whole = exact_parent(**batch, static_masks=static).logits
-        expected = whole[:, label_ids]
+        expected = whole[:, module.config.label_ids]
         got = exact_module(**batch).logits
     difference = (got - expected).abs().max().item()
+    # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())
     effect = (opened - expected).abs().max().item()
     if not difference <= tolerance:  # also when it is not a number
         raise EquivalenceError(
-            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask "
-            f"by {difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: "
-            "mask less of it, for example NeMoConfig(targets=['ffn']), and report the model type."
+            f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
+            f"{difference:.2e}; expected at most {tolerance:.2e}. Mask less of it: NeMoConfig(targets=['ffn'])."
         )
     status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
     return EquivalenceCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))
@@ -86,11 +73,9 @@ def check_equivalence(
 
 @contextmanager
 def as_saved(*models: NeMoPreTrainedModel) -> Iterator[None]:
-    """Lets models run as they would when loaded: in eval mode, in the precision of their weights.
-
-    Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
-    """
+    """Lets models run as they would when loaded: in eval mode, in the precision of their weights."""
     training = [model.training for model in models]
+    # Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
     wrapped = [model.__dict__.pop("forward", None) for model in models]
     try:
         for model in models:

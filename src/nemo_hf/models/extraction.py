@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,8 @@ from nemo_hf.pruning.plan import is_relevant, plan_module, retained_neurons, sta
 from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
-from .loading import HUB_OPTIONS, build_plain_on_meta, check_mean_masks, hidden_progress, open_model
-from .remote_files import hub_name, read_companions
+from .files import hub_name, read_companions
+from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress, open_model
 from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -34,42 +34,31 @@ Reader = Callable[[str, TensorCut | None], Tensor]
 
 @dataclass(frozen=True)
 class CutSource:
-    """What a cut needs of a parent, in memory or saved.
+    """What a cut needs of a parent, in memory or saved; `plain` may be on the meta device.
 
-    Args:
-        config: The parent's configuration.
-        options: The options that it was trained with.
-        plain: The plain model at full width; its weights may be on the meta device.
-        sites: The neuron sites that are cut.
-        heads: Paths of the classification heads.
-        relevance: Site key to relevance, uint8, shape (groups, neurons).
-        mean_masks: With soft masks: site key to mean masks, shape (groups, neurons).
+    `relevance` (uint8) and, with soft masks, `mean_masks` map site keys to tensors of shape (groups, neurons).
     """
 
     config: NeMoModelConfig
     options: NeMoConfig
     plain: PreTrainedModel
     sites: Sequence[NeuronSite]
-    heads: Sequence[str]
     relevance: Mapping[str, Tensor]
-    mean_masks: Mapping[str, Tensor] = field(default_factory=dict)
+    mean_masks: Mapping[str, Tensor]
 
     @classmethod
     def of_parent(cls, parent: NeMoPreTrainedModel) -> "CutSource":
         """Takes what a cut needs from a parent in memory; a module is refused with a `ValueError`."""
         masks = parent.parent_masks()
         means = {mask.site.key: mask.mean_mask for mask in masks.site_masks() if mask.mean_mask is not None}
-        return cls(
-            parent.config, parent.nemo_config, parent.model, parent.sites, parent.heads, masks.relevance(), means
-        )
+        return cls(parent.config, parent.nemo_config, parent.model, parent.sites, masks.relevance(), means)
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What a module keeps: labels, neurons and, with soft masks, the mean mask of each kept neuron.
+    """What a module keeps: labels, neurons, and `static`, the masks under which it computes what the parent does.
 
-    `static` holds the masks that the module computes under, `counts`, by site, how many neurons each of its groups
-    uses and how many it keeps in all.
+    `counts` holds, by site, how many neurons each of its groups uses and how many it keeps in all.
     """
 
     label_ids: list[int]
@@ -88,11 +77,7 @@ def make_plan(
     threshold: float | None = None,
     round_to: int | None = None,
 ) -> ModulePlan:
-    """Plans a module without cutting it; arguments as in `extract_module`.
-
-    Raises:
-        ValueError: If the labels, the threshold or the relevance allow no module.
-    """
+    """Plans a module without cutting it; arguments as in `extract_module`."""
     source = source if isinstance(source, CutSource) else CutSource.of_parent(source)
     config = source.config
     label_ids, names = resolve_labels(labels, config.groups, config.names)
@@ -100,22 +85,14 @@ def make_plan(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
     if config.relevance_source == "initial":
-        logger.warning(
-            "This parent's relevance was never measured, so its modules keep every neuron. "
-            "Train it with NeMoTrainer, or call compute_relevance(parent, dataloader) first."
-        )
+        logger.warning("This parent's relevance was never measured: modules keep all. Call compute_relevance first.")
     indices = [list(config.groups).index(name) for name in names]
     keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)
     static = static_masks(source.sites, keep)
     for key, mean in source.mean_masks.items():
         static[key] *= mean[indices].mean(0).cpu()
-    counts = {
-        key: [
-            *is_relevant(relevance[indices], threshold).sum(-1).tolist(),
-            sum(len(part) for part in keep[key].values()),
-        ]
-        for key, relevance in source.relevance.items()
-    }
+    used = {key: is_relevant(rows[indices], threshold).sum(-1).tolist() for key, rows in source.relevance.items()}
+    counts = {key: [*numbers, sum(len(part) for part in keep[key].values())] for key, numbers in used.items()}
     retained = retained_neurons(source.sites, keep)
     return ModulePlan(label_ids, names, keep, static, threshold, round_to, retained, counts)
 
@@ -145,41 +122,33 @@ def extract_module(
     return module
 
 
-def _check(
-    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, plan: ModulePlan, inputs: Mapping[str, Tensor] | None
-) -> None:
+def _check(parent: Model, module: Model, plan: ModulePlan, inputs: Mapping[str, Tensor] | None = None) -> None:
     """Compares a module that is still in float32 with its parent, and records the result in its configuration."""
     check = check_equivalence(parent, module, plan.static, inputs)
     if check.status == "unverified":
-        logger.warning(
-            "The module's mask moves the parent's logits by %.1e only, so that equal logits prove little; a check of "
-            "the cut needs over %.1e. The module is marked as unverified.",
-            check.effect,
-            EFFECT_FACTOR * check.tolerance,
-        )
+        message = "The module is unverified: its mask moves the parent's logits by %.1e only; a check needs over %.1e."
+        logger.warning(message, check.effect, EFFECT_FACTOR * check.tolerance)
     module.config.equivalence = asdict(check)
 
 
 def build_module(
     cls: type[Model], source: CutSource, plan: ModulePlan, read: Reader, base_model: PreTrainedModel | None = None
 ) -> Model:
-    """Builds a module of class `cls` in float32 (float64 stays), in eval mode, without checking it.
+    """Builds a module in float32 (float64 stays), in eval mode, without checking it.
 
-    `read` returns the tensor of a name in the plain model, cut. `base_model` is a plain model on the meta device that
-    may become the module's; `None` builds one.
+    `read` returns the tensor of a name in the plain model, cut. `base_model` on the meta device becomes the module's.
     """
     has_means = bool(source.mean_masks)
     cuts = [site_cut(site, plan.keep[site.key], plan.static[site.key] if has_means else None) for site in source.sites]
     config = _module_config(source, plan, [cut.widths for cut in cuts])
-    heads = dict.fromkeys(source.heads, torch.tensor(plan.label_ids, dtype=torch.long))
-    by_name = tensor_cuts(source.plain, cuts, heads)
+    heads = find_heads(source.plain, source.plain.config.num_labels or 0)
+    by_name = tensor_cuts(source.plain, cuts, dict.fromkeys(heads, torch.tensor(plan.label_ids)))
     names = [*source.plain.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]
     state = {f"model.{name}": _at_least_float32(read(name, by_name.get(name))) for name in names}
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     with hidden_progress():
-        module: Model = cls.from_pretrained(
-            None, base_model, source.sites, config=config, state_dict=state, dtype=dtype
-        )
+        kwargs = {"config": config, "state_dict": state, "dtype": dtype}
+        module: Model = cls.from_pretrained(None, base_model, source.sites, **kwargs)
     module.drop_stale_results()  # from here on changes of the weights count
     return module
 
@@ -198,15 +167,14 @@ def _restore_dtypes(module: NeMoPreTrainedModel, dtypes: Mapping[str, torch.dtyp
 
 def _module_config(source: CutSource, plan: ModulePlan, widths: Sequence[Mapping[str, int]]) -> NeMoModelConfig:
     parent = source.config
-    id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
     config: NeMoModelConfig = copy.deepcopy(parent)
     config.role = "module"
-    config.id2label = id2label
-    config.label2id = {name: index for index, name in id2label.items()}
+    config.id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
+    config.label2id = {name: index for index, name in config.names.items()}
     config.label_ids = list(plan.label_ids)
     config.label_groups = [{"name": name, "labels": parent.groups[name]} for name in plan.groups]
     if not parent.has_several_labels:
-        config.problem_type = "single_label_classification" if len(id2label) > 1 else None
+        config.problem_type = "single_label_classification" if len(plan.label_ids) > 1 else None
     config.relevance_threshold = plan.threshold
     config.round_to = plan.round_to
     config.parent = hub_name(parent.name_or_path)
@@ -228,24 +196,13 @@ def cut_on_load(
     config: NeMoModelConfig | None = None,
     **kwargs: Any,
 ) -> Model:
-    """Loads only a module from a saved parent: reads the relevance, then the rows and columns that the module keeps.
-
-    Does what `NeMoClassifier.from_pretrained` says for `labels=`. Of `kwargs` those of the Hub, `dtype` and
-    `attn_implementation` count; others are a `ValueError`.
-    """
-    strange = sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS)
-    if strange:
-        raise ValueError(
-            f"Got {strange} together with labels; expected some of {sorted(CUT_OPTIONS)}. Cut the module first, and "
-            "then move or change it."
-        )
+    """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
+    if strange := sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS):
+        raise ValueError(f"Got {strange} with labels; expected some of {sorted(CUT_OPTIONS)}. Set them after the cut.")
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
     if config.role == "module":
-        raise ValueError(
-            f"Got {str(source)!r}, which is a module; expected a parent to cut labels from. "
-            "Load it without labels=, or name the parent's repository."
-        )
+        raise ValueError(f"Got {str(source)!r}, which is a module; expected a parent. Load it without labels=.")
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
     hub_options["force_download"] = False  # what is here now was checked
@@ -257,31 +214,28 @@ def cut_on_load(
     # Checked when the parent was made, on another cut of the same structure.
     module.config.equivalence = {**config.equivalence, "source": "parent"} if config.equivalence else None
     if verify:
-        _check(cls.from_pretrained(source, **hub_options), module, plan, None)
+        _check(cls.from_pretrained(source, **hub_options), module, plan)
     _restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
-    dtype = kwargs.get("dtype")
-    if dtype not in (None, "auto"):
+    if (dtype := kwargs.get("dtype")) not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return module
 
 
 def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:
     """Reads what a cut needs besides the weights themselves: structure, relevance and mean masks."""
-    plain = build_plain_on_meta(config, weights)
+    plain = build_on_meta(config.build_plain, weights, "model.")
+    check_labels(config, plain.config.num_labels or 0)
     sites = configured_sites(plain, config)
     weights.find_tied({f"model.{name}": f"model.{other}" for name, other in plain.all_tied_weights_keys.items()})
     options = NeMoConfig.from_dict(config.nemo_config or {})
     has_means = not options.hard_masks
     shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
-    kinds = {"relevance": torch.uint8, **({"mean_mask": torch.float32} if has_means else {})}
-    for name, dtype in kinds.items():
+    for name, dtype in {"relevance": torch.uint8, **({"mean_mask": torch.float32} if has_means else {})}.items():
         read = {f"masks.{index}.{name}": (len(config.groups), site.neurons) for index, site in enumerate(sites)}
         weights.check_dtypes(dict.fromkeys(read, dtype))
         shapes |= read
-    others = ("masks.sparsity_level", *(f"masks.{index}." for index in range(len(sites))))
-    weights.check_shapes(shapes, others)
+    weights.check_shapes(shapes, ("masks.sparsity_level", *(f"masks.{index}." for index in range(len(sites)))))
     relevance = {site.key: weights.read(f"masks.{index}.relevance") for index, site in enumerate(sites)}
     means = {site.key: weights.read(f"masks.{index}.mean_mask") for index, site in enumerate(sites) if has_means}
     check_mean_masks(list(means.values()))
-    heads = find_heads(plain, plain.config.num_labels or 0)
-    return CutSource(config, options, plain, sites, heads, relevance, means)
+    return CutSource(config, options, plain, sites, relevance, means)

@@ -4,23 +4,21 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 
-from .config_checks import REMEDY
+from .config_checks import damaged
 from .configuration import NeMoModelConfig, SavedConfig
-from .remote_files import find_file, read_json
-from .weight_files import WeightFiles
+from .files import find_file, read_json
+from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
@@ -40,21 +38,17 @@ def open_model(
         model_type = read_json(path).get("model_type") if path else kind.model_type
         if model_type != kind.model_type:
             raise ValueError(
-                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. "
-                "Load it with the Auto class for its task; a plain model is trained with NeMoTrainer first."
+                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. Load it with "
+                "the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
     if find_file(source, "adapter_config.json", hub_options):
         raise ValueError(
-            f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
-            "expected a parent or module alone. Remove that file."
+            f"Got {str(source)!r} with adapter_config.json, for weights from elsewhere; expected none. Remove it."
         )
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
-        raise ValueError(
-            f"Got {str(source)!r} with a distributed checkpoint; expected weights as save_pretrained writes them. "
-            "Save the model again."
-        )
+        raise damaged(f"{str(source)!r} with a distributed checkpoint", "model.safetensors")
     return copy.deepcopy(config), WeightFiles(source, hub_options, variant)
 
 
@@ -67,89 +61,45 @@ def _bounded_build(most: int) -> Iterator[None]:
         nonlocal count
         count += threading.get_ident() == thread
         if count > most:
-            raise ValueError(
-                f"Got a config.json of a model with over {most} layers and parameters; expected what its weight files "
-                f"hold. {REMEDY}"
-            )
+            raise damaged(f"a config.json of over {most} layers and parameters", "about those in its weight files")
 
-    hooks = [
+    with (
         torch_module.register_module_parameter_registration_hook(register),
         torch_module.register_module_buffer_registration_hook(register),
         torch_module.register_module_module_registration_hook(register),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def build_on_meta(kind: Any, config: Any, weights: WeightFiles) -> Any:
-    """Builds a parent, module or composed model without memory for its weights, and compares it with its files.
+def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "") -> Any:
+    """Makes a model without memory for its weights, and compares its size and kinds of numbers with its files.
 
-    Raises:
-        UnsupportedArchitectureError: If the class of the plain model is unknown.
-        ValueError: If the configuration builds no model, or one far larger than the files.
+    The files' names of its tensors start with `prefix`.
     """
-    model = _built(partial(kind, config), getattr(config, "base_class", kind.__name__), weights)
-    for part in getattr(model, "parts", [model]):
-        _check_labels(part.config, part.model.config.num_labels)
-    _check_tensors(model, weights)
-    return model
-
-
-def build_plain_on_meta(config: NeMoModelConfig, weights: WeightFiles) -> PreTrainedModel:
-    """Builds the plain model inside a saved parent likewise; its tensors are those that start with `model.`."""
-    plain: PreTrainedModel = _built(config.build_plain, config.base_class, weights)
-    _check_labels(config, plain.config.num_labels or 0)
-    _check_tensors(plain, weights, "model.")
-    return plain
-
-
-def _built(make: Callable[[], Any], name: str, weights: WeightFiles) -> Any:
+    most = SPARE_ENTRIES + ENTRIES_PER_TENSOR * len(weights)
     try:
-        with (
-            torch.device("meta"),
-            meta_device_safe_creation_ops(),
-            no_init_weights(),
-            _bounded_build(SPARE_ENTRIES + ENTRIES_PER_TENSOR * len(weights)),
-        ):
-            return make()
+        with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), _bounded_build(most):
+            model = make()
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
-        raise ValueError(
-            f"Got a config.json that builds no {name} ({type(error).__name__}: {error}); expected that of the saved "
-            f"weights. {REMEDY}"
-        ) from error
-
-
-def _check_tensors(model: nn.Module, weights: WeightFiles, prefix: str = "") -> None:
-    """Checks a model's size and kinds of numbers against its files."""
+        raise damaged(f"a config.json that builds no model ({type(error).__name__}: {error})", "one") from error
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     if size > 2 * weights.size + SPARE_BYTES:
-        raise ValueError(
-            f"Got a config.json of a model of {size} bytes beside weight files of {weights.size}; expected one of "
-            f"about their size. {REMEDY}"
-        )
+        raise damaged(f"a config.json of a model of {size} bytes", f"about {weights.size}, as its weight files have")
     weights.check_dtypes({f"{prefix}{name}": tensor.dtype for name, tensor in model.state_dict().items()})
+    return model
 
 
-def _check_labels(config: NeMoModelConfig, outputs: int) -> None:
+def check_labels(config: NeMoModelConfig, outputs: int) -> None:
     """Checks that labels, groups and the number of outputs of the plain model's head belong together."""
     count, is_parent = len(config.names), config.role == "parent"
     own = list(range(count)) if is_parent else config.label_ids or []
     members = sorted(label for labels in config.groups.values() for label in labels)
-    if (
-        len(own) != count
-        or (is_parent and (outputs != count or members != own))
-        or not set(own) <= set(members)
-        or not set(members) <= set(range(outputs))
-    ):
-        raise ValueError(
-            f"Got a config.json of a {config.role} with {count} labels, the ids {own[:12]} and groups of the labels "
-            f"{members[:12]}, on a plain model of {outputs}; expected each label in a group. {REMEDY}"
-        )
+    is_parents = outputs == count and members == own
+    if len(own) != count or not set(own) <= set(members) <= set(range(outputs)) or (is_parent and not is_parents):
+        labels = f"{count} labels, the ids {own[:12]} and groups of the labels {members[:12]}"
+        raise damaged(f"a config.json with {labels}, on a plain model of {outputs}", "each label in a group")
 
 
 def check_values(model: Any) -> None:
@@ -168,10 +118,7 @@ def check_mean_masks(mean_masks: Sequence[Tensor | None]) -> None:
     """Checks that the mean masks of a parent's sites, where they are kept, hold numbers in [0, 1] alone."""
     for index, mean in enumerate(mean_masks):
         if mean is not None and not mean.is_meta and not bool(((mean >= 0) & (mean <= 1)).all()):
-            raise ValueError(
-                f"Got masks.{index}.mean_mask with values outside [0, 1]; expected shares. The weights are damaged: "
-                "save or download them again."
-            )
+            raise damaged(f"masks.{index}.mean_mask with values outside [0, 1]", "shares")
 
 
 def _check_indices(name: str, indices: Tensor | None, size: int | None, is_increasing: bool = False) -> None:
@@ -179,35 +126,25 @@ def _check_indices(name: str, indices: Tensor | None, size: int | None, is_incre
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= size or (is_increasing and not bool((indices.diff() > 0).all())):
-        raise ValueError(
-            f"Got the tensor {name!r} with indices from {low} to {high}; expected "
-            f"{'increasing ' * is_increasing}ones from 0 to {size - 1}. The weights are damaged: save or download them "
-            "again."
-        )
+        expected = f"{'increasing ' * is_increasing}ones from 0 to {size - 1}"
+        raise damaged(f"the tensor {name!r} with indices from {low} to {high}", expected)
 
 
 def check_loaded(source: str, info: Mapping[str, Any]) -> None:
-    """Checks that a model got exactly the tensors that it has; `info` is the loading info of `transformers`."""
+    """Checks from the loading info of `transformers` that a model got exactly the tensors that it has."""
     if info["mismatched_keys"]:
         name, got, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"Got the tensor {name!r} of shape {tuple(got)} in {source!r}; expected {tuple(expected)}. "
-            "The weights and config.json are not of the same model: save or download them again."
-        )
+        raise other_shape(source, name, got, expected)
     for kind in ("missing", "unexpected"):
         if info[f"{kind}_keys"]:
-            raise ValueError(
-                f"Got weights in {source!r} with {len(info[f'{kind}_keys'])} {kind} tensors, such as "
-                f"{sorted(info[f'{kind}_keys'])[0]!r}; expected exactly those of the configuration. "
-                "Save or download them again."
-            )
+            raise other_tensors(source, kind, info[f"{kind}_keys"])
     if info["error_msgs"]:
-        raise ValueError(f"Got weights in {source!r} that don't load: {info['error_msgs'][0]}")
+        raise damaged(f"weights in {source!r} that don't load ({info['error_msgs'][0]})", "others")
 
 
 @contextmanager
 def hidden_progress() -> Iterator[None]:
-    """Hides the progress bar of loading, for weights that are at hand already."""
+    """Hides the progress bar of loading, for weights that are in memory."""
     shows = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

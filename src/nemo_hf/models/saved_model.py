@@ -1,5 +1,7 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,9 +9,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
-from .files import processor_files, replaced_directory, write_json
-from .loading import HUB_OPTIONS, build_on_meta, check_loaded, check_values, open_model
-from .remote_files import REPORT_NAME, read_companions, recorded_names
+from .config_checks import damaged
+from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
+from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -20,18 +22,20 @@ class SavedModel(PreTrainedModel):
 
     config: Any
     config_class: Any
-    processor_files: dict[str, bytes]
-    """Files of the tokenizer, image processor or feature extractor, by name."""
-    report: dict[str, Any] | None
-    """What was measured of these weights; it is saved beside them."""
+    processor_files: dict[str, bytes]  # of the tokenizer, image processor or feature extractor, by name
+    report: dict[str, Any] | None  # what was measured of these weights
+
+    def _prepare_to_save(self) -> None:
+        """Brings the configuration up to date with the weights."""
 
     def attach_processor(self, processor: Any) -> None:
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
-        self.processor_files = processor_files(processor)
+        with tempfile.TemporaryDirectory() as directory:
+            processor.save_pretrained(directory)
+            files = [file for file in sorted(Path(directory).iterdir()) if file.is_file()]
+            self.processor_files = {file.name: file.read_bytes() for file in files}
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration, processor and report.
 
         A new directory appears whole or not at all. In one that is there already the files are replaced one
@@ -43,6 +47,7 @@ class SavedModel(PreTrainedModel):
                 options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
                 loads its best model by the names that the weights have in memory.
         """
+        self._prepare_to_save()
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
@@ -63,23 +68,17 @@ class SavedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
     ) -> Self:
-        """Loads what `save_pretrained` saved; arguments as in `transformers`.
-
-        Returns:
-            The model in eval mode.
-
-        Raises:
-            OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
-        """
+        """Loads what `save_pretrained` saved, in eval mode; arguments as in `transformers`."""
         source = pretrained_model_name_or_path
         if source is not None:
             pin_revision(source, kwargs)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         if source is not None:
             config = kwargs["config"] if isinstance(kwargs.get("config"), cls.config_class) else None
-            opened = open_model(source, hub_options, config, kwargs.get("variant"), cls.config_class)
-            checked = build_on_meta(cls, *opened)
+            config, weights = open_model(source, hub_options, config, kwargs.get("variant"), cls.config_class)
+            checked = build_on_meta(partial(cls, config), weights)
+            for part in getattr(checked, "parts", [checked]):
+                check_labels(part.config, part.model.config.num_labels)
             if not model_args and (sites := getattr(checked, "sites", None)):
                 model_args = (None, sites)  # found already
             hub_options["force_download"] = kwargs["force_download"] = False  # what is here now was checked
@@ -89,10 +88,7 @@ class SavedModel(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise OSError(
-                f"Got a damaged or truncated weight file in {str(source)!r} ({error}); expected safetensors. "
-                "Save or download it again."
-            ) from error
+            raise damaged(f"truncated weights in {str(source)!r} ({error})", "safetensors", OSError) from error
         model, info = loaded
         check_loaded(str(source), info)
         for part in getattr(model, "parts", [model]):

@@ -1,7 +1,7 @@
 """The tensors of a saved model: checked from the headers of their files, and read by name and by slice."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nemo_hf.pruning.layer_cuts import TensorCut, cut_tensor
 
-from .remote_files import find_file, read_json
+from .config_checks import damaged
+from .files import find_file, read_json
 
 WEIGHTS_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
@@ -28,17 +29,17 @@ class WeightFiles:
         self._stored_names: dict[str, str] = {}
         self.size = 0
         for path in _weight_paths(source, hub_options, f".{variant}" if variant else ""):
-            opened = _open(path)
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise damaged(f"a truncated file {str(path)!r} ({error})", "safetensors", OSError) from error
             if repeated := sorted(set(opened.keys()) & set(self._files)):
-                raise OSError(
-                    f"Got the tensor {repeated[0]!r} in several weight files of {str(source)!r}; expected each in one. "
-                    "Save the model again."
-                )
+                got = f"the tensor {repeated[0]!r} in several weight files of {str(source)!r}"
+                raise damaged(got, "each in one", OSError)
             self._files.update(dict.fromkeys(opened.keys(), opened))
             self.size += path.stat().st_size
 
     def __len__(self) -> int:
-        """Number of tensors."""
         return len(self._files)
 
     def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
@@ -47,31 +48,19 @@ class WeightFiles:
             dtype, got = expected[name], self._lazy(name).get_dtype()
             allowed = tuple(STORED_FLOATS) if dtype.is_floating_point else (STORED_DTYPES.get(dtype, got),)
             if got not in allowed:
-                raise ValueError(
-                    f"Got the tensor {name!r} stored as {got} in {str(self._source)!r}; expected "
-                    f"{' or '.join(allowed)}. Save or download the model again."
-                )
+                problem = f"the tensor {name!r} stored as {got} in {str(self._source)!r}"
+                raise damaged(problem, " or ".join(allowed))
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]], others: tuple[str, ...] = ()) -> None:
         """Checks that these tensors are there with these shapes, and besides only names that start with `others`."""
+        if missing := expected.keys() - self._files.keys():
+            raise other_tensors(self._source, "missing", missing)
         for name, shape in expected.items():
-            if name not in self._files:
-                raise ValueError(
-                    f"Got weights of {str(self._source)!r} without the tensor {name!r}; expected all of the parent's. "
-                    "Save or download the parent again."
-                )
-            got = tuple(self._lazy(name).get_shape())
-            if got != tuple(shape):
-                raise ValueError(
-                    f"Got the tensor {name!r} of shape {got} in {str(self._source)!r}; expected {tuple(shape)}. "
-                    "The weights and config.json are not of the same model: save or download them again."
-                )
-        unexpected = set(self._files) - set(expected)
-        if strange := sorted(name for name in unexpected if not name.startswith(others)):
-            raise ValueError(
-                f"Got weights of {str(self._source)!r} with {len(strange)} unexpected tensors, such as {strange[0]!r}; "
-                "expected exactly those of the configuration. Save or download the parent again."
-            )
+            got = self._lazy(name).get_shape()
+            if tuple(got) != tuple(shape):
+                raise other_shape(self._source, name, got, shape)
+        if strange := {name for name in self._files.keys() - expected.keys() if not name.startswith(others)}:
+            raise other_tensors(self._source, "unexpected", strange)
 
     def find_tied(self, tied: Mapping[str, str]) -> None:
         """Lets tensors be read that are stored under another name; `tied` is a model's `all_tied_weights_keys`."""
@@ -83,11 +72,11 @@ class WeightFiles:
 
     def read(self, name: str, cut: TensorCut | None = None) -> Tensor:
         """Reads a tensor to the CPU, or only the rows and columns that `cut` keeps of it."""
-        if cut is not None and cut.constant is not None:
-            return cut.constant.clone()
         if cut is None:
             tensor: Tensor = self._files[name].get_tensor(self._stored_names.get(name, name))
             return tensor
+        if cut.constant is not None:
+            return cut.constant.clone()
         lazy = self._lazy(name)
         return cut_tensor(lambda dim, index: _read_slice(lazy, dim, index), cut)
 
@@ -99,6 +88,17 @@ class WeightFiles:
         return self._files[name].get_slice(self._stored_names.get(name, name))
 
 
+def other_shape(source: str | Path, name: str, got: Sequence[int], expected: Sequence[int]) -> Exception:
+    """Makes the error of a tensor that has another shape than the configuration says."""
+    return damaged(f"the tensor {name!r} of shape {tuple(got)} in {str(source)!r}", str(tuple(expected)))
+
+
+def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> Exception:
+    """Makes the error of tensors that are missing or unexpected."""
+    got = f"weights in {str(source)!r} with {len(names)} {kind} tensors, such as {min(names)!r}"
+    return damaged(got, "exactly those of the configuration")
+
+
 def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: str) -> list[Path]:
     """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them."""
     single = WEIGHTS_NAME.replace(".", f"{variant}.", 1) if variant else WEIGHTS_NAME
@@ -108,21 +108,17 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
     names: Any = [single]
     if index:
         weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
         if strange or not names:
-            raise OSError(
-                f"Got {index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}; expected names "
-                "of *.safetensors files beside it. Save or download the model again."
-            )
-    paths = {name: find_file(source, name, hub_options) for name in sorted(set(names))}
-    for name, path in paths.items():
-        if path is None:
-            raise OSError(
-                f"Got {str(source)!r} without {name}; expected the weights of a nemo_hf parent. "
-                "Save the parent again with save_pretrained."
-            )
-    return [path for path in paths.values() if path]
+            got = f"{index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}"
+            raise damaged(got, "names of *.safetensors files beside it", OSError)
+    paths = []
+    for name in sorted(set(names)):
+        if (path := find_file(source, name, hub_options)) is None:
+            raise damaged(f"{str(source)!r} without {name}", "all weights", OSError)
+        paths.append(path)
+    return paths
 
 
 def _read_slice(lazy: Any, dim: int, index: Tensor) -> Tensor:
@@ -133,13 +129,3 @@ def _read_slice(lazy: Any, dim: int, index: Tensor) -> Tensor:
         return torch.empty(shape, dtype=sample.dtype)
     part: Tensor = lazy[(*(slice(None),) * dim, index.tolist())]
     return part
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise OSError(
-            f"Got a damaged or truncated weight file {str(path)!r} ({error}); expected safetensors. "
-            "Save or download it again."
-        ) from error
