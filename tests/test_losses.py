@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_hf.config import OBJECTIVES
-from nemo_hf.models.label_groups import group_membership
+from nemo_hf.models.labels import group_membership
 from nemo_hf.training.losses import (
     GatheredMasks,
     cosine_similarities,

@@ -18,7 +18,7 @@ from transformers import (
 from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent, nemo_loss
 from nemo_hf.evaluation.metrics import cohesion_and_coupling, jaccard_indices
 from nemo_hf.models.extraction import make_plan
-from nemo_hf.models.label_groups import group_indices, group_membership, shares_group
+from nemo_hf.models.labels import group_indices, group_membership, shares_group
 from nemo_hf.training.losses import mask_objective, restricted_binary_cross_entropy
 
 GROUPS = {"pets": ["cat", "dog"], "vehicles": ["car", "ship"], "rest": ["frog"]}
@@ -283,7 +283,7 @@ def test_regression_is_refused_with_the_reason():
 def test_labels_of_the_other_kind_are_refused(tmp_path, has_several):
     model = several_labels_vit() if has_several else fresh("vit")
     samples = image_samples(12) if has_several else several_label_samples(12)
-    expected = f"expected {'a list' if has_several else 'an id'}, as the model's problem_type says"
+    expected = f"expected {'a list' if has_several else 'an id'} for each sample"
     trainer = trainer_of(model, samples, tmp_path)
     with pytest.raises(ValueError, match=expected):
         trainer.train()

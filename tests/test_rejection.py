@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, evaluate_module, make_parent
 from nemo_hf.evaluation.rejection import auroc, fit_rejection, own_samples
-from nemo_hf.models.rejection import energy, rejection_scores, score_energies
+from nemo_hf.models.rejection import energy, rejection_scores
 
 
 def data(count=60, batch=16, labels=range(5)):
@@ -53,7 +53,7 @@ def test_the_threshold_accepts_the_share_that_was_asked_for(accepted, distance):
     own = torch.arange(400) < 150
     energies = torch.randn(400, generator=torch.Generator().manual_seed(0)) + distance * own
     fit = fit_rejection(energies, own, accepted)
-    shares = (score_energies(energies, fit) <= fit["threshold"]).float()
+    shares = (rejection_scores(energies, fit) <= fit["threshold"]).float()
     assert accepted <= shares[own].mean() < accepted + 1 / 150
     assert all(math.isfinite(value) for value in fit.values())
     assert fit["accepted"] == pytest.approx(shares[own].mean().item())
@@ -63,7 +63,7 @@ def test_the_threshold_accepts_the_share_that_was_asked_for(accepted, distance):
 def test_scores_are_calibrated_at_even_odds():
     own = torch.arange(40000) < 4000  # ten times as many others
     energies = 5 + 3 * (torch.randn(40000, generator=torch.Generator().manual_seed(1)) + own)
-    scores = score_energies(energies, fit_rejection(energies, own, 0.95))
+    scores = rejection_scores(energies, fit_rejection(energies, own, 0.95))
     for low in (0.2, 0.4, 0.6):
         chosen = (scores > low) & (scores < low + 0.1)
         strange, known = (chosen & ~own).sum() / 36000, (chosen & own).sum() / 4000
@@ -80,7 +80,7 @@ def test_a_calibrated_module_has_scores_that_survive_files_and_a_report(parent, 
     assert module.config.rejection == found
     output = module(batch["pixel_values"])
     scores = output.rejection_scores
-    assert torch.allclose(scores, rejection_scores(output.logits, found))
+    assert torch.allclose(scores, rejection_scores(energy(output.logits), found))
     module.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded(batch["pixel_values"]).rejection_scores, scores)

@@ -16,7 +16,7 @@ from training_helpers import (
 )
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance
-from nemo_hf.models.label_groups import group_indices
+from nemo_hf.models.labels import group_indices
 from nemo_hf.training.relevance import RUNNING_WINDOW, OpenCounts
 
 GROUPS = {"a": [0, 3], "b": [1], "c": [2, 4]}

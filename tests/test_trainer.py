@@ -87,7 +87,7 @@ class TestSameAsTrainer:
         assert output.label_ids is None
         assert "eval_loss" not in trainer.evaluate(unlabelled)
         assert trainer.evaluate(image_samples(10))["eval_loss"] > 0
-        with pytest.raises(ValueError, match="without labels"):
+        with pytest.raises(ValueError, match="expected 'labels'"):
             trainer.evaluate_modularity(unlabelled)
 
 

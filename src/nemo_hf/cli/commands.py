@@ -47,7 +47,9 @@ def demo(options: Namespace) -> None:
 def train(options: Namespace) -> None:
     """Trains a parent, evaluates it, saves it and prints its metrics."""
     chosen = {field.name: getattr(options, field.name) for field in fields(TrainingArguments) if field.init}
-    arguments, nemo_config = TrainingArguments(**chosen), _nemo_config(options.nemo_config)
+    arguments, given = TrainingArguments(**chosen), options.nemo_config or "{}"
+    is_inline = given.lstrip().startswith("{")
+    nemo_config = NeMoConfig.from_dict(json.loads(given)) if is_inline else NeMoConfig.from_json_file(given)
     splits = [options.train_split, options.split]
     groups = [nemo_config.group_column] if nemo_config.group_column else []
     data = load_data(options.dataset, options.model, splits, options.label_column, options.input_column, keep=groups)
@@ -68,12 +70,6 @@ def train(options: Namespace) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(json.dumps(metrics, indent=2))
-
-
-def _nemo_config(text: str | None) -> NeMoConfig:
-    if text is None:
-        return NeMoConfig()
-    return NeMoConfig.from_dict(json.loads(text)) if text.lstrip().startswith("{") else NeMoConfig.from_json_file(text)
 
 
 def extract(options: Namespace) -> None:
@@ -156,7 +152,7 @@ def inspect(options: Namespace) -> None:
             raise ValueError(f"Got model type {config.model_type!r}; expected one of images, sequences or audio.")
         plain = fitting[0].from_pretrained(options.model, **code)
         sites = propose_sites(plain) if options.propose else None
-        if sites is not None:
+        if options.propose:
             print(json.dumps({"sites": sites}, indent=1))
         model = make_parent(plain, NeMoConfig(sites=sites or None))
     width = max(len(site.name) for site in model.sites)

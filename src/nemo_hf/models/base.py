@@ -22,8 +22,8 @@ from nemo_hf.pruning.layer_cuts import ScatterLinear, close_attention, resize, r
 from nemo_hf.pruning.plan import module_masks
 
 from .configuration import NeMoModelConfig, task_of
-from .label_checks import check_label_shape
-from .rejection import rejection_scores
+from .labels import check_label_shape
+from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
 
 
@@ -278,8 +278,8 @@ class NeMoPreTrainedModel(SavedModel):
             neuron_masks={key: torch.stack(calls, 1) for key, calls in collected.items()}
             if wanted and collected
             else None,
-            rejection_scores=rejection_scores(outputs.logits, self.config.rejection, self.config.has_several_labels)
-            if self.config.rejection
+            rejection_scores=rejection_scores(energy(outputs.logits, self.config.has_several_labels), rejection)
+            if (rejection := self.config.rejection)
             else None,
         )
         return result.to_tuple() if return_dict is False else result
