@@ -1,16 +1,14 @@
 """Rejection scores: energy, its calibration, and how modules carry it."""
 
-import copy
 import math
-from functools import cache
 
 import pytest
 import torch
-from conftest import fresh, image_samples, randomize_relevance
+from conftest import image_samples, randomize_relevance
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, evaluate_module, make_parent
+from nemo_hf import NeMoTrainer, calibrate_rejection, evaluate_module, make_parent
 from nemo_hf.evaluation.rejection import auroc, fit_rejection, own_samples
 from nemo_hf.models.rejection import energy, rejection_scores
 
@@ -19,16 +17,11 @@ def data(count=60, batch=16, labels=range(5)):
     return DataLoader([sample for sample in image_samples(count) if sample["labels"] in labels], batch_size=batch)
 
 
-@cache
-def built():
-    parent = make_parent(fresh("vit"), NeMoConfig()).eval()
+@pytest.fixture
+def parent(vit):
+    parent = make_parent(vit).eval()
     randomize_relevance(parent)
     return parent
-
-
-@pytest.fixture
-def parent():
-    return copy.deepcopy(built())
 
 
 @pytest.mark.parametrize("has_several", [False, True])
@@ -125,13 +118,13 @@ def test_own_samples_have_one_of_the_modules_labels(parent):
 
 def test_what_can_not_be_calibrated_is_refused(parent):
     module = parent.extract_module(["dog", "ship"])
-    with pytest.raises(ValueError, match=r"Got a parent; expected a module"):
-        calibrate_rejection(parent, data())
-    with pytest.raises(ValueError, match=r"accepted=1; expected a share"):
-        calibrate_rejection(module, data(), accepted=1)
-    for labels in ((1, 3), (0, 2)):
-        with pytest.raises(ValueError, match=r"expected some of both"):
-            calibrate_rejection(module, data(labels=labels), show_progress=False)
-    with pytest.raises(ValueError, match=r"expected 'labels' in it"):
-        calibrate_rejection(module, [{"pixel_values": torch.randn(2, 3, 16, 16)}], show_progress=False)
+    for model, batches, accepted, message in [
+        (parent, data(), 0.9, "Got a parent; expected a module"),
+        (module, data(), 1, "accepted=1; expected a share"),
+        (module, data(labels=(1, 3)), 0.9, "expected some of both"),
+        (module, data(labels=(0, 2)), 0.9, "expected some of both"),
+        (module, [{"pixel_values": torch.randn(2, 3, 16, 16)}], 0.9, "expected 'labels' in it"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            calibrate_rejection(model, batches, accepted, show_progress=False)
     assert module.config.rejection is None

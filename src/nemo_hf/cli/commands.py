@@ -193,7 +193,7 @@ def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoad
 
 
 def _neurons(model: NeMoPreTrainedModel, index: int) -> int:
-    """Neurons of a site: of a parent all, of a module those that it was cut to."""
+    """Neurons of a site of a parent, or those that are left of them in a module."""
     if model.is_parent:
         return model.sites[index].neurons
     widths = (model.config.sites or [])[index]["widths"]

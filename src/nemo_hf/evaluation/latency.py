@@ -20,6 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.neurons.trial_inputs import random_inputs
 
+Runners = Mapping[str, Callable[..., Any]]
+Clock = Callable[[], float]  # in seconds
+
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_THREADS = 1
 WARM_UP_RUNS = 3
@@ -81,10 +84,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 @torch.no_grad()
 def time_runs(
-    runners: Mapping[str, Callable[..., Any]],
-    sample: Mapping[str, Tensor],
-    batch_sizes: Sequence[int],
-    clock: Callable[[], float] = time.perf_counter,
+    runners: Runners, sample: Mapping[str, Tensor], batch_sizes: Sequence[int], clock: Clock = time.perf_counter
 ) -> Latency:
     """Times callables in turn, on batches of the first sample repeated, so that a busy moment meets all of them.
 
@@ -108,10 +108,7 @@ def time_runs(
 
 
 def _quartiles(
-    runners: Mapping[str, Callable[..., Any]],
-    inputs: Mapping[str, Tensor],
-    device: torch.device,
-    clock: Callable[[], float],
+    runners: Runners, inputs: Mapping[str, Tensor], device: torch.device, clock: Clock
 ) -> dict[str, list[float]]:
     """The three quartiles of each runner's times, in milliseconds."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None

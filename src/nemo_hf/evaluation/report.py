@@ -121,7 +121,7 @@ def evaluate_module(
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)
-    plan = _plan_of(module, parent, labels, threshold, round_to)
+    plan = _plan_of(module, parent, labels, threshold=threshold, round_to=round_to)
     empty = {site.key: torch.zeros(site.neurons) for site in parent.sites}
     masks = {"empty": [empty], "random": random_masks(plan.static, parent, seed)}
     other = other_groups(parent, plan.groups, seed)
@@ -167,28 +167,21 @@ def evaluate_module(
     return report
 
 
-def _plan_of(
-    module: NeMoPreTrainedModel,
-    parent: NeMoPreTrainedModel,
-    labels: LabelLike | Sequence[LabelLike],
-    threshold: float | None,
-    round_to: int | None,
-) -> ModulePlan:
+def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: Any, **given: Any) -> ModulePlan:
     """The plan by which a module was cut from its parent, or a `ValueError` if it can't have been."""
     own = module.config
     if module.is_parent:
         raise ValueError("Got a parent as module; expected a module. Cut one with extract_module(labels).")
     own_names, own_ids = list(own.names.values()), own.label_ids or []
     ids, _ = resolve_labels(labels, parent.config.groups, parent.config.names)
-    options = {"threshold": (threshold, own.relevance_threshold), "round_to": (round_to, own.round_to)}
-    differing = [f"{name}={given!r}" for name, (given, has) in options.items() if given not in (None, has)]
+    options: dict[str, Any] = {"threshold": own.relevance_threshold, "round_to": own.round_to}
+    differing = [f"{name}={value!r}" for name, value in given.items() if value not in (None, options[name])]
     if sorted(ids) != sorted(own_ids) or differing:
         raise ValueError(
-            f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with "
-            f"threshold={own.relevance_threshold}, round_to={own.round_to}; expected the module's own labels and "
-            "options. Leave the others out, or leave module out to cut another."
+            f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with {options}; expected the "
+            "module's own labels and options. Leave the others out, or leave module out to cut another."
         )
-    plan = make_plan(parent, own_ids, own.relevance_threshold, own.round_to)
+    plan = make_plan(parent, own_ids, **options)
     kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
     names = [parent.config.names[index] for index in own_ids]
     is_same = (own.base_class, own_names) == (parent.config.base_class, names)

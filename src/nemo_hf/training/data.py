@@ -37,14 +37,10 @@ def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
 
 
 def groups_from_column(
-    dataset: Any,
-    column: str,
-    labels: Sequence[int] | None,
-    id2label: Mapping[int, str],
-    has_several_labels: bool = False,
+    dataset: Any, column: str, labels: Sequence[int] | None, id2label: Mapping[int, str], has_several: bool = False
 ) -> dict[str, list[LabelLike]]:
     """Reads label groups, name to label ids, from a column of the groups' names or of a `ClassLabel`'s integers."""
-    if has_several_labels:
+    if has_several:
         raise ValueError(
             "Got group_column for a model whose samples have several labels; expected label_groups. Pass "
             "NeMoConfig(label_groups={...})."

@@ -51,9 +51,11 @@ class OpenCounts:
         if self._masks[0].mean_mask is not None:
             self.values += member @ soft
 
-    def tensors(self) -> list[Tensor]:
-        """The sums that add up over processes, to be reduced in place."""
-        return [counts for counts in (self.samples, self.labels, self.opened, self.values) if counts.numel()]
+    def reduce(self, accelerator: Any) -> None:
+        """Adds up the counts of all processes."""
+        for counts in (self.samples, self.labels, self.opened, self.values):
+            if counts.numel():
+                counts.copy_(accelerator.reduce(counts, reduction="sum"))
 
     def write(self) -> None:
         """Replaces the masks' relevance by the counted shares."""
@@ -163,8 +165,7 @@ def compute_relevance(
     finally:
         parent.train(was_training)
     if accelerator is not None:
-        for tensor in counts.tensors():
-            tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
+        counts.reduce(accelerator)
     check_label_counts(counts.labels.tolist(), parent.config.names)
     counts.write()
     parent.config.relevance_source, parent.report = "exact", None

@@ -77,11 +77,9 @@ class NeMoTrainer(Trainer):
         args: `TrainingArguments`.
         data_collator: As in `Trainer`; all arguments that are not listed here likewise.
         train_dataset: Training data with labels.
-        *trainer_args: Further positional arguments of `Trainer`.
         nemo_config: The options; `None` takes the defaults, or those of the parent.
         relevance_dataset: Finite data without augmentation on which the exact relevance is counted after
             training; `None` takes `train_dataset`.
-        **trainer_kwargs: Further arguments of `Trainer`.
 
     Raises:
         ValueError: If the data, the model or the options can't work together; the message says what to do.
@@ -238,8 +236,7 @@ class NeMoTrainer(Trainer):
         loss: Tensor = super().training_step(*args, **kwargs)
         counts = self._run.open_counts
         if self.accelerator.sync_gradients and counts is not None:
-            for tensor in counts.tensors():
-                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+            counts.reduce(self.accelerator)
             counts.blend(self.state.global_step)
             self._run.open_counts = None
             if self.nemo_config.retention_target is not None and self._warmup() >= 1:
@@ -403,8 +400,7 @@ class NeMoTrainer(Trainer):
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
             indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
             dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset))
-        measured = measure_modularity(self.parent, batches, MODULARITY_SAMPLES)
+        measured = measure_modularity(self.parent, self._loader(dataset), MODULARITY_SAMPLES)
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
 
@@ -433,10 +429,7 @@ class NeMoTrainer(Trainer):
         return dataset
 
     def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
-        """Batches of a data set, or of this process's share of it, with each sample once.
-
-        `get_eval_dataloader` may drop a last batch, keep other data's workers, or repeat samples.
-        """
+        """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
         collator = self.data_collator
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="evaluation")
@@ -467,11 +460,7 @@ class NeMoTrainer(Trainer):
             self.parent.save_pretrained(Path(str(output_dir or self.args.output_dir)), state_dict=state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the parent's card and picture into the output directory.
-
-        Of the arguments of `Trainer` it uses `license`, `tags`, `model_name` and `dataset_tags`; the parent knows its
-        base model and task.
-        """
+        """As in `Trainer`, with a picture; it uses `license`, `tags`, `model_name` and `dataset_tags` alone."""
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
         if self.is_world_process_zero():
             listed = [given.get(name) or () for name in ("dataset_tags", "tags")]
@@ -488,10 +477,7 @@ class NeMoTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Uploads the parent with processor, report, card and picture, and deletes files of older pushes.
-
-        As in `Trainer`; further arguments go to `create_model_card`.
-        """
+        """As in `Trainer`, with report, card and picture; deletes files of older pushes."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
