@@ -4,16 +4,7 @@ import datasets
 import pytest
 import torch
 from conftest import image_samples, text_samples
-from training_helpers import (
-    SAMPLES,
-    arguments,
-    batch_of,
-    check_message,
-    quick_collection,  # noqa: F401 - a fixture
-    recorded,
-    state,
-    varied_parent,
-)
+from training_helpers import SAMPLES, arguments, batch_of, check_message, recorded, state, varied_parent
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance
 from nemo_hf.models.labels import group_indices

@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import image_samples
-from training_helpers import (
-    arguments,
-    assert_same_state,
-    quick_collection,  # noqa: F401 - a fixture
-    varied_parent,
-)
+from training_helpers import arguments, assert_same_state, varied_parent
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.training.relevance import STEERING, size_over_target, sparsity_pressure, steer_size, warn_of_one_core

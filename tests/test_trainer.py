@@ -1,7 +1,6 @@
 """What `NeMoTrainer` does: data and groups, losses and logs, rehearsal, refusals, starting points, saving."""
 
 import copy
-import json
 import logging
 import random
 
@@ -18,7 +17,6 @@ from training_helpers import (
     batch_of,
     check_message,
     history,
-    quick_collection,  # noqa: F401 - a fixture
     recorded,
     state,
     varied_parent,
@@ -35,6 +33,7 @@ from transformers.trainer_utils import default_compute_objective
 
 import nemo_hf.training.trainer
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
+from nemo_hf.cli.demo import accuracy
 from nemo_hf.evaluation.metrics import cohesion_and_coupling
 from nemo_hf.training.losses import flatten_masks, mask_objective, sparsity_loss
 
@@ -42,14 +41,9 @@ DOMAINS = ["pet", "pet", "vehicle", "vehicle", "pet"]
 TASK_ALONE = {"rehearsal_probability": 0, "contrastive_weight": 0, "sparsity_weight": 0}
 
 
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 def text_dataset(**columns):
-    samples = text_samples(20)
-    data = {name: [sample[name].tolist() for sample in samples] for name in ("input_ids", "attention_mask")}
-    return datasets.Dataset.from_dict({**data, "label": [sample["labels"] for sample in samples], **columns})
+    data = {name: values.tolist() for name, values in batch_of(text_samples(20)).items()}
+    return datasets.Dataset.from_dict({"label": data.pop("labels"), **data, **columns})
 
 
 class TestSameAsTrainer:
@@ -182,12 +176,9 @@ class TestLossesAndLogs:
         samples = image_samples(20)
         args = arguments(tmp_path, bf16=True, max_steps=1)
         trainer = NeMoTrainer(varied_parent("vit"), args, train_dataset=samples, eval_dataset=samples)
-        before = state(trainer.parent)
         trainer.train()
-        assert np.isfinite(history(trainer)).all()
-        assert np.isfinite(history(trainer, "grad_norm")).all()
-        after = trainer.parent.state_dict()
-        assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
+        assert np.isfinite(history(trainer) + history(trainer, "grad_norm")).all()
+        assert {parameter.dtype for parameter in trainer.parent.parameters()} == {torch.float32}
         trainer.evaluate()
         assert trainer.extract_module(["cat", "dog"]).config.equivalence["status"] == "verified"
 
@@ -406,10 +397,7 @@ class TestRefusals:
         ("make_dataset", "words"),
         [
             (lambda: text_dataset().remove_columns("label"), ["input_ids", "rename_column"]),
-            (
-                lambda: text_dataset().filter(lambda s: s["label"] not in (1, 3)),
-                ["without a sample", "'dog'", "'ship'"],
-            ),
+            (lambda: text_dataset(label=[0, 2, 4, 2] * 5), ["without a sample", "'dog'", "'ship'"]),
             (lambda: text_dataset(label=[index % 7 for index in range(20)]), ["label 5", "num_labels"]),
             (lambda: text_dataset(label=[0, 1, 2, 3, 4] * 3 + [-1] * 5), ["label -1", "samples without a label"]),
             (lambda: text_dataset(label=[LABELS[index % 5] for index in range(20)]), ["'cat'"]),
@@ -551,10 +539,8 @@ class TestSaving:
         batch = batch_of(image_samples(10))
         with torch.no_grad():
             assert torch.equal(loaded(**batch).logits, trainer.parent.eval()(**batch).logits)
-        assert loaded.config.relevance_source == "exact"
         assert_same_state(loaded.state_dict(), trainer.parent.state_dict(), rtol=0, atol=0)
         assert AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean == (0.1, 0.2, 0.3)
-        assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "nemo_hf"
         assert not list((tmp_path / "out").glob("*.bin"))
 
     @pytest.mark.parametrize("given_as", ["processing_class", "data_collator"])
@@ -579,6 +565,3 @@ class TestSaving:
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < 0.9 * start
         assert_same_state(parent.state_dict(), before, rtol=0, atol=0)
-        trainer.save_model()
-        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "module")
-        assert_same_state(loaded.state_dict(), state(module), rtol=0, atol=0)

@@ -20,7 +20,6 @@ from training_helpers import (
     assert_same_state,
     batch_of,
     history,
-    quick_collection,  # noqa: F401 - a fixture
     recorded,
     state,
     varied_parent,
