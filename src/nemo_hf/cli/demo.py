@@ -22,6 +22,7 @@ from nemo_hf.models.files import write_json
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
+TIMES = ("latency_ms", "parent_latency_ms")
 EPOCHS = 60
 OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
 
@@ -58,19 +59,11 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     parent, parameters = trainer.parent, base_parameters(trainer.parent)
     modularity = trainer.evaluate_modularity()
     trainer.save_model(str(output / "parent"))
-    report: dict[str, Any] = {
-        "seed": seed,
-        "epochs": epochs,
-        "plain": {"accuracy": accuracies[0], "parameters": parameters},
-        "parent": {
-            "accuracy": accuracies[1],
-            "parameters": parameters,
-            "generator_parameters": parent.num_parameters() - parameters,
-            **{name: modularity[name] for name in ("cohesion", "coupling")},
-        },
-        "test_indices": test_indices,
-        "modules": [_module(trainer, labels, output) for labels in MODULES],
-    }
+    report: dict[str, Any] = {"seed": seed, "epochs": epochs, "test_indices": test_indices}
+    for name, reached in zip(("plain", "parent"), accuracies, strict=True):
+        report[name] = {"accuracy": reached, "parameters": parameters}
+    report["parent"] |= {"generator_parameters": parent.num_parameters() - parameters, **modularity}
+    report["modules"] = [_module(trainer, labels, output) for labels in MODULES]
     report["seconds"] = round(time.perf_counter() - start, 1)
     draw_neurons(parent, output / "modules.png")
     write_json(output / "report.json", report)
@@ -124,17 +117,15 @@ def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[s
     loaded = AutoModelForImageClassification.from_pretrained(path)
     report = trainer.evaluate_module(list(labels), module=loaded).to_dict()
     loaded.save_pretrained(path)  # with its report
-    timed = {f"{kind}_by_batch": report[kind] for kind in ("latency_ms", "parent_latency_ms")}
-    at_one = {kind: report[kind].get("1") for kind in ("latency_ms", "parent_latency_ms")}  # None if runs disagree
-    own = {"labels": list(labels), "path": str(path), "equivalence": loaded.config.equivalence}
-    return {**report, **own, **at_one, **timed}
+    for kind in TIMES:
+        report |= {kind: report[kind].get("1"), f"{kind}_by_batch": report[kind]}  # None if runs disagree
+    return {**report, "labels": list(labels), "path": str(path), "equivalence": loaded.config.equivalence}
 
 
 def format_demo(report: Mapping[str, Any]) -> str:
     """Renders the demo's report for a terminal."""
     plain, parent = report["plain"], report["parent"]
-    kinds = ("latency_ms", "parent_latency_ms")
-    modules = [{**module, **{kind: module[f"{kind}_by_batch"] for kind in kinds}} for module in report["modules"]]
+    modules = [{**module, **{kind: module[f"{kind}_by_batch"] for kind in TIMES}} for module in report["modules"]]
     return (
         f"plain model   accuracy {plain['accuracy']:.3f}   {plain['parameters']:,} parameters\n"
         f"parent        accuracy {parent['accuracy']:.3f}   {parent['parameters']:,} parameters "

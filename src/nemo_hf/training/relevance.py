@@ -32,23 +32,20 @@ class OpenCounts:
     def __init__(self, masks: NeuronMasks, group_of_label: Tensor) -> None:
         self._masks = list(masks.site_masks())
         self._group_of_label = group_of_label
-        self._groups = len(self._masks[0].relevance)
         self._neurons = [mask.site.neurons for mask in self._masks]
-        zeros, width = group_of_label.new_zeros, sum(self._neurons)
-        self.samples = zeros(self._groups, dtype=torch.float32)
-        self.labels = zeros(len(group_of_label), dtype=torch.float32)
-        self.opened = zeros(self._groups, width, dtype=torch.float32)
-        self.values = zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, dtype=torch.float32)
+        zeros, groups, width = group_of_label.float().new_zeros, len(self._masks[0].relevance), sum(self._neurons)
+        self.samples, self.labels = zeros(groups), zeros(len(group_of_label))
+        self.opened, self.values = zeros(groups, width), zeros(groups, 0 if self._masks[0].mean_mask is None else width)
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
         """Counts a batch's first samples, those with labels, by the neurons that soft masks open in any call."""
         soft = torch.cat([neuron_masks[mask.site.key][: len(labels)].amax(1) for mask in self._masks], -1)
-        member = group_membership(labels, self._group_of_label, self._groups).T.to(soft.dtype)
+        member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(soft.dtype)
         self.samples += member.sum(-1)
         self.labels += torch.bincount(labels, minlength=len(self.labels)) if labels.ndim == 1 else labels.sum(0)
         self.opened += member @ (soft > 0).to(soft.dtype)
-        if self._masks[0].mean_mask is not None:
+        if self.values.numel():
             self.values += member @ soft
 
     def reduce(self, accelerator: Any) -> None:
@@ -60,11 +57,9 @@ class OpenCounts:
     def write(self) -> None:
         """Replaces the masks' relevance by the counted shares."""
         total = self.samples.clamp(min=1)[:, None]
-        share = (self.opened / total).float()
-        self._store((share * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
-        if not self.values.numel():
-            return
-        for mask, mean in zip(self._masks, (self.values / total).float().split(self._neurons, -1), strict=True):
+        self._store((self.opened / total * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
+        means = (self.values / total).split(self._neurons, -1) if self.values.numel() else []
+        for mask, mean in zip(self._masks, means, strict=False):
             assert mask.mean_mask is not None
             mask.mean_mask.copy_(mean)
 
@@ -74,8 +69,8 @@ class OpenCounts:
         A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Changes below the
         stored 1/255 are rounded at random, with the optimizer step as seed: all processes and a resumed run agree.
         """
-        share = (self.opened / self.samples.clamp(min=1)[:, None]).float()
-        weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples.float()[:, None]
+        share = self.opened / self.samples.clamp(min=1)[:, None]
+        weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples[:, None]
         before = torch.cat([mask.relevance for mask in self._masks], -1).float() / RELEVANCE_SCALE
         after = before + weight * (share - before)
         noise = torch.rand(after.shape, generator=torch.Generator(after.device).manual_seed(step), device=after.device)

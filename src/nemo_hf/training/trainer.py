@@ -249,7 +249,9 @@ class NeMoTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`."""
         inputs, labels = inputs_and_labels(self.parent, inputs)
-        real = self._real_samples(len(labels), model.training)
+        real, state = len(labels), self.accelerator.gradient_state
+        if state.sync_gradients or not model.training:  # all micro-batches of a step are read before its first one
+            real = distributed.real_samples(real, state, self.args.process_index, self.args.world_size)
         if not model.training:
             outputs = model(**inputs)
             loss = self._task_loss(outputs, labels, None, real)
@@ -277,13 +279,6 @@ class NeMoTrainer(Trainer):
         mask_terms = config.contrastive_weight * contrast + sparsity_pressure(self._masks, config) * sparsity
         loss = task + self._warmup() * mask_terms
         return (loss, outputs) if return_outputs else loss
-
-    def _real_samples(self, batch: int, is_training: bool) -> int:
-        """Number of a batch's first samples that are not repeated ones, with which last batches are filled up."""
-        state = self.accelerator.gradient_state
-        if is_training and not state.sync_gradients:  # all micro-batches of a step are read before its first one
-            return batch
-        return distributed.real_samples(batch, state, self.args.process_index, self.args.world_size)
 
     def _share_of_samples(self, real: int) -> Tensor | float:
         """Weight of this process's mean with which the mean over processes is the mean over all samples."""
@@ -392,9 +387,6 @@ class NeMoTrainer(Trainer):
             `cohesion`, the mean Jaccard index of the open neurons of two samples that share a label group; `coupling`,
             that of two samples that share none (`None` without such pairs); and the number of `modularity_samples`.
             The parent's report keeps them beside the metrics.
-
-        Raises:
-            ValueError: If the data are several sets or have no labels.
         """
         dataset = self._one_dataset(eval_dataset)
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
