@@ -101,14 +101,6 @@ class TestOptimizer:
         assert NeMoTrainer(trainer.parent, args, optimizers=(own, None)).create_optimizer() is own
         assert [group["lr"] for group in own.param_groups] == [0.1]
 
-    @pytest.mark.parametrize("family", ["vit", "bert"])
-    def test_every_parameter_moves(self, family, tmp_path):
-        trainer = NeMoTrainer(fresh(family), arguments(tmp_path), train_dataset=SAMPLES[family]())
-        before = state(trainer.parent)
-        trainer.train()
-        still = [n for n, parameter in trainer.parent.named_parameters() if torch.equal(parameter, before[n])]
-        assert still == []
-
 
 class TestLossesAndLogs:
     config = {"rehearsal_probability": 0, "warmup_ratio": 0, "contrastive_weight": 0.7, "sparsity_weight": 0.3}
@@ -491,7 +483,7 @@ class TestStartingPoints:
         assert trainer.nemo_config.temperature == 0.3
         assert_same_state(loaded.state_dict(), parent.state_dict(), rtol=0, atol=0)
         trainer.train()
-        assert any(not torch.equal(a, b) for a, b in zip(loaded.parameters(), parent.parameters(), strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(loaded.parameters(), parent.parameters(), strict=True))
 
     @pytest.mark.parametrize("detach_pooled", [True, False])
     def test_a_parent_takes_new_options_of_the_same_structure(self, detach_pooled, tmp_path):

@@ -111,8 +111,7 @@ def push(options: Namespace) -> None:
     given = {name for name in ALONE | TOGETHER if getattr(options, name)}
     is_alone = given <= ALONE and {"path", "repo_id"} <= given
     if not is_alone and not (given <= TOGETHER and {"parent", "namespace"} <= given):
-        ways = "DIR with --repo-id, or --parent with --namespace"
-        raise ValueError(f"Got {sorted(given)}; expected one of the two: {ways}. See nemo-hf push --help.")
+        raise ValueError(f"Got {sorted(given)}; expected one of the two uses that nemo-hf push --help shows.")
     if not options.dataset and (options.calibration_split or options.compare_formats):
         raise ValueError("Got no --dataset; expected one for --calibration-split and --compare-formats.")
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
@@ -169,8 +168,7 @@ def inspect(options: Namespace) -> None:
 def _config(source: str) -> NeMoModelConfig:
     config = AutoConfig.from_pretrained(source)
     if not isinstance(config, NeMoModelConfig):
-        kind = config.model_type
-        raise ValueError(f"Got {source!r} of model type {kind!r}; expected a parent or module, as nemo-hf train saves.")
+        raise ValueError(f"Got {source!r} of model type {config.model_type!r}; expected a parent or module.")
     return config
 
 

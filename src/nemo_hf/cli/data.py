@@ -33,8 +33,7 @@ def load_data(
     Without `input_column` it takes the only column of images or texts; with `names` labels get ids in their order.
     """
     loaded = datasets.load_dataset(source)
-    missing = [split for split in splits if split not in loaded]
-    if missing:
+    if missing := [split for split in splits if split not in loaded]:
         raise ValueError(f"Got the split {missing[0]!r} of {source!r}; expected one of {sorted(loaded)}.")
     parts = {split: loaded[split] for split in dict.fromkeys(splits)}
     first = next(iter(parts.values()))

@@ -56,8 +56,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     trainer = digits_trainer(NeMoTrainer, train, test, seed, epochs, **options)
     trainer.train()
     accuracies = [each.evaluate()["eval_accuracy"] for each in (plain, trainer)]
-    parent, parameters = trainer.parent, base_parameters(trainer.parent)
-    modularity = trainer.evaluate_modularity()
+    parent, parameters, modularity = trainer.parent, base_parameters(trainer.parent), trainer.evaluate_modularity()
     trainer.save_model(str(output / "parent"))
     report: dict[str, Any] = {"seed": seed, "epochs": epochs, "test_indices": test_indices}
     for name, reached in zip(("plain", "parent"), accuracies, strict=True):

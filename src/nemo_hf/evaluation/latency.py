@@ -21,8 +21,7 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Runners = Mapping[str, Callable[..., Any]]
-Clock = Callable[[], float]  # in seconds
-
+Clock = Callable[[], float]
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_THREADS = 1
 WARM_UP_RUNS = 3

@@ -122,10 +122,9 @@ def evaluate_module(
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)
     plan = _plan_of(module, parent, labels, threshold=threshold, round_to=round_to)
-    empty = {site.key: torch.zeros(site.neurons) for site in parent.sites}
-    masks = {"empty": [empty], "random": random_masks(plan.static, parent, seed)}
-    other = other_groups(parent, plan.groups, seed)
-    if other:
+    masks = {"empty": [{site.key: torch.zeros(site.neurons) for site in parent.sites}]}
+    masks["random"] = random_masks(plan.static, parent, seed)
+    if other := other_groups(parent, plan.groups, seed):
         try:
             masks["other"] = [make_plan(parent, other, plan.threshold, plan.round_to).static]
         except ValueError:  # these groups open no neuron at all
@@ -230,7 +229,7 @@ def _collect_answers(
             answers[name].append((drawn > 0 if has_several else drawn.argmax(-1)).long().cpu())
     if not right:
         names = list(module.config.names.values())
-        raise ValueError(f"Got data without a sample of the labels {names}; expected at least one. Pass other data.")
+        raise ValueError(f"Got data without a sample of the labels {names}; expected at least one. Pass data with one.")
     joined = {name: torch.cat(parts, 1) for name, parts in answers.items()}
     return joined, torch.cat(right), torch.cat(energies), torch.cat(is_own)
 
@@ -285,9 +284,8 @@ def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) 
 
 def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Renders reports, as `ModuleReport.to_dict` gives them, as a table for a terminal with a row for each module."""
-    header = ["module", "neurons", "weights", "parameters", "MB", "MACs"]
-    header += ["raw acc", "parent", "random", "other", "empty", f"ms {'/'.join(f'b{n}' for n in LATENCY_BATCHES)}"]
-    rows = [header]
+    header = ["module", "neurons", "weights", "parameters", "MB", "MACs", "raw acc", "parent"]
+    rows = [[*header, "random", "other", "empty", f"ms {'/'.join(f'b{n}' for n in LATENCY_BATCHES)}"]]
     for report in reports:
         labels = ",".join(str(name) for name in report["labels"])
         shares = [report[name] for name in ("accuracy", "parent_restricted_accuracy")]

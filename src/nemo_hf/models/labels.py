@@ -52,8 +52,7 @@ def check_label_shape(labels: Tensor, has_several: bool) -> None:
 
 def check_label_counts(counts: Sequence[float], id2label: Mapping[int, str]) -> None:
     """Refuses data without a sample of some label; `counts` are numbers of samples by label id."""
-    missing = [id2label[index] for index, count in enumerate(counts) if not count]
-    if missing:
+    if missing := [id2label[index] for index, count in enumerate(counts) if not count]:
         raise ValueError(
             f"Got training data without a sample of {missing[:12]}; expected at least one of each of the {len(counts)} "
             "labels. Add samples, or load the model with fewer labels."

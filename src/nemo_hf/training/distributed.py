@@ -127,8 +127,7 @@ def whole_copy(parent: NeMoClassifier) -> NeMoClassifier:
     copied.load_state_dict(whole_state(parent), assign=True)
     copied.processor_files, copied.report = parent.processor_files, parent.report
     copied.to(parent.device)  # type: ignore[arg-type]
-    copied.eval()
-    return copied
+    return copied.eval()  # type: ignore[no-any-return]
 
 
 def whole_checkpoint(output_dir: str, given: str | bool) -> str:

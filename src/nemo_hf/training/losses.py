@@ -32,13 +32,11 @@ def flatten_masks(neuron_masks: Mapping[str, Tensor]) -> tuple[Tensor, list[int]
 
 
 def cosine_similarities(masks: Tensor, widths: Sequence[int], others: Tensor) -> Tensor:
-    """Cosine similarity at each site of samples' masks and others', float32, shape (sites, batch, samples).
-
-    The norm is sqrt(sum m^2 + 1e-6): a plain one has a gradient of 1e12 at a mask that is closed everywhere.
-    """
+    """Cosine similarity at each site of samples' masks and others', float32, shape (sites, batch, samples)."""
 
     def unit(flat: Tensor) -> list[Tensor]:
         sites = flat.float().split(list(widths), -1)
+        # The norm of a mask that is closed everywhere would have a gradient of 1e12 without the 1e-6.
         return [site * torch.rsqrt(site.square().sum(-1, keepdim=True) + 1e-6) for site in sites]
 
     with torch.autocast(masks.device.type, enabled=False):

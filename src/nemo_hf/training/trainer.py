@@ -75,7 +75,7 @@ class NeMoTrainer(Trainer):
     Args:
         model: A plain model, or a parent to train on.
         args: `TrainingArguments`.
-        data_collator: As in `Trainer`; all arguments that are not listed here likewise.
+        data_collator: As in `Trainer`, to which `trainer_args` and `trainer_kwargs` go as well.
         train_dataset: Training data with labels.
         nemo_config: The options; `None` takes the defaults, or those of the parent.
         relevance_dataset: Finite data without augmentation on which the exact relevance is counted after
@@ -213,17 +213,13 @@ class NeMoTrainer(Trainer):
         trained = self.parent if model is None else model
         masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}
         for group in list(optimizer.param_groups):
-            chosen = [p for p in group["params"] if id(p) in masks]
-            if chosen:
+            if chosen := [p for p in group["params"] if id(p) in masks]:
                 group["params"] = [p for p in group["params"] if id(p) not in masks]
                 optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains as `Trainer` does, then counts the exact relevance of the model that training ends with.
-
-        It resumes only from checkpoints that were written to their end; `True` takes the last of them.
-        """
+        """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only."""
         if resume_from_checkpoint:
             resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -299,8 +295,7 @@ class NeMoTrainer(Trainer):
         if real < len(labels):
             outputs, labels = type(outputs)(logits=outputs.logits[: max(1, real)]), labels[: max(1, real)]
         if self.compute_loss_func is not None:
-            loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-            return loss
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)  # type: ignore[no-any-return]
         if self.parent.config.has_several_labels:
             return losses.restricted_binary_cross_entropy(outputs.logits, labels, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
