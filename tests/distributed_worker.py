@@ -13,6 +13,7 @@ from conftest import image_samples
 from training_helpers import arguments, batch_of, history, state, varied_parent
 
 from nemo_hf import NeMoTrainer
+from nemo_hf.cli.demo import accuracy
 from nemo_hf.training.distributed import gather_masks
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -53,12 +54,10 @@ def gradients_of(setting, splits, directory):
     trainer.state.max_steps, trainer.state.global_step = 10, 3
     model = trainer.accelerator.prepare_model(trainer.model)
     model.train()
-    samples, losses, start = image_samples(40), [], 0
-    for index, split in enumerate(splits):
-        batch = batch_of(own_part(samples[start:], split))
-        start += sum(split)
-        is_last = index == len(splits) - 1
-        with nullcontext() if is_last or PROCESSES == 1 else model.no_sync():
+    samples, losses = image_samples(40), []
+    for split in splits:
+        batch, samples = batch_of(own_part(samples, split)), samples[sum(split) :]
+        with nullcontext() if split is splits[-1] or PROCESSES == 1 else model.no_sync():
             loss = trainer.compute_loss(model, batch) / len(splits)
             loss.backward()
         losses.append(reduce(loss.detach(), "mean"))
@@ -90,22 +89,13 @@ def trainer_of(directory, trainer_class=NeMoTrainer, **options):
     """A trainer whose steps take 2 x 10 of 63 samples, on however many processes."""
     parent = varied_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
     args = arguments(
-        directory,
-        per_device_train_batch_size=10 // PROCESSES,
-        per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2,
-        optim="sgd",
-        ddp_backend="gloo" if "RANK" in os.environ else None,
-        **{"max_steps": 4, **options},
-    )
+        directory, per_device_train_batch_size=10 // PROCESSES, per_device_eval_batch_size=2, max_steps=4, optim="sgd",
+        gradient_accumulation_steps=2, ddp_backend="gloo" if "RANK" in os.environ else None, **options,
+    )  # fmt: skip
     return trainer_class(
-        parent,
-        args,
-        train_dataset=image_samples(63),
-        eval_dataset=image_samples(EVALUATED, seed=1),
-        relevance_dataset=image_samples(13),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-    )
+        parent, args, train_dataset=image_samples(63), eval_dataset=image_samples(EVALUATED, seed=1),
+        relevance_dataset=image_samples(13), compute_metrics=accuracy,
+    )  # fmt: skip
 
 
 def trained(directory, resumes_from=None, evaluates=False, **options):
@@ -113,10 +103,8 @@ def trained(directory, resumes_from=None, evaluates=False, **options):
     trainer = trainer_of(directory, **options)
     trainer.train(resume_from_checkpoint=resumes_from if resumes_from in (True, None) else str(resumes_from))
     names = ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate", "grad_norm")
-    found = {
-        "losses": {name: torch.tensor(history(trainer, name)) for name in names},
-        "state": state(trainer._whole_parent()),
-    }
+    run_losses = {name: torch.tensor(history(trainer, name)) for name in names}
+    found = {"losses": run_losses, "state": state(trainer._whole_parent())}
     if evaluates:
         metrics = trainer.evaluate() | trainer.evaluate_modularity()
         report = trainer.evaluate_module([1, 3]).to_dict()

@@ -64,13 +64,8 @@ def write_animals(folder: Path) -> None:
 
 def write_texts(folder: Path) -> None:
     """Writes texts with columns `text`, `intent` and `domain`."""
-    features = datasets.Features(
-        {
-            "text": datasets.Value("string"),
-            "intent": datasets.ClassLabel(names=LABELS),
-            "domain": datasets.ClassLabel(names=list(GROUPS)),
-        }
-    )
+    classes = {"intent": datasets.ClassLabel(names=LABELS), "domain": datasets.ClassLabel(names=list(GROUPS))}
+    features = datasets.Features(text=datasets.Value("string"), **classes)
     owner = [next(g for g, names in enumerate(GROUPS.values()) if name in names) for name in LABELS]
     for split in ("train", "test"):
         labels = [index % 5 for index in range(40)]

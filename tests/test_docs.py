@@ -21,7 +21,6 @@ from nemo_hf.cli import commands, main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ARGUMENTS = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
 SLURM = {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_ID": "7"}
 pytestmark = pytest.mark.xdist_group("stage")
 
@@ -31,25 +30,16 @@ def provided():
     parent = AutoModelForImageClassification.from_pretrained("parent")
     plain = [AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k") for _ in range(2)]
     test = image_samples(20, seed=1)
-    args = TrainingArguments("out", **ARGUMENTS)
+    args = TrainingArguments("out", max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
     batch = datasets.Dataset.from_list(test).with_format("torch")[:]
-    return {
-        "model": plain[0],
-        "weak": plain[1],
-        "parent": parent,
-        "strong": parent,
-        "names": LABELS,
-        "args": args,
-        "train": image_samples(),
-        "test": test,
-        "validation": image_samples(20, seed=2),
-        "processor": image_processor(),
-        "validation_batches": [batch],
-        "inputs": {"pixel_values": batch["pixel_values"]},
-        "id2label": dict(enumerate(LABELS)),
+    models = {"model": plain[0], "weak": plain[1], "parent": parent, "strong": parent}
+    data = {"train": image_samples(), "test": test, "validation": image_samples(20, seed=2)}
+    return models | data | {
+        "names": LABELS, "id2label": dict(enumerate(LABELS)), "args": args, "processor": image_processor(),
+        "validation_batches": [batch], "inputs": {"pixel_values": batch["pixel_values"]},
         "trainer": nemo_hf.NeMoTrainer(parent, args, eval_dataset=test, processing_class=image_processor()),
         "module": parent.extract_module(["cat", "dog"]),
-    }
+    }  # fmt: skip
 
 
 def run_bash(code):
@@ -81,8 +71,10 @@ RUNNERS = {
     "page",
     [pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem == "export" else ()) for page in PAGES],
 )
-def test_every_block_of_a_page_runs(page, stage, monkeypatch, request):
+def test_every_block_of_a_page_runs_and_links_lead_to_files(page, stage, monkeypatch, request):
     text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
     blocks = list(BLOCK.finditer(text))
     assert text.count("```") == 2 * len(blocks), "a block is not closed, or has no language"
     monkeypatch.setattr(commands, "run_demo", lambda *args, **kwargs: None)  # test_demo.py runs it
@@ -97,12 +89,6 @@ def test_every_block_of_a_page_runs(page, stage, monkeypatch, request):
             exec(compile("\n" * lines + code, str(page), "exec"), space)
         else:
             RUNNERS[language](code)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_readme_is_short_and_has_its_two_commands_on_one_line_each():

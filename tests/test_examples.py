@@ -40,12 +40,11 @@ def test_training_examples(kind, launch, tmp_path):
         words += " --label_column intent --group_column domain"
     launcher = [sys.executable]
     if launch is not None:
-        words += {"image": " --bf16 true --activation_checkpointing true", "text": " --remove_unused_columns true"}[
-            kind
-        ]
+        more = {"image": "--bf16 true --activation_checkpointing true", "text": "--remove_unused_columns true"}
+        words = f"{words} {more[kind]}"
         config = EXAMPLES / "accelerate_configs" / f"{launch}.yaml"
-        launcher += ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-        launcher += ["--config_file", str(config)]
+        launcher += ["-m", "accelerate.commands.launch", f"--config_file={config}", "--num_processes=2"]
+        launcher += ["--main_process_port=0"]
     table = run(f"train_{kind}_classification.py", words, tmp_path, launcher)
     results = of_out(tmp_path, "results.json")
     expected = {"image": [["cat", "ship"], ["dog", "cat"]], "text": [["car", "ship"], ["car", "dog"]]}[kind]
@@ -76,15 +75,11 @@ def test_the_custom_model_comes_apart(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "objective", "dataset", "column"),
-    [
-        ("simcnn", "ours", "cifar10", "img"),
-        ("rescnn", "plain", "cifar10", "img"),
-        ("resnet18", "moda", "svhn", "image"),
-    ],
+    ("model", "objective", "dataset"),
+    [("simcnn", "ours", "cifar10"), ("rescnn", "plain", "cifar10"), ("resnet18", "moda", "svhn")],
 )
-def test_the_papers_models_are_trained_on_local_files(model, objective, dataset, column, tmp_path):
-    generator = np.random.default_rng(0)
+def test_the_papers_models_are_trained_on_local_files(model, objective, dataset, tmp_path):
+    generator, column = np.random.default_rng(0), {"cifar10": "img", "svhn": "image"}[dataset]
     features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "ship"])})
     for split, count in (("train", 40), ("test", 12)):
         pictures = [Image.fromarray(pixels) for pixels in generator.integers(0, 255, (count, 32, 32, 3), np.uint8)]

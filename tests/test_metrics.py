@@ -24,19 +24,20 @@ def test_jaccard_indices_are_those_of_sets():
     torch.testing.assert_close(jaccard_indices(masks), expected)
 
 
-def test_cohesion_and_coupling_are_the_double_loop():
-    pairs = list(itertools.combinations(range(len(GROUPS)), 2))
-    within = [jaccard(MASKS[i], MASKS[j]) for i, j in pairs if GROUPS[i] == GROUPS[j]]
-    between = [jaccard(MASKS[i], MASKS[j]) for i, j in pairs if GROUPS[i] != GROUPS[j]]
+@pytest.mark.parametrize("several", [False, True])
+def test_cohesion_and_coupling_are_the_double_loop(several):
+    member = torch.nn.functional.one_hot(GROUPS) > 0
+    if several:  # the first sample is of all groups, the last of none
+        member[0], member[-1] = True, False
+    pairs = [(i, j, bool((member[i] & member[j]).any())) for i, j in itertools.combinations(range(len(GROUPS)), 2)]
+    within = [jaccard(MASKS[i], MASKS[j]) for i, j, is_shared in pairs if is_shared]
+    between = [jaccard(MASKS[i], MASKS[j]) for i, j, is_shared in pairs if not is_shared]
     expected = statistics.mean(within), statistics.mean(between)
-    assert cohesion_and_coupling(MASKS, GROUPS) == pytest.approx(expected, abs=1e-6)
+    for groups in [member] if several else [member, GROUPS]:
+        assert cohesion_and_coupling(MASKS, groups) == pytest.approx(expected, abs=1e-6)
     assert cohesion_and_coupling(torch.nn.functional.one_hot(GROUPS).bool(), GROUPS) == (1.0, 0.0)
-
-
-def test_without_a_pair_there_is_no_mean():
-    assert cohesion_and_coupling(MASKS[:3], torch.tensor([0, 1, 2]))[0] is None
+    assert cohesion_and_coupling(MASKS[:3], torch.tensor([0, 1, 2]))[0] is None  # without a pair there is no mean
     assert cohesion_and_coupling(MASKS[:3], torch.tensor([1, 1, 1]))[1] is None
-    assert cohesion_and_coupling(MASKS[:1], torch.tensor([0])) == (None, None)
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""A size target steers the weight of sparsity, and modules of other labels can be kept ignorant."""
+"""A size target steers the weight of sparsity."""
 
 import importlib
 import logging
@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import image_samples
-from training_helpers import (
-    arguments,
-    assert_same_state,
-    batch_of,
-    quick_collection,  # noqa: F401 - a fixture
-    varied_parent,
-)
+from training_helpers import arguments, assert_same_state, varied_parent
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
-from nemo_hf.training.losses import specific_cross_entropy
 from nemo_hf.training.relevance import STEERING, size_over_target, sparsity_pressure, steer_size, warn_of_one_core
 
 
@@ -101,32 +94,16 @@ def test_training_steers_after_the_warm_up_and_resumes_as_if_never_stopped(tmp_p
     assert run(None).masks.sparsity_level == 0
 
 
-def test_a_step_that_keeps_others_ignorant_runs_every_sample_as_the_module(tmp_path, monkeypatch):
-    parent = varied_parent(
-        "vit", rehearsal_probability=1.0, warmup_ratio=0.0, specificity_weight=0.5, contrastive_weight=0,
-        sparsity_weight=0,
-    )  # fmt: skip
-    trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=image_samples())
-    seen, forward, batch = {}, parent.forward, batch_of(image_samples(10))
-    monkeypatch.setattr(parent, "forward", lambda **inputs: seen.update(inputs) or forward(**inputs))
-    loss, output = trainer.compute_loss(parent.train(), batch, return_outputs=True)
-    assert seen["static_masks"] is not None
-    assert seen.get("static_samples") is None
-    in_module = torch.zeros(5, dtype=torch.bool).index_fill(0, trainer._rehearsed_groups(), True)
-    expected = specific_cross_entropy(output.logits, batch["labels"], in_module, 0.5)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "value", "expected"),
     [
-        ({"retention_target": 0.0}, r"retention_target=0\.0; expected a number in \(0, 1\]"),
-        ({"retention_target": 1.5}, r"retention_target=1\.5; expected a number in \(0, 1\]"),
-        ({"specificity_weight": -1}, r"specificity_weight=-1; expected a number in \[0"),
-        ({"coupling_weight": -1}, r"coupling_weight=-1; expected a number in \[0"),
-        ({"objective": "mask"}, "objective='mask'; expected one of"),
+        ("retention_target", 0.0, r"a number in \(0, 1\]"),
+        ("retention_target", 1.5, r"a number in \(0, 1\]"),
+        ("specificity_weight", -1, r"a number in \[0"),
+        ("coupling_weight", -1, r"a number in \[0"),
+        ("objective", "mask", "one of"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        NeMoConfig(**options)
+def test_options_out_of_range_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}={value!r}; expected {expected}"):
+        NeMoConfig(**{name: value})

@@ -20,7 +20,6 @@ from training_helpers import (
     assert_same_state,
     batch_of,
     history,
-    quick_collection,  # noqa: F401 - a fixture
     recorded,
     state,
     varied_parent,
@@ -95,28 +94,20 @@ class TestC1AccumulationAndC2Smoothing:
         def twice(outputs, labels, num_items_in_batch=None):
             return 2 * F.cross_entropy(outputs.logits, labels)
 
-        parent, samples = varied_parent("vit", **TASK_ALONE), image_samples(16)
-        whole, parts = (
-            accumulated(NeMoTrainer, parent, tmp_path, size, steps, samples, twice) for size, steps in ((8, 1), (2, 4))
+        parent = varied_parent("vit", **TASK_ALONE)
+        plain, whole, parts = (
+            accumulated(NeMoTrainer, parent, tmp_path, size, steps, image_samples(16), loss)
+            for size, steps, loss in ((8, 1, None), (8, 1, twice), (2, 4, twice))
         )
-        plain = accumulated(NeMoTrainer, parent, tmp_path, 8, 1, samples)
         assert history(whole)[0] == pytest.approx(2 * history(plain)[0], rel=1e-5)
         assert_same_training(parts, whole)
 
 
 class TestC4Columns:
     def dataset(self):
-        samples = text_samples(20)
-        columns = {name: [sample[name].tolist() for sample in samples] for name in ("input_ids", "attention_mask")}
-        return datasets.Dataset.from_dict(
-            {
-                **columns,
-                "text": ["words"] * 20,
-                "token_type_ids": [[0] * 6 + [1] * 6 for _ in samples],
-                "domain": ["pet"] * 20,
-                "label": [sample["labels"] for sample in samples],
-            }
-        )
+        more = {"text": "words", "token_type_ids": [0] * 6 + [1] * 6, "domain": "pet"}
+        samples = [{name: torch.as_tensor(value).tolist() for name, value in s.items()} for s in text_samples(20)]
+        return datasets.Dataset.from_list([sample | more for sample in samples]).rename_column("labels", "label")
 
     @pytest.mark.parametrize("run", ["train", "evaluate", "module"])
     def test_columns_of_the_base_model_are_kept_and_others_dropped(self, run, tmp_path):
@@ -125,7 +116,6 @@ class TestC4Columns:
             trainer_class, model = Trainer, all_labels_module("bert")
         args = arguments(tmp_path, max_steps=1)
         trainer = trainer_class(model, args, train_dataset=self.dataset(), eval_dataset=self.dataset())
-        assert trainer.label_names == ["labels"]
         calls = []
         model.model.register_forward_pre_hook(lambda layer, _, given: calls.append(given), with_kwargs=True)
         (trainer.evaluate if run == "evaluate" else trainer.train)()
@@ -147,36 +137,22 @@ class TestC5Evaluation:
         samples = image_samples(10)
         parent = varied_parent("vit", **REHEARSED)
         args = arguments(tmp_path, label_smoothing_factor=smoothing, per_device_eval_batch_size=10)
-        got = NeMoTrainer(parent, args, eval_dataset=samples).evaluate()["eval_loss"]
+        got, plain = (kind(parent, args, eval_dataset=samples).evaluate() for kind in (NeMoTrainer, Trainer))
         batch = batch_of(samples)
         with torch.no_grad():
             logits = parent.eval()(**batch).logits
         expected = F.cross_entropy(logits, batch["labels"], label_smoothing=smoothing).item()
-        assert got == pytest.approx(expected, rel=1e-6)
-        assert got == pytest.approx(Trainer(parent, args, eval_dataset=samples).evaluate()["eval_loss"], rel=1e-6)
+        assert [got["eval_loss"], plain["eval_loss"]] == pytest.approx([expected] * 2, rel=1e-6)
 
-    def test_predictions_are_logits_only(self, tmp_path):
-        shapes = []
-        samples = image_samples(20)
-
-        def keep_shape(prediction):
-            shapes.append(prediction.predictions.shape)
-            return {}
-
+    def test_predictions_are_logits_only_and_masks_an_output_of_training(self, tmp_path):
+        samples, shapes = image_samples(20), []
         parent = varied_parent("vit", **REHEARSED)
         args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
-        trainer = NeMoTrainer(parent, args, train_dataset=samples, eval_dataset=samples[:7], compute_metrics=keep_shape)
-        trainer.train()
+        data = {"train_dataset": samples, "eval_dataset": samples[:7]}
+        NeMoTrainer(parent, args, **data, compute_metrics=lambda p: shapes.append(p.predictions.shape) or {}).train()
         assert shapes == [(7, 5), (7, 5)]
-        output = trainer.predict(samples)
-        with torch.no_grad():
-            expected = parent.eval()(pixel_values=batch_of(samples)["pixel_values"]).logits
-        torch.testing.assert_close(torch.from_numpy(output.predictions), expected)
-
-    def test_masks_are_an_output_of_training_only(self):
-        parent, batch = varied_parent("vit"), batch_of(image_samples(4))
-        assert parent.train()(**batch).neuron_masks is not None
-        assert list(parent.eval()(**batch)) == ["loss", "logits"]
+        assert parent.train()(**batch_of(samples)).neuron_masks is not None
+        assert list(parent.eval()(**batch_of(samples))) == ["loss", "logits"]
 
 
 class TestC6ActivationCheckpointing:
@@ -195,12 +171,10 @@ class TestC6ActivationCheckpointing:
         trainer, recorder, calls = self.run(family, tmp_path, True, rehearsal_probability=rehearsal)
         assert calls == 2 * plain_calls  # the layers were replayed
         assert_same_training(trainer, plain, ("loss", "grad_norm", "loss_task", "loss_contrastive"))
-        for outputs, plain_outputs in zip(recorder.outputs, plain_recorder.outputs, strict=True):
-            shapes = {key: mask.shape for key, mask in outputs.neuron_masks.items()}
-            assert shapes == {key: mask.shape for key, mask in plain_outputs.neuron_masks.items()}
-            assert {shape[:2] for shape in shapes.values()} == {(20, 1)}
+        for outputs in recorder.outputs:
+            assert {mask.shape[:2] for mask in outputs.neuron_masks.values()} == {(20, 1)}
         for got, expected in zip(recorder.relevance, plain_recorder.relevance, strict=True):
-            assert all(torch.equal(got[key], expected[key]) for key in expected)
+            assert_same_state(got, expected, rtol=0, atol=0)
         assert any(call.get("static_masks") is not None for call in recorder.calls) == bool(rehearsal)
 
 
@@ -240,8 +214,7 @@ class TestC8ResumeAndBestModel:
             assert "training_args.bin" not in files
         loaded = NeMoForImageClassification.from_pretrained(tmp_path / "checkpoint-3")
         assert loaded.config.training["arguments"]["per_device_train_batch_size"] == 8 // steps
-        for key, relevance in whole_recorder.relevance[2].items():
-            assert torch.equal(loaded.masks.relevance()[key], relevance)
+        assert_same_state(loaded.masks.relevance(), whole_recorder.relevance[2], rtol=0, atol=0)
         (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # as if the process had died before
         # Other weights and another relevance to begin with.
         resumed, recorder = run(1, resume_from_checkpoint=True)
@@ -249,10 +222,9 @@ class TestC8ResumeAndBestModel:
         for call, expected in zip(recorder.calls, whole_recorder.calls[3 * steps :], strict=True):
             assert torch.equal(call["pixel_values"], expected["pixel_values"])
             assert torch.equal(call["static_samples"], expected["static_samples"])
-            for key, mask in expected["static_masks"].items():
-                assert torch.equal(call["static_masks"][key], mask)
+            assert_same_state(call["static_masks"], expected["static_masks"], rtol=0, atol=0)
         for relevance, expected in zip(recorder.relevance, whole_recorder.relevance[3:], strict=True):
-            assert all(torch.equal(relevance[key], expected[key]) for key in expected)
+            assert_same_state(relevance, expected, rtol=0, atol=0)
         for name in ("loss", "grad_norm", "loss_task", "loss_contrastive", "neuron_retention_rate"):
             assert history(resumed, name) == pytest.approx(history(whole, name), abs=1e-6), name
         assert_same_state(resumed.parent.state_dict(), whole.parent.state_dict(), rtol=0, atol=1e-6)

@@ -1,10 +1,8 @@
 """What the tests of training share: arguments, parents whose masks differ by sample, recorded runs."""
 
 import copy
-import gc
 import re
 
-import pytest
 import torch
 from conftest import build, image_samples, randomize_relevance, text_samples
 from transformers import TrainerCallback, TrainingArguments
@@ -15,27 +13,10 @@ from nemo_hf.config import SHAPING_OPTIONS
 SAMPLES = {"vit": image_samples, "bert": text_samples, "albert": text_samples}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_collection():
-    """`Trainer.train` ends with a collection of garbage: 0.2 s over all of torch, unless that is set aside."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def arguments(directory, **options):
-    defaults = {
-        "output_dir": str(directory),
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "per_device_train_batch_size": 20,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "max_steps": 2,
-    }
-    return TrainingArguments(**{**defaults, **options})
+    options = {"per_device_train_batch_size": 20, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, **options}
+    options = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, **options}
+    return TrainingArguments(str(directory), **options)
 
 
 def without_dropout(model):

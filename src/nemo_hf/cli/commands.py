@@ -45,7 +45,9 @@ def demo(options: Namespace) -> None:
 def train(options: Namespace) -> None:
     """Trains a parent, evaluates it, saves it and prints its metrics."""
     chosen = {field.name: getattr(options, field.name) for field in fields(TrainingArguments) if field.init}
-    arguments, nemo_config = TrainingArguments(**chosen), _nemo_config(options.nemo_config)
+    arguments, given = TrainingArguments(**chosen), options.nemo_config or "{}"
+    is_inline = given.lstrip().startswith("{")
+    nemo_config = NeMoConfig.from_dict(json.loads(given)) if is_inline else NeMoConfig.from_json_file(given)
     splits = [options.train_split, options.split]
     groups = [nemo_config.group_column] if nemo_config.group_column else []
     data = load_data(options.dataset, options.model, splits, options.label_column, options.input_column, keep=groups)
@@ -66,12 +68,6 @@ def train(options: Namespace) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(json.dumps(metrics, indent=2))
-
-
-def _nemo_config(text: str | None) -> NeMoConfig:
-    if text is None:
-        return NeMoConfig()
-    return NeMoConfig.from_dict(json.loads(text)) if text.lstrip().startswith("{") else NeMoConfig.from_json_file(text)
 
 
 def extract(options: Namespace) -> None:
@@ -113,8 +109,7 @@ def push(options: Namespace) -> None:
     given = {name for name in ALONE | TOGETHER if getattr(options, name)}
     is_alone = given <= ALONE and {"path", "repo_id"} <= given
     if not is_alone and not (given <= TOGETHER and {"parent", "namespace"} <= given):
-        ways = "DIR with --repo-id, or --parent with --namespace"
-        raise ValueError(f"Got {sorted(given)}; expected one of the two: {ways}. See nemo-hf push --help.")
+        raise ValueError(f"Got {sorted(given)}; expected one of the two uses that nemo-hf push --help shows.")
     if not options.dataset and (options.calibration_split or options.compare_formats):
         raise ValueError("Got no --dataset; expected one for --calibration-split and --compare-formats.")
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
@@ -154,7 +149,7 @@ def inspect(options: Namespace) -> None:
             raise ValueError(f"Got model type {config.model_type!r}; expected one of images, sequences or audio.")
         plain = fitting[0].from_pretrained(options.model, **code)
         sites = propose_sites(plain) if options.propose else None
-        if sites is not None:
+        if options.propose:
             print(json.dumps({"sites": sites}, indent=1))
         model = make_parent(plain, NeMoConfig(sites=sites or None))
     width = max(len(site.name) for site in model.sites)
@@ -171,8 +166,7 @@ def inspect(options: Namespace) -> None:
 def _config(source: str) -> NeMoModelConfig:
     config = AutoConfig.from_pretrained(source)
     if not isinstance(config, NeMoModelConfig):
-        kind = config.model_type
-        raise ValueError(f"Got {source!r} of model type {kind!r}; expected a parent or module, as nemo-hf train saves.")
+        raise ValueError(f"Got {source!r} of model type {config.model_type!r}; expected a parent or module.")
     return config
 
 
@@ -195,7 +189,7 @@ def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoad
 
 
 def _neurons(model: NeMoPreTrainedModel, index: int) -> int:
-    """Neurons of a site: of a parent all, of a module those that it was cut to."""
+    """Neurons of a site of a parent, or those that are left of them in a module."""
     if model.is_parent:
         return model.sites[index].neurons
     widths = (model.config.sites or [])[index]["widths"]

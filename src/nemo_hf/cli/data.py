@@ -30,12 +30,10 @@ def load_data(
 ) -> LoadedData:
     """Loads a Hub data set or local folder and prepares it for the model at `model`.
 
-    `input_column=None` finds the only column of images or texts. `keep` names further columns to keep. Labels may be
-    class labels, strings or integers; with `names` they are mapped by name to the ids of a trained model.
+    Without `input_column` it takes the only column of images or texts; with `names` labels get ids in their order.
     """
     loaded = datasets.load_dataset(source)
-    missing = [split for split in splits if split not in loaded]
-    if missing:
+    if missing := [split for split in splits if split not in loaded]:
         raise ValueError(f"Got the split {missing[0]!r} of {source!r}; expected one of {sorted(loaded)}.")
     parts = {split: loaded[split] for split in dict.fromkeys(splits)}
     first = next(iter(parts.values()))
@@ -49,10 +47,17 @@ def load_data(
     column = input_column or _input_column(first, (label_column, *keep))
     is_image = isinstance(first.features[column], datasets.Image)
     processor = (AutoImageProcessor if is_image else AutoTokenizer).from_pretrained(model)
-    prepare = _prepare_images if is_image else _prepare_texts
+
+    def images(batch: Mapping[str, Any]) -> dict[str, Any]:
+        pixels = processor(images=[image.convert("RGB") for image in batch[column]], return_tensors="pt")
+        return {"pixel_values": pixels["pixel_values"], "labels": batch["labels"]}
+
+    def texts(batch: Mapping[str, Any]) -> Any:
+        return processor(batch[column], truncation=True)
+
     for split, part in parts.items():
-        labeled = _with_label_ids(part, label_column, names).select_columns([column, "labels", *keep])
-        parts[split] = prepare(labeled, column, processor)
+        part = _with_label_ids(part, label_column, names).select_columns([column, "labels", *keep])
+        parts[split] = part.with_transform(images) if is_image else part.map(texts, batched=True, remove_columns=column)
     collator = default_data_collator if is_image else DataCollatorWithPadding(processor)
     task = "image-classification" if is_image else "text-classification"
     return LoadedData(task, processor, parts, collator, list(names))
@@ -64,8 +69,7 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
     ids = {name: index for index, name in enumerate(names)}
     labels = [own[value] if own else str(value) for value in dataset[column]]
-    unknown = sorted(set(labels) - set(ids))
-    if unknown:
+    if unknown := sorted(set(labels) - set(ids)):
         named = f"Got the labels {unknown[:12]} in the column {column!r}; expected some of {list(names)[:12]}."
         raise ValueError(f"{named} Remove these samples, or rename their labels.")
     renumbered = dataset.remove_columns(column).add_column("labels", [ids[label] for label in labels])
@@ -75,20 +79,7 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
 def _input_column(dataset: Any, others: Sequence[str]) -> str:
     features = {name: feature for name, feature in dataset.features.items() if name not in others}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
-    found = images or texts
+    found = images or [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
     if len(found) != 1:
         raise ValueError(f"Got the columns {found} of images or texts; expected one. Name it with --input-column.")
     return str(found[0])
-
-
-def _prepare_images(dataset: Any, column: str, processor: Any) -> Any:
-    def transform(batch: Mapping[str, Any]) -> dict[str, Any]:
-        pixels = processor(images=[image.convert("RGB") for image in batch[column]], return_tensors="pt")
-        return {"pixel_values": pixels["pixel_values"], "labels": batch["labels"]}
-
-    return dataset.with_transform(transform)
-
-
-def _prepare_texts(dataset: Any, column: str, processor: Any) -> Any:
-    return dataset.map(lambda batch: processor(batch[column], truncation=True), batched=True, remove_columns=column)

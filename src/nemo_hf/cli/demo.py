@@ -2,8 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.models.vit import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
+from nemo_hf.evaluation.latency import one_thread
 from nemo_hf.evaluation.report import format_table
 from nemo_hf.hub.pictures import draw_neurons
 from nemo_hf.models.base import base_parameters
@@ -22,6 +22,7 @@ from nemo_hf.models.files import write_json
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
+TIMES = ("latency_ms", "parent_latency_ms")
 EPOCHS = 60
 OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
 
@@ -39,18 +40,7 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
         return {"pixel_values": self.pixel_values[index], "labels": int(self.labels[index])}
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch to one thread, so that results and times do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Trains a small ViT plain and with masks, cuts, saves, reloads and measures modules; returns the report.
 
@@ -64,26 +54,15 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     plain.train()
     options = {"nemo_config": OPTIONS, "processing_class": processor}
     trainer = digits_trainer(NeMoTrainer, train, test, seed, epochs, **options)
-    assert isinstance(trainer, NeMoTrainer)
     trainer.train()
     accuracies = [each.evaluate()["eval_accuracy"] for each in (plain, trainer)]
-    parent, parameters = trainer.parent, base_parameters(trainer.parent)
-    modularity = trainer.evaluate_modularity()
+    parent, parameters, modularity = trainer.parent, base_parameters(trainer.parent), trainer.evaluate_modularity()
     trainer.save_model(str(output / "parent"))
-    report: dict[str, Any] = {
-        "seed": seed,
-        "epochs": epochs,
-        "plain": {"accuracy": accuracies[0], "parameters": parameters},
-        "parent": {
-            "accuracy": accuracies[1],
-            "parameters": parameters,
-            "generator_parameters": parent.num_parameters() - parameters,
-            "cohesion": modularity["cohesion"],
-            "coupling": modularity["coupling"],
-        },
-        "test_indices": test_indices,
-        "modules": [_module(trainer, labels, output) for labels in MODULES],
-    }
+    report: dict[str, Any] = {"seed": seed, "epochs": epochs, "test_indices": test_indices}
+    for name, reached in zip(("plain", "parent"), accuracies, strict=True):
+        report[name] = {"accuracy": reached, "parameters": parameters}
+    report["parent"] |= {"generator_parameters": parent.num_parameters() - parameters, **modularity}
+    report["modules"] = [_module(trainer, labels, output) for labels in MODULES]
     report["seconds"] = round(time.perf_counter() - start, 1)
     draw_neurons(parent, output / "modules.png")
     write_json(output / "report.json", report)
@@ -97,20 +76,17 @@ def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[i
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError(
-            f"Got no {error.name}; expected the packages of the demo. Install them with: pip install nemo-hf[demo]"
-        ) from error
+        raise ImportError(f"The demo needs {error.name}. Run: pip install nemo-hf[demo]") from error
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)).convert("RGB") for image in digits.images]
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-    chosen, held_out = train_test_split(
-        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=seed
-    )
+    options = {"test_size": 0.2, "stratify": digits.target, "random_state": seed}
+    chosen, held_out = train_test_split(np.arange(len(images)), **options)
     parts = [Digits(pixel_values[indices], digits.target[indices].tolist()) for indices in (chosen, held_out)]
     return parts[0], parts[1], [int(index) for index in held_out]
 
 
-def digits_trainer(kind: type[Trainer], train: Digits, test: Digits, seed: int, epochs: int, **options: Any) -> Trainer:
+def digits_trainer(kind: Any, train: Digits, test: Digits, seed: int, epochs: int, **options: Any) -> Any:
     """Builds a `Trainer` or `NeMoTrainer` of a small ViT; `options` are further arguments of `kind`."""
     set_seed(seed)
     names = [str(digit) for digit in range(10)]
@@ -140,17 +116,15 @@ def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[s
     loaded = AutoModelForImageClassification.from_pretrained(path)
     report = trainer.evaluate_module(list(labels), module=loaded).to_dict()
     loaded.save_pretrained(path)  # with its report
-    timed = {f"{kind}_by_batch": report[kind] for kind in ("latency_ms", "parent_latency_ms")}
-    at_one = {kind: report[kind].get("1") for kind in ("latency_ms", "parent_latency_ms")}  # None if runs disagree
-    own = {"labels": list(labels), "path": str(path), "equivalence": loaded.config.equivalence}
-    return {**report, **own, **at_one, **timed}
+    for kind in TIMES:
+        report |= {kind: report[kind].get("1"), f"{kind}_by_batch": report[kind]}  # None if runs disagree
+    return {**report, "labels": list(labels), "path": str(path), "equivalence": loaded.config.equivalence}
 
 
 def format_demo(report: Mapping[str, Any]) -> str:
     """Renders the demo's report for a terminal."""
     plain, parent = report["plain"], report["parent"]
-    kinds = ("latency_ms", "parent_latency_ms")
-    modules = [{**module, **{kind: module[f"{kind}_by_batch"] for kind in kinds}} for module in report["modules"]]
+    modules = [{**module, **{kind: module[f"{kind}_by_batch"] for kind in TIMES}} for module in report["modules"]]
     return (
         f"plain model   accuracy {plain['accuracy']:.3f}   {plain['parameters']:,} parameters\n"
         f"parent        accuracy {parent['accuracy']:.3f}   {parent['parameters']:,} parameters "

@@ -5,9 +5,10 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.neurons.trial_inputs import random_inputs
 
+Runners = Mapping[str, Callable[..., Any]]
+Clock = Callable[[], float]
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_THREADS = 1
-"""CPU threads of all timed models: one can't be oversubscribed, and figures compare between machines."""
 WARM_UP_RUNS = 3
 LATENCY_RUNS = 30
 FEWEST_RUNS = 5
-LATENCY_SECONDS = 2.0
-"""Time for the runs of one batch size; it ends them once there are `FEWEST_RUNS`."""
-LARGEST_SPREAD = 2.0
-"""Upper over lower quartile of the runs, above which a batch size is left out."""
+LATENCY_SECONDS = 2.0  # for the runs of one batch size; it ends them once there are `FEWEST_RUNS`
+LARGEST_SPREAD = 2.0  # upper over lower quartile of the runs, above which a batch size is left out
 
 
 @dataclass(frozen=True)
@@ -63,62 +63,60 @@ def count_macs(model: NeMoPreTrainedModel) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def measure_latency(
-    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
-) -> Latency:
+def measure_latency(parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel) -> Latency:
     """Times a module (`"module"`) and the plain model inside its parent (`"parent"`), both in eval mode."""
-    plain = copy.deepcopy(parent).detach_masks().eval()
-    sample = {name: value.to(parent.device) for name, value in random_inputs(module).items()}
-    return time_runs({"module": module.model, "parent": plain}, sample, batch_sizes)
+    runners = {"module": module.model, "parent": copy.deepcopy(parent).detach_masks().eval()}
+    return time_runs(runners, {n: v.to(parent.device) for n, v in random_inputs(module).items()}, LATENCY_BATCHES)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps torch to one CPU thread, so that results and times do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(LATENCY_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 @torch.no_grad()
 def time_runs(
-    runners: Mapping[str, Callable[..., Any]],
-    sample: Mapping[str, Tensor],
-    batch_sizes: Sequence[int],
-    clock: Callable[[], float] = time.perf_counter,
+    runners: Runners, sample: Mapping[str, Tensor], batch_sizes: Sequence[int], clock: Clock = time.perf_counter
 ) -> Latency:
-    """Times callables in turn, so that a busy moment of the machine meets all of them.
+    """Times callables in turn, on batches of the first sample repeated, so that a busy moment meets all of them.
 
-    They take model inputs by name, batches of the first sample repeated. Batch sizes at which the runs of one of them
-    disagree are left out for all, since they are compared.
+    Batch sizes at which the runs of one of them disagree are left out for all, since they are compared.
     """
     device = next(iter(sample.values())).device
     milliseconds: dict[str, dict[str, float]] = {name: {} for name in runners}
     unsteady = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(LATENCY_THREADS)
-    try:
-        for size in batch_sizes:
-            inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
-            quartiles = _quartiles(runners, inputs, device, clock)
-            worst = max(quartiles, key=lambda name: quartiles[name][2] / quartiles[name][0])
-            low, _, high = quartiles[worst]
-            if high > LARGEST_SPREAD * low:
-                unsteady.append(f"batch size {size} ({worst}: quartiles {low:.3g} and {high:.3g} ms)")
-                continue
-            for name, (low, *_) in quartiles.items():
-                milliseconds[name][str(size)] = round(low, 4)
-    finally:
-        torch.set_num_threads(threads)
+    for size in batch_sizes:
+        inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
+        quartiles = _quartiles(runners, inputs, device, clock)
+        worst = max(quartiles, key=lambda name: quartiles[name][2] / quartiles[name][0])
+        low, _, high = quartiles[worst]
+        if high > LARGEST_SPREAD * low:
+            unsteady.append(f"batch size {size} ({worst}: quartiles {low:.3g} and {high:.3g} ms)")
+            continue
+        for name, (low, *_) in quartiles.items():
+            milliseconds[name][str(size)] = round(low, 4)
     note = f"Left out, since runs disagree by more than a factor of {LARGEST_SPREAD:g}: {', '.join(unsteady)}."
     return Latency(device_name(device, LATENCY_THREADS), milliseconds, note if unsteady else None)
 
 
 def _quartiles(
-    runners: Mapping[str, Callable[..., Any]],
-    inputs: Mapping[str, Tensor],
-    device: torch.device,
-    clock: Callable[[], float],
+    runners: Runners, inputs: Mapping[str, Tensor], device: torch.device, clock: Clock
 ) -> dict[str, list[float]]:
     """The three quartiles of each runner's times, in milliseconds."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
     def timed(runner: Callable[..., Any]) -> float:
-        _synchronize(device)
+        wait()
         start = clock()
         runner(**inputs)
-        _synchronize(device)
+        wait()
         return 1000 * (clock() - start)
 
     for _ in range(WARM_UP_RUNS):
@@ -132,8 +130,3 @@ def _quartiles(
         for name, runner in runners.items():
             times[name].append(timed(runner))
     return {name: statistics.quantiles(elapsed, n=4, method="inclusive") for name, elapsed in times.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

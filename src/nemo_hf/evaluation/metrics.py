@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_hf.models.label_groups import shares_group
+from nemo_hf.models.labels import shares_group
 
-MetricLike = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
-"""Names of metrics of `evaluate` or paths of metric scripts, or keyword arguments of `compute` by name."""
+MetricLike = str | Sequence[str] | Mapping[str, Mapping[str, Any]]  # names, or keyword arguments of `compute` by name
 
 
 def jaccard_indices(masks: Tensor) -> Tensor:
@@ -24,26 +23,20 @@ def jaccard_indices(masks: Tensor) -> Tensor:
 
 
 def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, float | None]:
-    """Mean Jaccard index of masks within groups (cohesion) and between groups (coupling); `None` without such pairs.
+    """Mean Jaccard index of masks within groups (cohesion) and between them (coupling); `None` without such pairs.
 
-    `masks` are the open neurons of each sample, (samples, neurons); `groups` its group, (samples,), or membership in
-    groups, boolean, (samples, groups). Pairs of different samples that share a group are within it.
-
-    References:
-        MwT (arXiv 2306.09376), section on cohesion and coupling; NeMo (arXiv 2508.11348).
+    `masks` are open neurons, (samples, neurons); `groups` as in `shares_group`. The measures are those of MwT (arXiv
+    2306.09376) and NeMo (arXiv 2508.11348).
     """
-    indices = jaccard_indices(masks)
-    same = shares_group(groups)
+    indices, same = jaccard_indices(masks), shares_group(groups)
     different_samples = ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
-    within, between = indices[same & different_samples], indices[~same & different_samples]
-    return within.mean().item() if len(within) else None, between.mean().item() if len(between) else None
+    means = [indices[pairs & different_samples].mean().item() for pairs in (same, ~same)]
+    cohesion, coupling = (None if math.isnan(mean) else mean for mean in means)
+    return cohesion, coupling
 
 
 class LibraryMetrics:
-    """Metrics of the library `evaluate`, loaded before they are needed; `None` loads none and needs no library.
-
-    Where a sample may have several labels, metrics are loaded with their configuration "multilabel".
-    """
+    """Metrics of the library `evaluate`, loaded before they are needed; `None` loads none and needs no library."""
 
     def __init__(self, metrics: MetricLike | None, has_several_labels: bool) -> None:
         named = [metrics] if isinstance(metrics, str) else metrics or []
@@ -65,8 +58,8 @@ class LibraryMetrics:
             for key, value in result.items():
                 if key in found or not isinstance(value, Real) or not math.isfinite(value):
                     raise ValueError(
-                        f"Got {key}={value!r} from the metric {name!r}; expected one finite number, under a name that "
-                        "no other metric uses. Leave it out, or pass keyword arguments that average over the labels."
+                        f"Got {key}={value!r} from the metric {name!r}; expected one finite number, named as no other. "
+                        "Leave it out, or pass keyword arguments that average over the labels."
                     )
                 found[key] = float(value)
         return found

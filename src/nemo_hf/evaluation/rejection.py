@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.label_checks import check_label_shape
-from nemo_hf.models.rejection import energy, score_energies
+from nemo_hf.models.labels import check_label_shape
+from nemo_hf.models.rejection import energy, rejection_scores
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
@@ -73,19 +73,17 @@ def calibrate_rejection(
     if not bool(is_own.any()) or bool(is_own.all()):
         raise ValueError(
             f"Got {int(is_own.sum())} samples with the module's labels {module.config.label_ids} and "
-            f"{int((~is_own).sum())} others; expected some of both. Pass the parent's whole validation data, with the "
-            "parent's label ids."
+            f"{int((~is_own).sum())} others; expected some of both. Pass the parent's whole validation data."
         )
     module.config.rejection = fit_rejection(energies, is_own, accepted)
     return module.config.rejection
 
 
 def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str, float]:
-    """Fits rejection scores to the energies of samples, of which `is_own` have a label of the module.
+    """Fits rejection scores to energies, (samples,), of which `is_own` are of samples with a label of the module.
 
-    The score is a logistic function of the energy with a `weight` and `bias`, fitted as if own and other samples were
-    equally frequent (Platt scaling with its smoothed targets). The `threshold` is the lowest at which a share
-    `accepted` of the own samples is accepted; the shares of own samples accepted and of others rejected come with it.
+    Platt scaling with its smoothed targets, as if own and other samples were equally frequent; the threshold is the
+    lowest at which a share `accepted` of the own samples is accepted.
     """
     energies = energies.double()
     center, scale = energies.mean(), energies.std().clamp(min=1e-6)
@@ -106,10 +104,10 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
         optimizer.step(loss)
     weight, bias = line.detach()
     rejection = {"weight": (weight / scale).item(), "bias": (bias - weight * center / scale).item()}
-    own = score_energies(energies[is_own], rejection).sort().values
+    own = rejection_scores(energies[is_own], rejection).sort().values
     last = own[math.ceil(accepted * len(own)) - 1]  # the last sample to be accepted
     rejection["threshold"] = last.item() * (1 + 1e-4)  # above what it scores in float32
-    is_rejected = score_energies(energies, rejection) > rejection["threshold"]
+    is_rejected = rejection_scores(energies, rejection) > rejection["threshold"]
     rejection["accepted"] = 1 - is_rejected[is_own].double().mean().item()
     rejection["rejected"] = is_rejected[~is_own].double().mean().item()
     return rejection

@@ -13,8 +13,8 @@ from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
-from nemo_hf.models.label_groups import group_indices, sample_groups
-from nemo_hf.models.rejection import energy, score_energies
+from nemo_hf.models.labels import group_indices, sample_groups
+from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
@@ -121,11 +121,10 @@ def evaluate_module(
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)
-    plan = _plan_of(module, parent, labels, threshold, round_to)
-    empty = {site.key: torch.zeros(site.neurons) for site in parent.sites}
-    masks = {"empty": [empty], "random": random_masks(plan.static, parent, seed)}
-    other = other_groups(parent, plan.groups, seed)
-    if other:
+    plan = _plan_of(module, parent, labels, threshold=threshold, round_to=round_to)
+    masks = {"empty": [{site.key: torch.zeros(site.neurons) for site in parent.sites}]}
+    masks["random"] = random_masks(plan.static, parent, seed)
+    if other := other_groups(parent, plan.groups, seed):
         try:
             masks["other"] = [make_plan(parent, other, plan.threshold, plan.round_to).static]
         except ValueError:  # these groups open no neuron at all
@@ -167,28 +166,21 @@ def evaluate_module(
     return report
 
 
-def _plan_of(
-    module: NeMoPreTrainedModel,
-    parent: NeMoPreTrainedModel,
-    labels: LabelLike | Sequence[LabelLike],
-    threshold: float | None,
-    round_to: int | None,
-) -> ModulePlan:
+def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: Any, **given: Any) -> ModulePlan:
     """The plan by which a module was cut from its parent, or a `ValueError` if it can't have been."""
     own = module.config
     if module.is_parent:
         raise ValueError("Got a parent as module; expected a module. Cut one with extract_module(labels).")
     own_names, own_ids = list(own.names.values()), own.label_ids or []
     ids, _ = resolve_labels(labels, parent.config.groups, parent.config.names)
-    options = {"threshold": (threshold, own.relevance_threshold), "round_to": (round_to, own.round_to)}
-    differing = [f"{name}={given!r}" for name, (given, has) in options.items() if given not in (None, has)]
+    options: dict[str, Any] = {"threshold": own.relevance_threshold, "round_to": own.round_to}
+    differing = [f"{name}={value!r}" for name, value in given.items() if value not in (None, options[name])]
     if sorted(ids) != sorted(own_ids) or differing:
         raise ValueError(
-            f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with "
-            f"threshold={own.relevance_threshold}, round_to={own.round_to}; expected the module's own labels and "
-            "options. Leave the others out, or leave module out to cut another."
+            f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with {options}; expected the "
+            "module's own labels and options. Leave the others out, or leave module out to cut another."
         )
-    plan = make_plan(parent, own_ids, own.relevance_threshold, own.round_to)
+    plan = make_plan(parent, own_ids, **options)
     kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
     names = [parent.config.names[index] for index in own_ids]
     is_same = (own.base_class, own_names) == (parent.config.base_class, names)
@@ -236,10 +228,8 @@ def _collect_answers(
             drawn = torch.stack(outputs)
             answers[name].append((drawn > 0 if has_several else drawn.argmax(-1)).long().cpu())
     if not right:
-        raise ValueError(
-            f"Got evaluation data without a sample of the labels {list(module.config.names.values())}; expected at "
-            "least one. Pass data that has these labels."
-        )
+        names = list(module.config.names.values())
+        raise ValueError(f"Got data without a sample of the labels {names}; expected at least one. Pass data with one.")
     joined = {name: torch.cat(parts, 1) for name, parts in answers.items()}
     return joined, torch.cat(right), torch.cat(energies), torch.cat(is_own)
 
@@ -248,24 +238,18 @@ def _collect_answers(
 def measure_modularity(
     parent: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]], most: int
 ) -> dict[str, float | int | None]:
-    """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`.
-
-    Reads batches on the parent's device until there are `most` samples, or a batch has no `labels`. Returns nothing
-    without samples.
-    """
-    opened: list[Tensor] = []
-    groups: list[Tensor] = []
+    """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`, about `most`."""
+    opened, groups, samples = [], [], 0
     group_of_label = group_indices(parent)
-    for batch in batches:
-        inputs = dict(batch)
-        if "labels" not in inputs or sum(len(part) for part in groups) >= most:
-            break
-        groups.append(sample_groups(parent, inputs.pop("labels"), group_of_label))
-        masks = parent(**inputs, output_neuron_masks=True).neuron_masks
-        opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
-    if not opened:
-        return {}
-    samples = sum(len(part) for part in groups)
+    with as_saved(parent):
+        for batch in batches:
+            if samples >= most:
+                break
+            inputs, labels = inputs_and_labels(parent, batch)
+            groups.append(sample_groups(parent, labels, group_of_label))
+            masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+            opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
+            samples += len(labels)
     cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))
     return {"cohesion": cohesion, "coupling": coupling, "modularity_samples": samples}
 
@@ -274,7 +258,7 @@ def _rejection(module: NeMoPreTrainedModel, energies: Tensor, is_own: Tensor) ->
     """How well a module tells its own samples from others."""
     found = {"auroc": auroc(energies, is_own), "accepted": None, "rejected": None}
     if fit := module.config.rejection:
-        is_rejected = score_energies(energies, fit) > fit["threshold"]
+        is_rejected = rejection_scores(energies, fit) > fit["threshold"]
         for name, decided in (("accepted", ~is_rejected[is_own]), ("rejected", is_rejected[~is_own])):
             found[name] = decided.float().mean().item() if len(decided) else None
     return found
@@ -283,14 +267,12 @@ def _rejection(module: NeMoPreTrainedModel, energies: Tensor, is_own: Tensor) ->
 def random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed: int) -> list[dict[str, Tensor]]:
     """Draws masks with as many open neurons in each part of each site as a module's static masks have."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for _ in range(RANDOM_DRAWS):
-        masks = {}
-        for site in parent.sites:
-            parts = static[site.key].split(list(site.parts.values()))
-            masks[site.key] = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in parts])
-        drawn.append(masks)
-    return drawn
+
+    def shuffled(key: str, sizes: Iterable[int]) -> Tensor:
+        parts = static[key].split(list(sizes))
+        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
+
+    return [{site.key: shuffled(site.key, site.parts.values()) for site in parent.sites} for _ in range(RANDOM_DRAWS)]
 
 
 def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) -> list[int]:
@@ -302,29 +284,23 @@ def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) 
 
 def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Renders reports, as `ModuleReport.to_dict` gives them, as a table for a terminal with a row for each module."""
-    header = ["module", "neurons", "weights", "parameters", "MB", "MACs"]
-    header += ["raw acc", "parent", "random", "other", "empty", f"ms {'/'.join(f'b{n}' for n in LATENCY_BATCHES)}"]
-    rows = [header]
+    header = ["module", "neurons", "weights", "parameters", "MB", "MACs", "raw acc", "parent"]
+    rows = [[*header, "random", "other", "empty", f"ms {'/'.join(f'b{n}' for n in LATENCY_BATCHES)}"]]
     for report in reports:
         labels = ",".join(str(name) for name in report["labels"])
         shares = [report[name] for name in ("accuracy", "parent_restricted_accuracy")]
         shares += [report["controls"][name] for name in ("random", "other", "empty")]
-        rows.append(
-            [
-                labels if len(labels) <= 24 else "+".join(report["groups"])[:24],
-                f"{report['neuron_retention_rate']:.2f}",
-                f"{report['weight_retention_rate']:.2f}",
-                f"{report['parameters']:,}",
-                f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
-                f"{report['macs'] / report['parent_macs']:.2f}",
-                *("-" if share is None else f"{share:.3f}" for share in shares),
-                " of ".join(_times(report[name]) for name in ("latency_ms", "parent_latency_ms")),
-            ]
-        )
+        times = [[report[name].get(str(n)) for n in LATENCY_BATCHES] for name in ("latency_ms", "parent_latency_ms")]
+        rows.append([
+            labels if len(labels) <= 24 else "+".join(report["groups"])[:24],
+            f"{report['neuron_retention_rate']:.2f}",
+            f"{report['weight_retention_rate']:.2f}",
+            f"{report['parameters']:,}",
+            f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
+            f"{report['macs'] / report['parent_macs']:.2f}",
+            *("-" if share is None else f"{share:.3f}" for share in shares),
+            " of ".join("/".join("-" if time is None else f"{time:.1f}" for time in of) for of in times),
+        ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _times(by_size: Mapping[str, float]) -> str:
-    return "/".join(f"{by_size[str(size)]:.1f}" if str(size) in by_size else "-" for size in LATENCY_BATCHES)

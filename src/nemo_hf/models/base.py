@@ -22,8 +22,8 @@ from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resiz
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, task_of
-from .label_checks import check_label_shape
-from .rejection import rejection_scores
+from .labels import check_label_shape
+from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
 
 
@@ -266,8 +266,8 @@ class NeMoPreTrainedModel(SavedModel):
             neuron_masks=masks or None,
         )
         if self.config.rejection:
-            several = self.config.has_several_labels
-            result.rejection_scores = rejection_scores(outputs.logits, self.config.rejection, several)
+            energies = energy(outputs.logits, self.config.has_several_labels)
+            result.rejection_scores = rejection_scores(energies, self.config.rejection)
         return result.to_tuple() if return_dict is False else result
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

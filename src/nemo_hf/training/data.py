@@ -8,18 +8,20 @@ import torch
 from torch.utils.data import IterableDataset
 
 from nemo_hf.config import LabelLike
-from nemo_hf.models.label_checks import check_label_counts
+from nemo_hf.models.labels import check_label_counts
+
+LABEL_COLUMNS = ("label", "labels", "label_ids")
 
 
 def check_columns(dataset: Any, is_counted: bool) -> None:
     """Refuses training data without a column of labels, and a stream if relevance `is_counted` on it."""
     if isinstance(dataset, IterableDataset) and is_counted:
         raise ValueError(
-            "Got an iterable data set to train on; expected a finite one for the exact relevance after training. "
-            "Pass NeMoTrainer(..., relevance_dataset=...), for example a part of the stream as a Dataset."
+            "Got an iterable data set to train on; expected a finite one to count the relevance on. Pass a part of it "
+            "as NeMoTrainer(..., relevance_dataset=...)."
         )
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and not {"label", "labels", "label_ids"} & set(columns):
+    if columns is not None and not set(LABEL_COLUMNS) & set(columns):
         raise ValueError(
             f"Got training data with the columns {list(columns)}; expected a 'label' or 'labels' column. "
             "Rename it with dataset.rename_column(..., 'label')."
@@ -31,36 +33,25 @@ def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
     if not isinstance(dataset, datasets.Dataset):
         return None  # a stream must not be read before training
     name = next((name for name in names if name in dataset.column_names), None)
-    if name is None:
-        return None
-    return list(dataset.with_format(None)[name])
+    return None if name is None else list(dataset.with_format(None)[name])
 
 
 def groups_from_column(
-    dataset: Any,
-    column: str,
-    labels: Sequence[int] | None,
-    id2label: Mapping[int, str],
-    has_several_labels: bool = False,
+    dataset: Any, column: str, labels: Sequence[int] | None, id2label: Mapping[int, str], has_several: bool = False
 ) -> dict[str, list[LabelLike]]:
-    """Reads label groups, name to label ids, from a column that names each sample's group.
-
-    Integers in it stand for the names of a `ClassLabel`, if the column is one. All samples of a label must be of one
-    group.
-    """
-    if has_several_labels:
+    """Reads label groups, name to label ids, from a column of the groups' names or of a `ClassLabel`'s integers."""
+    if has_several:
         raise ValueError(
-            "Got group_column for a model whose samples have several labels; expected label_groups, since such a "
-            "column names one group a sample. Pass NeMoConfig(label_groups={...})."
+            "Got group_column for a model whose samples have several labels; expected label_groups. Pass "
+            "NeMoConfig(label_groups={...})."
         )
     values = column_values(dataset, (column,))
     if values is None or labels is None:
         raise ValueError(
-            f"Got group_column={column!r}; expected a column of a datasets.Dataset to train on, which has "
+            f"Got group_column={column!r}; expected a column of the datasets.Dataset to train on, which has "
             f"{getattr(dataset, 'column_names', 'no columns')}. Name one of them, or pass label_groups."
         )
-    feature = getattr(dataset, "features", {}).get(column)
-    names = getattr(feature, "names", None)
+    names = getattr(dataset.features[column], "names", None)
     groups: dict[str, list[LabelLike]] = {}
     owner: dict[int, str] = {}
     for label, value in zip(labels, values, strict=True):
@@ -76,30 +67,22 @@ def groups_from_column(
 
 
 def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: bool = False) -> None:
-    """Refuses training data whose labels are not those of the model, `names`, each at least once.
-
-    `labels` are ids, or with several labels a sample lists of 0 and 1.
-    """
+    """Refuses labels, ids or lists of 0 and 1, that are not those of the model, `names`, each at least once."""
     if has_several:
-        _check_label_lists(labels, names)
+        wrong = [v for v in labels if not isinstance(v, Sequence) or len(v) != len(names) or not set(v) <= {0, 1}]
+        if wrong:
+            raise ValueError(
+                f"Got the labels {wrong[0]!r} in the training data; expected a list of {len(names)} zeros and ones. "
+                "Turn label names into such lists, or load the model without problem_type='multi_label_classification'."
+            )
+        check_label_counts([sum(column) for column in zip(*labels, strict=True)], names)
         return
     is_id = [isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names) for label in labels]
     if not all(is_id):
         raise ValueError(
             f"Got the label {labels[is_id.index(False)]!r} in the training data; expected ids from 0 to "
-            f"{len(names) - 1}. Turn names into ids with dataset.class_encode_column('label'), remove samples without "
-            "a label, or load the model with another num_labels."
+            f"{len(names) - 1}. Use dataset.class_encode_column('label') for names, remove samples without a label, or "
+            "load the model with another num_labels."
         )
     counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=len(names))
     check_label_counts(counts.tolist(), names)
-
-
-def _check_label_lists(labels: Sequence[Any], names: Mapping[int, str]) -> None:
-    for value in labels:
-        if not isinstance(value, Sequence) or len(value) != len(names) or not set(value) <= {0, 1}:
-            raise ValueError(
-                f"Got the labels {value!r} in the training data; expected a list of {len(names)} zeros and ones, one "
-                "for each label, as floats. Turn label names into such a list, or load the model without "
-                "problem_type='multi_label_classification'."
-            )
-    check_label_counts([sum(column) for column in zip(*labels, strict=True)], names)

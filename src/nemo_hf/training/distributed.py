@@ -21,9 +21,6 @@ from .losses import GatheredMasks
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "trainer_state.json"
-"""File that is written last into a checkpoint."""
-
 # torch 2.13 renames both. Its own all_gather with a gradient is deprecated in favour of one in a private module.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -48,14 +45,13 @@ class _Gather(torch.autograd.Function):
 def gather_masks(masks: Tensor, groups: Tensor, capacity: int) -> GatheredMasks:
     """Gathers the flat masks of all processes' samples, with gradient; all processes must call it.
 
-    Batches are filled up to `capacity` rows, the same in all processes, so that no process has to wait on the host for
-    the others' batch sizes. A larger batch is a ValueError.
+    Batches are filled up to `capacity` rows, so that no process waits on the host for the others' batch sizes.
     """
     batch = len(groups)
     if batch > capacity:
         raise ValueError(
-            f"Got a batch of {batch} samples where per_device_train_batch_size is {capacity}; expected at most that, "
-            "since all processes gather as many masks. Raise it, or set NeMoConfig(gather_across_devices=False)."
+            f"Got a batch of {batch} samples; expected at most {capacity}, as per_device_train_batch_size says. Raise "
+            "it, or set NeMoConfig(gather_across_devices=False)."
         )
     filled = (0, 0, 0, capacity - batch)
     columns = groups[:, None] if groups.ndim == 1 else groups
@@ -67,24 +63,15 @@ def gather_masks(masks: Tensor, groups: Tensor, capacity: int) -> GatheredMasks:
 
 
 def real_samples(batch: int, gradient_state: Any, rank: int, processes: int) -> int:
-    """Number of first samples of a process's batch that count.
-
-    Accelerate fills the last batches of all processes up with samples from the start of the data.
-    """
+    """How many first samples of a process's batch count: accelerate fills last batches up with others."""
     if processes == 1 or not gradient_state.end_of_dataloader:
         return batch
-    remainder = int(gradient_state.remainder)
-    if remainder < 0:
-        remainder = _remainder_after_resuming(gradient_state.active_dataloader)
+    remainder, loader = int(gradient_state.remainder), gradient_state.active_dataloader
+    shard: Any = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    if remainder < 0 and hasattr(shard, "num_processes") and not shard.drop_last:
+        # After resuming, a loader that skips batches does not know how many samples its last batches have.
+        remainder = len(loader.dataset) % (shard.batch_size * (1 if shard.split_batches else shard.num_processes))
     return min(batch, max(0, remainder - rank * batch)) if remainder > 0 else batch
-
-
-def _remainder_after_resuming(loader: Any) -> int:
-    """Samples in the last batches of all processes, which a loader that skips batches does not know itself."""
-    shard = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
-    if shard is None or not hasattr(shard, "num_processes") or shard.drop_last:
-        return -1
-    return int(len(loader.dataset) % (shard.batch_size * (1 if shard.split_batches else shard.num_processes)))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -96,8 +83,7 @@ def is_sharded(model: nn.Module) -> bool:
 def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[tuple[Mapping[str, Any], bool]]:
     """Yields a process's batches and whether they count.
 
-    With a sharded model, a process that is through early repeats its last batch, which does not count, until all are
-    through. A process without any batch is then a ValueError.
+    With a sharded model, a process that is through early repeats its last batch, uncounted, until all are through.
     """
     if not is_sharded(model):
         yield from ((batch, True) for batch in batches)
@@ -111,32 +97,24 @@ def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[
         last = last if batch is None else batch
         if last is None:
             raise ValueError(
-                "Got fewer samples than processes; expected at least one a process, since all call a sharded model "
-                "together. Use fewer processes."
+                "Got fewer samples than processes; expected one for each with a sharded model. Use fewer processes."
             )
         yield last, batch is not None
 
 
 def sharded_layers(model: Any) -> list[str]:
-    """Sorted class names of the layers that become units of FSDP2.
+    """Sorted class names of the layers that become units of FSDP2: those that the model names.
 
-    Those that the model names, except one around its input embeddings, which accelerate makes a unit of its own:
-    parameters can't be sharded twice.
+    One around the input embeddings is left out: accelerate shards these, and parameters can't be sharded twice.
     """
-    embeddings = model.get_input_embeddings()
-    names = set()
-    for name in model._no_split_modules or ():
-        layers = [layer for layer in model.modules() if type(layer).__name__ == name]
-        if layers and not any(embeddings is inner for layer in layers for inner in layer.modules()):
-            names.add(name)
-    return sorted(names)
+    embeddings, names = model.get_input_embeddings(), set(model._no_split_modules or ())
+    layers = [layer for layer in model.modules() if type(layer).__name__ in names]
+    outer = {type(layer) for layer in layers if any(embeddings is inner for inner in layer.modules())}
+    return sorted({type(layer).__name__ for layer in layers if type(layer) not in outer})
 
 
 def whole_state(model: nn.Module, to_first_process: bool = False) -> dict[str, Any]:
-    """State of a sharded model with whole tensors; all processes must call it together.
-
-    `to_first_process` collects it in the main memory of that process alone; the others get nothing.
-    """
+    """Whole tensors of a sharded model, or only in the first process's main memory; all processes must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes long
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=to_first_process))
@@ -149,8 +127,7 @@ def whole_copy(parent: NeMoClassifier) -> NeMoClassifier:
     copied.load_state_dict(whole_state(parent), assign=True)
     copied.processor_files, copied.report = parent.processor_files, parent.report
     copied.to(parent.device)  # type: ignore[arg-type]
-    copied.eval()
-    return copied
+    return copied.eval()  # type: ignore[no-any-return]
 
 
 def whole_checkpoint(output_dir: str, given: str | bool) -> str:
@@ -158,52 +135,54 @@ def whole_checkpoint(output_dir: str, given: str | bool) -> str:
     found = sort_checkpoints(output_dir) if given is True else [str(given)]
     for folder in reversed(found):
         with suppress(OSError, ValueError):
-            json.loads(Path(folder, STATE_NAME).read_text(encoding="utf-8"))
+            json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))
             return folder
     raise ValueError(
-        f"Got {[Path(folder).name for folder in found]} to resume from; expected a checkpoint with {STATE_NAME}, "
+        f"Got {[Path(folder).name for folder in found]} to resume from; expected a checkpoint with trainer_state.json, "
         "which is written last. Name another checkpoint, or start anew."
     )
 
 
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
 def check_start(model: Any) -> None:
     """Refuses a model in `nn.DataParallel`, and a start in which only one process reads the weights."""
-    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if all(os.environ.get(name, "").lower() in ("1", "true") for name in names):
+    if _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
-            "Got fsdp_cpu_ram_efficient_loading: true, under which only one process reads the weights; expected false, "
-            "since every process finds the neurons and tries cuts. Set it in the accelerate configuration."
+            "Got fsdp_cpu_ram_efficient_loading: true, under which one process reads the weights for all; expected "
+            "false. Set it in the accelerate configuration."
         )
     if isinstance(model, nn.DataParallel):
-        raise ValueError(
-            "Got a model in nn.DataParallel; expected the model itself and one process a GPU, since masks are one "
-            f"state a process. Launch with: accelerate launch --num_processes {max(1, len(model.device_ids))} "
-            "your_script.py"
-        )
+        raise _data_parallel_error(max(1, len(model.device_ids)))
+
+
+def _data_parallel_error(count: int) -> ValueError:
+    return ValueError(
+        "Got several GPUs in one process, for nn.DataParallel; expected one process a GPU. Launch with: "
+        f"accelerate launch --num_processes {count} your_script.py"
+    )
 
 
 def check_parallelism(args: Any, accelerator: Any) -> None:
-    """Refuses ways to spread a model under which the masks would be wrong or lost, naming the one to use instead."""
+    """Refuses ways to spread a model under which the masks would be wrong or lost."""
     if args.n_gpu > 1:
-        raise ValueError(
-            f"Got {args.n_gpu} GPUs in one process, which nn.DataParallel would use; expected one process a GPU, since "
-            f"masks are one state a process. Launch with: accelerate launch --num_processes {args.n_gpu} "
-            "your_script.py"
-        )
+        raise _data_parallel_error(args.n_gpu)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError(
             "Got FSDP of version 1, which flattens the generators into one parameter; expected version 2. Set "
             "fsdp_version: 2 in the accelerate configuration, as examples/accelerate_configs/fsdp2.yaml does."
         )
-    if plugin is None and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")):
+    if plugin is None and (args.fsdp or _is_set("ACCELERATE_USE_FSDP")):
         logger.warning("accelerate does not use FSDP on CPUs: every process holds the whole model.")
     split = getattr(accelerator, "parallelism_config", None)
-    named = [n for n in ("tp", "cp", "sp") if split is not None and getattr(split, f"{n}_enabled", False)]
+    named = [name for name in ("tp", "cp", "sp") if getattr(split, f"{name}_enabled", False)]
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         named.append("DeepSpeed")
     if named:
         raise ValueError(
-            f"Got {' and '.join(named)} to spread the model; expected DDP or FSDP2, under which every process runs "
-            "whole layers of its own samples. Use a configuration of examples/accelerate_configs/."
+            f"Got {' and '.join(named)} to spread the model; expected DDP or FSDP2, where a process runs whole layers. "
+            "Use a configuration of examples/accelerate_configs/."
         )

@@ -50,8 +50,8 @@ def push_checkpoint(trainer: Trainer, parent: NeMoPreTrainedModel, checkpoint: P
     strategy, output = trainer.args.hub_strategy, Path(str(trainer.args.output_dir))
     running: Any = trainer.push_in_progress
     is_busy = running is not None and not running.is_done()
-    is_skipped = is_busy and not trainer.args.hub_always_push
-    if not trainer.is_world_process_zero() or strategy == HubStrategy.END or is_skipped:
+    is_skipped = strategy == HubStrategy.END or (is_busy and not trainer.args.hub_always_push)
+    if not trainer.is_world_process_zero() or is_skipped:
         return
     trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
     try:

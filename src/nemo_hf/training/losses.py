@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_hf.models.label_groups import shares_group
+from nemo_hf.models.labels import shares_group
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,11 @@ def flatten_masks(neuron_masks: Mapping[str, Tensor]) -> tuple[Tensor, list[int]
 
 
 def cosine_similarities(masks: Tensor, widths: Sequence[int], others: Tensor) -> Tensor:
-    """Cosine similarity at each site of samples' masks and others', float32, shape (sites, batch, samples).
-
-    The norm is sqrt(sum m^2 + 1e-6): a plain one has a gradient of 1e12 at a mask that is closed everywhere.
-    """
+    """Cosine similarity at each site of samples' masks and others', float32, shape (sites, batch, samples)."""
 
     def unit(flat: Tensor) -> list[Tensor]:
         sites = flat.float().split(list(widths), -1)
+        # The norm of a mask that is closed everywhere would have a gradient of 1e12 without the 1e-6.
         return [site * torch.rsqrt(site.square().sum(-1, keepdim=True) + 1e-6) for site in sites]
 
     with torch.autocast(masks.device.type, enabled=False):
@@ -58,10 +56,8 @@ def mask_objective(
 ) -> Tensor:
     """Loss over masks that `NeMoConfig.objective` names, a float32 scalar; 0 where there is nothing to compare.
 
-    `groups` is the group of each sample, shape (batch,), or where it may have several, membership, boolean, shape
-    (batch, groups). With `gathered` the samples are compared with those of all processes. `mean_counts` then takes the
-    numbers of anchors or pairs of this process and returns their mean over the processes, so that the mean of the
-    processes' losses, and of their gradients, is that of all samples at once.
+    `groups` is as in `shares_group`. With `gathered` samples are compared with those of all processes; `mean_counts`
+    averages numbers of anchors or pairs over the processes, so that their mean loss is that of all samples at once.
     """
     if gathered is None:
         gathered = GatheredMasks(masks, groups, torch.ones_like(masks[:, 0], dtype=torch.bool), first=0)
@@ -82,11 +78,10 @@ def mask_objective(
 
 
 def _contrastive(logits: Tensor, others: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the anchors' losses, mean over sites, and the number of anchors.
+    """Sum of the anchors' losses, mean over sites, and the number of anchors, as in NeMo (arXiv 2508.11348).
 
     For anchor i with positives P(i), the other samples of its group, and logits z, similarities over temperature:
     -1/|P(i)| sum_{j in P(i)} log(e^{z_ij} / sum_{k != i} e^{z_ik}); an anchor without positives is left out.
-    NeMo (arXiv 2508.11348), without what `_authors_contrastive` says of the authors' code.
     """
     # The sum over no other sample at all would be 0, its logarithm -inf and its gradient NaN.
     summed = others | ~others.any(-1, keepdim=True)
@@ -123,11 +118,10 @@ def sparsity_loss(masks: Tensor, widths: Sequence[int]) -> Tensor:
 def specific_cross_entropy(
     logits: Tensor, labels: Tensor, in_module: Tensor, weight: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Loss of a batch that runs as one module: right answers to its own labels, even ones to all others.
+    """Mean loss of a batch that runs as the module with the labels `in_module`, boolean, shape (labels,); float32.
 
-    `in_module` marks the module's labels, boolean, shape (labels,). Own samples choose among all labels, as the parent
-    does; for the others, `weight` times the divergence of their answers among the other labels from even odds.
-    Returns a float32 scalar, the mean over all samples.
+    Own samples choose among all labels, as the parent does; for the others it is `weight` times the divergence of their
+    answers among the other labels from even odds.
     """
     own = in_module[labels]
     total = logits.float().sum() * 0.0

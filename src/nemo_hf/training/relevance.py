@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nemo_hf.config import NeMoConfig
+from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.label_checks import check_label_counts, check_label_shape
-from nemo_hf.models.label_groups import group_indices, group_membership
+from nemo_hf.models.labels import check_label_counts, group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
 
@@ -20,74 +20,57 @@ from .distributed import in_step
 
 logger = logging.getLogger(__name__)
 
-STEERING = 8.0
-"""Largest change of the logarithm of the sparsity weight over a training with a size target."""
-
-BRAKE = 0.1
-"""How far below the size target, relative to it, the sparsity weight has faded to 0."""
-
-ONE_CORE = 0.95
-"""Share of the groups that keep a neuron, on average over kept neurons, above which modules hardly differ."""
-
-RUNNING_WINDOW = 64
-"""Number of samples of a group over which the running relevance averages, roughly."""
+STEERING = 8.0  # largest change of the logarithm of the sparsity weight over a training with a size target
+BRAKE = 0.1  # how far below the size target, relative to it, the sparsity weight has faded to 0
+ONE_CORE = 0.95  # share of the groups that keep a kept neuron, on average, above which modules hardly differ
+RUNNING_WINDOW = 64  # samples of a group over which the running relevance averages, roughly
 
 
 class OpenCounts:
-    """Counts, by group and neuron, of the samples that open it: groups x neurons numbers, whatever the data.
-
-    `group_of_label` is the group of each label id, shape (labels,).
-    """
+    """Numbers of samples that open a neuron, by group and neuron; `group_of_label` has shape (labels,)."""
 
     def __init__(self, masks: NeuronMasks, group_of_label: Tensor) -> None:
         self._masks = list(masks.site_masks())
         self._group_of_label = group_of_label
-        self._groups = len(self._masks[0].relevance)
         self._neurons = [mask.site.neurons for mask in self._masks]
-        zeros, width = group_of_label.new_zeros, sum(self._neurons)
-        self.samples = zeros(self._groups, dtype=torch.float32)
-        self.labels = zeros(len(group_of_label), dtype=torch.float32)
-        self.opened = zeros(self._groups, width, dtype=torch.float32)
-        self.values = zeros(self._groups, 0 if self._masks[0].mean_mask is None else width, dtype=torch.float32)
+        zeros, groups, width = group_of_label.float().new_zeros, len(self._masks[0].relevance), sum(self._neurons)
+        self.samples, self.labels = zeros(groups), zeros(len(group_of_label))
+        self.opened, self.values = zeros(groups, width), zeros(groups, 0 if self._masks[0].mean_mask is None else width)
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Counts the first samples of a batch, those that have labels; a neuron is open if it is in any call.
-
-        Soft masks have shape (batch, calls, neurons); labels are ids, or 0 and 1 for each label.
-        """
+        """Counts a batch's first samples, those with labels, by the neurons that soft masks open in any call."""
         soft = torch.cat([neuron_masks[mask.site.key][: len(labels)].amax(1) for mask in self._masks], -1)
-        member = group_membership(labels, self._group_of_label, self._groups).T.to(soft.dtype)
+        member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(soft.dtype)
         self.samples += member.sum(-1)
         self.labels += torch.bincount(labels, minlength=len(self.labels)) if labels.ndim == 1 else labels.sum(0)
         self.opened += member @ (soft > 0).to(soft.dtype)
-        if self._masks[0].mean_mask is not None:
+        if self.values.numel():
             self.values += member @ soft
 
-    def tensors(self) -> list[Tensor]:
-        """The sums that add up over processes, to be reduced in place."""
-        return [counts for counts in (self.samples, self.labels, self.opened, self.values) if counts.numel()]
+    def reduce(self, accelerator: Any) -> None:
+        """Adds up the counts of all processes."""
+        for counts in (self.samples, self.labels, self.opened, self.values):
+            if counts.numel():
+                counts.copy_(accelerator.reduce(counts, reduction="sum"))
 
     def write(self) -> None:
         """Replaces the masks' relevance by the counted shares."""
         total = self.samples.clamp(min=1)[:, None]
-        share = (self.opened / total).float()
-        self._store((share * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
-        if not self.values.numel():
-            return
-        for mask, mean in zip(self._masks, (self.values / total).float().split(self._neurons, -1), strict=True):
+        self._store((self.opened / total * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
+        means = (self.values / total).split(self._neurons, -1) if self.values.numel() else []
+        for mask, mean in zip(self._masks, means, strict=False):
             assert mask.mean_mask is not None
             mask.mean_mask.copy_(mean)
 
     def blend(self, step: int) -> None:
         """Moves the masks' relevance towards the counted shares, of the groups that were counted.
 
-        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Most changes are
-        smaller than the 1/255 that is stored, so they are rounded up or down at random, right on average. The optimizer
-        step is the seed, so that all processes and a resumed run round alike.
+        A sample weighs 1/`RUNNING_WINDOW`; c samples at once weigh as much as c one after another. Changes below the
+        stored 1/255 are rounded at random, with the optimizer step as seed: all processes and a resumed run agree.
         """
-        share = (self.opened / self.samples.clamp(min=1)[:, None]).float()
-        weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples.float()[:, None]
+        share = self.opened / self.samples.clamp(min=1)[:, None]
+        weight = 1 - (1 - 1 / RUNNING_WINDOW) ** self.samples[:, None]
         before = torch.cat([mask.relevance for mask in self._masks], -1).float() / RELEVANCE_SCALE
         after = before + weight * (share - before)
         noise = torch.rand(after.shape, generator=torch.Generator(after.device).manual_seed(step), device=after.device)
@@ -111,11 +94,9 @@ def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
     shared = users[users > 0].mean().nan_to_num(0.0).item()
     if shared > ONE_CORE and config.contrastive_weight > 0 and len(kept) > 1:
         logger.warning(
-            "All label groups keep nearly the same neurons (on average, %.0f %% of the groups share each kept neuron): "
-            "modules will differ in their labels, but hardly in their neurons. Train longer, or raise "
-            "contrastive_weight (%g now).",
-            100 * shared,
-            config.contrastive_weight,
+            "All label groups keep nearly the same neurons (%.0f %% of the groups share a kept neuron on average), so "
+            "modules hardly differ in theirs. Train longer, or raise contrastive_weight (%g now).",
+            *(100 * shared, config.contrastive_weight),
         )
 
 
@@ -130,10 +111,7 @@ def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
 
 
 def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
-    """Raises the sparsity weight while modules of one group are larger than the target, and lowers it otherwise.
-
-    `steps` is the number of optimizer steps of the whole training.
-    """
+    """Moves the sparsity weight to meet the size target; `steps` is the number of optimizer steps of the training."""
     error = size_over_target(masks, config)
     masks.steer(error.clamp(-1, 1) * STEERING / max(1.0, (1 - config.warmup_ratio) * steps))
 
@@ -141,8 +119,7 @@ def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
 def sparsity_pressure(masks: NeuronMasks, config: NeMoConfig) -> Tensor | float:
     """The sparsity weight of this step, as steered so far where there is a size target.
 
-    It fades to 0 while modules are smaller than the target, since a neuron that is closed for every sample gets no
-    gradient with which to open again.
+    It fades to 0 below the target: a neuron that is closed for every sample gets no gradient to open again.
     """
     if config.retention_target is None:
         return config.sparsity_weight
@@ -176,21 +153,14 @@ def compute_relevance(
         with torch.no_grad():
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
-                inputs = {k: v.to(parent.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                labels = inputs.pop("labels", None)
-                if labels is None:
-                    raise ValueError(
-                        f"Got a batch with {sorted(batch)}; expected 'labels' in it. Add a label column to the data."
-                    )
-                check_label_shape(labels, parent.config.has_several_labels)
+                inputs, labels = inputs_and_labels(parent, batch)
                 neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
                 if is_counted:
                     counts.add(neuron_masks, labels)
     finally:
         parent.train(was_training)
     if accelerator is not None:
-        for tensor in counts.tensors():
-            tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
+        counts.reduce(accelerator)
     check_label_counts(counts.labels.tolist(), parent.config.names)
     counts.write()
     parent.config.relevance_source, parent.report = "exact", None

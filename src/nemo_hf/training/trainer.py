@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,31 +18,25 @@ from transformers.trainer_utils import TrainOutput
 
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.rejection import calibrate_rejection
+from nemo_hf.evaluation.rejection import calibrate_rejection, inputs_and_labels
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions
 from nemo_hf.models.configuration import SEVERAL_LABELS
-from nemo_hf.models.label_checks import check_label_shape
-from nemo_hf.models.label_groups import group_indices, sample_groups, shares_group
+from nemo_hf.models.labels import group_indices, sample_groups, shares_group
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import module_masks
 
 from . import distributed, hub_pushes, losses
-from .data import check_columns, check_labels, column_values, groups_from_column
-from .rehearsal import draw_groups
+from .data import LABEL_COLUMNS, check_columns, check_labels, column_values, groups_from_column
 from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
 
 logger = logging.getLogger(__name__)
 
 MASK_LEARNING_RATE_FACTOR = 3
-
-WATCHED_STEPS = 10
-"""First steps in which batches without any pair of a group are looked for: it needs the host to wait."""
-
-MODULARITY_SAMPLES = 1000
-"""Most samples over which cohesion and coupling are measured."""
+WATCHED_STEPS = 10  # first steps in which batches are searched for pairs of a group: the host has to wait for it
+MODULARITY_SAMPLES = 1000  # most samples over which cohesion and coupling are measured
 
 
 @dataclass
@@ -80,13 +75,11 @@ class NeMoTrainer(Trainer):
     Args:
         model: A plain model, or a parent to train on.
         args: `TrainingArguments`.
-        data_collator: As in `Trainer`; all arguments that are not listed here likewise.
+        data_collator: As in `Trainer`, to which `trainer_args` and `trainer_kwargs` go as well.
         train_dataset: Training data with labels.
-        *trainer_args: Further positional arguments of `Trainer`.
         nemo_config: The options; `None` takes the defaults, or those of the parent.
         relevance_dataset: Finite data without augmentation on which the exact relevance is counted after
             training; `None` takes `train_dataset`.
-        **trainer_kwargs: Further arguments of `Trainer`.
 
     Raises:
         ValueError: If the data, the model or the options can't work together; the message says what to do.
@@ -121,8 +114,8 @@ class NeMoTrainer(Trainer):
         chooses = self.nemo_config.specificity_weight > 0 or self.parent.config.has_several_labels
         if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0 and chooses:
             raise ValueError(
-                "Got compute_loss_func together with module rehearsal; expected one of them, since which answers count "
-                "depends on the rehearsed module here. Set NeMoConfig(rehearsal_probability=0)."
+                "Got compute_loss_func and module rehearsal, which decides here which answers count; expected one of "
+                "them. Set NeMoConfig(rehearsal_probability=0)."
             )
         self._attach_processor(self.parent)
         self.add_callback(_TrainingStart(self))
@@ -130,11 +123,10 @@ class NeMoTrainer(Trainer):
     @property
     def parent(self) -> NeMoClassifier:
         """The parent in training, without the wrappers of distributed training."""
-        if isinstance(self.model, NeMoClassifier):  # unwrapping walks through all layers
-            return self.model
-        model = self.accelerator.unwrap_model(self.model)
-        assert isinstance(model, NeMoClassifier)
-        return model
+        model: Any = self.model
+        if not isinstance(model, NeMoClassifier):  # unwrapping walks through all layers
+            model = self.accelerator.unwrap_model(model)
+        return model  # type: ignore[no-any-return]
 
     @property
     def nemo_config(self) -> NeMoConfig:
@@ -158,21 +150,19 @@ class NeMoTrainer(Trainer):
         if processor is not None:
             parent.attach_processor(processor)
 
-    def call_model_init(self, trial: Any = None) -> NeMoClassifier:
+    def call_model_init(self, trial: Any = None) -> Any:
         """Builds the plain model and attaches masks to it; as in `Trainer`."""
-        model = super().call_model_init(trial)
-        assert isinstance(model, PreTrainedModel)
-        parent = self._as_parent(model)
+        parent = self._as_parent(super().call_model_init(trial))
         if hasattr(self, "processing_class"):  # not yet within Trainer.__init__
             self._attach_processor(parent)
         return parent
 
-    def _as_parent(self, model: PreTrainedModel) -> NeMoClassifier:
-        config = self._given_config
+    def _as_parent(self, model: Any) -> Any:
+        config, data = self._given_config, self._training_data
         names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
-        labels = column_values(self._training_data, ("label", "labels", "label_ids"))
+        labels, has_several = column_values(data, LABEL_COLUMNS), model.config.problem_type == SEVERAL_LABELS
         if labels is not None:
-            check_labels(labels, names, model.config.problem_type == SEVERAL_LABELS)
+            check_labels(labels, names, has_several)
         if isinstance(model, NeMoClassifier):
             if not model.is_parent:
                 raise ValueError(
@@ -182,14 +172,10 @@ class NeMoTrainer(Trainer):
             if config is not None:
                 model.set_nemo_config(config)
             return model
-        config = config or NeMoConfig()
-        groups = None
+        config, groups = config or NeMoConfig(), None
         if config.group_column is not None:
-            has_several = model.config.problem_type == SEVERAL_LABELS
-            groups = groups_from_column(self._training_data, config.group_column, labels, names, has_several)
-        parent = make_parent(model, config, groups)
-        assert isinstance(parent, NeMoClassifier)
-        return parent
+            groups = groups_from_column(data, config.group_column, labels, names, has_several)
+        return make_parent(model, config, groups)
 
     def _whole_parent(self) -> NeMoClassifier:
         return distributed.whole_copy(self.parent) if distributed.is_sharded(self.parent) else self.parent
@@ -222,23 +208,18 @@ class NeMoTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        rate = self.nemo_config.mask_learning_rate
-        if rate is None:
-            rate = MASK_LEARNING_RATE_FACTOR * self.args.learning_rate
+        given = self.nemo_config.mask_learning_rate
+        rate = MASK_LEARNING_RATE_FACTOR * self.args.learning_rate if given is None else given
         trained = self.parent if model is None else model
         masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}
         for group in list(optimizer.param_groups):
-            chosen = [p for p in group["params"] if id(p) in masks]
-            if chosen:
+            if chosen := [p for p in group["params"] if id(p) in masks]:
                 group["params"] = [p for p in group["params"] if id(p) not in masks]
                 optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains as `Trainer` does, then counts the exact relevance of the model that training ends with.
-
-        It resumes only from checkpoints that were written to their end; `True` takes the last of them.
-        """
+        """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only."""
         if resume_from_checkpoint:
             resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -251,8 +232,7 @@ class NeMoTrainer(Trainer):
         loss: Tensor = super().training_step(*args, **kwargs)
         counts = self._run.open_counts
         if self.accelerator.sync_gradients and counts is not None:
-            for tensor in counts.tensors():
-                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+            counts.reduce(self.accelerator)
             counts.blend(self.state.global_step)
             self._run.open_counts = None
             if self.nemo_config.retention_target is not None and self._warmup() >= 1:
@@ -264,14 +244,10 @@ class NeMoTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        if labels is None:
-            raise ValueError(
-                f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data."
-            )
-        check_label_shape(labels, self.parent.config.has_several_labels)
-        real = self._real_samples(len(labels), model.training)
+        inputs, labels = inputs_and_labels(self.parent, inputs)
+        real, state = len(labels), self.accelerator.gradient_state
+        if state.sync_gradients or not model.training:  # all micro-batches of a step are read before its first one
+            real = distributed.real_samples(real, state, self.args.process_index, self.args.world_size)
         if not model.training:
             outputs = model(**inputs)
             loss = self._task_loss(outputs, labels, None, real)
@@ -300,13 +276,6 @@ class NeMoTrainer(Trainer):
         loss = task + self._warmup() * mask_terms
         return (loss, outputs) if return_outputs else loss
 
-    def _real_samples(self, batch: int, is_training: bool) -> int:
-        """Number of a batch's first samples that are not repeated ones, with which last batches are filled up."""
-        state = self.accelerator.gradient_state
-        if is_training and not state.sync_gradients:  # all micro-batches of a step are read before its first one
-            return batch
-        return distributed.real_samples(batch, state, self.args.process_index, self.args.world_size)
-
     def _share_of_samples(self, real: int) -> Tensor | float:
         """Weight of this process's mean with which the mean over processes is the mean over all samples."""
         if self.args.world_size == 1:
@@ -326,8 +295,7 @@ class NeMoTrainer(Trainer):
         if real < len(labels):
             outputs, labels = type(outputs)(logits=outputs.logits[: max(1, real)]), labels[: max(1, real)]
         if self.compute_loss_func is not None:
-            loss: Tensor = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-            return loss
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)  # type: ignore[no-any-return]
         if self.parent.config.has_several_labels:
             return losses.restricted_binary_cross_entropy(outputs.logits, labels, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
@@ -341,12 +309,13 @@ class NeMoTrainer(Trainer):
         return min(1.0, (self.state.global_step + 1) / (steps + 1))
 
     def _rehearsed_groups(self) -> Tensor | None:
-        """Draws the groups of this optimizer step, equal for its micro-batches and on all ranks, or none."""
-        config, groups = self.nemo_config, self.parent.config.groups
-        if self._warmup() < 1:
+        """Draws some but not all groups for this optimizer step, equal in its micro-batches and processes, or none."""
+        count = len(self.parent.config.groups)
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
+        if self._warmup() < 1 or draw.random() >= self.nemo_config.rehearsal_probability or count < 2:
             return None
-        chosen = draw_groups(groups, config.rehearsal_probability, f"{self.args.seed} {self.state.global_step}")
-        return None if chosen is None else torch.tensor(chosen, device=self.parent.device)
+        chosen = sorted(draw.sample(range(count), draw.randint(1, count - 1)))
+        return torch.tensor(chosen, device=self.parent.device)
 
     def _rehearse(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
         """Adds to the inputs the static masks of the module that this step rehearses; marks its labels, (labels,)."""
@@ -371,9 +340,8 @@ class NeMoTrainer(Trainer):
             if self._run.has_warned:
                 logger.warning(
                     "No two of the %d samples of a batch are of one label group, so the contrastive loss is 0. Raise "
-                    "per_device_train_batch_size, or use larger label groups.",
-                    len(everyone),
-                )
+                    "per_device_train_batch_size, or use larger label groups.", len(everyone),
+                )  # fmt: skip
         options = (config.objective, config.temperature, config.coupling_weight, gathered)
         mean_counts = None if is_alone else self._mean_over_processes
         return losses.mask_objective(masks, widths, groups, *options, mean_counts)
@@ -404,7 +372,6 @@ class NeMoTrainer(Trainer):
         before = (self.parent.report or {}).get("metrics", {})
         self.parent.report = {"metrics": {**before, **metrics}}
 
-    @torch.no_grad()
     def evaluate_modularity(self, eval_dataset: Any = None) -> dict[str, float | int | None]:
         """Measures how alike the masks of samples are, over at most 1,000 samples spread over the evaluation data.
 
@@ -415,23 +382,12 @@ class NeMoTrainer(Trainer):
             `cohesion`, the mean Jaccard index of the open neurons of two samples that share a label group; `coupling`,
             that of two samples that share none (`None` without such pairs); and the number of `modularity_samples`.
             The parent's report keeps them beside the metrics.
-
-        Raises:
-            ValueError: If the data are several sets or have no labels.
         """
         dataset = self._one_dataset(eval_dataset)
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
             indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
             dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        batches = (self._prepare_inputs(batch) for batch in self._loader(dataset))
-        was_training = self.parent.training
-        self.parent.eval()
-        try:
-            measured = measure_modularity(self.parent, batches, MODULARITY_SAMPLES)
-        finally:
-            self.parent.train(was_training)
-        if not measured:
-            raise ValueError("Got evaluation data without labels; expected labels. Add a label column to the data.")
+        measured = measure_modularity(self.parent, self._loader(dataset), MODULARITY_SAMPLES)
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
 
@@ -442,16 +398,7 @@ class NeMoTrainer(Trainer):
     def evaluate_module(
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
     ) -> ModuleReport:
-        """Measures the module for some labels beside its controls, on the evaluation data.
-
-        Args:
-            labels: Label ids, label names or group names.
-            eval_dataset: Data in place of the trainer's `eval_dataset`.
-            **kwargs: Options of `evaluate_module`.
-
-        Returns:
-            The report.
-        """
+        """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`."""
         batches, progress = self._loader(self._one_dataset(eval_dataset)), not self.args.disable_tqdm
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
@@ -469,10 +416,7 @@ class NeMoTrainer(Trainer):
         return dataset
 
     def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
-        """Batches of a whole data set, or of this process's share of it: each sample once.
-
-        `get_eval_dataloader` may drop a last batch, keep other data's workers, or repeat samples.
-        """
+        """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
         collator = self.data_collator
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="evaluation")
@@ -503,11 +447,7 @@ class NeMoTrainer(Trainer):
             self.parent.save_pretrained(Path(str(output_dir or self.args.output_dir)), state_dict=state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the parent's card and picture into the output directory.
-
-        Of the arguments of `Trainer` it uses `license`, `tags`, `model_name` and `dataset_tags`; the parent knows its
-        base model and task.
-        """
+        """As in `Trainer`, with a picture; it uses `license`, `tags`, `model_name` and `dataset_tags` alone."""
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
         if self.is_world_process_zero():
             listed = [given.get(name) or () for name in ("dataset_tags", "tags")]
@@ -524,10 +464,7 @@ class NeMoTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Uploads the parent with processor, report, card and picture, and deletes files of older pushes.
-
-        As in `Trainer`; further arguments go to `create_model_card`.
-        """
+        """As in `Trainer`, with report, card and picture; deletes files of older pushes."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -536,10 +473,9 @@ class NeMoTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        where: dict[str, Any] = {"token": token, "revision": revision}
-        return hub_pushes.upload(self, str(self.args.output_dir), commit_message, blocking=blocking, **where)
+        folder: Any = self.args.output_dir
+        return hub_pushes.upload(self, folder, commit_message, blocking=blocking, token=token, revision=revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer._save_checkpoint calls it itself, so a callback can't stop it: that of `transformers` writes and
-        # uploads training_args.bin, a pickle, and no card.
+        # That of `transformers` uploads training_args.bin, a pickle, and no card.
         hub_pushes.push_checkpoint(self, self.parent, Path(checkpoint_folder))
