@@ -144,7 +144,10 @@ class NeMoPreTrainedModel(SavedModel):
     ) -> None:
         """Activates checkpointing as `transformers` does; parents refuse `use_reentrant=True` with a `ValueError`."""
         if self.is_parent and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("Got use_reentrant=True, which would train no masks; expected False. Pass that.")
+            raise ValueError(
+                "Got use_reentrant=True, under which masks get no gradient; expected the other kind of activation "
+                "checkpointing. Pass use_reentrant=False."
+            )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def _resize(self) -> None:
