@@ -14,7 +14,6 @@ from nemo_hf.training.relevance import compute_relevance
 
 paper = example_script("paper", "models")
 
-pytestmark = pytest.mark.xdist_group("activity_masks")  # parents are built once
 
 MODA = {"objective": "moda", "contrastive_weight": 1.0, "sparsity_weight": 0.3, "retention_target": None,
         "rehearsal_probability": 0.0, "warmup_ratio": 0.0, "relevance_threshold": 0.9}  # fmt: skip

@@ -15,7 +15,7 @@ from nemo_hf.cli.data import load_data
 from nemo_hf.cli.main import build_parser
 from nemo_hf.hub.provenance import safe_command
 
-pytestmark = [pytest.mark.xdist_group("stage"), pytest.mark.usefixtures("stage")]
+pytestmark = pytest.mark.usefixtures("stage")
 BERT = "google-bert/bert-base-uncased"
 COMMANDS = ("demo", "train", "extract", "export", "evaluate", "push", "inspect")
 TRAIN = f"train --model {BERT} --dataset org/texts --output-dir out --max-steps 2 --use_cpu"

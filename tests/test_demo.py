@@ -14,8 +14,6 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from nemo_hf.cli import main
 from nemo_hf.cli.demo import load_digits_split
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):

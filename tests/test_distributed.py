@@ -21,7 +21,6 @@ from nemo_hf.training.losses import GatheredMasks
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "many_devices.md"
-pytestmark = pytest.mark.xdist_group("processes")
 
 
 def launch(name, out, check=True, count=2):

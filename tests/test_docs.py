@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SLURM = {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_ID": "7"}
-pytestmark = pytest.mark.xdist_group("stage")
 
 
 def provided():

@@ -26,7 +26,6 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 REFUSALS = (OSError, ValueError)  # UnsupportedArchitectureError is a ValueError
 SECONDS = 10  # a refusal takes some hundredths; other programs may run beside
 LOADS = {"module": ({},), "parent": ({}, {"labels": ["cat", "dog"]})}
-pytestmark = pytest.mark.xdist_group("hostile")  # one worker makes the models
 kinds = pytest.mark.parametrize("kind", list(LOADS))
 
 
