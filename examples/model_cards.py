@@ -48,7 +48,7 @@ def collect(demo: Path) -> None:
 
 
 def main() -> None:
-    """Trains and collects the facts, unless told not to, and renders the cards."""
+    """Trains and collects the facts, unless given those of an earlier demo, and renders the cards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="Output directory of an earlier nemo-hf demo.")
     parser.add_argument("--render", action="store_true", help="Only render the facts that are there.")

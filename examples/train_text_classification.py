@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["nemo-hf"]
 # ///
-"""Fine-tunes a pretrained text classifier with neuron masks, one group of labels a module, and measures modules.
+"""Fine-tunes a pretrained text classifier with neuron masks, one group of labels per module, and measures modules.
 
     python examples/train_text_classification.py --dataset path/to/clinc150 --label_column intent \
         --group_column domain --model sentence-transformers/all-MiniLM-L6-v2 --output_dir clinc150 \
@@ -46,7 +46,7 @@ class Options:
     group_column: str | None = field(default=None, metadata={"help": "Column of each label's group."})
     nemo_config: str = field(default="{}", metadata={"help": "Options of NeMoConfig as JSON."})
     plain: bool = field(default=False, metadata={"help": "Train the plain model instead, as a baseline."})
-    smoke: bool = field(default=False, metadata={"help": "Use 5 samples a label, to try the script."})
+    smoke: bool = field(default=False, metadata={"help": "Use 5 samples per label, to try the script."})
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hub_server import hub as hub
 from stage import stage as stage
 from stage import template as template
+from test_evaluation import METRIC
 
 from nemo_hf.cli import commands, main
 from nemo_hf.cli.data import load_data
@@ -136,6 +137,17 @@ def test_train_and_evaluate(stage, capsys):
     reports = json.loads((stage / "r.json").read_text())
     assert [report["labels"] for report in reports] == [["cat", "dog", "frog"], ["cat", "ship"]]
     assert "cat,dog,frog" in capsys.readouterr().out
+
+
+def test_evaluate_adds_metrics_of_the_library(stage, capsys):
+    (stage / "agreement.py").write_text(METRIC)
+    words = "evaluate --parent parent --dataset org/animals --labels cat+dog --output r.json --metrics ./agreement.py"
+    assert main(words.split()) == 0
+    (report,) = json.loads((stage / "r.json").read_text())
+    assert report["metrics"]["agreement"] == pytest.approx(report["accuracy"])
+    assert f"cat,dog: {report['metrics']}, parent: {report['parent_metrics']}" in capsys.readouterr().out
+    assert main([*words.split(), "none.py"]) == 2
+    assert "The metric 'none.py' can't be loaded" in capsys.readouterr().err
 
 
 def test_evaluate_passes_its_options_on(stage):

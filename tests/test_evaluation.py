@@ -7,7 +7,7 @@ from functools import cache
 import datasets
 import pytest
 import torch
-from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import fresh, image_processor, image_samples, randomize_relevance, tiny, tokenizer
 from torch.utils.data import DataLoader
 from transformers import pipeline
 
@@ -166,6 +166,14 @@ def test_evaluation_ignores_autocast_and_leaves_the_parent_as_it_was(parent):
     assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
 
 
+def test_random_inputs_do_not_move_the_statistics_of_norms():
+    model = make_parent(tiny("ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    assert count_macs(model) > 0
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_data_without_labels_are_refused(parent):
     others = [sample for sample in SAMPLES if sample["labels"] != 2]
     without = [{"pixel_values": sample["pixel_values"]} for sample in others]
@@ -206,7 +214,7 @@ def test_metrics_that_can_not_be_loaded_or_computed_are_refused(parent, metric, 
             ValueError,
             r"can't be computed with .* {'average': 'macro'}",
         ),
-        ({metric: {"factor": float("nan")}}, ValueError, r"Got agreement=.*nan.*expected one finite number"),
+        ({metric: {"factor": float("nan")}}, ValueError, r"Got agreement=.*nan.*expected a finite number"),
     ]:
         with pytest.raises(error, match=message):
             report_of(parent, [3, 1], metrics=metrics)

@@ -179,6 +179,14 @@ def test_what_can_not_be_exported_says_why(monkeypatch, tmp_path, patched, match
     assert list(tmp_path.iterdir()) == []
 
 
+def test_onnx_takes_samples_of_any_precision_but_not_a_single_one(tmp_path):
+    module = cut_module("vit")
+    pixel_values = torch.stack([sample["pixel_values"] for sample in image_samples(2)]).bfloat16()
+    assert module.export_onnx(tmp_path / "onnx", {"pixel_values": pixel_values}).difference < 1e-4
+    with pytest.raises(ValueError, match=r"Got one sample to trace with; expected at least 2\. Pass more"):
+        module.export_onnx(tmp_path / "one", {"pixel_values": pixel_values[:1]})
+
+
 @pytest.mark.parametrize(("wrong", "samples"), [(0.0, 4), (float("nan"), 1)])
 def test_a_wrong_onnx_file_is_not_moved_into_place(monkeypatch, tmp_path, wrong, samples):
     module = cut_module("vit")

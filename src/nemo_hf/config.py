@@ -253,7 +253,7 @@ def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
 def resolve_groups(
     label_groups: Mapping[str, Sequence[LabelLike]] | None, id2label: Mapping[int, str]
 ) -> dict[str, list[int]]:
-    """Turns label groups (`None`: one group a label) into group name to label ids, a partition of all labels."""
+    """Turns label groups (`None`: one group per label) into group name to label ids, a partition of all labels."""
     if label_groups is None:
         names = list(id2label.values())
         unique = len(set(names)) == len(names)

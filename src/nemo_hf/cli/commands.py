@@ -98,8 +98,10 @@ def evaluate(options: Namespace) -> None:
     loader = _batches(options, options.split, parent)
     modules = [_labels(word.split("+"), parent.config) for word in options.labels]
     cut = (None, options.threshold, options.round_to)
-    reports = [evaluate_module(parent, labels, loader, *cut).to_dict() for labels in modules]
+    reports = [evaluate_module(parent, labels, loader, *cut, metrics=options.metrics).to_dict() for labels in modules]
     print(format_table(reports))
+    for report in reports if options.metrics else ():
+        print(f"{','.join(report['labels'])}: {report['metrics']}, parent: {report['parent_metrics']}")
     if options.output:
         write_json(options.output, reports)
 
@@ -111,7 +113,9 @@ def push(options: Namespace) -> None:
     if not is_alone and not (given <= TOGETHER and {"parent", "namespace"} <= given):
         raise ValueError(f"Got {sorted(given)}; expected one of the two uses that nemo-hf push --help shows.")
     if not options.dataset and (options.calibration_split or options.compare_formats):
-        raise ValueError("Got no --dataset; expected one for --calibration-split and --compare-formats.")
+        raise ValueError(
+            "Got no --dataset; expected one. Name it, or leave --calibration-split and --compare-formats out."
+        )
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
     card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
     model = _load(options.path if is_alone else options.parent)
@@ -146,7 +150,10 @@ def inspect(options: Namespace) -> None:
         own = getattr(config, "auto_map", None) or {}
         fitting = [a for a in AUTO_CLASSES.values() if type(config) in a._model_mapping or a.__name__ in own]
         if not fitting:
-            raise ValueError(f"Got model type {config.model_type!r}; expected one of images, sequences or audio.")
+            raise ValueError(
+                f"Got {options.model!r} of model type {config.model_type!r}; expected a classifier of images, texts or "
+                "audio. Name another model, or add --trust-remote-code if the classifier is code of its repository."
+            )
         plain = fitting[0].from_pretrained(options.model, **code)
         sites = propose_sites(plain) if options.propose else None
         if options.propose:
@@ -166,7 +173,10 @@ def inspect(options: Namespace) -> None:
 def _config(source: str) -> NeMoModelConfig:
     config = AutoConfig.from_pretrained(source)
     if not isinstance(config, NeMoModelConfig):
-        raise ValueError(f"Got {source!r} of model type {config.model_type!r}; expected a parent or module.")
+        raise ValueError(
+            f"Got {source!r} of model type {config.model_type!r}; expected a parent or module. Train a "
+            "parent with nemo-hf train."
+        )
     return config
 
 

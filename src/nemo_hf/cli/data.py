@@ -39,7 +39,7 @@ def load_data(
     first = next(iter(parts.values()))
     for column in (label_column, input_column, *keep):
         if column is not None and column not in first.column_names:
-            raise ValueError(f"Got no column {column!r} in {source!r}; expected one of {first.column_names}.")
+            raise ValueError(f"Got no column {column!r} in {source!r}; expected one of {first.column_names}. Name one.")
     if names is None:
         feature = first.features[label_column]
         named = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(first.unique(label_column)))

@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = command(commands.evaluate, "measure modules of a saved parent beside their controls", parents=inputs)
     add("--parent", required=True, help="parent: directory or Hub repository")
     add("--labels", required=True, nargs="+", help="modules to measure, each as labels joined by '+': cat+dog car")
+    add("--metrics", nargs="+", metavar="NAME", help="metrics of the library evaluate, or paths of metric scripts")
     add("--output", metavar="FILE", help="JSON file for the reports")
 
     add = command(
@@ -121,7 +122,7 @@ def _data_options(is_required: bool, has_batches: bool = True) -> argparse.Argum
     parser.add_argument("--label-column", default="label", help="column of the labels (default: label)")
     parser.add_argument("--input-column", help="column of the images or texts; found if left out")
     if has_batches:
-        parser.add_argument("--batch-size", type=int, default=64, help="samples a batch (default: 64)")
+        parser.add_argument("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
     return parser
 
 

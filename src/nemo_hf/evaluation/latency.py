@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.equivalence import as_saved
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Runners = Mapping[str, Callable[..., Any]]
@@ -54,11 +55,12 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 
 
 def count_macs(model: NeMoPreTrainedModel) -> int:
-    """Counts multiply-accumulates of linear layers, convolutions and attention for one sample, without masks."""
+    """Multiply-accumulates of linear layers, convolutions and attention for a sample in eval mode, without masks."""
     inputs = {name: value[:1].to(model.device) for name, value in random_inputs(model).items()}
     # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
     masks_off = nullcontext() if model.masks is None else model.masks.disabled()
-    with torch.no_grad(), masks_off, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    plain_attention = sdpa_kernel(SDPBackend.MATH)
+    with as_saved(model), torch.no_grad(), masks_off, plain_attention, FlopCounterMode(display=False) as counter:
         model.model(**inputs)
     return int(counter.get_total_flops()) // 2
 

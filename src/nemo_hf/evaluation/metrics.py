@@ -58,8 +58,8 @@ class LibraryMetrics:
             for key, value in result.items():
                 if key in found or not isinstance(value, Real) or not math.isfinite(value):
                     raise ValueError(
-                        f"Got {key}={value!r} from the metric {name!r}; expected one finite number, named as no other. "
-                        "Leave it out, or pass keyword arguments that average over the labels."
+                        f"Got {key}={value!r} from the metric {name!r}; expected a finite number under its own "
+                        "name. Leave it out, or pass keyword arguments that average over the labels."
                     )
                 found[key] = float(value)
         return found

@@ -37,7 +37,7 @@ def calibrate_rejection(
     accepted: float = 0.95,
     show_progress: bool = True,
 ) -> dict[str, float]:
-    """Calibrates how likely an input has none of a module's labels, and chooses the score over which to reject it.
+    """Calibrates how likely an input has none of a module's labels, and chooses the score above which it is rejected.
 
     From then on the module's output has `rejection_scores`; `config.rejection` holds the fit and is saved with
     the module. The scores come from the energy of the logits, so that a module of one label has them too.
@@ -62,7 +62,9 @@ def calibrate_rejection(
     if module.is_parent:
         raise ValueError("Got a parent; expected a module, which has only some labels. Cut one with extract_module.")
     if isinstance(accepted, bool) or not isinstance(accepted, (int, float)) or not 0 < accepted < 1:
-        raise ValueError(f"Got accepted={accepted!r}; expected a share of the module's own samples in (0, 1).")
+        raise ValueError(
+            f"Got accepted={accepted!r}; expected a share of the module's samples in (0, 1), such as 0.95."
+        )
     found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     with as_saved(module):
         for batch in tqdm(batches, desc="Rejection", disable=not show_progress):

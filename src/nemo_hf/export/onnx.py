@@ -83,7 +83,7 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and lengths.
 
     Raises:
-        ValueError: If this is a parent, or has texts but no padding token.
+        ValueError: If this is a parent, has texts but no padding token, or `inputs` are fewer than 2 samples.
         ImportError: If onnx, onnxscript or onnxruntime is missing.
         UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
     """
@@ -97,7 +97,10 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         exact = copy.deepcopy(module).cpu().float().eval()
     if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
         exact.set_attn_implementation("eager")
+    if inputs is not None and len(next(iter(inputs.values()))) < 2:
+        raise ValueError("Got one sample to trace with; expected at least 2. Pass more, or none for random ones.")
     inputs = traced_inputs(exact) if inputs is None else {k: v.cpu() for k, v in inputs.items() if k != "labels"}
+    inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
     if exact.main_input_name == "input_ids" and len(inputs["input_ids"]) < 2:
         raise ValueError(
             f"Got a {module.config.base_class} without a padding token; expected one, for batches of texts. "

@@ -169,7 +169,7 @@ def clear_errors(repo_id: str) -> Iterator[None]:
 
 
 def fetch_text(repo_id: str, name: str, revision: str | None, token: bool | str | None) -> str | None:
-    """Reads a text file of a repository, past the cache; `None` if there is none, `OSError` if the Hub is silent."""
+    """Reads a text file of a repository, past the cache; `None` if there is none, `OSError` if the Hub is down."""
     try:
         with tempfile.TemporaryDirectory() as directory:
             path = hf_hub_download(repo_id, name, revision=revision, token=token, local_dir=directory)

@@ -236,7 +236,7 @@ class NeMoPreTrainedModel(SavedModel):
     ) -> NeMoOutput | tuple[Any, ...]:
         if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share one state
             raise ValueError(
-                "Got a parent or module in nn.DataParallel; expected one process a GPU. Run: accelerate launch "
+                "Got a parent or module in nn.DataParallel; expected one process per GPU. Run: accelerate launch "
                 "--num_processes 2 your_script.py, with the number of GPUs."
             )
         self._watch_weights()

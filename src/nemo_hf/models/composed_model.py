@@ -57,7 +57,7 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 class NeMoComposedModel(SavedModel):
-    """Modules that form one classifier: a logit is `scale * logit of the module + bias`, with both one a module."""
+    """Modules that form one classifier: a logit is `scale * logit of the module + bias`, one of each per module."""
 
     config: NeMoComposedConfig
     config_class = NeMoComposedConfig

@@ -30,7 +30,7 @@ def compose(
     Args:
         modules: Modules for the same kind of input; they become parts of the result.
         labels: Names of the joint labels in their order; `None`: those of the first module, of the second and so on.
-        batches: Validation data on which one scale and one bias a module are fitted: batches of model inputs with
+        batches: Validation data on which one scale and one bias per module are fitted: batches of model inputs with
             `labels`, places in the joint order. `None` joins the logits as they are, which suits modules of one parent
             only, since models that were trained apart have logits of other scales.
 
@@ -43,7 +43,7 @@ def compose(
 
     References:
         CNNSplitter (arXiv 2209.06116) and MODA (arXiv 2411.01074) reuse modules in other models; the calibration is
-        ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers a module.
+        ours, vector scaling (Guo et al., arXiv 1706.04599) with two numbers per module.
     """
     modules = list(modules)
     _check_modules(modules)
@@ -130,7 +130,7 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
 def fit_scales(
     logits: Tensor, labels: Tensor, sizes: Sequence[int], order: Sequence[int]
 ) -> tuple[list[float], list[float]]:
-    """Fits one scale (above 0) and one bias a module by the cross-entropy of the joint logits.
+    """Fits one scale (above 0) and one bias per module by the cross-entropy of the joint logits.
 
     `logits`, shape (samples, labels), float64, are those of modules of `sizes` labels in a row; `labels` the joint
     label of each sample; `order` the column of each joint label.

@@ -52,7 +52,7 @@ class SavedConfig(PreTrainedConfig):
             config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         except Exception as error:  # of whatever kind the plain model's own checks raise
             if isinstance(error, (ImportError, OSError)) or (is_base_read and isinstance(error, ValueError)):
-                raise  # a ValueError then tells of an argument
+                raise  # a ValueError then is about an argument
             got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
             raise checks.damaged(got, f"that of {cls.describes}") from error
         return (config, {**unused, **passed}) if wants_unused else config

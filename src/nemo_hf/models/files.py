@@ -54,7 +54,7 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
 
 
 def check_content(path: Path, since: float) -> None:
-    """Compares a file of the Hub's cache with its checksum, by which the cache names it, where lengths don't tell.
+    """Compares a file of the Hub's cache with its checksum, which is its name there.
 
     Files that are older than `since` (seconds since the epoch) count as checked, unless they are small.
     """
@@ -83,7 +83,7 @@ def check_content(path: Path, since: float) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; an `OSError` tells if it is too large, no mapping or nested too deep."""
+    """Reads a JSON file; an `OSError` if it is too large, no mapping or nested too deep."""
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"{size} bytes")

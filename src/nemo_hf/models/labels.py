@@ -41,7 +41,7 @@ def sample_groups(parent: Any, labels: Tensor, group_of_label: Tensor) -> Tensor
 
 
 def check_label_shape(labels: Tensor, has_several: bool) -> None:
-    """Refuses a batch with one label a sample where the model is for several, or the other way round."""
+    """Refuses a batch with one label per sample where the model is for several, or the other way round."""
     if (labels.ndim == 2) != has_several:
         wanted, problem = ("a list", "single_label") if has_several else ("an id", "multi_label")
         raise ValueError(

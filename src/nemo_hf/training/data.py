@@ -59,7 +59,7 @@ def groups_from_column(
         if owner.setdefault(label, group) != group:
             raise ValueError(
                 f"Got the label {id2label[label]!r} in the groups {owner[label]!r} and {group!r} of the column "
-                f"{column!r}; expected one group a label. Correct the data, or pass label_groups."
+                f"{column!r}; expected one group per label. Correct the data, or pass label_groups."
             )
     for label in sorted(owner):
         groups.setdefault(owner[label], []).append(label)

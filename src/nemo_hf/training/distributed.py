@@ -83,7 +83,7 @@ def is_sharded(model: nn.Module) -> bool:
 def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[tuple[Mapping[str, Any], bool]]:
     """Yields a process's batches and whether they count.
 
-    With a sharded model, a process that is through early repeats its last batch, uncounted, until all are through.
+    With a sharded model, a process that finishes early repeats its last batch, uncounted, until all have finished.
     """
     if not is_sharded(model):
         yield from ((batch, True) for batch in batches)
@@ -160,7 +160,7 @@ def check_start(model: Any) -> None:
 
 def _data_parallel_error(count: int) -> ValueError:
     return ValueError(
-        "Got several GPUs in one process, for nn.DataParallel; expected one process a GPU. Launch with: "
+        "Got several GPUs in one process, for nn.DataParallel; expected one process per GPU. Launch with: "
         f"accelerate launch --num_processes {count} your_script.py"
     )
 
