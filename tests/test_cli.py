@@ -51,6 +51,8 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         ("extract --parent google/vit-base-patch16-224-in21k --labels cat --output-dir m", "of model type 'vit'"),
         ("export --module cat-dog --output-dir m --format tflite", "invalid choice: 'tflite'"),
         ("evaluate --parent parent --labels cat --dataset org/animals --split dev", "Got the split 'dev'"),
+        ("evaluate --parent cat-dog --labels cat --dataset org/animals", "Got a module; expected a parent"),
+        (TRAIN.replace('"domain"', "domain"), "which is no JSON (Expecting value"),
         ("inspect", "the following arguments are required: MODEL"),
         ("inspect parent --prop", "unrecognized arguments: --prop"),
         ("train --dataset org/texts --model m --output-dir m --hub-tok secret", "unrecognized arguments"),
@@ -170,6 +172,7 @@ def test_push_uploads_one_model_or_a_parent_with_modules(hub, stage, capsys):
     assert hub.files("me/again")["model.safetensors"] == hub.files("me/animals")["model.safetensors"]
     words = "push cat-dog --repo-id me/m --parent-repo me/animals --datasets org/a --dry-run"
     assert main(words.split()) == 0
+    assert capsys.readouterr().err == ""  # no warning of a card that was not there
     card = (stage / "cat-dog" / "README.md").read_text()
     assert [text in card for text in ("me/animals", "org/a")] == [True, True]
     assert "me/m" not in hub.repos

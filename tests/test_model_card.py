@@ -128,7 +128,7 @@ def test_commands_and_options_read_back():
     line = next(line for line in card().splitlines() if line.startswith("nemo-hf extract"))
     assert shlex.split(line) == [
         *("nemo-hf", "extract", "--parent", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
-        *("--round_to", "8", "--output_dir", "cat-dog"),
+        *("--round-to", "8", "--output-dir", "cat-dog"),
     ]
     code = card().split("```python\n")[2].split("```")[0]
     auto = type("Auto", (), {"from_pretrained": lambda *given: given})

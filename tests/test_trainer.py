@@ -233,8 +233,9 @@ class TestEvaluation:
         got = trainer.evaluate_modularity(samples)
         assert got["modularity_samples"] == 7
         assert got == trainer.evaluate_modularity(samples[::3])
-        with pytest.raises(ValueError, match="no single evaluation data set"):
-            trainer.evaluate_modularity({"a": samples})
+        for data in ({"a": samples}, []):
+            with pytest.raises(ValueError, match="no single evaluation data set with samples"):
+                trainer.evaluate_modularity(data)
 
     def test_module_report_is_of_the_evaluation_data(self, tmp_path):
         trainer = NeMoTrainer(varied_parent("vit"), arguments(tmp_path), eval_dataset=image_samples(20))

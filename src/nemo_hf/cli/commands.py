@@ -47,7 +47,13 @@ def train(options: Namespace) -> None:
     chosen = {field.name: getattr(options, field.name) for field in fields(TrainingArguments) if field.init}
     arguments, given = TrainingArguments(**chosen), options.nemo_config or "{}"
     is_inline = given.lstrip().startswith("{")
-    nemo_config = NeMoConfig.from_dict(json.loads(given)) if is_inline else NeMoConfig.from_json_file(given)
+    try:
+        nemo_config = NeMoConfig.from_dict(json.loads(given)) if is_inline else NeMoConfig.from_json_file(given)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Got --nemo-config {given}, which is no JSON ({error}); expected options by name. Quote names and texts: "
+            '{"retention_target": 0.2}'
+        ) from error
     splits = [options.train_split, options.split]
     groups = [nemo_config.group_column] if nemo_config.group_column else []
     data = load_data(options.dataset, options.model, splits, options.label_column, options.input_column, keep=groups)
@@ -192,6 +198,7 @@ def _labels(words: Sequence[str], config: NeMoModelConfig) -> list[LabelLike]:
 
 
 def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoader[Any]:
+    parent.parent_masks()  # a module has none, and not all labels of the data: a ValueError
     names = list(parent.config.names.values())
     columns = (options.label_column, options.input_column)
     data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names)

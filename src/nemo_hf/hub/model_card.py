@@ -114,8 +114,8 @@ def extraction_command(facts: CardFacts) -> str | None:
     ]
     words = ["nemo-hf", "extract", "--parent", facts.parent or "PARENT", "--labels", *labels]
     words += [] if facts.threshold is None else ["--threshold", str(facts.threshold)]
-    words += [] if facts.round_to is None else ["--round_to", str(facts.round_to)]
-    return shlex.join([*words, "--output_dir", facts.repo_id.split("/")[-1]])
+    words += [] if facts.round_to is None else ["--round-to", str(facts.round_to)]
+    return shlex.join([*words, "--output-dir", facts.repo_id.split("/")[-1]])
 
 
 def _fence(facts: CardFacts) -> str:

@@ -111,7 +111,8 @@ def write_companions(
     """
     directory = Path(directory)
     has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, directory / PICTURE_NAME)
-    options = replace(options, license=options.license or license_of(card_before or ""))
+    if options.license is None and card_before:
+        options = replace(options, license=license_of(card_before))
     facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None)
     facts = replace(facts, report=report or model.report)
     kept = own_text(card_before or "")

@@ -139,7 +139,7 @@ def whole_checkpoint(output_dir: str, given: str | bool) -> str:
             return folder
     raise ValueError(
         f"Got {[Path(folder).name for folder in found]} to resume from; expected a checkpoint with trainer_state.json, "
-        "which is written last. Name another checkpoint, or start anew."
+        "which is written last. Name another one, or leave resume_from_checkpoint out to start anew."
     )
 
 

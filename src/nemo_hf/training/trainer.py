@@ -411,8 +411,8 @@ class NeMoTrainer(Trainer):
 
     def _one_dataset(self, given: Any) -> Any:
         dataset = self.eval_dataset if given is None else given
-        if dataset is None or isinstance(dataset, dict):
-            raise ValueError("Got no single evaluation data set; expected one. Pass eval_dataset=...")
+        if dataset is None or isinstance(dataset, dict) or (hasattr(dataset, "__len__") and not len(dataset)):
+            raise ValueError("Got no single evaluation data set with samples; expected one. Pass eval_dataset=...")
         return dataset
 
     def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
