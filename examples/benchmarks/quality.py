@@ -5,7 +5,7 @@
     python examples/benchmarks/quality.py cifar10-vgg16 --data path/to/cifar10 --rows 'ours, by sample' --seeds 0
 
 Each row and seed is trained, measured on test data, and written to results/quality_TASK.json, where it replaces an
-earlier one. Test data choose nothing. "NAME, by sample" is a parent that answers each input with the neurons which
+earlier one. Test data choose no option. "NAME, by sample" is a parent that answers each input with the neurons which
 that input opens. With `--validation` a row may also be options of `NeMoConfig` as JSON; it is measured on validation
 data and printed as a line of what_was_tried.md. Runs on one CPU thread: two to four minutes a row and seed on digits,
 half an hour on the others.

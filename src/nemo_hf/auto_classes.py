@@ -36,8 +36,8 @@ def push_to_hub(  # noqa: D417 - a method of two classes
 ) -> str:
     """Uploads the model with its processor, report, card and picture, in one commit.
 
-    Files of an older push that this one doesn't write go. Text that stands in the repository's card below the line that
-    says so stays. A push that changes nothing makes no commit.
+    Files of an older push that this one doesn't write are deleted. Text below the marked line of the repository's card
+    is kept. A push that changes nothing makes no commit.
 
     Args:
         repo_id: Repository, such as `"me/cat-dog"`; it is created if need be.

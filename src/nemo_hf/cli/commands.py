@@ -114,10 +114,14 @@ def evaluate(options: Namespace) -> None:
 
 def push(options: Namespace) -> None:
     """Uploads one model, or a parent with modules of it."""
-    given = {name for name in ALONE | TOGETHER if getattr(options, name)}
+    given = {name for name in ALONE | TOGETHER if str(getattr(options, name)) not in ("None", "False", "[]")}
     is_alone = given <= ALONE and {"path", "repo_id"} <= given
     if not is_alone and not (given <= TOGETHER and {"parent", "namespace"} <= given):
-        raise ValueError(f"Got {sorted(given)}; expected one of the two uses that nemo-hf push --help shows.")
+        words = sorted("DIR" if name == "path" else f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(
+            f"Got {' '.join(words) or 'no options'}; expected one of the two uses that nemo-hf push --help shows. "
+            "Leave the options of the other use out."
+        )
     if not options.dataset and (options.calibration_split or options.compare_formats):
         raise ValueError(
             "Got no --dataset; expected one. Name it, or leave --calibration-split and --compare-formats out."

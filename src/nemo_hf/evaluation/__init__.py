@@ -1,1 +1,1 @@
-"""What a module is worth: report, metrics, latency, rejection."""
+"""Measures modules: report, metrics, latency, rejection."""

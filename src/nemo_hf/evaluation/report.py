@@ -26,7 +26,7 @@ RANDOM_DRAWS = 5
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What is known of a module, for a table or JSON.
+    """Measurements of a module, for a table or JSON.
 
     Args:
         labels: Names of the module's labels, in the order of its outputs.

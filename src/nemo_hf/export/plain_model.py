@@ -47,7 +47,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
 ) -> PlainExport:
     """Saves a module as a plain model of `transformers`, which loads without this library.
 
-    A plain configuration says one width for all layers. So every feed-forward part gets the width of the widest,
+    A plain configuration has one width for all layers. So every feed-forward part gets the width of the widest,
     filled up with zeros; attention gets fewer or narrower heads where the configuration can say so (Llama, ViT, T5)
     and its full width otherwise (BERT, GPT-2). The plain model is thus larger than the module, at most as large as
     the parent's.

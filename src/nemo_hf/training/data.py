@@ -1,4 +1,4 @@
-"""Checks of training data, and the label groups that a column of them names."""
+"""Checks of training data, and the label groups that one of its columns names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

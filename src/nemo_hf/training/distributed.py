@@ -1,4 +1,4 @@
-"""What training in several processes needs: gathered masks, the samples that count, sharded parents, refusals."""
+"""Training in several processes: gathered masks, samples that count, sharded parents, checks of the setup."""
 
 import copy
 import json
