@@ -133,17 +133,15 @@ WRONG = {
     "parent": (3, ["me/parent"]),
     "is_tuned": (1, "yes", None),
     "training": (
-        *(3, [], {"processes": 1}, {"arguments": {}}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}),
+        *(3, {"processes": 1}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}, {**RUN, "base_model": 3}),
         *({**RUN, "arguments": {"seed": wrong}} for wrong in ("1\n\n# BUY", {"a\n": 1}, 10**400, "x" * 10**5)),
-        *({**RUN, "processes": "2"}, {**RUN, "processes": True}, {**RUN, "samples": "x"}, {**RUN, "samples": 10**400}),
-        *({**RUN, "base_model": 3}, {**RUN, "base_model": "a\nb"}, {**RUN, "command": ["x"]}),
-        *({**RUN, "datasets": "x"}, {**RUN, "datasets": [3]}, {**RUN, "versions": {"torch": 3}}),
+        *({**RUN, "processes": True}, {**RUN, "samples": 10**400}, {**RUN, "base_model": "a\nb"}),
+        *({**RUN, "command": ["x"]}, {**RUN, "datasets": [3]}, {**RUN, "versions": {"torch": 3}}),
     ),
     "processor_files": (
-        *(3, "vocab.txt", {"vocab.txt": 1}, [3], [None], [""], ["vocab.txt"] * 2, ["vocab.txt", "VOCAB.TXT"]),
-        *(["../vocab.txt"], ["a/b.txt"], ["/etc/passwd"], ["a\\b.txt"], [".."], [".hidden"], ["a\nb"], ["n" * 101]),
-        *(["config.json"], ["Config.JSON"], ["report.json"], ["README.md"], ["adapter_config.json"], ["code.py"]),
-        *(["model.safetensors"], ["model.safetensors.index.json"], ["pytorch_model.bin"], ["a.pkl"]),
+        *(3, "vocab.txt", [3], [""], ["vocab.txt", "VOCAB.TXT"], ["../vocab.txt"], ["a/b.txt"], ["/etc/passwd"]),
+        *(["a\\b.txt"], [".."], [".hidden"], ["a\nb"], ["n" * 101], ["Config.JSON"], ["report.json"], ["README.md"]),
+        *(["adapter_config.json"], ["code.py"], ["model.safetensors"], ["pytorch_model.bin"], ["a.pkl"]),
         [f"file{index}" for index in range(33)],
     ),
     "round_to": ("8", -1, 0, 2.5, True),
@@ -190,8 +188,8 @@ def test_values_of_wrong_types_or_ranges_are_refused_and_named(saved, field):
 
 
 RIGHT = {
-    "equivalence": (CHECK, {**CHECK, "source": "parent"}, None),
-    "training": (RUN, {}, {**RUN, "arguments": {"max_steps": 10**12, "push_to_hub": False, "max_grad_norm": INF}}),
+    "equivalence": ({**CHECK, "source": "parent"}, None),
+    "training": ({}, {**RUN, "arguments": {"max_steps": 10**12, "push_to_hub": False, "max_grad_norm": INF}}),
     "rejection": ({**FIT, "accepted": 0.95, "rejected": 0.4},),
     "processor_files": (["vocab.txt", "spm_char.model"], [], None),
     "relevance_threshold": (1, 0.25),
@@ -205,7 +203,6 @@ def test_right_records_are_read_and_wrong_ones_not_set(saved):
             assert getattr(config, field) == value
     with pytest.raises(Exception, match="label_ids"):
         config.label_ids = [1, 1]
-    assert config.label_ids == [0, 1]
 
 
 NONE = (b"", b"[]", b"3", b"{", b"\xff\xfe", b"{}", b'{"role": 1e999}', b"[" * 99, b"[" * 10**5)
@@ -257,7 +254,8 @@ NOT_OF_THE_WEIGHTS = [
     *(("module", "label_ids", value, "label") for value in ([0, 5], [0], [0, 2], None)),
     *(("module", "sites.1.widths", value, "width.*'vit.layers.0.mlp:ffn'") for value in WIDTHS),
     ("module", "sites.1.widths", {"intermediate": 2}, r"'model.vit.layers.0.mlp.fc1\.\w+' of shape .*\(2,"),
-    ("module", "sites", None, r"with the sites \[\]"),
+    ("module", "sites", slice(-1), "'model.vit.layers.1.mlp.fc1"),
+    *(("parent", "sites", slice(*ends), r"masks\.\d") for ends in ((1, None), (0, 3))),
     *(("parent", "label_groups", [{"name": str(i), "labels": ids} for i, ids in enumerate(groups)], "group|relevance")
       for groups in GROUPS),
 ]  # fmt: skip
@@ -265,15 +263,9 @@ NOT_OF_THE_WEIGHTS = [
 
 @pytest.mark.parametrize(("kind", "field", "value", "words"), NOT_OF_THE_WEIGHTS, ids=str)
 def test_what_does_not_belong_to_the_weights_is_named(saved, tmp_path, kind, field, value, words):
+    if isinstance(value, slice):  # of the list that is there
+        value = config_of(saved / kind)[field][value]
     refused(changed(saved / kind, tmp_path / "a", field, value), words, kind=kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "kept"), [("module", slice(-1)), *(("parent", slice(*ends)) for ends in ((1, None), (0, 3), (2, None)))]
-)
-def test_a_missing_site_shows_in_the_weights(saved, tmp_path, kind, kept):
-    directory = changed(saved / kind, tmp_path / "a", "sites", config_of(saved / kind)["sites"][kept])
-    refused(directory, r"masks\.\d" if kind == "parent" else "'model.vit.layers.1.mlp.fc1", kind=kind)
 
 
 def test_other_models_than_asked_for_are_refused(saved):
@@ -316,11 +308,7 @@ ABSURD = [
 def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field, value):
     directory = changed(saved / kind, tmp_path / "a", field, value)
     with limited_memory(2**30):
-        if field == "nemo_config.generator_rank":  # of no account for a cut
-            with pytest.raises(ValueError, match=r"^Got .*; expected"):
-                load(directory)
-        else:
-            refused(directory, kind=kind)
+        refused(directory, kind="module" if "rank" in field else kind)  # a cut has no generators
     if value == 99_999:  # the bound on layers was for that build alone
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(12_000))
 
@@ -395,31 +383,7 @@ def test_code_beside_a_model_is_not_run(saved, tmp_path, kind):
 # Weights
 
 
-def header_of(path: Path) -> tuple[dict, bytes]:
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
-
-
-def with_header(header: dict, data: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
 NAME = "model.vit.layernorm.weight"
-DTYPES = [
-    *((kind, NAME, {"dtype": "I32"}) for kind in LOADS),
-    ("module", NAME, {"dtype": "F8_E4M3", "shape": [128]}),
-    ("parent", "masks.0.relevance", {"dtype": "I8"}),
-]
-
-
-@pytest.mark.parametrize(("kind", "name", "change"), DTYPES, ids=str)
-def test_tensors_of_another_kind_of_numbers_are_refused(saved, tmp_path, kind, name, change):
-    header, data = header_of(saved / kind / "model.safetensors")
-    header[name] = {**header[name], **change}
-    directory = damaged(saved / kind, tmp_path / "a", "model.safetensors", with_header(header, data))
-    refused(directory, re.escape(name), "stored as", kind=kind)
 
 
 def with_tensor(source: Path, target: Path, end: str, change) -> tuple[Path, str]:
@@ -433,21 +397,37 @@ def with_tensor(source: Path, target: Path, end: str, change) -> tuple[Path, str
     return target, name
 
 
-RESHAPED = {
-    "missing": lambda tensor: None,
-    "one row": lambda tensor: tensor[:1],
-    "more rows": lambda tensor: torch.cat([tensor, tensor]),
-    "wider": lambda tensor: torch.cat([tensor, tensor], -1),
-    "deeper": lambda tensor: tensor[..., None],
-}
+def ending_in(value):
+    return lambda tensor: torch.cat([tensor[:-1], tensor[-2:-1] if value == "repeat" else tensor[-1:].fill_(value)])
 
 
-@pytest.mark.parametrize("change", list(RESHAPED))
-@pytest.mark.parametrize("name", ["model.vit.layers.0.mlp.fc1.weight", NAME, "masks.0.relevance"])
-def test_a_tensor_that_is_missing_or_of_another_shape_is_named(saved, tmp_path, name, change):
-    directory, _ = with_tensor(saved / "parent", tmp_path / "a", name, RESHAPED[change])
-    words = "1 missing tensors, such as '" if change == "missing" else "Got the tensor '"
-    refused(directory, words + re.escape(name), "[Ss]ave or download", kind="parent")
+RESHAPED = (
+    lambda tensor: tensor[:1],  # one row
+    lambda tensor: torch.cat([tensor, tensor]),  # more rows
+    lambda tensor: torch.cat([tensor, tensor], -1),  # wider
+    lambda tensor: tensor[..., None],  # deeper
+)
+UNITS = "model.vit.layers.0.mlp.fc1.weight"
+TENSORS = [
+    *(("parent", name, lambda tensor: None, "1 missing tensors, such as .*ave or d") for name in (UNITS, "0.relevance")),
+    *(("parent", name, change, "Got the tensor .*ave or d") for name in (UNITS, "0.relevance") for change in RESHAPED),
+    *((kind, NAME, torch.Tensor.int, "stored as") for kind in LOADS),
+    ("module", NAME, lambda tensor: tensor.to(torch.float8_e4m3fn), "stored as"),
+    ("parent", "masks.0.relevance", torch.Tensor.char, "stored as"),
+    *(("scattered-module", "o_proj.input_indices", ending_in(value), "increasing ones from 0 to 31")
+      for value in (-1, 32, 2**40, "repeat")),
+    *(("rotary-module", "angle_indices", ending_in(value), "ones from 0 to 7") for value in (-1, 8)),
+    *(("rotary-parent", "1.mean_mask", ending_in(value), r"outside \[0, 1\]") for value in (NAN, -0.1, 1.5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "end", "change", "words"), TENSORS)
+def test_a_tensor_that_is_missing_or_has_another_shape_dtype_or_range_is_named(
+    saved, tmp_path, source, end, change, words
+):
+    directory, name = with_tensor(saved / source, tmp_path / "a", end, change)
+    model = NeMoForSequenceClassification if "rotary" in source else NeMoForImageClassification
+    refused(directory, re.escape(name), words, kind=source.split("-")[-1], model=model)
 
 
 @kinds
@@ -460,25 +440,6 @@ def test_unexpected_tensors_and_truncated_weights_are_named(saved, tmp_path, kin
     for length in (0, 100, -100):
         directory = damaged(saved / kind, tmp_path / "a", "model.safetensors", path.read_bytes()[:length])
         refused(directory, f"{directory}.*safetensors", kind=kind)
-
-
-VALUES = [
-    *(("scattered-module", "o_proj.input_indices", value, "increasing ones from 0 to 31") for value in (-1, 32, 2**40)),
-    ("scattered-module", "q_proj.output_indices", "repeat", "increasing ones from 0 to 31"),
-    *(("rotary-module", "angle_indices", value, "ones from 0 to 7") for value in (-1, 8)),
-    *(("rotary-parent", "masks.1.mean_mask", value, r"outside \[0, 1\]") for value in (NAN, -0.1, 1.5)),
-]
-
-
-@pytest.mark.parametrize(("source", "end", "value", "words"), VALUES, ids=str)
-def test_values_that_steer_others_are_checked(saved, tmp_path, source, end, value, words):
-    def change(tensor):
-        tensor[-1] = tensor[-2] if value == "repeat" else value
-        return tensor
-
-    directory, name = with_tensor(saved / source, tmp_path / "a", end, change)
-    model = NeMoForImageClassification if "scattered" in source else NeMoForSequenceClassification
-    refused(directory, re.escape(name), words, kind=source.split("-")[1], model=model)
 
 
 def test_weights_that_are_no_numbers_load(saved, tmp_path):
@@ -528,30 +489,23 @@ def places(value, path=()):
             yield from places(value[key], (*path, key))
 
 
-def mutated(data, config: dict) -> dict:
-    return with_entry(config, data.draw(st.sampled_from(list(places(config)))), data.draw(GARBAGE))
-
-
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 FUZZING = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": SUPPRESSED}
 
 
 @kinds
-@settings(max_examples=100, **FUZZING)
-@given(data=st.data())
-def test_any_entry_of_a_configuration_may_be_garbage(saved, kind, data):
-    with suppress(*REFUSALS):
-        assert NeMoModelConfig.from_dict(mutated(data, config_of(saved / kind))).model_type == "nemo_hf"
-
-
-@kinds
-@settings(max_examples=25, **FUZZING)
+@settings(max_examples=40, **FUZZING)
 @given(data=st.data())
 def test_garbage_in_a_configuration_or_header_is_loaded_or_refused(saved, tmp_path, kind, data):
-    header, tensors = header_of(saved / kind / "model.safetensors")
+    def mutated(config):
+        return json.dumps(with_entry(config, data.draw(st.sampled_from(list(places(config)))), data.draw(GARBAGE)))
+
     if data.draw(st.booleans()):
-        file, content = "config.json", json.dumps(mutated(data, config_of(saved / kind)))
+        file, content = "config.json", mutated(config_of(saved / kind))
     else:
-        file, content = "model.safetensors", with_header(mutated(data, header), tensors)
+        file, content = "model.safetensors", (saved / kind / "model.safetensors").read_bytes()
+        end = 8 + struct.unpack("<Q", content[:8])[0]
+        header = mutated(json.loads(content[8:end])).encode()
+        content = struct.pack("<Q", len(header)) + header + content[end:]
     with suppress(*REFUSALS):
         load(damaged(saved / kind, tmp_path / "a", file, content), **data.draw(st.sampled_from(LOADS[kind])))
