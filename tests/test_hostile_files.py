@@ -133,7 +133,7 @@ WRONG = {
     "parent": (3, ["me/parent"]),
     "is_tuned": (1, "yes", None),
     "training": (
-        *(3, {"processes": 1}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}, {**RUN, "base_model": 3}),
+        *(3, {"processes": 1}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}),
         *({**RUN, "arguments": {"seed": wrong}} for wrong in ("1\n\n# BUY", {"a\n": 1}, 10**400, "x" * 10**5)),
         *({**RUN, "processes": True}, {**RUN, "samples": 10**400}, {**RUN, "base_model": "a\nb"}),
         *({**RUN, "command": ["x"]}, {**RUN, "datasets": [3]}, {**RUN, "versions": {"torch": 3}}),
@@ -409,7 +409,7 @@ RESHAPED = (
 )
 UNITS = "model.vit.layers.0.mlp.fc1.weight"
 TENSORS = [
-    *(("parent", name, lambda tensor: None, "1 missing tensors, such as .*ave or d") for name in (UNITS, "0.relevance")),
+    *(("parent", name, lambda tensor: None, "1 missing tensors, such as") for name in (UNITS, "0.relevance")),
     *(("parent", name, change, "Got the tensor .*ave or d") for name in (UNITS, "0.relevance") for change in RESHAPED),
     *((kind, NAME, torch.Tensor.int, "stored as") for kind in LOADS),
     ("module", NAME, lambda tensor: tensor.to(torch.float8_e4m3fn), "stored as"),
