@@ -207,7 +207,7 @@ class WithPositions(nn.Module):
 
 
 @pytest.mark.parametrize("pruning_mode", ["dense", "scatter-gated"])
-def test_what_belongs_to_no_sample_is_not_masked(pruning_mode):
+def test_what_belongs_to_no_sample_is_not_masked_and_the_order_of_layers_is_checked(pruning_mode):
     model = WithPositions()
     site = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),), pruning_mode=pruning_mode)
     masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
@@ -222,15 +222,12 @@ def test_what_belongs_to_no_sample_is_not_masked(pruning_mode):
     assert torch.equal(after, expected[2])
     assert len(collected[site.key]) == 1
     torch.testing.assert_close(masked, opened @ model.down.weight.T + model.down.bias)
-
-
-def test_a_layer_that_runs_before_its_input_is_pooled_is_refused():
     model = WithPositions()
     site = FeedForwardSite("block", "down", 6, "up", producers=(Rows("down", 0, 4),))  # the wrong way round
     masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
     masks.attach(model)
     with masks.call(4, None, None, None), pytest.raises(RuntimeError, match=r"^Got a call .* before its input 'down'"):
-        model(torch.randn(4, 3, 4), torch.randn(7, 4))
+        model(hidden, positions)
 
 
 def test_a_feed_forward_part_in_chunks_has_the_same_masks():
@@ -378,22 +375,14 @@ def test_nothing_keeps_a_graph_alive(family, checkpointed):
 
 
 @pytest.mark.parametrize("family", ["albert", "llama", "swin"])
-@pytest.mark.parametrize("by", ["autocast", "cast"])
-def test_masks_are_float32_in_a_model_of_bfloat16(family, by):
-    parent = parent_of(fresh(family))
-    inputs = random_inputs(parent)
-    exact = masks_of(parent, **inputs)
-    if by == "cast":
-        parent = parent_of(fresh(family)).to(torch.bfloat16)
-        assert {relevance.dtype for relevance in parent.masks.relevance().values()} == {torch.uint8}
-        inputs = {name: v.bfloat16() if v.is_floating_point() else v for name, v in inputs.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=by == "autocast"):
-        outputs = parent(**inputs, labels=LABELS, output_neuron_masks=True)
+def test_masks_are_float32_in_a_model_of_bfloat16(family):
+    parent = parent_of(fresh(family)).to(torch.bfloat16)
+    inputs = {name: v.bfloat16() if v.is_floating_point() else v for name, v in random_inputs(parent).items()}
+    outputs = parent(**inputs, labels=LABELS, output_neuron_masks=True)
     assert outputs.logits.dtype == torch.bfloat16
     assert outputs.logits.isfinite().all()
     assert {mask.dtype for mask in outputs.neuron_masks.values()} == {torch.float32}
-    flipped = [((mask > 0) != (exact[key] > 0)).float().mean() for key, mask in outputs.neuron_masks.items()]
-    assert by == "cast" or sum(flipped) / len(flipped) < 0.1
+    assert {relevance.dtype for relevance in parent.masks.relevance().values()} == {torch.uint8}
     outputs.loss.backward()
     assert all(gradient.isfinite().all() for gradient in generator_gradients(parent))
 

@@ -195,9 +195,8 @@ def test_a_model_keeps_its_mode_its_weights_and_statistics_and_gets_rid_of_hooks
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_about_half_of_the_chosen_neurons_are_kept_no_values_of_the_first_head_and_all_others(family):
     whole, *sites = all_sites = find_sites(fresh(family))
-    keep, again = (random_keep(all_sites, {site.key for site in sites}) for _ in range(2))
+    keep = random_keep(all_sites, {site.key for site in sites})
     assert {name: len(kept) for name, kept in keep[whole.key].items()} == whole.parts
-    assert all(torch.equal(again[key][name], kept) for key, parts in keep.items() for name, kept in parts.items())
     for site in sites:
         for name, size in site.parts.items():
             assert 0.1 * size < len(set(keep[site.key][name].tolist())) < 0.8 * size

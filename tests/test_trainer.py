@@ -47,18 +47,12 @@ def text_dataset(**columns):
 
 
 class TestSameAsTrainer:
-    @pytest.mark.parametrize(
-        ("family", "optim", "detach_pooled"), [("vit", "sgd", True), ("bert", "adamw_torch", False)]
-    )
-    def test_base_weights_are_those_of_trainer(self, family, optim, detach_pooled, tmp_path):
-        config = NeMoConfig(**TASK_ALONE, mask_learning_rate=0.0, detach_pooled=detach_pooled)
+    @pytest.mark.parametrize(("family", "optim"), [("vit", "sgd"), ("bert", "adamw_torch")])
+    def test_base_weights_are_those_of_trainer(self, family, optim, tmp_path):
+        config = NeMoConfig(**TASK_ALONE, mask_learning_rate=0.0)
         # Generators have gradients too, which count in the norm that clips.
         args = arguments(tmp_path, optim=optim, weight_decay=0.1, max_steps=3, max_grad_norm=0)
         trainer = NeMoTrainer(without_dropout(fresh(family)), args, train_dataset=SAMPLES[family](), nemo_config=config)
-        if not detach_pooled:
-            for mask in trainer.parent.masks.site_masks():
-                # Far in the saturation of tanh, where an open mask passes no gradient to the layers below it.
-                torch.nn.init.constant_(mask.generator.up.bias, 50.0)
         trainer.train()
         assert history(trainer, "neuron_retention_rate") == [1.0] * 3
         plain = Trainer(without_dropout(fresh(family)), args, train_dataset=SAMPLES[family]())
@@ -323,36 +317,26 @@ class TestGroupColumn:
             assert parent.config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
             assert all(len(relevance) == 2 for relevance in parent.masks.relevance().values())
 
-    @pytest.mark.parametrize(
-        ("dataset", "words"),
-        [
-            (text_dataset(domain=["vehicle", *(DOMAINS * 4)[1:]]), ["'cat'", "'pet'", "'vehicle'", "'domain'"]),
+    def test_is_refused(self, tmp_path):
+        config, model = NeMoConfig(group_column="domain"), fresh("bert")
+        two_groups = text_dataset(domain=["vehicle", *(DOMAINS * 4)[1:]])
+        for dataset, words in (
+            (two_groups, ["'cat'", "'pet'", "'vehicle'", "'domain'"]),
             (text_dataset(), ["'domain'", "input_ids"]),
             (text_samples(10), ["datasets.Dataset"]),
-        ],
-        ids=["two groups of a label", "no column", "no datasets.Dataset"],
-    )
-    def test_is_refused(self, dataset, words, tmp_path):
-        config = NeMoConfig(group_column="domain")
-        with pytest.raises(ValueError, match="Got") as error:
-            NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=dataset, nemo_config=config)
-        check_message(error, *words)
+        ):
+            with pytest.raises(ValueError, match="Got") as error:
+                NeMoTrainer(model, arguments(tmp_path), train_dataset=dataset, nemo_config=config)
+            check_message(error, *words)
 
 
 def test_a_stream_is_not_read_before_training(tmp_path):
-    reads, samples = [], text_samples(20)
-
-    def generate():
-        for sample in samples * 3:
-            reads.append(sample)
-            yield {"input_ids": sample["input_ids"].tolist(), "label": sample["labels"]}
-
-    ids, label = datasets.List(datasets.Value("int64")), datasets.Value("int64")
-    features = datasets.Features({"input_ids": ids, "label": label})
-    stream = datasets.IterableDataset.from_generator(generate, features=features)
+    reads, samples, dataset = [], text_samples(20), text_dataset()
+    stream = dataset.to_iterable_dataset().map(lambda sample: reads.append(1) or sample, features=dataset.features)
     trainer = NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=stream, relevance_dataset=samples)
     assert len(reads) == 0
     trainer.train()
+    assert reads
     assert trainer.parent.config.relevance_source == "exact"
 
 
@@ -368,7 +352,6 @@ class TestRefusals:
             (lambda: text_dataset(label=[LABELS[index % 5] for index in range(20)]), ["'cat'"]),
             (lambda: text_dataset().to_iterable_dataset(), ["iterable", "relevance_dataset="]),
         ],
-        ids=["no labels", "label without a sample", "large id", "negative id", "names", "stream"],
     )
     def test_of_training_data(self, make_dataset, words, starts_from_parent, tmp_path):
         model = varied_parent("bert") if starts_from_parent else fresh("bert")
