@@ -121,12 +121,8 @@ def test_relevance_is_the_share_of_samples_in_which_a_unit_is_active_and_modules
 @pytest.mark.parametrize("rehearsal", [0.0, 1.0])
 def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
     config = NeMoConfig(**{**MODA, "rehearsal_probability": rehearsal, "relevance_threshold": 0.5})
-    trainer = NeMoTrainer(
-        plain_model("simcnn"),
-        arguments(tmp_path, per_device_train_batch_size=5),
-        train_dataset=samples(),
-        nemo_config=config,
-    )
+    args = arguments(tmp_path, per_device_train_batch_size=5)
+    trainer = NeMoTrainer(plain_model("simcnn"), args, train_dataset=samples(), nemo_config=config)
     before = {name: parameter.clone() for name, parameter in trainer.parent.named_parameters()}
     trainer.train()
     for name, parameter in trainer.parent.named_parameters():

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, NeMoModelConfig
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.weight_files import WeightFiles
+from nemo_hf.neurons.sites import with_pruning_modes
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 REFUSALS = (OSError, ValueError)  # UnsupportedArchitectureError is a ValueError
@@ -37,10 +38,10 @@ def saved(tmp_path_factory) -> Path:
     At a given rank of generators the masks of one layer fit another.
     """
     root = tmp_path_factory.mktemp("saved")
-    for name, family, pruning_mode in (("", "vit", ""), ("scattered-", "vit", "scatter"), ("rotary-", "llama", "")):
+    for name, family in (("", "vit"), ("scattered-", "vit"), ("rotary-", "llama")):
         parent = attach_masks(fresh(family), NeMoConfig(hard_masks=name != "rotary-", generator_rank=4)).eval()
-        if pruning_mode:
-            parent.set_sites([type(site)(**{**vars(site), "pruning_mode": pruning_mode}) for site in parent.sites])
+        if name == "scattered-":
+            parent.set_sites(with_pruning_modes(parent.sites, {site.key: "scatter" for site in parent.sites}))
         randomize_relevance(parent)
         parent.report = {"metrics": {}}
         parent.save_pretrained(root / f"{name}parent")
@@ -209,8 +210,7 @@ NONE = (b"", b"[]", b"3", b"{", b"\xff\xfe", b"{}", b'{"role": 1e999}', b"[" * 9
 @pytest.mark.parametrize("content", [*NONE, 25, 900], ids=lambda content: repr(content)[:20])
 def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path, content):
     if isinstance(content, int):
-        text = (saved / "module" / "config.json").read_text().rstrip()[:-1]
-        content = text + ',"deep":' + "[" * content + "]" * content + "}"
+        content = json.dumps(config_of(saved / "module"))[:-1] + ',"deep":' + "[" * content + "]" * content + "}"
     refused(damaged(saved / "module", tmp_path / "a", "config.json", content))
 
 
@@ -431,18 +431,8 @@ def test_shards_lie_beside_their_index(saved, tmp_path):
     index = json.loads(path.read_text())
     first = next(iter(index["weight_map"]))
     shutil.copy(sharded / index["weight_map"][first], sharded.parent / "x.safetensors")
-    for name in (
-        "../x.safetensors",
-        str(sharded.parent / "x.safetensors"),
-        "a/x.safetensors",
-        "x.bin",
-        "..",
-        "",
-        ".safetensors",
-        None,
-        3,
-        ["x"],
-    ):
+    absolute = str(sharded.parent / "x.safetensors")
+    for name in ("../x.safetensors", absolute, "a/x.safetensors", "x.bin", "..", ".safetensors", None, ["x"]):
         path.write_text(json.dumps(with_entry(index, ("weight_map", first), name)))
         with pytest.raises(OSError, match=r"^Got .* with the weight file .*; expected "):
             WeightFiles(sharded, {})

@@ -298,25 +298,18 @@ def test_mask_terms_move_what_the_generators_watch_unless_detached(vit, detached
     assert bool(moved) != detached
 
 
-def test_generators_run_under_static_masks_with_gradients_of_0(vit):
-    # Parameters without a gradient would stop distributed training.
+def test_gradients_of_generators_under_static_and_under_hard_masks(vit):
     parent = parent_of(vit)
-    inputs, static, first = random_inputs(parent), random_static(parent), parent.sites[0].key
-    expected = masks_of(parent, **inputs)[first]
-    outputs = parent(**inputs, labels=LABELS, static_masks=static, output_neuron_masks=True)
-    assert torch.equal(outputs.neuron_masks[first], expected)
-    outputs.loss.backward()
+    inputs, masks = random_inputs(parent), masks_of(parent, **random_inputs(parent))
+    outputs = parent(**inputs, labels=LABELS, static_masks=random_static(parent), output_neuron_masks=True)
+    first, last = parent.sites[0].key, parent.sites[3].key
+    assert torch.equal(outputs.neuron_masks[first], masks[first])
+    outputs.loss.backward()  # parameters without a gradient would stop distributed training
     assert all(gradient is not None and not gradient.any() for gradient in generator_gradients(parent))
-
-
-def test_a_hard_mask_has_the_gradient_of_the_soft_one(vit):
-    parent = parent_of(vit)
-    inputs = random_inputs(parent)
     parent(**inputs, labels=LABELS).loss.backward()
-    hard = parent.get_parameter("masks.3.generator.up.bias").grad
     # At the last site, closed units have no gradient, and open ones that of the value that reads them.
-    masks = masks_of(parent, **inputs)[parent.sites[3].key][:, 0]
-    assert torch.equal(hard != 0, (masks > 0).any(0))
+    gradient = parent.get_parameter("masks.3.generator.up.bias").grad
+    assert torch.equal(gradient != 0, (masks[last][:, 0] > 0).any(0))
 
 
 def test_reentrant_activation_checkpointing_is_refused(bert):

@@ -41,6 +41,9 @@ def rows_model():
 
 def test_described_sites_shape_the_masks(vit):
     parent = make_parent(vit, NeMoConfig(sites=VIT_SITES))
+    assert make_parent(fresh("vit"), NeMoConfig(sites=VIT_SITES, targets=["attention"])).kinds == {"attention"}
+    with pytest.raises(ValueError, match="no site of these targets"):
+        make_parent(fresh("vit"), NeMoConfig(sites=[UNITS], targets=["attention"]))
     known = {site.output: site for site in find_sites(vit)}
     assert {site.output: site.parts for site in parent.sites} == {path: site.parts for path, site in known.items()}
     stars = {"kind": "ffn", "producers": ["*.layers.*.mlp.fc1"], "output": "*.layers.*.mlp.fc2"}  # filled in order
@@ -150,12 +153,6 @@ def test_a_description_that_can_t_be_one_is_refused(site, message):
 def test_descriptions_that_don_t_fit_the_model_are_refused(vit, sites, message):
     with pytest.raises(ValueError, match=message):
         make_parent(vit, NeMoConfig(sites=sites))
-
-
-def test_sites_of_other_targets_are_left_out(vit):
-    assert make_parent(vit, NeMoConfig(sites=VIT_SITES, targets=["attention"])).kinds == {"attention"}
-    with pytest.raises(ValueError, match="no site of these targets"):
-        make_parent(fresh("vit"), NeMoConfig(sites=[UNITS], targets=["attention"]))
 
 
 def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
