@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, fresh, hooks_of, image_processor, image_samples, text_samples, tokenizer
+from conftest import LABELS, fresh, image_processor, image_samples, text_samples, tokenizer
 from torch.nn import functional as F
 from training_helpers import (
     SAMPLES,
@@ -24,7 +24,6 @@ from training_helpers import (
     without_dropout,
 )
 from transformers import (
-    AutoModelForImageClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
@@ -224,14 +223,9 @@ class TestEvaluation:
         assert trainer.evaluate_module(["dog", "cat"], image_samples(10)).samples == 4
 
 
-def stripes(pixel_values):
-    """The labels of `image_samples`, read off the images."""
-    return pixel_values[:, :, :15].mean((1, 3)).view(-1, 5, 3).mean(-1).argmax(-1)
-
-
 def drawn_labels(call):
-    """The labels that a batch of all labels shows as rehearsed."""
-    labels = stripes(call["pixel_values"])
+    """The labels that a batch of all labels shows as rehearsed, read off the images of `image_samples`."""
+    labels = call["pixel_values"][:, :, :15].mean((1, 3)).view(-1, 5, 3).mean(-1).argmax(-1)
     rehearsed = set(labels[call["static_samples"]].tolist())
     assert rehearsed.isdisjoint(labels[~call["static_samples"]].tolist())
     return rehearsed
@@ -402,19 +396,6 @@ class TestStartingPoints:
         assert parent.config.relevance_source == "initial"
         assert_same_state(states[0], states[1], rtol=0, atol=0)
         assert_same_state(parent.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
-
-    def test_a_saved_parent_is_trained_on_and_not_wrapped_again(self, tmp_path):
-        parent = varied_parent("vit", temperature=0.3)
-        parent.save_pretrained(tmp_path / "parent")
-        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "parent")
-        count = hooks_of(loaded)
-        trainer = NeMoTrainer(loaded, arguments(tmp_path), train_dataset=image_samples())
-        assert trainer.parent is loaded
-        assert hooks_of(loaded) == count == hooks_of(parent)
-        assert trainer.nemo_config.temperature == 0.3
-        assert_same_state(loaded.state_dict(), parent.state_dict(), rtol=0, atol=0)
-        trainer.train()
-        assert not any(torch.equal(a, b) for a, b in zip(loaded.parameters(), parent.parameters(), strict=True))
 
     @pytest.mark.parametrize("detach_pooled", [True, False])
     def test_a_parent_takes_new_options_of_the_same_structure(self, detach_pooled, tmp_path):
