@@ -5,8 +5,9 @@ import functools
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, example_script, hooks_of, image_samples, randomize, text_samples, tiny
-from transformers import AutoModelForImageClassification, TrainingArguments
+from conftest import NAMES, TEXT, example_script, hooks_of, image_samples, logits_of, randomize, tiny
+from training_helpers import arguments, batch_of
+from transformers import AutoModelForImageClassification
 
 from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
 from nemo_hf.models.extraction import make_plan
@@ -51,8 +52,7 @@ def masks_of(parent, *inputs, **named):
 @pytest.mark.parametrize("name", paper.ARCHITECTURES)
 def test_a_parent_computes_what_the_plain_model_does_and_has_no_more_parameters(name):
     plain, parent = plain_model(name), parent_of(name)
-    with torch.no_grad():
-        assert torch.equal(parent(images()).logits, plain(images()).logits)
+    assert torch.equal(logits_of(parent, pixel_values=images()), logits_of(plain, pixel_values=images()))
     assert parent.num_parameters() == plain.num_parameters()
     assert parent.config.equivalence["status"] == "verified"
 
@@ -99,7 +99,7 @@ def test_units_that_a_sample_leaves_at_0_can_be_closed_for_it(name):
 
 def test_relevance_is_the_share_of_samples_in_which_a_unit_is_active_and_modules_are_exact(tmp_path):
     parent = parent_of("rescnn")
-    batch = {name: torch.stack([torch.as_tensor(s[name]) for s in samples()]) for name in samples()[0]}
+    batch = batch_of(samples())
     compute_relevance(parent, [batch], show_progress=False)
     masks = masks_of(parent, batch["pixel_values"])
     for mask in parent.masks.site_masks():
@@ -110,23 +110,18 @@ def test_relevance_is_the_share_of_samples_in_which_a_unit_is_active_and_modules
     labels, given = [2, 0], {"pixel_values": batch["pixel_values"]}
     module = parent.extract_module(labels, inputs=given)
     parent.save_pretrained(tmp_path)
-    with torch.no_grad():
-        expected = parent(**given, static_masks=make_plan(parent, labels).static).logits[:, labels]
-        cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=labels)
-        assert torch.equal(cut(**given).logits, module(**given).logits)
-    torch.testing.assert_close(module(**given).logits, expected, atol=1e-4, rtol=1e-4)
+    expected = logits_of(parent, **given, static_masks=make_plan(parent, labels).static)[:, labels]
+    cut = AutoModelForImageClassification.from_pretrained(tmp_path, labels=labels)
+    assert torch.equal(logits_of(cut, **given), logits_of(module, **given))
+    torch.testing.assert_close(logits_of(module, **given), expected, atol=1e-4, rtol=1e-4)
     assert module.config.retained_neurons < 1
-
-
-def arguments(folder, **options):
-    defaults = {"max_steps": 3, "per_device_train_batch_size": 5, "learning_rate": 1e-2, "logging_steps": 1}
-    return TrainingArguments(str(folder), report_to="none", use_cpu=True, save_strategy="no", **{**defaults, **options})
 
 
 @pytest.mark.parametrize("rehearsal", [0.0, 1.0])
 def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
     config = NeMoConfig(**{**MODA, "rehearsal_probability": rehearsal, "relevance_threshold": 0.5})
-    trainer = NeMoTrainer(plain_model("simcnn"), arguments(tmp_path), train_dataset=samples(), nemo_config=config)
+    args = arguments(tmp_path, per_device_train_batch_size=5)
+    trainer = NeMoTrainer(plain_model("simcnn"), args, train_dataset=samples(), nemo_config=config)
     before = {name: parameter.clone() for name, parameter in trainer.parent.named_parameters()}
     trainer.train()
     for name, parameter in trainer.parent.named_parameters():
@@ -135,18 +130,8 @@ def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
     assert all(0 < entry["loss_contrastive"] < 2 for entry in trainer.state.log_history if "loss" in entry)
     trainer.save_model()
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(images()).logits, trainer.parent.eval()(images()).logits)
-
-
-def test_checkpointed_activations_give_the_same_gradients(tmp_path):
-    found = []
-    for checkpointing in (False, True):
-        options = {"activation_checkpointing": checkpointing, "max_steps": 1}
-        trainer = NeMoTrainer(parent_of("bert"), arguments(tmp_path, **options), train_dataset=text_samples(8))
-        trainer.train()
-        found.append({name: parameter.detach() for name, parameter in trainer.parent.named_parameters()})
-    torch.testing.assert_close(*found)
+    expected = logits_of(trainer.parent.eval(), pixel_values=images())
+    assert torch.equal(logits_of(again, pixel_values=images()), expected)
 
 
 def test_networks_without_rectified_units_are_refused(vit):

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, NeMoModelConfig
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.weight_files import WeightFiles
+from nemo_hf.neurons.sites import with_pruning_modes
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 REFUSALS = (OSError, ValueError)  # UnsupportedArchitectureError is a ValueError
@@ -36,10 +37,10 @@ def saved(tmp_path_factory) -> Path:
     At a given rank of generators the masks of one layer fit another.
     """
     root = tmp_path_factory.mktemp("saved")
-    for name, family, pruning_mode in (("", "vit", ""), ("scattered-", "vit", "scatter"), ("rotary-", "llama", "")):
+    for name, family in (("", "vit"), ("scattered-", "vit"), ("rotary-", "llama")):
         parent = attach_masks(fresh(family), NeMoConfig(hard_masks=name != "rotary-", generator_rank=4)).eval()
-        if pruning_mode:
-            parent.set_sites([type(site)(**{**vars(site), "pruning_mode": pruning_mode}) for site in parent.sites])
+        if name == "scattered-":
+            parent.set_sites(with_pruning_modes(parent.sites, {site.key: "scatter" for site in parent.sites}))
         randomize_relevance(parent)
         parent.report = {"metrics": {}}
         parent.save_pretrained(root / f"{name}parent")
@@ -119,9 +120,7 @@ WRONG = {
     "base_config.model_type": (3, None, ["vit"], {}),
     "base_config.hidden_size": ("32", None, NAN, 2**49),
     "base_config.num_hidden_layers": ("2", [2], NAN, 10**9),
-    "base_config.num_attention_heads": (10**9,),
     "base_config.num_labels": (10**9,),
-    "base_config.patch_size": ("4",),
     "base_config.hidden_act": (3, None),
     "base_config.layer_norm_eps": (NAN, INF, -1.0, "small"),
     "base_config.id2label": ([1], {"x": "y"}),
@@ -132,17 +131,15 @@ WRONG = {
     "parent": (3, ["me/parent"]),
     "is_tuned": (1, "yes", None),
     "training": (
-        *(3, [], {"processes": 1}, {"arguments": {}}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}),
+        *(3, {"processes": 1}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}),
         *({**RUN, "arguments": {"seed": wrong}} for wrong in ("1\n\n# BUY", {"a\n": 1}, 10**400, "x" * 10**5)),
-        *({**RUN, "processes": "2"}, {**RUN, "processes": True}, {**RUN, "samples": "x"}, {**RUN, "samples": 10**400}),
-        *({**RUN, "base_model": 3}, {**RUN, "base_model": "a\nb"}, {**RUN, "command": ["x"]}),
-        *({**RUN, "datasets": "x"}, {**RUN, "datasets": [3]}, {**RUN, "versions": {"torch": 3}}),
+        *({**RUN, "processes": True}, {**RUN, "samples": 10**400}, {**RUN, "base_model": "a\nb"}),
+        *({**RUN, "command": ["x"]}, {**RUN, "datasets": [3]}, {**RUN, "versions": {"torch": 3}}),
     ),
     "processor_files": (
-        *(3, "vocab.txt", {"vocab.txt": 1}, [3], [None], [""], ["vocab.txt"] * 2, ["vocab.txt", "VOCAB.TXT"]),
-        *(["../vocab.txt"], ["a/b.txt"], ["/etc/passwd"], ["a\\b.txt"], [".."], [".hidden"], ["a\nb"], ["n" * 101]),
-        *(["config.json"], ["Config.JSON"], ["report.json"], ["README.md"], ["adapter_config.json"], ["code.py"]),
-        *(["model.safetensors"], ["model.safetensors.index.json"], ["pytorch_model.bin"], ["a.pkl"]),
+        *(3, "vocab.txt", [3], [""], ["vocab.txt", "VOCAB.TXT"], ["../vocab.txt"], ["a/b.txt"], ["/etc/passwd"]),
+        *(["a\\b.txt"], [".."], [".hidden"], ["a\nb"], ["n" * 101], ["Config.JSON"], ["report.json"], ["README.md"]),
+        *(["adapter_config.json"], ["code.py"], ["model.safetensors"], ["pytorch_model.bin"], ["a.pkl"]),
         [f"file{index}" for index in range(33)],
     ),
     "round_to": ("8", -1, 0, 2.5, True),
@@ -164,7 +161,7 @@ WRONG = {
     "rejection": (3, {"weight": 1.0}, {**FIT, "weight": "1"}, {**FIT, "bias": NAN}, {**FIT, "bias": True}),
     "relevance_source": (3, None, "guessed"),
     "relevance_threshold": ("x", 3, -1, NAN, True),
-    "retained_neurons": ("x", 2, INF),
+    "retained_neurons": (2, INF),
     "problem_type": (3, "regression", "x"),
     "dtype": ("int8", 3, "float8_e4m3fn"),
     "model_type": (3, None),
@@ -189,8 +186,8 @@ def test_values_of_wrong_types_or_ranges_are_refused_and_named(saved, field):
 
 
 RIGHT = {
-    "equivalence": (CHECK, {**CHECK, "source": "parent"}, None),
-    "training": (RUN, {}, {**RUN, "arguments": {"max_steps": 10**12, "push_to_hub": False, "max_grad_norm": INF}}),
+    "equivalence": ({**CHECK, "source": "parent"}, None),
+    "training": ({}, {**RUN, "arguments": {"max_steps": 10**12, "push_to_hub": False, "max_grad_norm": INF}}),
     "rejection": ({**FIT, "accepted": 0.95, "rejected": 0.4},),
     "processor_files": (["vocab.txt", "spm_char.model"], [], None),
     "relevance_threshold": (1, 0.25),
@@ -204,7 +201,6 @@ def test_right_records_are_read_and_wrong_ones_not_set(saved):
             assert getattr(config, field) == value
     with pytest.raises(Exception, match="label_ids"):
         config.label_ids = [1, 1]
-    assert config.label_ids == [0, 1]
 
 
 NONE = (b"", b"[]", b"3", b"{", b"\xff\xfe", b"{}", b'{"role": 1e999}', b"[" * 99, b"[" * 10**5)
@@ -213,33 +209,26 @@ NONE = (b"", b"[]", b"3", b"{", b"\xff\xfe", b"{}", b'{"role": 1e999}', b"[" * 9
 @pytest.mark.parametrize("content", [*NONE, 25, 900], ids=lambda content: repr(content)[:20])
 def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path, content):
     if isinstance(content, int):
-        text = (saved / "module" / "config.json").read_text().rstrip()[:-1]
-        content = text + ',"deep":' + "[" * content + "]" * content + "}"
+        content = json.dumps(config_of(saved / "module"))[:-1] + ',"deep":' + "[" * content + "]" * content + "}"
     refused(damaged(saved / "module", tmp_path / "a", "config.json", content))
 
 
 # Configurations that fit no model
 
-WRONG_MODELS = {
-    "base_config.hidden_size": (-4, 0, 31),
-    "base_config.num_hidden_layers": (-1,),
-    "base_config.patch_size": (0,),
-    "base_config.hidden_act": ("evil",),
-    "base_config.id2label": ({},),
-    "base_class": ("ViTModel", "BertForSequenceClassification"),
-    "nemo_config": ({"targets": 3}, {"sites": [3]}, {"sites": 3}),
-    "label_groups": ([],),
-    "id2label": ({},),
-    "model_type": ("vit",),
-}
+WRONG_MODELS = [
+    *(("base_config.hidden_size", value) for value in (-4, 0, 31)),
+    *(("base_config.num_hidden_layers", -1), ("base_config.patch_size", 0), ("base_config.hidden_act", "evil")),
+    *(("base_config.id2label", {}), ("id2label", {}), ("label_groups", []), ("model_type", "vit")),
+    *(("base_class", value) for value in ("ViTModel", "BertForSequenceClassification")),
+    *(("nemo_config", value) for value in ({"targets": 3}, {"sites": [3]}, {"sites": 3})),
+]
 
 
 @kinds
-@pytest.mark.parametrize("field", list(WRONG_MODELS))
-def test_configurations_that_build_no_model_are_refused(saved, tmp_path, kind, field):
-    for value in WRONG_MODELS[field]:
-        with pytest.raises(REFUSALS):
-            load(changed(saved / kind, tmp_path / "a", field, value), **LOADS[kind][-1])
+@pytest.mark.parametrize(("field", "value"), WRONG_MODELS, ids=str)
+def test_configurations_that_build_no_model_are_refused(saved, tmp_path, kind, field, value):
+    with pytest.raises(REFUSALS):
+        load(changed(saved / kind, tmp_path / "a", field, value), **LOADS[kind][-1])
 
 
 WIDTHS = [*({"intermediate": width} for width in (10**12, 49, -1, "3", True, None)), {}, {"head_dim": 3}, None]
@@ -256,7 +245,8 @@ NOT_OF_THE_WEIGHTS = [
     *(("module", "label_ids", value, "label") for value in ([0, 5], [0], [0, 2], None)),
     *(("module", "sites.1.widths", value, "width.*'vit.layers.0.mlp:ffn'") for value in WIDTHS),
     ("module", "sites.1.widths", {"intermediate": 2}, r"'model.vit.layers.0.mlp.fc1\.\w+' of shape .*\(2,"),
-    ("module", "sites", None, r"with the sites \[\]"),
+    ("module", "sites", slice(-1), "'model.vit.layers.1.mlp.fc1"),
+    *(("parent", "sites", slice(*ends), r"masks\.\d") for ends in ((1, None), (0, 3))),
     *(("parent", "label_groups", [{"name": str(i), "labels": ids} for i, ids in enumerate(groups)], "group|relevance")
       for groups in GROUPS),
 ]  # fmt: skip
@@ -264,15 +254,9 @@ NOT_OF_THE_WEIGHTS = [
 
 @pytest.mark.parametrize(("kind", "field", "value", "words"), NOT_OF_THE_WEIGHTS, ids=str)
 def test_what_does_not_belong_to_the_weights_is_named(saved, tmp_path, kind, field, value, words):
+    if isinstance(value, slice):  # of the list that is there
+        value = config_of(saved / kind)[field][value]
     refused(changed(saved / kind, tmp_path / "a", field, value), words, kind=kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "kept"), [("module", slice(-1)), *(("parent", slice(*ends)) for ends in ((1, None), (0, 3), (2, None)))]
-)
-def test_a_missing_site_shows_in_the_weights(saved, tmp_path, kind, kept):
-    directory = changed(saved / kind, tmp_path / "a", "sites", config_of(saved / kind)["sites"][kept])
-    refused(directory, r"masks\.\d" if kind == "parent" else "'model.vit.layers.1.mlp.fc1", kind=kind)
 
 
 def test_other_models_than_asked_for_are_refused(saved):
@@ -285,9 +269,6 @@ def test_other_models_than_asked_for_are_refused(saved):
             NeMoForImageClassification.from_pretrained(saved / "nowhere", **options)
     with pytest.raises(ValueError, match=r"which is a module; expected a parent.* Load it without labels="):
         NeMoForImageClassification.from_pretrained(saved / "module", labels=["cat"])
-    for labels in (["cow"], [], ["cat", "cat"], [7], [1.5]):
-        with pytest.raises((TypeError, ValueError), match=r"^Got .*; expected"):
-            NeMoForImageClassification.from_pretrained(saved / "parent", labels=labels)
 
 
 @contextmanager
@@ -315,11 +296,7 @@ ABSURD = [
 def test_absurd_sizes_take_neither_memory_nor_time(saved, tmp_path, kind, field, value):
     directory = changed(saved / kind, tmp_path / "a", field, value)
     with limited_memory(2**30):
-        if field == "nemo_config.generator_rank":  # of no account for a cut
-            with pytest.raises(ValueError, match=r"^Got .*; expected"):
-                load(directory)
-        else:
-            refused(directory, kind=kind)
+        refused(directory, kind="module" if "rank" in field else kind)  # a cut has no generators
     if value == 99_999:  # the bound on layers was for that build alone
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(12_000))
 
@@ -343,25 +320,30 @@ def test_subfolders_lie_inside(saved):
             NeMoForImageClassification.from_pretrained(saved / "parent", subfolder=subfolder)
 
 
-class Evil:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
+class Evil(str):
+    """A path at which a file appears when this is unpickled."""
 
     def __reduce__(self):
-        return Path.touch, (self.mark,)
+        return Path.touch, (Path(self),)
 
 
 @kinds
-def test_nothing_is_unpickled(saved, tmp_path, kind):
-    directory = shutil.copytree(saved / kind, tmp_path / "a")
-    mark = tmp_path / "mark"
+def test_nothing_is_unpickled_and_code_beside_a_model_is_not_run(saved, tmp_path, kind):
+    directory, mark = shutil.copytree(saved / kind, tmp_path / "a"), tmp_path / "mark"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass Own: pass\n"
+    (directory / "custom_generate").mkdir()
+    for name in ("evil.py", "custom_generate/generate.py"):
+        (directory / name).write_text(code)
+    config = config_of(directory)
+    names = dict.fromkeys(("AutoConfig", "AutoModelForImageClassification"), "evil.Own")
+    config["auto_map"] = config["base_config"]["auto_map"] = names
+    (directory / "config.json").write_text(json.dumps(config))
     for name in ("pytorch_model.bin", "training_args.bin", "model.pt", ".metadata", "adapter_model.bin"):
         (directory / name).write_bytes(pickle.dumps(Evil(mark)))
     (directory / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
     for options in (*LOADS[kind], {"use_safetensors": False}):
         load(directory, **options)
+        load(directory, AutoModelForImageClassification, **options)
     (directory / "model.safetensors").unlink()
     for options in LOADS[kind]:
         with pytest.raises(OSError, match=r"without model\.safetensors"):
@@ -373,52 +355,10 @@ def test_nothing_is_unpickled(saved, tmp_path, kind):
     assert not mark.exists()
 
 
-@kinds
-def test_code_beside_a_model_is_not_run(saved, tmp_path, kind):
-    directory = shutil.copytree(saved / kind, tmp_path / "a")
-    mark = tmp_path / "mark"
-    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass Own: pass\n"
-    (directory / "evil.py").write_text(code)
-    (directory / "custom_generate").mkdir()
-    (directory / "custom_generate" / "generate.py").write_text(code)
-    config = config_of(directory)
-    names = dict.fromkeys(("AutoConfig", "AutoModelForImageClassification"), "evil.Own")
-    config["auto_map"] = config["base_config"]["auto_map"] = names
-    (directory / "config.json").write_text(json.dumps(config))
-    for options in LOADS[kind]:
-        load(directory, **options)
-        load(directory, AutoModelForImageClassification, **options)
-    assert not mark.exists()
-
-
 # Weights
 
 
-def header_of(path: Path) -> tuple[dict, bytes]:
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
-
-
-def with_header(header: dict, data: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
 NAME = "model.vit.layernorm.weight"
-DTYPES = [
-    *((kind, NAME, {"dtype": "I32"}) for kind in LOADS),
-    ("module", NAME, {"dtype": "F8_E4M3", "shape": [128]}),
-    ("parent", "masks.0.relevance", {"dtype": "I8"}),
-]
-
-
-@pytest.mark.parametrize(("kind", "name", "change"), DTYPES, ids=str)
-def test_tensors_of_another_kind_of_numbers_are_refused(saved, tmp_path, kind, name, change):
-    header, data = header_of(saved / kind / "model.safetensors")
-    header[name] = {**header[name], **change}
-    directory = damaged(saved / kind, tmp_path / "a", "model.safetensors", with_header(header, data))
-    refused(directory, re.escape(name), "stored as", kind=kind)
 
 
 def with_tensor(source: Path, target: Path, end: str, change) -> tuple[Path, str]:
@@ -432,21 +372,37 @@ def with_tensor(source: Path, target: Path, end: str, change) -> tuple[Path, str
     return target, name
 
 
-RESHAPED = {
-    "missing": lambda tensor: None,
-    "one row": lambda tensor: tensor[:1],
-    "more rows": lambda tensor: torch.cat([tensor, tensor]),
-    "wider": lambda tensor: torch.cat([tensor, tensor], -1),
-    "deeper": lambda tensor: tensor[..., None],
-}
+def ending_in(value):
+    return lambda tensor: torch.cat([tensor[:-1], tensor[-2:-1] if value == "repeat" else tensor[-1:].fill_(value)])
 
 
-@pytest.mark.parametrize("change", list(RESHAPED))
-@pytest.mark.parametrize("name", ["model.vit.layers.0.mlp.fc1.weight", NAME, "masks.0.relevance"])
-def test_a_tensor_that_is_missing_or_of_another_shape_is_named(saved, tmp_path, name, change):
-    directory, _ = with_tensor(saved / "parent", tmp_path / "a", name, RESHAPED[change])
-    words = "1 missing tensors, such as '" if change == "missing" else "Got the tensor '"
-    refused(directory, words + re.escape(name), "[Ss]ave or download", kind="parent")
+RESHAPED = (
+    lambda tensor: tensor[:1],  # one row
+    lambda tensor: torch.cat([tensor, tensor]),  # more rows
+    lambda tensor: torch.cat([tensor, tensor], -1),  # wider
+    lambda tensor: tensor[..., None],  # deeper
+)
+UNITS = "model.vit.layers.0.mlp.fc1.weight"
+TENSORS = [
+    *(("parent", name, lambda tensor: None, "1 missing tensors, such as") for name in (UNITS, "0.relevance")),
+    *(("parent", name, change, "Got the tensor .*ave or d") for name in (UNITS, "0.relevance") for change in RESHAPED),
+    *((kind, NAME, torch.Tensor.int, "stored as") for kind in LOADS),
+    ("module", NAME, lambda tensor: tensor.to(torch.float8_e4m3fn), "stored as"),
+    ("parent", "masks.0.relevance", torch.Tensor.char, "stored as"),
+    *(("scattered-module", "o_proj.input_indices", ending_in(value), "increasing ones from 0 to 31")
+      for value in (-1, 32, 2**40, "repeat")),
+    *(("rotary-module", "angle_indices", ending_in(value), "ones from 0 to 7") for value in (-1, 8)),
+    *(("rotary-parent", "1.mean_mask", ending_in(value), r"outside \[0, 1\]") for value in (NAN, -0.1, 1.5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "end", "change", "words"), TENSORS)
+def test_a_tensor_that_is_missing_or_has_another_shape_dtype_or_range_is_named(
+    saved, tmp_path, source, end, change, words
+):
+    directory, name = with_tensor(saved / source, tmp_path / "a", end, change)
+    model = NeMoForSequenceClassification if "rotary" in source else NeMoForImageClassification
+    refused(directory, re.escape(name), words, kind=source.split("-")[-1], model=model)
 
 
 @kinds
@@ -459,25 +415,6 @@ def test_unexpected_tensors_and_truncated_weights_are_named(saved, tmp_path, kin
     for length in (0, 100, -100):
         directory = damaged(saved / kind, tmp_path / "a", "model.safetensors", path.read_bytes()[:length])
         refused(directory, f"{directory}.*safetensors", kind=kind)
-
-
-VALUES = [
-    *(("scattered-module", "o_proj.input_indices", value, "increasing ones from 0 to 31") for value in (-1, 32, 2**40)),
-    ("scattered-module", "q_proj.output_indices", "repeat", "increasing ones from 0 to 31"),
-    *(("rotary-module", "angle_indices", value, "ones from 0 to 7") for value in (-1, 8)),
-    *(("rotary-parent", "masks.1.mean_mask", value, r"outside \[0, 1\]") for value in (NAN, -0.1, 1.5)),
-]
-
-
-@pytest.mark.parametrize(("source", "end", "value", "words"), VALUES, ids=str)
-def test_values_that_steer_others_are_checked(saved, tmp_path, source, end, value, words):
-    def change(tensor):
-        tensor[-1] = tensor[-2] if value == "repeat" else value
-        return tensor
-
-    directory, name = with_tensor(saved / source, tmp_path / "a", end, change)
-    model = NeMoForImageClassification if "scattered" in source else NeMoForSequenceClassification
-    refused(directory, re.escape(name), words, kind=source.split("-")[1], model=model)
 
 
 def test_weights_that_are_no_numbers_load(saved, tmp_path):
@@ -494,11 +431,11 @@ def test_shards_lie_beside_their_index(saved, tmp_path):
     first = next(iter(index["weight_map"]))
     shutil.copy(sharded / index["weight_map"][first], sharded.parent / "x.safetensors")
     absolute = str(sharded.parent / "x.safetensors")
-    for name in ("../x.safetensors", absolute, "a/x.safetensors", "x.bin", "..", "", ".safetensors", None, 3, ["x"]):
+    for name in ("../x.safetensors", absolute, "a/x.safetensors", "x.bin", "..", ".safetensors", None, ["x"]):
         path.write_text(json.dumps(with_entry(index, ("weight_map", first), name)))
         with pytest.raises(OSError, match=r"^Got .* with the weight file .*; expected "):
             WeightFiles(sharded, {})
-    for content in (b"{}", b"[]", b"{", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 10**5):
+    for content in (b"{", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 10**5):
         path.write_bytes(content)
         with pytest.raises(OSError, match=r"^Got .*index.*; expected "):
             WeightFiles(sharded, {})
@@ -527,30 +464,23 @@ def places(value, path=()):
             yield from places(value[key], (*path, key))
 
 
-def mutated(data, config: dict) -> dict:
-    return with_entry(config, data.draw(st.sampled_from(list(places(config)))), data.draw(GARBAGE))
-
-
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 FUZZING = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": SUPPRESSED}
 
 
 @kinds
-@settings(max_examples=100, **FUZZING)
-@given(data=st.data())
-def test_any_entry_of_a_configuration_may_be_garbage(saved, kind, data):
-    with suppress(*REFUSALS):
-        assert NeMoModelConfig.from_dict(mutated(data, config_of(saved / kind))).model_type == "nemo_hf"
-
-
-@kinds
-@settings(max_examples=25, **FUZZING)
+@settings(max_examples=40, **FUZZING)
 @given(data=st.data())
 def test_garbage_in_a_configuration_or_header_is_loaded_or_refused(saved, tmp_path, kind, data):
-    header, tensors = header_of(saved / kind / "model.safetensors")
+    def mutated(config):
+        return json.dumps(with_entry(config, data.draw(st.sampled_from(list(places(config)))), data.draw(GARBAGE)))
+
     if data.draw(st.booleans()):
-        file, content = "config.json", json.dumps(mutated(data, config_of(saved / kind)))
+        file, content = "config.json", mutated(config_of(saved / kind))
     else:
-        file, content = "model.safetensors", with_header(mutated(data, header), tensors)
+        file, content = "model.safetensors", (saved / kind / "model.safetensors").read_bytes()
+        end = 8 + struct.unpack("<Q", content[:8])[0]
+        header = mutated(json.loads(content[8:end])).encode()
+        content = struct.pack("<Q", len(header)) + header + content[end:]
     with suppress(*REFUSALS):
         load(damaged(saved / kind, tmp_path / "a", file, content), **data.draw(st.sampled_from(LOADS[kind])))

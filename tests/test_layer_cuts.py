@@ -7,12 +7,11 @@ import pytest
 import torch
 from conftest import fresh
 from test_neuron_sites import attention, fused
-from torch import nn
 
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.sites import FeedForwardSite, NeuronSite, Rows, with_pruning_modes
 from nemo_hf.pruning.layer_cuts import cut_tensor, site_cut, tensor_cuts
-from nemo_hf.pruning.resize import RotaryAngles, check_widths, resize
+from nemo_hf.pruning.resize import check_widths, resize
 
 
 def with_mode(site: NeuronSite, pruning_mode: str) -> NeuronSite:
@@ -48,36 +47,20 @@ def test_dense_rotary_heads_keep_pairs_and_have_an_even_width():
     assert tensors[f"{site.name}.nemo_rotary.angle_indices"].tolist() == [0, 3, 4, 7]
 
 
-class Rotated(nn.Module):
-    """Stands for an attention layer, which gets the angles of its positions anywhere in the call."""
-
-    def forward(self, hidden, attention_mask=None, position_embeddings=None, scale=1):
-        return hidden, attention_mask, position_embeddings, scale
-
-
 def test_a_rotary_layer_reads_its_angles_by_keyword_and_by_position_and_a_copy_its_own():
-    layer = Rotated()
-    layer.angles = RotaryAngles(4, 8)
-    layer.register_forward_pre_hook(layer.angles.narrow, with_kwargs=True)
-    site, model = find_sites(fresh("llama"), ["attention"])[0], fresh("llama")
+    model, hidden, full = fresh("llama"), torch.randn(2, 3, 32), tuple(torch.randn(2, 2, 3, 8))
+    site = find_sites(model, ["attention"])[0]
     resize(model, site, {"key_value_heads": 2, "head_dim": 4})
-    copied = copy.deepcopy(model)
-    hidden, attention_mask, given = torch.randn(2, 3, 32), torch.ones(2, 3), tuple(torch.randn(2, 2, 3, 8))
-    for kept, each in (([1, 0, 5, 4], model), ([2, 3, 6, 7], copied)):
-        each.get_submodule(site.name).nemo_rotary.angle_indices.copy_(torch.tensor(kept))
-    layer.angles.angle_indices.copy_(torch.tensor([1, 0, 5, 4]))
-    picked = tuple(full[..., [1, 0, 5, 4]] for full in given)
-    for got in (
-        layer(hidden, attention_mask, given, 7),
-        layer(hidden, attention_mask, position_embeddings=given, scale=7),
-        layer(scale=7, position_embeddings=given, attention_mask=attention_mask, hidden=hidden),
-    ):
-        torch.testing.assert_close(got, (hidden, attention_mask, picked, 7))
-    for kept, each in (([1, 0, 5, 4], model), ([2, 3, 6, 7], copied)):
-        attention_layer = each.get_submodule(site.name)
-        (hook,) = attention_layer._forward_pre_hooks.values()
-        _, kwargs = hook(attention_layer, (), {"position_embeddings": given})
-        assert torch.equal(kwargs["position_embeddings"][0], given[0][..., kept])
+    layers = [each.get_submodule(site.name) for each in (model, copy.deepcopy(model))]
+    for layer, kept in zip(layers, ([1, 0, 5, 4], [2, 3, 6, 7]), strict=True):
+        layer.nemo_rotary.angle_indices.copy_(torch.tensor(kept))
+    for layer, kept in zip(layers, ([1, 0, 5, 4], [2, 3, 6, 7]), strict=True):
+        (hook,) = layer._forward_pre_hooks.values()
+        picked = tuple(each[..., kept] for each in full)
+        by_keyword = hook(layer, (hidden,), {"position_embeddings": full, "attention_mask": None})
+        torch.testing.assert_close(by_keyword[1]["position_embeddings"], picked, rtol=0, atol=0)
+        by_position, _ = hook(layer, (hidden, full, hidden), {})  # that of LlamaAttention.forward
+        torch.testing.assert_close(by_position, (hidden, picked, hidden), rtol=0, atol=0)
 
 
 FEED_FORWARD = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),))

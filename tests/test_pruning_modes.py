@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import IMAGE, TEXT, fresh, hooks_of, logits_of, randomize, randomize_relevance, tiny
+from conftest import SIZES, TEXT, fresh, hooks_of, logits_of, randomize, randomize_relevance, tiny
 from transformers import AutoModelForAudioClassification
 
 import nemo_hf.models.extraction
@@ -17,17 +17,9 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 
 def wavlm():
-    sizes = {
-        name: IMAGE[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    }
-    layers = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "classifier_proj_size": 16}
+    sizes = {**SIZES, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "classifier_proj_size": 16}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    return randomize(tiny("WavLMForSequenceClassification", **sizes, **layers, **positions))
-
-
-def resnet():
-    sizes = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 2], "layer_type": "basic"}
-    return randomize(tiny("ResNetForImageClassification", **sizes))
+    return randomize(tiny("WavLMForSequenceClassification", **sizes, **positions))
 
 
 def xlnet():
@@ -35,12 +27,10 @@ def xlnet():
     return randomize(tiny("XLNetForSequenceClassification", **sizes))
 
 
-def reformer():
-    sizes = {"attention_head_size": 8, "feed_forward_size": 48, "max_position_embeddings": 16, "is_decoder": False}
-    sizes |= {name: TEXT[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "pad_token_id")}
-    positions = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"]}
-    chunks = {"local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4}
-    return randomize(tiny("ReformerForSequenceClassification", **sizes, **positions, **chunks))
+def noisy():
+    model = fresh("vit")
+    model.vit.layernorm.register_forward_hook(lambda layer, inputs, output: output + torch.randn_like(output))
+    return model
 
 
 def vit_without_logits():
@@ -72,7 +62,7 @@ def test_a_site_whose_layers_are_never_called_is_left_out_of_masks_and_files_wit
 REFUSED = {
     xlnet: "^Got model type 'xlnet', whose ffn neurons in 'transformer.layer.0.ff' can't be cut: "
     r"the mask of one sample reaches the logits of another\. ",
-    reformer: "^Got ReformerForSequenceClassification, whose logits differ from call to call in eval mode; expected",
+    noisy: "^Got ViTForImageClassification, whose logits differ from call to call in eval mode; expected",
     vit_without_logits: r"\['last_hidden_state'.*\] and no logits; expected logits",
     wavlm: "^Got model type 'wavlm', which reads the weights of 'wavlm.encoder.layers.0.attention' .* without",
 }
@@ -131,10 +121,7 @@ def test_the_first_pruning_mode_that_is_exact_is_taken(vit, monkeypatch, spoil):
 
     tried = spoiled(monkeypatch, is_spoiled, spoil)
     parent = make_parent(vit)
-    assert {(site.kind, site.pruning_mode) for site in parent.sites} == {
-        ("attention", "dense-heads-kept"),
-        ("ffn", "dense"),
-    }
+    assert {site.kind: site.pruning_mode for site in parent.sites} == {"attention": "dense-heads-kept", "ffn": "dense"}
     assert [entry["pruning_mode"] for entry in parent.config.sites] == [site.pruning_mode for site in parent.sites]
     assert parent.config.equivalence["status"] == "verified"
     attention = list(dict.fromkeys(name for key, name in tried if key.endswith("attention")))
@@ -156,9 +143,7 @@ def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, s
     ):
         make_parent(vit)
     site = next(site for site in find_sites(plain) if site.kind == kind)
-    assert {name for key, name in tried if key == site.key} == {
-        pruning_mode.name for pruning_mode in site.pruning_modes
-    }
+    assert {name for key, name in tried if key == site.key} == {mode.name for mode in site.pruning_modes}
     assert hooks_of(vit) == 0
     inputs = random_inputs(vit)
     assert torch.equal(logits_of(vit, **inputs), logits_of(plain, **inputs))
@@ -174,7 +159,7 @@ def test_layers_of_one_class_share_a_pruning_mode(vit, monkeypatch):
     assert [site.pruning_mode for site in parent.sites if site.kind == "attention"] == ["scatter", "scatter"]
 
 
-def test_samples_of_ones_own_are_tried_and_their_labels_are_left_out(vit):
+def test_samples_of_ones_own_or_a_single_one_are_tried_without_their_labels(vit):
     seen = []
     vit.register_forward_pre_hook(lambda layer, inputs, kwargs: seen.append(kwargs), with_kwargs=True)
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -184,19 +169,14 @@ def test_samples_of_ones_own_are_tried_and_their_labels_are_left_out(vit):
     assert all(bool((order.sum(0) == 1).all()) for order in orders)  # these samples and no others
     assert max(order.shape[1] for order in orders) == 3
     assert all(call.get("labels") is None for call in seen)
-
-
-def test_one_sample_is_enough_to_try_a_model():
     model = fresh("gpt2")
     model.config.pad_token_id = None  # then it takes one text at a time
-    parent = make_parent(model)
-    assert parent.config.equivalence["samples"] == 1
-    assert parent.config.equivalence["status"] == "verified"
+    assert make_parent(model).config.equivalence["samples"] == 1
 
 
-@pytest.mark.parametrize("build", [lambda: fresh("vit"), resnet], ids=["vit", "resnet"])
-def test_a_model_keeps_its_mode_and_its_weights_and_gets_rid_of_hooks(build):
-    model = build().train()
+def test_a_model_keeps_its_mode_its_weights_and_statistics_and_gets_rid_of_hooks():
+    sizes = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 2], "layer_type": "basic"}
+    model = randomize(tiny("ResNetForImageClassification", **sizes)).train()
     before = copy.deepcopy(model.state_dict())
     parent = make_parent(model)
     assert parent.training
@@ -210,14 +190,11 @@ def test_a_model_keeps_its_mode_and_its_weights_and_gets_rid_of_hooks(build):
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_about_half_of_the_chosen_neurons_are_kept_no_values_of_the_first_head_and_all_others(family):
     whole, *sites = all_sites = find_sites(fresh(family))
-    keep, again = (random_keep(all_sites, {site.key for site in sites}) for _ in range(2))
+    keep = random_keep(all_sites, {site.key for site in sites})
     assert {name: len(kept) for name, kept in keep[whole.key].items()} == whole.parts
     for site in sites:
         for name, size in site.parts.items():
-            kept = keep[site.key][name]
-            assert torch.equal(again[site.key][name], kept)
-            assert 0.1 * size < len(kept) < 0.8 * size
-            assert kept.tolist() == sorted(set(kept.tolist()))
+            assert 0.1 * size < len(set(keep[site.key][name].tolist())) < 0.8 * size
         if site.kind == "attention":
             assert keep[site.key]["value"].min() >= site.value_dim
             # Frequencies belong to all heads; other q.k dimensions go with their head.
