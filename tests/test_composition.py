@@ -211,7 +211,7 @@ def with_change(change, labels=None):
         (lambda m: compose(m, ["cat"]), ValueError, "expected just these in any order"),
         (lambda m: compose([m[0], bart_modules()[1]]), ValueError, "Got modules of the tasks"),
         (with_change(lambda m: m.half()), ValueError, "Got modules of the precisions"),
-        (with_change(lambda m: setattr(m.config, "problem_type", SEVERAL)), ValueError, "a yes or no each"),
+        (with_change(lambda m: setattr(m.config, "problem_type", SEVERAL)), ValueError, "a multi-label module"),
         (lambda m: compose(m, batches=[]), ValueError, "Got no batches to calibrate on"),
         (on(None), ValueError, "expected 'labels' in it"),
         (on([0, 1, 2, 3]), ValueError, "expected places among the 3 joint labels"),

@@ -1,4 +1,4 @@
-"""Parents and modules as `transformers` models: one class per task, registered with the Auto classes."""
+"""Base class of parents and modules: the forward pass with masks, and when measured results no longer hold."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Reading of files, which may come from a stranger: bounded, checked, never run; writing of whole ones or none."""
+"""Reads files that may come from a stranger (bounded, checked, never run); writes directories whole or not at all."""
 
 import hashlib
 import json
@@ -77,8 +77,8 @@ def check_content(path: Path, since: float) -> None:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise OSError(
-            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected that. It was "
-            "removed from the cache: load again."
+            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected an undamaged "
+            "download. It was removed from the cache: load again."
         )
 
 
@@ -115,7 +115,10 @@ def read_companions(
     for name, path in paths.items():
         if path and path.stat().st_size > LARGEST_COMPANION:
             size = path.stat().st_size
-            raise OSError(f"Got {name!r} of {size} bytes in {str(source)!r}; expected at most {LARGEST_COMPANION}.")
+            raise OSError(
+                f"Got {name!r} of {size} bytes in {str(source)!r}; expected at most {LARGEST_COMPANION}. Save the "
+                "processor again."
+            )
     path = find_file(source, REPORT_NAME, hub_options)
     report = read_json(path) if path else None
     try:
