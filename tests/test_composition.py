@@ -164,6 +164,13 @@ def test_files_hold_it_all(built, auto, dtype, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("option", [{"labels": [0]}, {"round_to": 8}])
+def test_nothing_is_cut_from_joined_modules(modules, tmp_path, option):
+    compose(modules).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"for modules that were joined; expected a parent"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, **option)
+
+
 def test_attention_is_chosen_for_all_modules(modules, tmp_path):
     compose(modules).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")

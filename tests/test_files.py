@@ -108,7 +108,7 @@ def test_sharded_weights_are_read_as_one(tmp_path):
     with pytest.raises(OSError, match=r"^Got the tensor 'weight' in several weight files of .*; expected each in one"):
         WeightFiles(tmp_path, {})
     (tmp_path / "two.safetensors").unlink()
-    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected all weights"):
+    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected all files that save_pretrained"):
         WeightFiles(tmp_path, {})
 
 

@@ -68,7 +68,7 @@ class CallState:
         # The id of the running backward pass, as torch's own checkpointing reads it; -1 if there is none.
         if torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
-                "Got a call of the model inside a parent; expected a call of the parent, which sets the masks. "
+                "Got a call of the base model inside a parent; expected one of the parent, which sets the masks. "
                 "Call parent(...), or run parent.model within `parent.masks.disabled()`."
             )
         # A replay: drop its last mask when the backward pass ends, lest it keep a graph alive.
