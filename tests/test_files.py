@@ -185,4 +185,4 @@ def test_other_reports_are_left_out_with_a_warning(tmp_path, caplog):
         caplog.clear()
         write_json(tmp_path / "report.json", report)
         assert read_companions(tmp_path, {}) == ({}, None), report
-        assert "no report of a parent or module" in caplog.text
+        assert "not the report of a parent or module" in caplog.text

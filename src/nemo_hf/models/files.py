@@ -83,7 +83,7 @@ def check_content(path: Path, since: float) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; an `OSError` tells if it is too large, no mapping or nested too deep."""
+    """Reads a JSON file; one that is too large, not a mapping or nested too deep is an `OSError`."""
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"{size} bytes")
@@ -94,7 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(data).__name__}")
     except (ValueError, RecursionError) as error:
         expected = f"a JSON mapping of at most {LARGEST_JSON} bytes"
-        raise damaged(f"{str(path)!r} with {error}", expected, OSError) from error
+        problem = str(error).removeprefix("Got ").partition(";")[0]
+        raise damaged(f"{str(path)!r} with {problem}", expected, OSError) from error
     return data
 
 
@@ -108,7 +109,7 @@ def read_companions(
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
     """Reads the processor's files (those of these names that are there; `None`: the usual ones) and the report, if any.
 
-    A report that is none of a parent or module is left out with a warning: the model runs without.
+    A report with wrong entries is left out with a warning, since the model runs without it.
     """
     names = PROCESSOR_FILES if names is None else names
     paths = {name: find_file(source, name, hub_options) for name in names}
@@ -125,7 +126,7 @@ def read_companions(
         if report is not None:
             check_report(report)
     except (TypeError, ValueError) as error:
-        message = "Got a %s in %r that is no report of a parent or module (%s). It is left out: evaluate again."
+        message = "Left out %s of %r, which is not the report of a parent or module (%s). Evaluate the model again."
         logger.warning(message, REPORT_NAME, str(source), str(error)[:500])
         report = None
     return {name: found.read_bytes() for name, found in paths.items() if found}, report

@@ -43,7 +43,7 @@ def sample_groups(parent: Any, labels: Tensor, group_of_label: Tensor) -> Tensor
 def check_label_shape(labels: Tensor, has_several: bool) -> None:
     """Refuses a batch with one label a sample where the model is for several, or the other way round."""
     if (labels.ndim == 2) != has_several:
-        wanted, problem = ("0 or 1 for each label", "single_label") if has_several else ("one id", "multi_label")
+        wanted, problem = ("a list of 0 and 1", "single_label") if has_several else ("an id", "multi_label")
         raise ValueError(
             f"Got labels of shape {tuple(labels.shape)}; expected {wanted} for each sample, as the model's "
             f"problem_type says. Correct the labels, or load the model with problem_type='{problem}_classification'."

@@ -179,7 +179,7 @@ class SiteMask(nn.Module):
         if attention_mask.shape[1] != tokens and self.state.frame_mask is not None:
             attention_mask = self.state.frame_mask(tokens, attention_mask)
         given = attention_mask.shape[1]
-        if given < tokens:  # the model itself padded the sequence, or appended tokens that are no text
+        if given < tokens:  # the model itself padded the sequence, or appended tokens that are not text
             return F.pad(attention_mask, (0, tokens - given))
         # A sequence that the model shortened: each token stands for given / tokens of those before.
         places = torch.arange(tokens, device=attention_mask.device) * given // tokens
