@@ -49,6 +49,11 @@ def masks_of(parent, *inputs, **named):
         return parent(*inputs, **named, output_neuron_masks=True).neuron_masks
 
 
+def test_the_model_inside_a_parent_gets_no_second_masks():
+    with pytest.raises(ValueError, match=r"Got the model inside a parent.*detach_masks"):
+        make_parent(parent_of("bert").model)
+
+
 @pytest.mark.parametrize("name", paper.ARCHITECTURES)
 def test_a_parent_computes_what_the_plain_model_does_and_has_no_more_parameters(name):
     plain, parent = plain_model(name), parent_of(name)

@@ -164,6 +164,13 @@ def test_files_hold_it_all(built, auto, dtype, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("option", [{"labels": [0]}, {"round_to": 8}])
+def test_nothing_is_cut_from_joined_modules(modules, tmp_path, option):
+    compose(modules).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"for modules that were joined; expected a parent"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, **option)
+
+
 def test_attention_is_chosen_for_all_modules(modules, tmp_path):
     compose(modules).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")
@@ -211,7 +218,7 @@ def with_change(change, labels=None):
         (lambda m: compose(m, ["cat"]), ValueError, "expected just these in any order"),
         (lambda m: compose([m[0], bart_modules()[1]]), ValueError, "Got modules of the tasks"),
         (with_change(lambda m: m.half()), ValueError, "Got modules of the precisions"),
-        (with_change(lambda m: setattr(m.config, "problem_type", SEVERAL)), ValueError, "a yes or no each"),
+        (with_change(lambda m: setattr(m.config, "problem_type", SEVERAL)), ValueError, "a multi-label module"),
         (lambda m: compose(m, batches=[]), ValueError, "Got no batches to calibrate on"),
         (on(None), ValueError, "expected 'labels' in it"),
         (on([0, 1, 2, 3]), ValueError, "expected places among the 3 joint labels"),

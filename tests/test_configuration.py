@@ -106,7 +106,7 @@ def test_a_model_whose_class_could_not_be_found_again_gets_no_masks(registered):
 def test_a_class_of_the_same_name_as_another_is_refused(vit):
     """A file names the class: another one of that name would be loaded in its place."""
     Impostor = type(type(vit).__name__, (type(vit),), {})
-    with pytest.raises(UnsupportedArchitectureError, match="which this name stands for in files"):
+    with pytest.raises(UnsupportedArchitectureError, match="files mean by this name"):
         make_parent(Impostor(vit.config))
 
 

@@ -108,7 +108,7 @@ def test_sharded_weights_are_read_as_one(tmp_path):
     with pytest.raises(OSError, match=r"^Got the tensor 'weight' in several weight files of .*; expected each in one"):
         WeightFiles(tmp_path, {})
     (tmp_path / "two.safetensors").unlink()
-    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected all weights"):
+    with pytest.raises(OSError, match=r"^Got .* without two.safetensors; expected all files that save_pretrained"):
         WeightFiles(tmp_path, {})
 
 
@@ -185,4 +185,4 @@ def test_other_reports_are_left_out_with_a_warning(tmp_path, caplog):
         caplog.clear()
         write_json(tmp_path / "report.json", report)
         assert read_companions(tmp_path, {}) == ({}, None), report
-        assert "no report of a parent or module" in caplog.text
+        assert "not the report of a parent or module" in caplog.text

@@ -187,7 +187,7 @@ def test_labels_of_the_other_kind_are_refused(tmp_path, has_several):
         lambda: evaluate_module(parent, ["cat", "dog"], [batch], show_progress=False),
         lambda: parent(**batch),
     ):
-        with pytest.raises(ValueError, match=f"expected {'a list' if has_several else 'an id'} for each sample"):
+        with pytest.raises(ValueError, match=f"expected {'a list of 0 and 1' if has_several else 'an id'} for each"):
             run()
 
 

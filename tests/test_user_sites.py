@@ -61,6 +61,12 @@ def test_sites_are_proposed_for_layers_of_any_name_and_the_model_stays_as_it_is(
     assert all(map(torch.equal, model.parameters(), rows_model().parameters()))
 
 
+def test_a_layer_under_two_names_is_proposed_once(bert):
+    proposed = propose_sites(bert)
+    bert.other_name = bert.bert.encoder
+    assert propose_sites(bert) == proposed
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "swin", "bloom"])
 def test_proposals_agree_with_what_is_known_by_name(family):
     bloom = {"vocab_size": 120, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""The models that users load: one class per task, registered with the Auto classes, and what each can do."""
+"""The models that users load: one class per task, registered with AutoModel, which cuts, exports and publishes."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def push_to_hub(  # noqa: D417 - a method of two classes
 ) -> str:
     """Uploads the model with its processor, report, card and picture, in one commit.
 
-    Files of an older push that this one doesn't write are deleted. Text below the marked line of the repository's card
+    Files of an older push that this one does not write are deleted. Text below the marked line of the repository's card
     is kept. A push that changes nothing makes no commit.
 
     Args:
@@ -45,7 +45,7 @@ def push_to_hub(  # noqa: D417 - a method of two classes
         license: Identifier of the license, for the card.
         datasets: Hub data sets that the model was trained and measured on, for the card.
         tags: Further tags of the card.
-        commit_message: As in `transformers`; all arguments below likewise.
+        commit_message: As in `transformers`, like all arguments below.
         commit_description: Description of the commit.
         private: Whether to create a private repository.
         token: Token of the Hub.
@@ -175,11 +175,23 @@ class NeMoForSequenceClassification(NeMoClassifier):
         static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
         output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies texts: `input_ids` and `attention_mask` of shape (batch, tokens), 1 for tokens and 0 for padding.
+        """Classifies texts.
 
-        `token_type_ids` and `bbox` are left out where the plain model does not take them; they are named here since
-        `Trainer` drops columns that the signature does not name. `labels`, `static_masks`, `static_samples`,
-        `output_neuron_masks`, `return_dict` and `kwargs` are those of `NeMoForImageClassification.forward`.
+        Args:
+            input_ids: Token ids, shape (batch, tokens).
+            attention_mask: 1 for tokens, 0 for padding, shape (batch, tokens).
+            token_type_ids: Shape (batch, tokens); left out where the plain model takes none. It and `bbox` are named
+                here since `Trainer` drops columns that the signature does not name.
+            bbox: Boxes of the tokens, shape (batch, tokens, 4); left out likewise.
+            labels: This and all below as in `NeMoForImageClassification.forward`.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
         """
         known = inspect.signature(self.model.forward).parameters
         extras = {"token_type_ids": token_type_ids, "bbox": bbox}
@@ -199,10 +211,20 @@ class NeMoForAudioClassification(NeMoClassifier):
         static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
         output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies recordings: `input_values`, such as waveforms of shape (batch, samples), or `input_features`.
+        """Classifies recordings.
 
-        `labels`, `static_masks`, `static_samples`, `output_neuron_masks`, `return_dict` and `kwargs` are those of
-        `NeMoForImageClassification.forward`.
+        Args:
+            input_values: Waveforms, shape (batch, samples), or spectrograms, as the plain model takes them.
+            input_features: Features of models that take these instead, such as (batch, mel bins, frames).
+            labels: This and all below as in `NeMoForImageClassification.forward`.
+            static_masks: Parents: masks in place of the generated ones.
+            static_samples: Samples that take the static masks.
+            output_neuron_masks: Parents: whether to return the soft masks.
+            return_dict: `False` for a plain tuple.
+            **kwargs: Passed on to the plain model.
+
+        Returns:
+            A `NeMoOutput`.
         """
         inputs = {"input_values": input_values, "input_features": input_features}
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)

@@ -162,7 +162,7 @@ class NeMoConfig:
             raise ValueError("Got both label_groups and group_column; expected at most one. Drop group_column.")
         if not isinstance(self.label_groups, Mapping) or not self.label_groups:
             kind = ValueError if self.label_groups == {} else TypeError
-            raise kind(f"Got label_groups={self.label_groups!r}; expected a mapping of group name to labels.")
+            raise kind(f"Got label_groups={self.label_groups!r}; expected a mapping of group name to labels, or None.")
         for name, members in self.label_groups.items():
             if not isinstance(name, str):
                 raise TypeError(f"Got the group name {name!r}; expected a string.")
@@ -181,7 +181,8 @@ class NeMoConfig:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ValueError(
-                f"Got unknown options {unknown}; expected some of {sorted(known)}. Correct the name, or update nemo-hf."
+                f"Got unknown options {unknown}; expected some of {sorted(known)}. Correct the names, or update "
+                "nemo-hf if a newer version wrote the file."
             )
         return cls(**data)
 
@@ -264,14 +265,15 @@ def resolve_groups(
         ids = [label_id(member, id2label) for member in members]
         for index in ids:
             if index in owner:
-                groups = f"{owner[index]!r} and {group!r}"
-                raise ValueError(f"Got the label {id2label[index]!r} in the groups {groups}; expected it in one group.")
+                where = f"the groups {owner[index]!r} and {group!r}" if owner[index] != group else f"{group!r} twice"
+                raise ValueError(f"Got the label {id2label[index]!r} in {where}; expected it once, in one group.")
             owner[index] = group
         resolved[group] = ids
     missing = [id2label[index] for index in id2label if index not in owner]
     if missing:
         raise ValueError(
-            f"Got label groups without {_shortened(missing)}; expected each of the {len(id2label)} labels in a group."
+            f"Got label groups without {_shortened(missing)}; expected each of the {len(id2label)} labels in a group. "
+            "Add them, such as in a group of their own."
         )
     return resolved
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups
@@ -64,6 +65,12 @@ def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, A
     return changed
 
 
+def _has_mask(layer: nn.Module) -> bool:
+    """Whether the mask of a site acts on a layer, by a hook or in place of its `forward`."""
+    calls = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values(), layer.__dict__.get("forward")]
+    return any(isinstance(getattr(getattr(call, "func", call), "__self__", None), SiteMask) for call in calls)
+
+
 def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
     """Refuses models to which masks can't be attached: of another kind or head, with masks, adapters or quantized."""
     if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
@@ -74,15 +81,14 @@ def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
         raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
     if isinstance(model, NeMoPreTrainedModel):
         raise ValueError("Got a nemo_hf model; expected a plain one. Call parent.detach_masks() first.")
-    hooks = [each for layer in model.modules() for each in (layer._forward_hooks, layer._forward_pre_hooks)]
-    if any(isinstance(getattr(hook, "__self__", None), SiteMask) for own in hooks for hook in own.values()):
-        raise ValueError("Got the model in a parent, with masks; expected a plain one. Call detach_masks() first.")
+    if any(map(_has_mask, model.modules())):
+        raise ValueError("Got the model inside a parent, with masks; expected a plain one. Call detach_masks() first.")
     task_of(type(model))
     registered = find_base_class(type(model).__name__, model.config)
     if registered is not type(model):
         raise UnsupportedArchitectureError(
             f"Got a {type(model).__name__} of {type(model).__module__!r}; expected that of {registered.__module__!r}, "
-            "which this name stands for in files. Give your class another name."
+            "which config.json files mean by this name. Give your class another name."
         )
     if not hard_masks and model.dtype != torch.float32:
         raise ValueError(

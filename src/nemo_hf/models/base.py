@@ -1,4 +1,4 @@
-"""Parents and modules as `transformers` models: one class per task, registered with the Auto classes."""
+"""Base class of parents and modules: the forward pass with masks, and when measured results no longer hold."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,6 +31,7 @@ from .saved_model import SavedModel
 class NeMoOutput(ModelOutput):
     """Output of a parent or a module.
 
+    `logits` have shape (batch, labels); `loss`, `hidden_states` and `attentions` are as in `transformers`.
     `neuron_masks`, of parents in training or on request, maps site keys to soft masks, shape (batch, calls, neurons).
     `rejection_scores`, of modules that `calibrate_rejection` prepared, are the chances that the inputs have none of the
     module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected.

@@ -90,15 +90,19 @@ def _check_modules(modules: Sequence[Any]) -> None:
             )
     names = [name for module in modules for name in module.config.names.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Got the labels {repeated} in several modules; expected each in one. Cut a module without.")
+        raise ValueError(
+            f"Got the labels {repeated} in several modules; expected each in one. Cut one of the modules without them."
+        )
     for what, name in (("tasks", "task"), ("precisions", "dtype"), ("devices", "device")):
         values = [str(getattr(module, name)) for module in modules]
         if len(set(values)) > 1:
-            raise ValueError(f"Got modules of the {what} {values}; expected one. Load them alike.")
+            raise ValueError(
+                f"Got modules of the {what} {values}; expected the same. Load them with one task, dtype and device."
+            )
     if any(module.config.has_several_labels for module in modules):
         raise ValueError(
-            "Got a module whose labels are a yes or no each; expected modules of single labels. Use the answers of "
-            "the modules side by side."
+            "Got a multi-label module; expected single-label ones, whose labels exclude each other. Run the modules "
+            "separately and use their logits side by side."
         )
 
 
@@ -122,7 +126,7 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
         raise ValueError("Got no batches to calibrate on; expected some. Pass validation data.")
     sizes = [len(module.config.names) for module in composed.parts]
     if not bool((logits := torch.cat(found)).isfinite().all()):
-        raise ValueError("Got logits that are no finite numbers; expected finite ones. Join modules in float32.")
+        raise ValueError("Got logits that are infinite or NaN; expected finite numbers. Join modules in float32.")
     fitted = fit_scales(logits, torch.cat(rights), sizes, composed.config.label_order or [])
     composed.config.scales, composed.config.biases = fitted
 

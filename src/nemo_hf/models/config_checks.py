@@ -75,7 +75,7 @@ def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     while waiting:
         path, depth, value = waiting.pop()
         if depth > DEEPEST:
-            raise ValueError(f"Got JSON nested over {DEEPEST} levels deep; expected some 5. Save or download it again.")
+            raise ValueError(f"Got JSON nested over {DEEPEST} levels deep; expected about 5. Save or download again.")
         if isinstance(value, Mapping):
             waiting.extend(((*path, str(key)), depth + 1, inner) for key, inner in value.items())
         elif isinstance(value, (list, tuple)):
@@ -194,7 +194,7 @@ def within(low: float, high: float) -> Callable[[Any], None]:
 
 
 def is_companion(name: str) -> bool:
-    """Tells whether a file name can be that of a processor's file: no path, no weights, no code, no file of ours."""
+    """Tells whether a name can be that of a processor's file: no path, weights, code, or file of the model."""
     return bool(COMPANION_NAME.fullmatch(name)) and not NO_COMPANION.fullmatch(name.lower())
 
 

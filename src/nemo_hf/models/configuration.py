@@ -21,7 +21,7 @@ TASKS = {
     "text-classification": ("ForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "audio-classification": ("ForAudioClassification", transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
 }
-SEVERAL_LABELS = "multi_label_classification"  # the problem_type under which each label is a yes or no of its own
+SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 
 
@@ -128,7 +128,7 @@ class NeMoModelConfig(SavedConfig):
 
     @property
     def has_several_labels(self) -> bool:
-        """Whether a sample may have several labels, or none, each a yes or no of its own."""
+        """Whether a sample may have several labels or none, as in multi-label classification."""
         return self.problem_type == SEVERAL_LABELS
 
     @property

@@ -65,7 +65,8 @@ def check_equivalence(
     if not difference <= tolerance:  # also when it is not a number
         raise EquivalenceError(
             f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
-            f"{difference:.2e}; expected at most {tolerance:.2e}. Mask less of it: NeMoConfig(targets=['ffn'])."
+            f"{difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: mask "
+            "less of it, such as NeMoConfig(targets=['ffn']), and report the model type."
         )
     status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
     return EquivalenceCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))

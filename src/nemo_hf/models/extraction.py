@@ -85,7 +85,10 @@ def make_plan(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
     if config.relevance_source == "initial":
-        logger.warning("This parent's relevance was never measured: modules keep all. Call compute_relevance first.")
+        logger.warning(
+            "This parent's relevance was never measured, so its modules keep every neuron. Train it with NeMoTrainer, "
+            "or call compute_relevance(parent, dataloader) first."
+        )
     indices = [list(config.groups).index(name) for name in names]
     keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)
     static = static_masks(source.sites, keep)
@@ -126,7 +129,7 @@ def _check(parent: Model, module: Model, plan: ModulePlan, inputs: Mapping[str, 
     """Compares a module that is still in float32 with its parent, and records the result in its configuration."""
     check = check_equivalence(parent, module, plan.static, inputs)
     if check.status == "unverified":
-        message = "The module is unverified: its mask moves the parent's logits by %.1e only; a check needs over %.1e."
+        message = "The module is unverified: its mask moves the parent's logits by only %.1e; a check needs over %.1e."
         logger.warning(message, check.effect, EFFECT_FACTOR * check.tolerance)
     module.config.equivalence = asdict(check)
 
@@ -198,7 +201,10 @@ def cut_on_load(
 ) -> Model:
     """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
     if strange := sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS):
-        raise ValueError(f"Got {strange} with labels; expected some of {sorted(CUT_OPTIONS)}. Set them after the cut.")
+        raise ValueError(
+            f"Got {strange} with labels; expected some of {sorted(CUT_OPTIONS - {'_from_auto'})}. Leave them out, and "
+            "move or change the module after the cut."
+        )
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
     if config.role == "module":
@@ -222,7 +228,7 @@ def cut_on_load(
 
 
 def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:
-    """Reads what a cut needs besides the weights themselves: structure, relevance and mean masks."""
+    """Reads what a cut needs apart from the weights: structure, relevance and mean masks."""
     plain = build_on_meta(config.build_plain, weights, "model.")
     check_labels(config, plain.config.num_labels or 0)
     sites = configured_sites(plain, config)

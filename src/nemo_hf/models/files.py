@@ -1,4 +1,4 @@
-"""Reading of files, which may come from a stranger: bounded, checked, never run; writing of whole ones or none."""
+"""Reads files that may come from a stranger (bounded, checked, never run); writes directories whole or not at all."""
 
 import hashlib
 import json
@@ -77,13 +77,13 @@ def check_content(path: Path, since: float) -> None:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise OSError(
-            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected that. It was "
-            "removed from the cache: load again."
+            f"Got {path.name!r} from the Hub whose content doesn't have the checksum {known}; expected an undamaged "
+            "download. It was removed from the cache: load again."
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; an `OSError` if it is too large, no mapping or nested too deep."""
+    """Reads a JSON file; one that is too large, not a mapping or nested too deep is an `OSError`."""
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"{size} bytes")
@@ -94,7 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(data).__name__}")
     except (ValueError, RecursionError) as error:
         expected = f"a JSON mapping of at most {LARGEST_JSON} bytes"
-        raise damaged(f"{str(path)!r} with {error}", expected, OSError) from error
+        problem = str(error).removeprefix("Got ").partition(";")[0]
+        raise damaged(f"{str(path)!r} with {problem}", expected, OSError) from error
     return data
 
 
@@ -108,21 +109,24 @@ def read_companions(
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
     """Reads the processor's files (those of these names that are there; `None`: the usual ones) and the report, if any.
 
-    A report that is none of a parent or module is left out with a warning: the model runs without.
+    A report with wrong entries is left out with a warning, since the model runs without it.
     """
     names = PROCESSOR_FILES if names is None else names
     paths = {name: find_file(source, name, hub_options) for name in names}
     for name, path in paths.items():
         if path and path.stat().st_size > LARGEST_COMPANION:
             size = path.stat().st_size
-            raise OSError(f"Got {name!r} of {size} bytes in {str(source)!r}; expected at most {LARGEST_COMPANION}.")
+            raise OSError(
+                f"Got {name!r} of {size} bytes in {str(source)!r}; expected at most {LARGEST_COMPANION}. Save the "
+                "processor again."
+            )
     path = find_file(source, REPORT_NAME, hub_options)
     report = read_json(path) if path else None
     try:
         if report is not None:
             check_report(report)
     except (TypeError, ValueError) as error:
-        message = "Got a %s in %r that is no report of a parent or module (%s). It is left out: evaluate again."
+        message = "Left out %s of %r, which is not the report of a parent or module (%s). Evaluate the model again."
         logger.warning(message, REPORT_NAME, str(source), str(error)[:500])
         report = None
     return {name: found.read_bytes() for name, found in paths.items() if found}, report

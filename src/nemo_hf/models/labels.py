@@ -43,10 +43,10 @@ def sample_groups(parent: Any, labels: Tensor, group_of_label: Tensor) -> Tensor
 def check_label_shape(labels: Tensor, has_several: bool) -> None:
     """Refuses a batch with one label per sample where the model is for several, or the other way round."""
     if (labels.ndim == 2) != has_several:
-        wanted, problem = ("a list", "single_label") if has_several else ("an id", "multi_label")
+        wanted, problem = ("a list of 0 and 1", "single_label") if has_several else ("an id", "multi_label")
         raise ValueError(
-            f"Got labels of shape {tuple(labels.shape)}; expected {wanted} for each sample, as its problem_type says. "
-            f"Load the model with problem_type='{problem}_classification'."
+            f"Got labels of shape {tuple(labels.shape)}; expected {wanted} for each sample, as the model's "
+            f"problem_type says. Correct the labels, or load the model with problem_type='{problem}_classification'."
         )
 
 

@@ -1,4 +1,4 @@
-"""Checks of what is loaded, before memory is taken for it and after: configuration, headers, every tensor."""
+"""Checks a saved model while it is loaded: its configuration and weight headers first, then every tensor."""
 
 import copy
 import threading
@@ -44,7 +44,8 @@ def open_model(
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
     if find_file(source, "adapter_config.json", hub_options):
         raise ValueError(
-            f"Got {str(source)!r} with adapter_config.json, for weights from elsewhere; expected none. Remove it."
+            f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
+            "expected a parent or module alone. Remove that file."
         )
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
@@ -83,7 +84,9 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
-        raise damaged(f"a config.json that builds no model ({type(error).__name__}: {error})", "one") from error
+        raise damaged(
+            f"a config.json that builds no model ({type(error).__name__}: {error})", "that of the weights"
+        ) from error
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     if size > 2 * weights.size + SPARE_BYTES:
         raise damaged(f"a config.json of a model of {size} bytes", f"about {weights.size}, as its weight files have")
@@ -118,7 +121,7 @@ def check_mean_masks(mean_masks: Sequence[Tensor | None]) -> None:
     """Checks that the mean masks of a parent's sites, where they are kept, hold numbers in [0, 1] alone."""
     for index, mean in enumerate(mean_masks):
         if mean is not None and not mean.is_meta and not bool(((mean >= 0) & (mean <= 1)).all()):
-            raise damaged(f"masks.{index}.mean_mask with values outside [0, 1]", "shares")
+            raise damaged(f"masks.{index}.mean_mask with values outside [0, 1]", "a share for each neuron")
 
 
 def _check_indices(name: str, indices: Tensor | None, size: int | None, is_increasing: bool = False) -> None:
@@ -139,7 +142,7 @@ def check_loaded(source: str, info: Mapping[str, Any]) -> None:
         if info[f"{kind}_keys"]:
             raise other_tensors(source, kind, info[f"{kind}_keys"])
     if info["error_msgs"]:
-        raise damaged(f"weights in {source!r} that don't load ({info['error_msgs'][0]})", "others")
+        raise damaged(f"weights in {source!r} that don't load ({info['error_msgs'][0]})", "those of the configuration")
 
 
 @contextmanager

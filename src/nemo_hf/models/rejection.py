@@ -10,7 +10,7 @@ from torch.nn import functional as F
 def energy(logits: Tensor, has_several: bool = False) -> Tensor:
     """Negative energy of logits (batch, labels), high for inputs of a module's own labels: (batch,), float32.
 
-    As in arXiv 2010.03759; where each label is a yes or no of its own (`has_several`) as in arXiv 2111.14506.
+    As in arXiv 2010.03759; for multi-label models (`has_several`) as in arXiv 2111.14506.
     """
     logits = logits.float()
     return F.softplus(logits).sum(-1) if has_several else logits.logsumexp(-1)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from .config_checks import damaged
+from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
 
@@ -69,6 +70,9 @@ class SavedModel(PreTrainedModel):
         cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
     ) -> Self:
         """Loads what `save_pretrained` saved, in eval mode; arguments as in `transformers`."""
+        if cuts := sorted(MODEL_OPTIONS & kwargs.keys()):
+            kind = cls.config_class.describes
+            raise ValueError(f"Got {cuts} for {kind}; expected a parent. Cut the modules before compose(...).")
         source = pretrained_model_name_or_path
         if source is not None:
             pin_revision(source, kwargs)

@@ -52,7 +52,7 @@ class WeightFiles:
                 raise damaged(problem, " or ".join(allowed))
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]], others: tuple[str, ...] = ()) -> None:
-        """Checks that these tensors are there with these shapes, and besides only names that start with `others`."""
+        """Checks that these tensors are there with these shapes; other names must start with one of `others`."""
         if missing := expected.keys() - self._files.keys():
             raise other_tensors(self._source, "missing", missing)
         for name, shape in expected.items():
@@ -116,7 +116,7 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
     paths = []
     for name in sorted(set(names)):
         if (path := find_file(source, name, hub_options)) is None:
-            raise damaged(f"{str(source)!r} without {name}", "all weights", OSError)
+            raise damaged(f"{str(source)!r} without {name}", "all files that save_pretrained wrote", OSError)
         paths.append(path)
     return paths
 

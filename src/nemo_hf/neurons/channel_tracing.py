@@ -174,7 +174,7 @@ class _MarkedRuns:
             if path not in seen:
                 seen.append(path)
             if path in self.taken and not is_passing:
-                self._refuse(f"are read by {path!r}, whose inputs are no channels alone")
+                self._refuse(f"are read by {path!r}, whose inputs are not only channels")
         elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
             self._refuse(f"are read by the grouped convolution {path!r}, which has other groups")
         else:

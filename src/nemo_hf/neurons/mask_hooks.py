@@ -68,7 +68,7 @@ class CallState:
         # The id of the running backward pass, as torch's own checkpointing reads it; -1 if there is none.
         if torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
-                "Got a call of the base model inside a parent, which sets the masks. "
+                "Got a call of the base model inside a parent; expected one of the parent, which sets the masks. "
                 "Call parent(...), or run parent.model within `parent.masks.disabled()`."
             )
         # A replay: drop its last mask when the backward pass ends, lest it keep a graph alive.
@@ -179,7 +179,7 @@ class SiteMask(nn.Module):
         if attention_mask.shape[1] != tokens and self.state.frame_mask is not None:
             attention_mask = self.state.frame_mask(tokens, attention_mask)
         given = attention_mask.shape[1]
-        if given < tokens:  # the model itself padded the sequence, or appended tokens that are no text
+        if given < tokens:  # the model itself padded the sequence, or appended tokens that are not text
             return F.pad(attention_mask, (0, tokens - given))
         # A sequence that the model shortened: each token stands for given / tokens of those before.
         places = torch.arange(tokens, device=attention_mask.device) * given // tokens

@@ -78,10 +78,10 @@ class NeuronMasks(nn.ModuleList):
         for mask in self.site_masks() if static_masks is not None else ():
             static = static_masks.get(mask.site.key) if static_masks else None
             if static is None or static.shape[-1] != mask.site.neurons:
+                got = "no static mask" if static is None else f"a static mask of shape {tuple(static.shape)}"
                 raise ValueError(
-                    f"Got static masks with {None if static is None else tuple(static.shape)} for {mask.site.key!r}; "
-                    f"expected {mask.site.neurons} neurons there, and a mask for each of the {len(self)} sites. "
-                    "Start from parent.masks.open_masks()."
+                    f"Got {got} for {mask.site.key!r}; expected one of {mask.site.neurons} neurons, for each of the "
+                    f"{len(self)} sites. Start from parent.masks.open_masks()."
                 )
         state.batch_size, state.attention_mask, state.frame_mask = batch_size, attention_mask, frame_mask
         state.static_masks, state.static_samples = static_masks, static_samples

@@ -78,7 +78,7 @@ class _Perturbed:
     @contextmanager
     def running(self) -> Iterator["_Perturbed"]:
         """Attaches the hooks and runs once without a perturbation."""
-        paths = self.layers.linear
+        paths = [path for path in self.layers.linear if path in self.layers.unique]  # each layer once
         handles = [self.layers.by_path[path].register_forward_hook(partial(self._note, path)) for path in paths]
         with evaluating(self.model, handles):
             self.model(**self.inputs)

@@ -42,13 +42,13 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     except Exception as error:
         shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
         raise ValueError(
-            f"Got {type(model).__name__}, which does not run on {shapes}: {first_line(error)}. "
-            "Pass a few samples as it takes them: make_parent(model, inputs=...), which NeMoTrainer takes as its model."
+            f"Got {type(model).__name__}, which does not run on {shapes} ({first_line(error).rstrip('.')}); expected "
+            "inputs that it takes. Pass a few samples: NeMoTrainer(make_parent(model, inputs=...), ...)."
         ) from error
     if not hasattr(outputs, "logits"):
-        fault = f"output has {list(outputs)} and no logits; expected logits. Wrap the model so that it returns them."
+        fault = f"output {list(outputs)} has no logits; expected logits. Wrap the model so that it returns logits."
     elif not torch.equal(outputs.logits, again.logits):
-        fault = "logits differ from call to call in eval mode; expected the same. Choose one without sampling."
+        fault = "logits differ from call to call in eval mode; expected the same. Choose a model without sampling."
     else:
         return
     raise UnsupportedArchitectureError(f"Got {type(model).__name__}, whose {fault}")

@@ -122,7 +122,7 @@ def _scattered_cut(site: NeuronSite, keep: Keep) -> SiteCut:
         assert cut.outputs is not None
         own = [rows for rows, _ in site.produced() if rows.layer == path]
         ours = torch.cat([rows.indices(torch.arange(rows.size)) for rows in own])
-        others = 1 - _indicator(own[0].layer_outputs, ours)  # outputs that are no neurons stay
+        others = 1 - _indicator(own[0].layer_outputs, ours)  # outputs that are not neurons stay
         outputs = torch.cat([cut.outputs, others.nonzero().squeeze(-1)]).sort().values
         layers[path] = LayerCut(outputs, is_scattered=True)
     layers[site.output] = LayerCut(inputs=read, is_scattered=True)
