@@ -17,8 +17,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
     Trainer,
     TrainingArguments,
 )
@@ -168,17 +166,6 @@ def test_attention_is_chosen_for_all_modules(modules, tmp_path):
     compose(modules).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")
     assert {part.model.config._attn_implementation for part in loaded.parts} == {"eager"}
-
-
-def test_modules_of_a_channel_network_join(modules, tmp_path):
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    cnn = parent_of(ResNetForImageClassification(ResNetConfig(**sizes, **NAMES)).eval())
-    composed = compose([cnn.extract_module([ALL[0]]), cnn.extract_module([ALL[2]])])
-    composed.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    # Loaded weights lie where they lie in the file, and some processors round by their alignment; copies lie alike.
-    inputs = {"pixel_values": torch.rand(2, 3, 32, 32)}
-    assert torch.equal(*(logits(copy.deepcopy(model), inputs) for model in (loaded, composed)))
 
 
 def on(labels):

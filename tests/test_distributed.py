@@ -1,7 +1,6 @@
 """Two processes on one machine compute what one process computes."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +10,16 @@ import distributed_worker as worker
 import pytest
 import torch
 from training_helpers import assert_same_state, check_message, varied_parent
-from transformers import ViTConfig, ViTForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
-from nemo_hf.neurons.masks import build_masks
-from nemo_hf.neurons.user_sites import model_sites
+from nemo_hf import NeMoForImageClassification, NeMoTrainer
 from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
 from nemo_hf.training.losses import GatheredMasks
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "many_devices.md"
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-def launch(name, out, check=True, count=2):
+def launch(name, out, count=2):
     """Runs a function of the worker in some processes; returns what each of them found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -32,8 +27,6 @@ def launch(name, out, check=True, count=2):
     done = subprocess.run(
         [*command, script, name, str(out)], env=environment, capture_output=True, text=True, timeout=400
     )
-    if not check:
-        return done
     assert done.returncode == 0, done.stderr[-6000:]
     with torch.serialization.safe_globals([GatheredMasks]):
         return [torch.load(out / f"{name}-{rank}.pt") for rank in range(count)]
@@ -118,24 +111,6 @@ def test_sharded_parameters_train_and_resume_as_whole_ones(one):
     assert_close(launch("resharded", out, count=1)[0]["resumed"], losses_and_state(expected))
 
 
-@pytest.mark.sweep  # starts processes
-def test_a_killed_process_leaves_a_checkpoint_to_resume_from(one):
-    out, expected = one
-    done = launch("dying", out, check=False)
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
-    folder = out / "dying"
-    assert not (out / "dying-0.pt").exists()
-    assert (folder / "checkpoint-4" / "model.safetensors").exists()  # written, but not to the end
-    for step in (2, 4):
-        loaded = NeMoForImageClassification.from_pretrained(folder / f"checkpoint-{step}")
-        assert loaded.config.relevance_source == "running"
-    with pytest.raises(ValueError, match=r"checkpoint-4.*written last") as error:
-        worker.trained(folder, folder / "checkpoint-4")
-    check_message(error, "trainer_state.json")
-    assert_close(worker.trained(folder, True), losses_and_state(expected))
-
-
 @pytest.mark.parametrize(("processes", "samples"), [(2, 1), (2, 7), (3, 12), (3, 20), (5, 7), (5, 20)])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_real_samples_of_the_last_batches_are_all_there_are(processes, samples, resumed):
@@ -177,21 +152,3 @@ def test_whole_models_don_t_wait_for_each_other_and_blocks_are_what_is_sharded()
     assert list(in_step(batches, torch.nn.Linear(1, 1))) == [(batch, True) for batch in batches]
     for family, layer in {"vit": "ViTLayer", "bert": "BertLayer"}.items():
         assert sharded_layers(varied_parent(family)) == [layer]
-
-
-def test_the_page_counts_as_the_library_does():
-    page = PAGE.read_text(encoding="utf-8")
-    rows = re.findall(r"\((\d+) x (\d+)\) \| ([\d.,]+) M \| ([\d.]+) M \| ([\d.]+) % \| ([\d,]+) \|", page)
-    assert len(rows) == 5
-    for width, layers, *said in rows:
-        size = {"hidden_size": int(width), "num_hidden_layers": int(layers), "num_attention_heads": int(width) // 64}
-        with torch.device("meta"):
-            model = ViTForImageClassification(ViTConfig(**size, intermediate_size=4 * int(width), num_labels=100))
-            sites = model_sites(model, NeMoConfig())
-            masks = build_masks(sites, NeMoConfig(), model.num_parameters(), 100)
-        parameters, generators = model.num_parameters() / 1e6, sum(p.numel() for p in masks.parameters()) / 1e6
-        assert [float(f"{count:.3g}") for count in (parameters, generators)] == [
-            float(f"{float(value.replace(',', '')):.3g}") for value in said[:2]
-        ]
-        neurons = sum(site.neurons for site in sites)
-        assert [f"{100 * generators / parameters:.1f}", f"{neurons:,}"] == said[2:]

@@ -116,14 +116,6 @@ def test_nothing_is_said_that_was_not_handed_in():
     assert missing(text, absent) == list(absent)
 
 
-def test_what_was_trained_further_says_so():
-    assert "without retraining" in card()
-    tuned = card(is_tuned=True).split("## How it was made")[0]
-    assert "trained further since" in tuned
-    assert "without" not in tuned.split("## Labels")[0]
-    assert "without fine-tuning" not in tuned
-
-
 def test_commands_and_options_read_back():
     line = next(line for line in card().splitlines() if line.startswith("nemo-hf extract"))
     assert shlex.split(line) == [

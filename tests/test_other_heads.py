@@ -1,12 +1,12 @@
-"""Heads beside one label a sample: several labels, pairs of texts; what is refused, and why."""
+"""Heads beside one label a sample: several labels; what is refused, and why."""
 
 import math
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, fresh, image_samples, randomize_relevance, text_samples
+from conftest import NAMES, TEXT, fresh, image_samples, randomize_relevance
 from datasets import Dataset
-from training_helpers import arguments, batch_of, history, varied_parent
+from training_helpers import arguments, batch_of, history
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -150,19 +150,6 @@ def test_wrong_label_lists_and_a_group_column_are_refused(labels, options, messa
     data = Dataset.from_dict({"pixel_values": [torch.zeros(3, 16, 16).tolist()] * 3, "labels": [labels] * 3})
     with pytest.raises(ValueError, match=message):
         trainer_of(several_labels_vit(), data, tmp_path, NeMoConfig(**options))
-
-
-def test_the_second_text_of_a_pair_counts_in_a_module():
-    """In training, test_trainer_traps.py (C4) sees that `token_type_ids` arrive."""
-    parent = varied_parent("bert", relevance_threshold=0.6).eval()
-    inputs = batch_of(text_samples(20)) | {"token_type_ids": (torch.arange(12) >= 4).long().expand(20, -1)}
-    del inputs["labels"]
-    module, static = parent.extract_module(["cat", "ship"]), make_plan(parent, ["cat", "ship"]).static
-    with torch.no_grad():
-        expected = parent(**inputs, static_masks=static).logits[:, [0, 3]]
-        assert torch.allclose(module(**inputs).logits, expected, atol=1e-5)
-        as_one_text = inputs | {"token_type_ids": torch.zeros(20, 12, dtype=torch.long)}
-        assert (module(**as_one_text).logits - expected).abs().max() > 1e-3
 
 
 def test_labels_of_tokens_and_regression_are_refused_with_the_reason():

@@ -113,16 +113,6 @@ class TestRunningAverage:
             for mask in parent.masks.site_masks()
         }
 
-    def test_samples_at_once_weigh_as_much_as_one_after_another(self):
-        parent = varied_parent("vit")
-        key = parent.sites[0].key
-        expected = parent.masks.relevance()[key][2].float() / 255
-        masks = {name: values[:1].expand(16, -1, -1) for name, values in self.random_masks(parent, 1).items()}
-        self.counted(parent, torch.full((16,), 2), masks).blend(0)
-        for _ in range(16):
-            expected = expected + ((masks[key][0, 0] > 0).float() - expected) / RUNNING_WINDOW
-        assert (parent.masks.relevance()[key][2] - expected * 255).abs().max() < 1
-
     def test_other_groups_stay_and_the_same_step_rounds_alike(self):
         results = []
         for noise in (1, 2):
