@@ -14,8 +14,7 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent, nemo_loss
-from nemo_hf.models.extraction import make_plan
+from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent
 from nemo_hf.models.labels import group_membership
 from nemo_hf.training import losses
 
@@ -69,15 +68,6 @@ def test_the_binary_loss_counts_allowed_labels_only():
     assert got.item() == pytest.approx(-chances[:, [0, 2, 3]].log().mean().item(), rel=1e-5)
 
 
-def test_nemo_loss_takes_several_labels_a_sample():
-    logits, labels = torch.randn(6, 5, generator=torch.Generator().manual_seed(5)), label_lists(6)
-    member = group_membership(labels, torch.arange(5), 5)
-    mask = torch.rand(6, 1, 8, generator=torch.Generator().manual_seed(6))
-    contrast = losses.mask_objective(mask[:, 0], [8], member)
-    expected = losses.restricted_binary_cross_entropy(logits, labels) + 0.5 * contrast
-    assert torch.allclose(nemo_loss(logits, labels, {"a": mask}, member), expected)
-
-
 def test_training_goes_on_and_a_module_answers_yes_or_no(tmp_path):
     samples = several_label_samples()
     config = NeMoConfig(label_groups=GROUPS, rehearsal_probability=1.0, warmup_ratio=0.0, relevance_threshold=0.6)
@@ -123,17 +113,6 @@ def test_a_rehearsed_step_runs_every_sample_as_the_module(has_several, tmp_path,
     else:
         expected = losses.specific_cross_entropy(output.logits, batch["labels"], in_module, 0.5)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_the_report_counts_answers_to_each_label():
-    parent, batch = several_labels_parent(relevance_threshold=0.6), batch_of(several_label_samples())
-    report = evaluate_module(parent, ["ship", "cat"], [batch], show_progress=False)
-    labels, static = batch["labels"][:, [3, 0]], make_plan(parent, ["ship", "cat"]).static
-    with torch.no_grad():
-        runs = [parent(batch["pixel_values"], static_masks=masks).logits[:, [3, 0]] for masks in (static, None)]
-    assert report.samples == 24
-    expected = [((logits > 0) == (labels > 0)).float().mean().item() for logits in runs]
-    assert [report.accuracy, report.parent_restricted_accuracy] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

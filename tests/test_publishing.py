@@ -148,7 +148,9 @@ def test_a_second_push_changes_nothing_and_keeps_what_the_owner_wrote(hub, built
     assert text.endswith("\n# Hand written\n\nMine: é.\n")
     assert (text.count("# Hand written"), text.count("Mine")) == (1, 1)
     model.push_to_hub("me/x")
+    model.push_to_hub("me/x", revision="next", license="bsd")  # on a branch, which this makes
     assert hub.commits("me/x") == commits
+    assert b"license: bsd" in hub.files("me/x", "next")["README.md"]
 
 
 def test_a_card_follows_measurements_and_further_training(hub, parent):
@@ -171,13 +173,6 @@ def test_a_card_follows_measurements_and_further_training(hub, parent):
     assert AutoModelForImageClassification.from_pretrained("me/m").config.is_tuned
     compose([module, parent.extract_module(["ship"])]).push_to_hub("me/c")
     assert "trained further" in card_of(hub, "me/c")[0]
-
-
-def test_a_branch_is_made_when_asked(hub, parent):
-    parent.extract_module(["dog", "cat"]).push_to_hub("me/m")
-    parent.extract_module(["dog", "car"]).push_to_hub("me/m", revision="next")
-    names = [AutoModelForImageClassification.from_pretrained("me/m", revision=r).config.names for r in ("main", "next")]
-    assert names == [{0: "dog", 1: "cat"}, {0: "dog", 1: "car"}]
 
 
 @pytest.mark.parametrize("kind", ["parent", "composed"])
@@ -293,16 +288,12 @@ def test_no_report_of_other_weights_is_kept_or_pushed(hub, tmp_path):
     trainer.push_to_hub()
     assert "report.json" not in hub.files("me/p")
     assert card_of(hub, "me/p")[0].count("Mine") == 1
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    trainer = trainer_for(tmp_path, 2, **options)
-    trainer.train()
-    assert trainer.parent.report is None  # the best checkpoint's weights are not the last ones
 
 
 def test_no_token_and_no_path_is_recorded(tmp_path, monkeypatch):
-    words = ["nemo-hf", "train", "--hub_token", "secret", "--hub-token=secret", "hf_ABCDEFGHIJKL", "--model", "org/m"]
+    words = ["nemo-hf", "train", "--push-to-hub-token", "x", "--hub_token=x", "hf_ABCDEFGHIJKL", "--model", "org/m"]
     line = safe_command(words)
-    assert line == "nemo-hf train --hub_token TOKEN --hub-token=TOKEN TOKEN --model org/m"
+    assert line == "nemo-hf train --push-to-hub-token TOKEN --hub_token=TOKEN TOKEN --model org/m"
     words = ["--include_tokens_per_second", "--learning_rate", "1e-3", "--include_num_input_tokens_seen", "all"]
     assert safe_command(words) == " ".join(words)
     assert safe_command(["--output_dir", "/home/me/out", "--dataset=/me/data"]) == "--output_dir out --dataset=data"
