@@ -41,7 +41,19 @@ class MyForImageClassification(ViTForImageClassification):
 
 
 class OwnTextConfig(BertConfig):
+    """Writes its labels under a name of its own and reads them in `from_dict` only, as that of timm's wrapper does."""
+
     model_type = "own-bert"
+
+    def to_dict(self):
+        data = super().to_dict()
+        del data["label2id"]
+        return data | {"label_names": list(data.pop("id2label").values())}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        data = dict(config_dict)
+        return super().from_dict(data | {"id2label": dict(enumerate(data.pop("label_names")))}, **kwargs)
 
 
 class OwnBert(BertForSequenceClassification):
@@ -93,44 +105,9 @@ def test_a_model_of_ones_own_class_survives_saving_and_is_cut_on_load(registered
     parent.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert (type(loaded.model), type(loaded.config.base_config)) == (OwnBert, OwnTextConfig)
+    assert loaded.config.base_config.id2label == dict(enumerate(LABELS))
     cut = AutoModelForSequenceClassification.from_pretrained(tmp_path, labels=["cat", "dog"], verify=True)
     assert (type(cut.model), cut.config.equivalence["status"]) == (OwnBert, "verified")
-    config = NeMoModelConfig.from_pretrained(tmp_path)
-    config.base_class = "OwnViT"
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedArchitectureError, match=r"^Got the model class 'OwnViT'; expected .*'own-bert'"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path)
-
-
-class NamedConfig(ViTConfig):
-    """Writes its labels under a name of its own and reads them in `from_dict` only, as that of timm's wrapper does."""
-
-    model_type = "named-vit"
-
-    def to_dict(self):
-        data = super().to_dict()
-        data["label_names"] = [self.id2label[index] for index in range(len(self.id2label))]
-        return {name: value for name, value in data.items() if name not in ("id2label", "label2id")}
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        names = config_dict["label_names"]
-        config_dict = {name: value for name, value in config_dict.items() if name != "label_names"}
-        return super().from_dict({**config_dict, "id2label": dict(enumerate(names))}, **kwargs)
-
-
-class NamedViT(ViTForImageClassification):
-    config_class = NamedConfig
-
-
-def test_the_plain_models_configuration_is_read_by_its_own_method(registered, tmp_path):
-    registered(NamedConfig, AutoModelForImageClassification, NamedViT)
-    parent = attach_masks(NamedViT(NamedConfig(**IMAGE)))
-    randomize_relevance(parent)
-    parent.extract_module([1, 3]).save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert loaded.config.base_config.id2label == parent.config.base_config.id2label
-    assert loaded.config.label_ids == [1, 3]
 
 
 def test_labels_without_names_are_numbered(vit, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from training_helpers import assert_same_state, check_message, varied_parent
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer
-from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
+from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, sharded_layers
 from nemo_hf.training.losses import GatheredMasks
 
 HERE = Path(__file__).parent
@@ -109,22 +109,6 @@ def test_sharded_parameters_train_and_resume_as_whole_ones(one):
     assert saved.config.to_dict() == whole.config.to_dict() | own
     assert_same_state(saved.state_dict(), whole.state_dict(), rtol=1e-4, atol=3e-6)
     assert_close(launch("resharded", out, count=1)[0]["resumed"], losses_and_state(expected))
-
-
-@pytest.mark.parametrize(("processes", "samples"), [(2, 1), (2, 7), (3, 12), (3, 20), (5, 7), (5, 20)])
-@pytest.mark.parametrize("resumed", [False, True])
-def test_the_real_samples_of_the_last_batches_are_all_there_are(processes, samples, resumed):
-    left = samples % (2 * processes)
-    shard = SimpleNamespace(batch_size=2, num_processes=processes, split_batches=False, drop_last=False)
-    loader = SimpleNamespace(dataset=range(samples), batch_sampler=SimpleNamespace(batch_sampler=shard))
-    gradient_state = SimpleNamespace(
-        end_of_dataloader=True, remainder=-1 if resumed else left, active_dataloader=loader if resumed else None
-    )
-    kept = [real_samples(2, gradient_state, rank, processes) for rank in range(processes)]
-    assert sum(kept) == (left or 2 * processes)
-    assert kept == sorted(kept, reverse=True)
-    gradient_state.end_of_dataloader = False
-    assert real_samples(2, gradient_state, processes - 1, processes) == 2
 
 
 @pytest.mark.parametrize(

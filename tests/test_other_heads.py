@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent
-from nemo_hf.models.labels import group_membership
 from nemo_hf.training import losses
 
 GROUPS = {"pets": ["cat", "dog"], "vehicles": ["car", "ship"], "rest": ["frog"]}
@@ -49,15 +48,6 @@ def several_label_samples(count: int = 24) -> list[dict]:
 def trainer_of(model, samples, tmp_path, config=None, **options) -> NeMoTrainer:
     args = arguments(tmp_path, **{"per_device_train_batch_size": 8, "learning_rate": 1e-3, **options})
     return NeMoTrainer(model, args, train_dataset=samples, eval_dataset=samples, nemo_config=config)
-
-
-def test_membership_is_that_of_any_label():
-    groups = torch.tensor([0, 0, 1, 1, 2])
-    labels = label_lists(12)
-    expected = [[any(labels[i, j] for j in range(5) if groups[j] == g) for g in range(3)] for i in range(12)]
-    assert group_membership(labels, groups, 3).tolist() == expected
-    ids = torch.tensor([4, 0, 3])
-    assert group_membership(ids, groups, 3).tolist() == [[g == groups[i] for g in range(3)] for i in ids]
 
 
 def test_the_binary_loss_counts_allowed_labels_only():
