@@ -13,7 +13,6 @@ from training_helpers import arguments, batch_of, history, state, varied_parent
 
 from nemo_hf import NeMoTrainer
 from nemo_hf.cli.demo import accuracy
-from nemo_hf.training.distributed import gather_masks
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 SETTINGS = {
@@ -34,15 +33,6 @@ def own_part(values, split):
     if PROCESSES == 1:
         return values[: sum(split)]
     return values[sum(split[:RANK]) : sum(split[: RANK + 1])]
-
-
-def gathered(split=(2, 1), capacity=3):
-    """What `gather_masks` returns on this process, and the gradient of a loss that differs by process."""
-    rows = torch.arange(6.0).view(3, 2) + 1
-    masks = own_part(rows, split).clone().requires_grad_()
-    found = gather_masks(masks, own_part(torch.tensor([4, 0, 7]), split), capacity)
-    (found.masks * (RANK + 1)).sum().backward()
-    return found, masks.grad
 
 
 def gradients_of(setting, splits, directory):
@@ -104,8 +94,8 @@ SHARDED = {"trainer_class": ShardedTrainer, "fsdp": True}
 
 
 def replicated(out):
-    """Gathering, gradients and runs under DDP."""
-    found = {"gathered": gathered()}
+    """Gradients and runs under DDP."""
+    found = {}
     for setting in SETTINGS:
         for name, splits in MICRO_BATCHES.items():
             found[f"{setting} {name}"] = gradients_of(setting, splits, out)

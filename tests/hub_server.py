@@ -372,11 +372,8 @@ def point_client(server: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> N
     quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(_http, "time", quick)
     monkeypatch.setattr(file_download, "time", quick)
-    # The same for processes that a test starts.
-    flags = {name: str(int(value)) for name, value in flags.items()} | {"DISABLE_SAFETENSORS_CONVERSION": "1"}
-    proxies = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    for name, value in {**home, **flags, **proxies, "HF_ENDPOINT": server.endpoint}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     for name in ("TRANSFORMERS_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
 

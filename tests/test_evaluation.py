@@ -196,11 +196,7 @@ def test_library_metrics_get_zeros_and_ones_where_samples_have_several_labels(me
 def test_metrics_that_can_not_be_loaded_or_computed_are_refused(parent, metric, tmp_path, monkeypatch):
     for metrics, error, message in [
         ([str(tmp_path / "none.py")], OSError, r"none.py' can't be loaded .*path of a metric script"),
-        (
-            {metric: {"average": "macro"}},
-            ValueError,
-            r"can't be computed with .* {'average': 'macro'}",
-        ),
+        ({metric: {"average": "macro"}}, ValueError, r"can't be computed with .* {'average': 'macro'}"),
         ({metric: {"factor": float("nan")}}, ValueError, r"Got agreement=.*nan.*expected one finite number"),
     ]:
         with pytest.raises(error, match=message):

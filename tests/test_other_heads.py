@@ -4,15 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, fresh, image_samples, randomize_relevance
+from conftest import fresh, image_samples, randomize_relevance
 from datasets import Dataset
 from training_helpers import arguments, batch_of, history
-from transformers import (
-    AutoModelForImageClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-)
+from transformers import AutoModelForImageClassification
 
 from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent
 from nemo_hf.training import losses
@@ -119,16 +114,6 @@ def test_wrong_label_lists_and_a_group_column_are_refused(labels, options, messa
     data = Dataset.from_dict({"pixel_values": [torch.zeros(3, 16, 16).tolist()] * 3, "labels": [labels] * 3})
     with pytest.raises(ValueError, match=message):
         trainer_of(several_labels_vit(), data, tmp_path, NeMoConfig(**options))
-
-
-def test_labels_of_tokens_and_regression_are_refused_with_the_reason():
-    with pytest.raises(TypeError, match=r"BertForTokenClassification; expected .* a mask is of a whole sample"):
-        make_parent(BertForTokenClassification(BertConfig(**TEXT)))
-    text = {key: value for key, value in TEXT.items() if key not in NAMES}
-    for options in ({"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}):
-        model = BertForSequenceClassification(BertConfig(**text, **options))
-        with pytest.raises(ValueError, match="expected single-label or multi-label classification with at least 2"):
-            make_parent(model)
 
 
 @pytest.mark.parametrize("has_several", [True, False])
