@@ -8,18 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, fresh, image_processor, image_samples, randomize_relevance
+from conftest import NAMES, fresh, image_processor, image_samples, randomize_relevance, tiny
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BartForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from nemo_hf import compose, make_parent
 from nemo_hf.auto_classes import NeMoComposedForImageClassification
@@ -107,13 +100,10 @@ def test_one_sample_is_enough_for_finite_numbers(modules):
 
 
 def bart_modules():
-    config = BartConfig(
-        vocab_size=120, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, **NAMES,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    parent = parent_of(BartForSequenceClassification(config))
+    sizes = dict.fromkeys(["encoder_layers", "decoder_layers"], 1)
+    sizes |= dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
+    sizes |= {"vocab_size": 120, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    parent = parent_of(tiny("BartForSequenceClassification", **sizes, max_position_embeddings=64, pad_token_id=0))
     return [parent.extract_module([ALL[3], ALL[0]]), parent.extract_module([ALL[1]])]
 
 
@@ -210,6 +200,7 @@ def saved(modules, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (lambda c: c.update(scales=[1.0]), "each with a scale above 0 and a bias"),
         (lambda c: c.update(scales=[-1.0, 1.0]), "each with a scale above 0 and a bias"),
         (lambda c: c.update(biases=[float("inf"), 0.0]), "each with a scale above 0 and a bias"),
         (lambda c: c.update(label_order=[0, 1, 1]), "a place for each label"),

@@ -7,14 +7,10 @@ import pytest
 import transformers
 from conftest import IMAGE, LABELS, TEXT, fresh, randomize_relevance
 from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    PvtConfig,
-    PvtForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -60,11 +56,10 @@ class OwnBert(BertForSequenceClassification):
     config_class = OwnTextConfig
 
 
-@pytest.mark.parametrize("task", ["image-classification", "audio-classification"])
+@pytest.mark.parametrize("task", ["Image", "Audio"])
 def test_a_registered_class_has_the_task_of_its_auto_class(registered, task):
-    is_image = task == "image-classification"
-    registered(OwnConfig, AutoModelForImageClassification if is_image else AutoModelForAudioClassification, OwnViT)
-    assert task_of(OwnViT) == task
+    registered(OwnConfig, getattr(transformers, f"AutoModelFor{task}Classification"), OwnViT)
+    assert task_of(OwnViT) == f"{task.lower()}-classification"
     assert find_base_class("OwnViT", OwnConfig()) is OwnViT
     with pytest.raises(UnsupportedArchitectureError, match="'OwnViT'"):
         find_base_class("OwnViT", ViTConfig())  # another configuration's
@@ -113,7 +108,8 @@ def test_a_model_of_ones_own_class_survives_saving_and_is_cut_on_load(registered
 def test_labels_without_names_are_numbered(vit, tmp_path):
     sizes = {"depths": [1, 1], "hidden_sizes": [16, 16], "num_attention_heads": [2, 2], "image_size": 16}
     sizes |= {"patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2], "sequence_reduction_ratios": [2, 1]}
-    model = PvtForImageClassification(PvtConfig(**sizes, num_encoder_blocks=2, num_labels=5)).eval()
+    config = transformers.PvtConfig(**sizes, num_encoder_blocks=2, num_labels=5)
+    model = transformers.PvtForImageClassification(config).eval()
     assert not model.config.id2label
     parent = attach_masks(model)
     names = {index: f"LABEL_{index}" for index in range(5)}
@@ -180,14 +176,14 @@ def test_options_of_a_cut_reach_it_through_the_auto_classes(parent, tmp_path, op
 def test_arguments_do_not_change_what_a_file_says_of_the_weights(parent, tmp_path):
     directory = tmp_path / "parent"
     options = {"role": "module", "round_to": 8, "training": {"processes": 1}, "parent": "me/x", "labels": [1]}
-    config, unused = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **options)
+    config, unused = transformers.AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **options)
     assert {name: unused[name] for name in options} == options
-    assert config.to_dict() == AutoConfig.from_pretrained(directory).to_dict()
+    assert config.to_dict() == transformers.AutoConfig.from_pretrained(directory).to_dict()
     with pytest.raises(TypeError, match="'parent'"):
         AutoModelForImageClassification.from_pretrained(directory, parent="me/x")
     compose([parent.extract_module([0]), parent.extract_module([1])]).save_pretrained(tmp_path / "two")
     options = {"scales": [2.0, 2.0], "parts": [], "round_to": 8, "labels": [1]}
-    config, unused = AutoConfig.from_pretrained(tmp_path / "two", return_unused_kwargs=True, **options)
+    config, unused = transformers.AutoConfig.from_pretrained(tmp_path / "two", return_unused_kwargs=True, **options)
     assert {name: unused[name] for name in options} == options
     assert config.scales == [1.0, 1.0]
     for wrong in (3, [3], ["../vocab.txt"]):

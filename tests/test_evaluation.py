@@ -178,13 +178,10 @@ def test_library_metrics_get_zeros_and_ones_where_samples_have_several_labels(me
     randomize_relevance(parent)
     samples = [{**s, "labels": torch.eye(5)[s["labels"]]} for s in SAMPLES]
     report = report_of(parent, [3, 0], samples, metrics=metric)
-    labels = torch.stack([sample["labels"] for sample in samples])[:, [3, 0]]
+    pixels, labels = (torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "labels"))
     with torch.no_grad():
-        runs = [
-            parent(torch.stack([sample["pixel_values"] for sample in samples]), static_masks=masks).logits[:, [3, 0]]
-            for masks in (make_plan(parent, [3, 0]).static, None)
-        ]
-    right = [((logits > 0) == (labels > 0)).float().mean().item() for logits in runs]
+        runs = [parent(pixels, static_masks=masks).logits for masks in (make_plan(parent, [3, 0]).static, None)]
+    right = [((logits > 0) == (labels > 0))[:, [3, 0]].float().mean().item() for logits in runs]
     assert [report.accuracy, report.parent_restricted_accuracy] == pytest.approx(right)
     assert [report.metrics["agreement"], report.parent_metrics["agreement"]] == pytest.approx(right)
     module = parent.extract_module([3])

@@ -261,13 +261,16 @@ def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, 
     options = {"push_to_hub": True, "hub_strategy": strategy, "save_steps": 1, "hub_always_push": True}
     trainer = trainer_for(tmp_path, 2, **options)
     trainer.train()
+    trainer.push_to_hub()
+    add_to_card(hub, "me/p")
     trainer.push_to_hub(license="mit", dataset_tags="org/animals")
     files = hub.files("me/p")
     assert not [name for name in files if name.endswith("training_args.bin")]
     folders = {name.split("/")[0] for name in files if "/" in name}
     expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-1", "checkpoint-2"}}
     assert folders == expected.get(strategy, set())
-    metadata = card_of(hub, "me/p")[1]
+    text, metadata = card_of(hub, "me/p")
+    assert text.count("Mine") == 1
     assert (metadata["library_name"], metadata["license"], metadata["datasets"]) == ("nemo-hf", "mit", ["org/animals"])
     assert not [name for name, content in files.items() if b"hf_me" in content]
     assert "report.json" not in files
@@ -275,19 +278,6 @@ def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, 
     state = loaded.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.parent.state_dict().items())
     assert loaded.config.training["arguments"]["seed"] == 42
-
-
-def test_no_report_of_other_weights_is_kept_or_pushed(hub, tmp_path):
-    trainer = trainer_for(tmp_path, save_strategy="no")
-    trainer.train()
-    trainer.evaluate()
-    trainer.push_to_hub()
-    assert "report.json" in hub.files("me/p")
-    add_to_card(hub, "me/p")
-    trainer.train()
-    trainer.push_to_hub()
-    assert "report.json" not in hub.files("me/p")
-    assert card_of(hub, "me/p")[0].count("Mine") == 1
 
 
 def test_no_token_and_no_path_is_recorded(tmp_path, monkeypatch):
