@@ -1,7 +1,6 @@
 """What each of two processes runs for tests/test_distributed.py, and one process runs to compare with."""
 
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,6 @@ from training_helpers import arguments, batch_of, history, state, varied_parent
 
 from nemo_hf import NeMoTrainer
 from nemo_hf.cli.demo import accuracy
-from nemo_hf.training.distributed import gather_masks
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 SETTINGS = {
@@ -35,15 +33,6 @@ def own_part(values, split):
     if PROCESSES == 1:
         return values[: sum(split)]
     return values[sum(split[:RANK]) : sum(split[: RANK + 1])]
-
-
-def gathered(split=(2, 1), capacity=3):
-    """What `gather_masks` returns on this process, and the gradient of a loss that differs by process."""
-    rows = torch.arange(6.0).view(3, 2) + 1
-    masks = own_part(rows, split).clone().requires_grad_()
-    found = gather_masks(masks, own_part(torch.tensor([4, 0, 7]), split), capacity)
-    (found.masks * (RANK + 1)).sum().backward()
-    return found, masks.grad
 
 
 def gradients_of(setting, splits, directory):
@@ -76,31 +65,17 @@ class ShardedTrainer(NeMoTrainer):
         self.is_fsdp_enabled = True
 
 
-class DyingTrainer(NeMoTrainer):
-    """One process is killed while the second checkpoint is being written."""
-
-    def _save_rng_state(self, output_dir):
-        if self.state.global_step == 4 and RANK == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        super()._save_rng_state(output_dir)
-
-
-def trainer_of(directory, trainer_class=NeMoTrainer, **options):
-    """A trainer whose steps take 2 x 10 of 63 samples, on however many processes."""
+def trained(directory, resumes_from=None, evaluates=False, trainer_class=NeMoTrainer, **options):
+    """A run of steps of 2 x 10 of 63 samples: losses, state, evaluation and a module's report."""
     parent = varied_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
     args = arguments(
         directory, per_device_train_batch_size=10 // PROCESSES, per_device_eval_batch_size=2, max_steps=4, optim="sgd",
         gradient_accumulation_steps=2, ddp_backend="gloo" if "RANK" in os.environ else None, **options,
     )  # fmt: skip
-    return trainer_class(
+    trainer = trainer_class(
         parent, args, train_dataset=image_samples(63), eval_dataset=image_samples(EVALUATED, seed=1),
         relevance_dataset=image_samples(13), compute_metrics=accuracy,
     )  # fmt: skip
-
-
-def trained(directory, resumes_from=None, evaluates=False, **options):
-    """A run: losses, the state with the exact relevance at its end, evaluation and a module's report."""
-    trainer = trainer_of(directory, **options)
     trainer.train(resume_from_checkpoint=resumes_from if resumes_from in (True, None) else str(resumes_from))
     names = ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate", "grad_norm")
     run_losses = {name: torch.tensor(history(trainer, name)) for name in names}
@@ -119,8 +94,8 @@ SHARDED = {"trainer_class": ShardedTrainer, "fsdp": True}
 
 
 def replicated(out):
-    """Gathering, gradients and runs under DDP."""
-    found = {"gathered": gathered()}
+    """Gradients and runs under DDP."""
+    found = {}
     for setting in SETTINGS:
         for name, splits in MICRO_BATCHES.items():
             found[f"{setting} {name}"] = gradients_of(setting, splits, out)
@@ -143,12 +118,6 @@ def sharded(out):
 def resharded(out):
     """Goes on under FSDP2 on another number of processes."""
     return {"resumed": trained(out / "resharded", out / "sharded" / "checkpoint-2", **SHARDED)}
-
-
-def dying(out):
-    """A run that loses a process."""
-    trainer_of(out / "dying", DyingTrainer, **SAVED).train()
-    return {}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -94,9 +95,11 @@ class Request:
     def json(self) -> dict:
         return json.loads(self.body)
 
+    def fits(self, method: str | None, path: str) -> bool:
+        return method in (None, self.method) and bool(re.search(path, self.path))
 
-@dataclass
-class Answer:
+
+class Answer(NamedTuple):
     body: bytes
     status: int
     headers: dict[str, str]
@@ -117,23 +120,21 @@ def answer(content: dict | list, status: int = 200, headers: Mapping[str, str] =
 class Rule:
     """Misbehaves at the first `times` requests that it matches (None: always)."""
 
-    kind: str  # status, cut, wrong_bytes or drop
+    kind: str  # status, cut or wrong_bytes
     method: str | None = None
     path: str = ""  # searched for as a regular expression
     times: int | None = 1
     status: int = 500
-    headers: dict[str, str] = field(default_factory=dict)
     hits: int = 0
 
     def fires(self, request: Request) -> bool:
-        is_meant = self.method in (None, request.method) and re.search(self.path, request.path)
-        is_firing = bool(is_meant) and self.hits != self.times
+        is_firing = request.fits(self.method, self.path) and self.hits != self.times
         self.hits += is_firing
         return is_firing
 
 
 class HubServer(ThreadingHTTPServer):
-    """Keeps all in memory. Tests may read and change `repos`, `rules`, `log` and `waits` (the client's sleeps)."""
+    """Keeps all in memory. Tests may read and change `repos`, `rules` and `log`."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -146,7 +147,6 @@ class HubServer(ThreadingHTTPServer):
         self.collections: dict[str, dict] = {}
         self.rules: list[Rule] = []
         self.log: list[Request] = []
-        self.waits: list[float] = []
         self.failures: list[BaseException | None] = []
         self.lock = threading.Lock()
 
@@ -170,7 +170,7 @@ class HubServer(ThreadingHTTPServer):
         return self.rules[-1]
 
     def requests(self, method: str | None = None, path: str = "") -> list[Request]:
-        return [line for line in self.log if method in (None, line.method) and re.search(path, line.path)]
+        return [line for line in self.log if line.fits(method, path)]
 
     def handle(self, request: Request, parts: list[str], token: str | None) -> Answer:
         try:
@@ -338,15 +338,13 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             rule = next((rule for rule in self.server.rules if rule.fires(request)), Rule(kind="none"))
         if rule.kind == "status":
-            reply = answer({"error": "misbehaving"}, rule.status, rule.headers)
-        elif rule.kind != "drop":
+            reply = answer({"error": "misbehaving"}, rule.status)
+        else:
             parts = [unquote(part) for part in path.strip("/").split("/")]
             reply = self.server.handle(request, parts, token and token.removeprefix("Bearer "))
         request.body = b""
         self.server.log.append(request)  # before it is answered, as the client may look as soon as it has the answer
-        self.close_connection |= rule.kind in ("cut", "drop")
-        if rule.kind == "drop":
-            return
+        self.close_connection |= rule.kind == "cut"
         sent = reply.body.translate(INVERTED) if rule.kind == "wrong_bytes" else reply.body
         self.send_response(reply.status)
         for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
@@ -371,14 +369,11 @@ def point_client(server: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_cache_manager, "HF_HUB_CACHE", home["HF_HUB_CACHE"])
     monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
-    quick = SimpleNamespace(**{**vars(time), "sleep": server.waits.append})
+    quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(_http, "time", quick)
     monkeypatch.setattr(file_download, "time", quick)
-    # The same for processes that a test starts.
-    flags = {name: str(int(value)) for name, value in flags.items()} | {"DISABLE_SAFETENSORS_CONVERSION": "1"}
-    proxies = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    for name, value in {**home, **flags, **proxies, "HF_ENDPOINT": server.endpoint}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     for name in ("TRANSFORMERS_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
 

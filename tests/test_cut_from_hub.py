@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, make_parent
+from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.files import check_content
 
 REPO = "me/parent"
@@ -135,19 +136,16 @@ def test_private_parents_need_a_token(hub, api, expected, monkeypatch):
     assert_same(cut(REPO, token="hf_me"), expected)
 
 
-RULES = [
-    {"path": WEIGHTS, "kind": "status", "status": 500, "times": None},
-    {"path": WEIGHTS, "kind": "status", "status": 429, "headers": {"Retry-After": "1"}},
-    {"path": WEIGHTS, "kind": "cut", "times": None},
-    {"path": WEIGHTS, "kind": "cut"},
-    {"path": WEIGHTS, "kind": "drop"},
-    {"path": WEIGHTS, "kind": "wrong_bytes", "times": None},
-    {"path": r"index\.json$", "kind": "cut"},
-    {"path": r"/config\.json$", "kind": "wrong_bytes", "times": None},
-]
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"path": WEIGHTS, "kind": "status", "times": None},
+        {"path": WEIGHTS, "kind": "cut", "times": None},
+        {"path": WEIGHTS, "kind": "cut"},
+        {"path": WEIGHTS, "kind": "wrong_bytes", "times": None},
+        {"path": r"index\.json$", "kind": "cut"},
+    ],
+)
 def test_a_faulty_server_gives_the_right_module_or_an_error(hub, api, expected, rule):
     """And leaves nothing in the cache that a later load would not put right."""
     hub.misbehave(**rule, method="GET")
@@ -174,32 +172,27 @@ def test_wrong_bytes_are_found_and_removed(hub, api, expected, path, name):
 
 
 def test_large_files_are_compared_when_they_arrive_only(tmp_path):
-    blobs, path = tmp_path / "blobs", tmp_path / "model.safetensors"
-    blobs.mkdir()
-
-    def put(name: str, content: bytes, since: float):
-        (blobs / name).write_bytes(content)
-        path.unlink(missing_ok=True)
-        path.symlink_to(blobs / name)
-        check_content(path, since)
-
     large, wrong = bytes(2**20 + 1), hashlib.sha256(b"other").hexdigest()
-    put(hashlib.sha256(large).hexdigest(), large, 0)
-    put(wrong, large, float("inf"))  # older than the download
-    put("an-etag-of-another-kind", b"a", 0)
-    for since, content in ((0, large), (float("inf"), b"a")):
-        with pytest.raises(OSError, match="checksum"):
-            put(wrong, content, since)
-        assert list(blobs.glob(wrong)) == []
-        assert not path.is_symlink()
-    path.write_bytes(b"a")  # no link: nothing is known of it
-    check_content(path, 0)
+    for name, content, since, is_kept in (
+        (hashlib.sha256(large).hexdigest(), large, 0, True),
+        (wrong, large, float("inf"), True),  # older than the download
+        (wrong, large, 0, False),
+        (wrong, b"a", float("inf"), False),
+        ("an-etag-of-another-kind", b"a", 0, True),
+    ):
+        blob, path = tmp_path / "blobs" / name, tmp_path / "model.safetensors"
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(content)
+        path.symlink_to(blob)
+        with nullcontext() if is_kept else pytest.raises(OSError, match="checksum"):
+            check_content(path, since)
+        assert blob.exists() == path.is_symlink() == is_kept
+        path.unlink(missing_ok=True)
 
 
 PEAK = """
-import sys, threading, time, torch
-from transformers import ViTConfig, ViTForImageClassification
-from nemo_hf import NeMoForImageClassification, make_parent
+import sys, threading, time
+from nemo_hf import NeMoForImageClassification
 
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
@@ -223,20 +216,19 @@ print(max(peaks) - start, sum(sizes), max(sizes))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("shards", ["5GB", "20MB"])
-def test_the_peak_of_memory_is_the_module_and_a_tensor(saved, tmp_path, shards):
-    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048}
-    parent = make_parent(ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10)))
+def test_the_peak_of_memory_is_the_module_and_a_tensor(saved, tmp_path):
+    sizes = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
+    parent = attach_masks(ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10)))
     generator = torch.Generator().manual_seed(0)
     for mask in parent.masks.site_masks():
         mask.relevance.copy_(255 * (torch.rand(mask.relevance.shape, generator=generator) < 0.2))
     parent.config.relevance_source = "exact"
-    parent.save_pretrained(tmp_path, max_shard_size=shards)
+    parent.save_pretrained(tmp_path, max_shard_size="20MB")
     whole = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     done = subprocess.run(
         [sys.executable, "-c", PEAK, saved / "whole", tmp_path], capture_output=True, text=True, timeout=120, check=True
     )
     peak, module, largest = (json.loads(number) for number in done.stdout.split())
-    assert whole > 1e8
+    assert whole > 5e7
     assert 0.15 < module / whole < 0.25
     assert peak <= module + largest + 8 * 2**20  # objects of layers, and what an allocator keeps

@@ -1,7 +1,6 @@
 """Two processes on one machine compute what one process computes."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +10,14 @@ import distributed_worker as worker
 import pytest
 import torch
 from training_helpers import assert_same_state, check_message, varied_parent
-from transformers import ViTConfig, ViTForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
-from nemo_hf.neurons.masks import build_masks
-from nemo_hf.neurons.user_sites import model_sites
-from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, real_samples, sharded_layers
-from nemo_hf.training.losses import GatheredMasks
+from nemo_hf import NeMoForImageClassification, NeMoTrainer
+from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, sharded_layers
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "many_devices.md"
 
 
-def launch(name, out, check=True, count=2):
+def launch(name, out, count=2):
     """Runs a function of the worker in some processes; returns what each of them found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -31,11 +25,8 @@ def launch(name, out, check=True, count=2):
     done = subprocess.run(
         [*command, script, name, str(out)], env=environment, capture_output=True, text=True, timeout=400
     )
-    if not check:
-        return done
     assert done.returncode == 0, done.stderr[-6000:]
-    with torch.serialization.safe_globals([GatheredMasks]):
-        return [torch.load(out / f"{name}-{rank}.pt") for rank in range(count)]
+    return [torch.load(out / f"{name}-{rank}.pt") for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +48,6 @@ def assert_close(got, expected, rtol=1e-4, atol=3e-6):
 
 def losses_and_state(run):
     return {name: run[name] for name in ("losses", "state")}
-
-
-def test_gathered_rows_are_those_of_both_processes_and_their_gradients_add_up(two):
-    with pytest.raises(ValueError, match=r"batch of 3 samples.*gather_across_devices=False"):
-        gather_masks(torch.rand(3, 4), torch.tensor([0, 0, 1]), 2)
-    for rank, result in enumerate(two):
-        found, gradient = result["gathered"]
-        assert found.masks.tolist() == [[1, 2], [3, 4], [0, 0], [5, 6], [0, 0], [0, 0]]
-        assert found.is_sample.tolist() == [True, True, False, True, False, False]
-        assert found.groups[found.is_sample].tolist() == [4, 0, 7]
-        assert found.first == 3 * rank
-        assert gradient.tolist() == [[3.0, 3.0]] * (2 - rank)
 
 
 @pytest.mark.parametrize("micro_batches", list(worker.MICRO_BATCHES))
@@ -117,40 +96,6 @@ def test_sharded_parameters_train_and_resume_as_whole_ones(one):
     assert_close(launch("resharded", out, count=1)[0]["resumed"], losses_and_state(expected))
 
 
-@pytest.mark.sweep  # starts processes
-def test_a_killed_process_leaves_a_checkpoint_to_resume_from(one):
-    out, expected = one
-    done = launch("dying", out, check=False)
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
-    folder = out / "dying"
-    assert not (out / "dying-0.pt").exists()
-    assert (folder / "checkpoint-4" / "model.safetensors").exists()  # written, but not to the end
-    for step in (2, 4):
-        loaded = NeMoForImageClassification.from_pretrained(folder / f"checkpoint-{step}")
-        assert loaded.config.relevance_source == "running"
-    with pytest.raises(ValueError, match=r"checkpoint-4.*written last") as error:
-        worker.trained(folder, folder / "checkpoint-4")
-    check_message(error, "trainer_state.json")
-    assert_close(worker.trained(folder, True), losses_and_state(expected))
-
-
-@pytest.mark.parametrize(("processes", "samples"), [(2, 1), (2, 7), (3, 12), (3, 20), (5, 7), (5, 20)])
-@pytest.mark.parametrize("resumed", [False, True])
-def test_the_real_samples_of_the_last_batches_are_all_there_are(processes, samples, resumed):
-    left = samples % (2 * processes)
-    shard = SimpleNamespace(batch_size=2, num_processes=processes, split_batches=False, drop_last=False)
-    loader = SimpleNamespace(dataset=range(samples), batch_sampler=SimpleNamespace(batch_sampler=shard))
-    gradient_state = SimpleNamespace(
-        end_of_dataloader=True, remainder=-1 if resumed else left, active_dataloader=loader if resumed else None
-    )
-    kept = [real_samples(2, gradient_state, rank, processes) for rank in range(processes)]
-    assert sum(kept) == (left or 2 * processes)
-    assert kept == sorted(kept, reverse=True)
-    gradient_state.end_of_dataloader = False
-    assert real_samples(2, gradient_state, processes - 1, processes) == 2
-
-
 @pytest.mark.parametrize(
     ("args", "state", "split", "word"),
     [
@@ -171,26 +116,13 @@ def test_other_ways_to_spread_a_model_are_refused(args, state, split, word, vit,
         NeMoTrainer(vit)
 
 
+def test_a_batch_above_the_capacity_is_not_gathered():
+    with pytest.raises(ValueError, match=r"batch of 3 samples.*gather_across_devices=False"):
+        gather_masks(torch.rand(3, 4), torch.tensor([0, 0, 1]), 2)
+
+
 def test_whole_models_don_t_wait_for_each_other_and_blocks_are_what_is_sharded():
     batches = [{"labels": torch.zeros(1)}] * 3
     assert list(in_step(batches, torch.nn.Linear(1, 1))) == [(batch, True) for batch in batches]
     for family, layer in {"vit": "ViTLayer", "bert": "BertLayer"}.items():
         assert sharded_layers(varied_parent(family)) == [layer]
-
-
-def test_the_page_counts_as_the_library_does():
-    page = PAGE.read_text(encoding="utf-8")
-    rows = re.findall(r"\((\d+) x (\d+)\) \| ([\d.,]+) M \| ([\d.]+) M \| ([\d.]+) % \| ([\d,]+) \|", page)
-    assert len(rows) == 5
-    for width, layers, *said in rows:
-        size = {"hidden_size": int(width), "num_hidden_layers": int(layers), "num_attention_heads": int(width) // 64}
-        with torch.device("meta"):
-            model = ViTForImageClassification(ViTConfig(**size, intermediate_size=4 * int(width), num_labels=100))
-            sites = model_sites(model, NeMoConfig())
-            masks = build_masks(sites, NeMoConfig(), model.num_parameters(), 100)
-        parameters, generators = model.num_parameters() / 1e6, sum(p.numel() for p in masks.parameters()) / 1e6
-        assert [float(f"{count:.3g}") for count in (parameters, generators)] == [
-            float(f"{float(value.replace(',', '')):.3g}") for value in said[:2]
-        ]
-        neurons = sum(site.neurons for site in sites)
-        assert [f"{100 * generators / parameters:.1f}", f"{neurons:,}"] == said[2:]

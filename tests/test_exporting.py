@@ -8,11 +8,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import benchmark_script, fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
 from torch.utils.data import DataLoader
 
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, calibrate_rejection
-from nemo_hf.cli.main import main
 from nemo_hf.evaluation import latency
 from nemo_hf.export.onnx import OnnxRunner
 from nemo_hf.export.plain_model import compare_latency
@@ -228,36 +227,3 @@ def test_latency_is_of_all_formats_that_can_be_made(monkeypatch):
     report = compare_latency(module, parent, batch_sizes=(2,))
     assert report["latency_ms"] == {"parent": {}, "module": {}}
     assert "runs disagree" in report["latency_note"]
-
-
-def test_the_command_line_exports(tmp_path, capsys, monkeypatch):
-    module = cut_module("vit")
-    module.save_pretrained(tmp_path / "module")
-    words = ["export", "--module", str(tmp_path / "module"), "--output_dir", str(tmp_path / "plain")]
-    assert main([*words, "--format", "plain"]) == 0
-    assert f"{base_parameters(module):,}" in capsys.readouterr().out
-    assert (tmp_path / "plain" / "model.safetensors").is_file()
-    monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None)
-    assert main([*words, "--format", "onnx"]) == 2
-    assert "nemo-hf[onnx]" in capsys.readouterr().err
-
-
-@pytest.mark.sweep
-@pytest.mark.filterwarnings("ignore")
-def test_supported_families_are_plain_or_refused(tmp_path):
-    """One family in six, those with particular widths, and the two that are refused."""
-    sweep = benchmark_script("families")
-    data = sweep.stored()
-    # The plain class shares layers that the module cuts differently; transformers 5.23 zeroes a row when it loads.
-    expected = {"ZambaForSequenceClassification", "FunnelForSequenceClassification"}
-    supported = [row for row in data["families"] if row["status"] == "supported"]
-    chosen = {"T5ForSequenceClassification", "WhisperForAudioClassification", "Wav2Vec2ForSequenceClassification"}
-    refused = set()
-    for row in [*supported[::6], *(row for row in supported if row["class"] in expected | chosen)]:
-        parent, _ = sweep.attach(sweep.tiny_model(row["model_type"], row["class"], row["spread"]))
-        randomize_relevance(parent)
-        try:
-            assert_plain(parent.extract_module(["ship", "dog"]), tmp_path / row["class"])
-        except UnsupportedArchitectureError:
-            refused.add(row["class"])
-    assert refused == expected

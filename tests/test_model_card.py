@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.hub.model_card import KEPT_BELOW, CardFacts, license_of, own_text, render_model_card
+from nemo_hf.hub.model_card import CardFacts, render_model_card
 
 REPORT = {
     "megabytes": 1.5, "parent_megabytes": 6.0, "macs": 1_111, "parent_macs": 4_444, "weight_retention_rate": 0.5,
@@ -116,14 +116,6 @@ def test_nothing_is_said_that_was_not_handed_in():
     assert missing(text, absent) == list(absent)
 
 
-def test_what_was_trained_further_says_so():
-    assert "without retraining" in card()
-    tuned = card(is_tuned=True).split("## How it was made")[0]
-    assert "trained further since" in tuned
-    assert "without" not in tuned.split("## Labels")[0]
-    assert "without fine-tuning" not in tuned
-
-
 def test_commands_and_options_read_back():
     line = next(line for line in card().splitlines() if line.startswith("nemo-hf extract"))
     assert shlex.split(line) == [
@@ -136,16 +128,6 @@ def test_commands_and_options_read_back():
     found = eval(code.replace(", ...)", ")"), {**names, "TrainingArguments": lambda directory, **given: given})
     assert found["args"] == TRAINING["arguments"]
     assert found["nemo_config"] == NeMoConfig(retention_target=0.1)
-
-
-def test_text_of_the_owner_is_found():
-    text = card()
-    assert text.endswith(f"{KEPT_BELOW}\n")
-    assert own_text(text) == ""
-    assert own_text(f"{text}\nMine.\n") == "Mine."
-    assert own_text("---\nlicense: mit\n---\n# A card of another kind\n") == "# A card of another kind"
-    assert license_of("---\nlicense: mit\n---\n# X") == "mit"
-    assert license_of("# X") is None
 
 
 NASTY = ["a|b", "---", "[x](http://y)", "# h", "line\nbreak", "q: 'z'", "<b>", "été ✓", "```", "{{ x }}", "", " ", "\0"]

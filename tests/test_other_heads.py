@@ -1,22 +1,15 @@
-"""Heads beside one label a sample: several labels, pairs of texts; what is refused, and why."""
+"""Heads beside one label a sample: several labels; what is refused, and why."""
 
 import math
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, fresh, image_samples, randomize_relevance, text_samples
+from conftest import fresh, image_samples, randomize_relevance
 from datasets import Dataset
-from training_helpers import arguments, batch_of, history, varied_parent
-from transformers import (
-    AutoModelForImageClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-)
+from training_helpers import arguments, batch_of, history
+from transformers import AutoModelForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent, nemo_loss
-from nemo_hf.models.extraction import make_plan
-from nemo_hf.models.labels import group_membership
+from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent
 from nemo_hf.training import losses
 
 GROUPS = {"pets": ["cat", "dog"], "vehicles": ["car", "ship"], "rest": ["frog"]}
@@ -52,30 +45,12 @@ def trainer_of(model, samples, tmp_path, config=None, **options) -> NeMoTrainer:
     return NeMoTrainer(model, args, train_dataset=samples, eval_dataset=samples, nemo_config=config)
 
 
-def test_membership_is_that_of_any_label():
-    groups = torch.tensor([0, 0, 1, 1, 2])
-    labels = label_lists(12)
-    expected = [[any(labels[i, j] for j in range(5) if groups[j] == g) for g in range(3)] for i in range(12)]
-    assert group_membership(labels, groups, 3).tolist() == expected
-    ids = torch.tensor([4, 0, 3])
-    assert group_membership(ids, groups, 3).tolist() == [[g == groups[i] for g in range(3)] for i in ids]
-
-
 def test_the_binary_loss_counts_allowed_labels_only():
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(4))
     labels, allowed = label_lists(6)[:4], torch.tensor([True, False, True, True, False])
     chances = torch.where(labels > 0, logits.sigmoid(), 1 - logits.sigmoid())
     got = losses.restricted_binary_cross_entropy(logits, labels, allowed)
     assert got.item() == pytest.approx(-chances[:, [0, 2, 3]].log().mean().item(), rel=1e-5)
-
-
-def test_nemo_loss_takes_several_labels_a_sample():
-    logits, labels = torch.randn(6, 5, generator=torch.Generator().manual_seed(5)), label_lists(6)
-    member = group_membership(labels, torch.arange(5), 5)
-    mask = torch.rand(6, 1, 8, generator=torch.Generator().manual_seed(6))
-    contrast = losses.mask_objective(mask[:, 0], [8], member)
-    expected = losses.restricted_binary_cross_entropy(logits, labels) + 0.5 * contrast
-    assert torch.allclose(nemo_loss(logits, labels, {"a": mask}, member), expected)
 
 
 def test_training_goes_on_and_a_module_answers_yes_or_no(tmp_path):
@@ -125,17 +100,6 @@ def test_a_rehearsed_step_runs_every_sample_as_the_module(has_several, tmp_path,
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_report_counts_answers_to_each_label():
-    parent, batch = several_labels_parent(relevance_threshold=0.6), batch_of(several_label_samples())
-    report = evaluate_module(parent, ["ship", "cat"], [batch], show_progress=False)
-    labels, static = batch["labels"][:, [3, 0]], make_plan(parent, ["ship", "cat"]).static
-    with torch.no_grad():
-        runs = [parent(batch["pixel_values"], static_masks=masks).logits[:, [3, 0]] for masks in (static, None)]
-    assert report.samples == 24
-    expected = [((logits > 0) == (labels > 0)).float().mean().item() for logits in runs]
-    assert [report.accuracy, report.parent_restricted_accuracy] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -150,29 +114,6 @@ def test_wrong_label_lists_and_a_group_column_are_refused(labels, options, messa
     data = Dataset.from_dict({"pixel_values": [torch.zeros(3, 16, 16).tolist()] * 3, "labels": [labels] * 3})
     with pytest.raises(ValueError, match=message):
         trainer_of(several_labels_vit(), data, tmp_path, NeMoConfig(**options))
-
-
-def test_the_second_text_of_a_pair_counts_in_a_module():
-    """In training, test_trainer_traps.py (C4) sees that `token_type_ids` arrive."""
-    parent = varied_parent("bert", relevance_threshold=0.6).eval()
-    inputs = batch_of(text_samples(20)) | {"token_type_ids": (torch.arange(12) >= 4).long().expand(20, -1)}
-    del inputs["labels"]
-    module, static = parent.extract_module(["cat", "ship"]), make_plan(parent, ["cat", "ship"]).static
-    with torch.no_grad():
-        expected = parent(**inputs, static_masks=static).logits[:, [0, 3]]
-        assert torch.allclose(module(**inputs).logits, expected, atol=1e-5)
-        as_one_text = inputs | {"token_type_ids": torch.zeros(20, 12, dtype=torch.long)}
-        assert (module(**as_one_text).logits - expected).abs().max() > 1e-3
-
-
-def test_labels_of_tokens_and_regression_are_refused_with_the_reason():
-    with pytest.raises(TypeError, match=r"BertForTokenClassification; expected .* a mask is of a whole sample"):
-        make_parent(BertForTokenClassification(BertConfig(**TEXT)))
-    text = {key: value for key, value in TEXT.items() if key not in NAMES}
-    for options in ({"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}):
-        model = BertForSequenceClassification(BertConfig(**text, **options))
-        with pytest.raises(ValueError, match="expected single-label or multi-label classification with at least 2"):
-            make_parent(model)
 
 
 @pytest.mark.parametrize("has_several", [True, False])

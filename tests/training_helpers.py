@@ -76,18 +76,13 @@ class Recorder(TrainerCallback):
     """Keeps what the parent was called with in training, and its relevance after each optimizer step."""
 
     def __init__(self, parent):
-        self.calls, self.outputs, self.relevance, self.substeps, self.step = [], [], [], [], 0
+        self.calls, self.relevance, self.substeps, self.step = [], [], [], 0
         self.parent = parent
         parent.register_forward_pre_hook(self._on_call, with_kwargs=True)
-        parent.register_forward_hook(self._on_output)
 
     def _on_call(self, model, args, kwargs):
         if model.training:
             self.calls.append({**kwargs, "step": self.step})
-
-    def _on_output(self, model, args, output):
-        if model.training:
-            self.outputs.append(output)
 
     def _relevance(self):
         return {key: relevance.clone() for key, relevance in self.parent.masks.relevance().items()}
