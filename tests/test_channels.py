@@ -183,7 +183,6 @@ def test_a_site_without_channels_costs_one_that_is_zero():
         ({"producers": ["nowhere"]}, "which the model does not have"),
         ({"passing": ["features.8"]}, "the same number of channels"),
         ({"readers": ["features.1"]}, "the same number of channels"),
-        ({"producers": ["features.10"]}, "the same number of channels"),
     ],
 )
 def test_other_layers_than_those_of_the_same_channels_are_refused(change, message):

@@ -404,12 +404,11 @@ class TestStartingPoints:
         options = {"detach_pooled": detach_pooled, "label_groups": {"a": (0, 1), "b": [2, 3, 4]}}
         config = NeMoConfig(**options, contrastive_weight=0, rehearsal_probability=0)
         trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=image_samples(), nemo_config=config)
-        assert trainer.nemo_config == config
-        gradients, expected = [], varied_parent("vit", **config.to_dict())
-        assert_same_state(parent.masks.state_dict(), expected.masks.state_dict(), rtol=0, atol=0)
-        for model in (parent, expected):
+        assert trainer.parent is parent
+        gradients = []
+        for model in (parent, varied_parent("vit", **config.to_dict())):
             trainer.compute_loss(model.train(), batch_of(image_samples(10))).backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.model.vit.embeddings.parameters()]))
+            gradients.append([p.grad for p in model.model.vit.embeddings.parameters()])
         torch.testing.assert_close(*gradients)
 
     def test_model_init_begins_anew_and_keeps_processor_and_training_record(self, tmp_path):
