@@ -112,6 +112,12 @@ def test_names_of_labels_come_before_ids(stage, capsys):
     assert "['dog', 'cat']" in capsys.readouterr().out
     config = json.loads((stage / "by-id" / "config.json").read_text())
     assert (config["relevance_threshold"], config["round_to"]) == (0.9, 16)
+    assert {site["widths"].get("intermediate", 0) % 16 for site in config["sites"]} == {0}
+    assert (
+        main(["extract", "--parent", "parent", "--labels", "1", "0", "--output-dir", "odd", "--threshold", "0.9"]) == 0
+    )
+    odd = json.loads((stage / "odd" / "config.json").read_text())["sites"]
+    assert {site["widths"].get("intermediate", 0) % 16 for site in odd} != {0}
     config = json.loads((stage / "parent" / "config.json").read_text())
     config |= {"id2label": {str(i): str(i + 1) for i in range(5)}, "label2id": {str(i + 1): i for i in range(5)}}
     (stage / "parent" / "config.json").write_text(json.dumps(config))

@@ -28,6 +28,10 @@ def attach_masks(
     base_config = model.config
     id2label = base_config.id2label or {index: f"LABEL_{index}" for index in range(base_config.num_labels or 0)}
     names = {int(index): str(name) for index, name in id2label.items()}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(
+            f"Got id2label with the ids {sorted(names)}; expected 0 to {len(names) - 1}. Number them from 0."
+        )
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     sites = model_sites(model, nemo_config) if sites is None else sites
     changed = _stop_cache_and_layer_drop(model)
