@@ -1,6 +1,7 @@
 """What each of two processes runs for tests/test_distributed.py, and one process runs to compare with."""
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -65,6 +66,15 @@ class ShardedTrainer(NeMoTrainer):
         self.is_fsdp_enabled = True
 
 
+class DyingTrainer(NeMoTrainer):
+    """One process is killed while the second checkpoint is being written."""
+
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step == 4 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
 def trained(directory, resumes_from=None, evaluates=False, trainer_class=NeMoTrainer, **options):
     """A run of steps of 2 x 10 of 63 samples: losses, state, evaluation and a module's report."""
     parent = varied_parent("vit", warmup_ratio=0.0, rehearsal_probability=0.5, retention_target=0.3)
@@ -118,6 +128,11 @@ def sharded(out):
 def resharded(out):
     """Goes on under FSDP2 on another number of processes."""
     return {"resumed": trained(out / "resharded", out / "sharded" / "checkpoint-2", **SHARDED)}
+
+
+def dying(out):
+    """A run that loses a process."""
+    return trained(out / "dying", trainer_class=DyingTrainer, **SAVED)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from nemo_hf.training.distributed import check_parallelism, gather_masks, in_ste
 HERE = Path(__file__).parent
 
 
-def launch(name, out, count=2):
+def launch(name, out, check=True, count=2):
     """Runs a function of the worker in some processes; returns what each of them found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -25,6 +25,8 @@ def launch(name, out, count=2):
     done = subprocess.run(
         [*command, script, name, str(out)], env=environment, capture_output=True, text=True, timeout=400
     )
+    if not check:
+        return done
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(out / f"{name}-{rank}.pt") for rank in range(count)]
 
@@ -126,3 +128,20 @@ def test_whole_models_don_t_wait_for_each_other_and_blocks_are_what_is_sharded()
     assert list(in_step(batches, torch.nn.Linear(1, 1))) == [(batch, True) for batch in batches]
     for family, layer in {"vit": "ViTLayer", "bert": "BertLayer"}.items():
         assert sharded_layers(varied_parent(family)) == [layer]
+
+
+@pytest.mark.sweep  # starts processes
+def test_a_killed_process_leaves_a_checkpoint_to_resume_from(one):
+    out, expected = one
+    done = launch("dying", out, check=False)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    folder = out / "dying"
+    assert (folder / "checkpoint-4" / "model.safetensors").exists()  # written, but not to the end
+    for step in (2, 4):
+        loaded = NeMoForImageClassification.from_pretrained(folder / f"checkpoint-{step}")
+        assert loaded.config.relevance_source == "running"
+    with pytest.raises(ValueError, match=r"checkpoint-4.*written last") as error:
+        worker.trained(folder, folder / "checkpoint-4")
+    check_message(error, "trainer_state.json")
+    assert_close(worker.trained(folder, True), losses_and_state(expected))
