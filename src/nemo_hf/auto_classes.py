@@ -1,4 +1,4 @@
-"""The models that users load: one class per task, registered with AutoModel, which cuts, exports and publishes."""
+"""The models that users load, one class per task: they cut, export and publish, and the Auto classes know them."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -6,16 +6,26 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from .config import LabelLike
 from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoOutput, NeMoPreTrainedModel
 from .models.composed_model import NeMoComposedModel
-from .models.configuration import TASKS
 from .models.extraction import cut_on_load, extract_module
 from .models.saved_model import pin_revision
+
+AUTO_CLASSES: dict[str, Any] = {
+    "image-classification": AutoModelForImageClassification,
+    "text-classification": AutoModelForSequenceClassification,
+    "audio-classification": AutoModelForAudioClassification,
+}
 
 
 def push_to_hub(  # noqa: D417 - a method of two classes
@@ -282,5 +292,8 @@ class NeMoComposedForAudioClassification(NeMoComposedClassifier):
 
 for base in (NeMoClassifier, NeMoComposedClassifier):
     AutoConfig.register(base.config_class.model_type, base.config_class)
-    for registered in base.__subclasses__():
-        TASKS[registered.task][1].register(registered.config_class, registered)  # type: ignore[arg-type]
+for model_class in (
+    NeMoForImageClassification, NeMoForSequenceClassification, NeMoForAudioClassification,
+    NeMoComposedForImageClassification, NeMoComposedForSequenceClassification, NeMoComposedForAudioClassification,
+):  # fmt: skip
+    AUTO_CLASSES[model_class.task].register(model_class.config_class, model_class)

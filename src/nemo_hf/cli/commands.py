@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForAudioClassification, AutoModelForImageClassification, TrainingArguments
-from transformers import AutoModelForSequenceClassification as AutoModelForTextClassification
+from transformers import AutoConfig, TrainingArguments
 
-from nemo_hf.auto_classes import NeMoClassifier
+from nemo_hf.auto_classes import AUTO_CLASSES, NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.report import evaluate_module, format_table
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
@@ -27,11 +26,6 @@ from nemo_hf.training.trainer import NeMoTrainer
 from .data import load_data
 from .demo import accuracy, format_demo, run_demo
 
-AUTO_CLASSES: dict[str, Any] = {
-    "image-classification": AutoModelForImageClassification,
-    "text-classification": AutoModelForTextClassification,
-    "audio-classification": AutoModelForAudioClassification,
-}
 ALONE = {"path", "repo_id", "parent_repo", "dry_run"}  # options of `push` for one model
 TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "threshold", "round_to", "compare_formats"}
 

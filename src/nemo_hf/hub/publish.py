@@ -33,7 +33,7 @@ PICTURE_NAME = "neurons.png"
 NAME_LENGTH = 60  # of a module's repository
 STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin",
          REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]  # fmt: skip
-"""Files of an older push that are deleted unless they are pushed again."""
+"""Files of an older push that are deleted unless they are pushed again; the last is code that version 0.1.0 wrote."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
 TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "is_tuned", "training")
 """Entries of a configuration that are facts of the card by the same name."""

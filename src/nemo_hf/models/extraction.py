@@ -115,9 +115,9 @@ def extract_module(
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Does what `NeMoClassifier.extract_module` says, as a function of the parent."""
-    plan = make_plan(parent, labels, threshold, round_to)
-    state = parent.model.state_dict()
-    module = build_module(type(parent), CutSource.of_parent(parent), plan, partial(read_tensor, state))
+    source, state = CutSource.of_parent(parent), parent.model.state_dict()
+    plan = make_plan(source, labels, threshold, round_to)
+    module = build_module(type(parent), source, plan, partial(read_tensor, state))
     module.to(parent.device)  # type: ignore[arg-type]
     _check(parent, module, plan, inputs)
     _restore_dtypes(module, {name: tensor.dtype for name, tensor in state.items()})
