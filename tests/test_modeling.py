@@ -187,4 +187,4 @@ def test_options_of_a_cut_and_labels_go_together(vit, tmp_path):
         with pytest.raises(ValueError, match=r"without labels; expected labels.* Pass labels="):
             NeMoForImageClassification.from_pretrained(tmp_path, **options)
     with pytest.raises(ValueError, match="device_map"):
-        AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="cpu")
+        AutoModelForImageClassification.from_pretrained(tmp_path, labels=[0, 1], device_map="auto")

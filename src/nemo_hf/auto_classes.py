@@ -17,6 +17,7 @@ from .config import LabelLike
 from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoOutput, NeMoPreTrainedModel
+from .models.calls import positional_as_plain
 from .models.composed_model import NeMoComposedModel
 from .models.extraction import cut_on_load, extract_module
 from .models.saved_model import pin_revision
@@ -149,6 +150,7 @@ class NeMoForImageClassification(NeMoClassifier):
     main_input_name = "pixel_values"
     task = "image-classification"
 
+    @positional_as_plain
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None,
         static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
@@ -179,6 +181,7 @@ class NeMoForSequenceClassification(NeMoClassifier):
     main_input_name = "input_ids"
     task = "text-classification"
 
+    @positional_as_plain
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, bbox: Tensor | None = None, labels: Tensor | None = None,
@@ -216,6 +219,7 @@ class NeMoForAudioClassification(NeMoClassifier):
     main_input_name = "input_values"
     task = "audio-classification"
 
+    @positional_as_plain
     def forward(
         self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
         static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
@@ -252,6 +256,7 @@ class NeMoComposedForImageClassification(NeMoComposedClassifier):
     main_input_name = "pixel_values"
     task = "image-classification"
 
+    @positional_as_plain
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
         **kwargs: Any,
@@ -266,6 +271,7 @@ class NeMoComposedForSequenceClassification(NeMoComposedClassifier):
     main_input_name = "input_ids"
     task = "text-classification"
 
+    @positional_as_plain
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
@@ -282,6 +288,7 @@ class NeMoComposedForAudioClassification(NeMoComposedClassifier):
     main_input_name = "input_values"
     task = "audio-classification"
 
+    @positional_as_plain
     def forward(
         self, input_values: Tensor | None = None, input_features: Tensor | None = None, labels: Tensor | None = None,
         return_dict: bool | None = None, **kwargs: Any,

@@ -69,7 +69,7 @@ def calibrate_rejection(
     with as_saved(module):
         for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
             inputs, labels = inputs_and_labels(module, batch)
-            found.append(energy(module(**inputs).logits, module.config.has_several_labels).cpu())
+            found.append(energy(module(**inputs, return_dict=True).logits, module.config.has_several_labels).cpu())
             owned.append(own_samples(module, labels).cpu())
     energies, is_own = torch.cat(found), torch.cat(owned)
     if not bool(is_own.any()) or bool(is_own.all()):

@@ -211,7 +211,7 @@ def _collect_answers(
     for batch in batches:
         inputs, labels = inputs_and_labels(parent, batch)
         inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        logits = module(**inputs).logits
+        logits = module(**inputs, return_dict=True).logits
         own = own_samples(module, labels)
         energies.append(energy(logits, has_several).cpu())
         is_own.append(own.cpu())
@@ -221,9 +221,9 @@ def _collect_answers(
         inputs, labels = {name: value[chosen] for name, value in inputs.items()}, labels[chosen]
         found = labels[:, wanted] > 0 if has_several else (labels[:, None] == wanted).int().argmax(-1)
         right.append(found.long().cpu())
-        runs = {"module": [logits[chosen]], "parent": [parent(**inputs).logits[:, wanted]]}
+        runs = {"module": [logits[chosen]], "parent": [parent(**inputs, return_dict=True).logits[:, wanted]]}
         for name, draws in masks.items():
-            runs[name] = [parent(**inputs, static_masks=mask).logits[:, wanted] for mask in draws]
+            runs[name] = [parent(**inputs, static_masks=mask, return_dict=True).logits[:, wanted] for mask in draws]
         for name, outputs in runs.items():
             drawn = torch.stack(outputs)
             answers[name].append((drawn > 0 if has_several else drawn.argmax(-1)).long().cpu())
@@ -247,7 +247,7 @@ def measure_modularity(
                 break
             inputs, labels = inputs_and_labels(parent, batch)
             groups.append(sample_groups(parent, labels, group_of_label))
-            masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+            masks = parent(**inputs, output_neuron_masks=True, return_dict=True).neuron_masks
             opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
             samples += len(labels)
     cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))

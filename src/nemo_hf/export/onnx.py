@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import replaced_directory
+from nemo_hf.models.labels import settle_labels
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -49,6 +50,7 @@ def check_is_module(module: NeMoPreTrainedModel) -> None:
 
 def plain_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
     """The plain model's configuration with the module's labels."""
+    settle_labels(module.config)
     config = copy.deepcopy(module.config.base_config)
     assert isinstance(config, PreTrainedConfig)
     names = module.config.names
@@ -95,6 +97,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         )
     with as_saved(module):
         exact = copy.deepcopy(module).cpu().float().eval()
+    exact.config.return_dict = True
+    exact.config.output_hidden_states = exact.config.output_attentions = False  # the file has logits alone
     if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
         exact.set_attn_implementation("eager")
     if inputs is not None and len(next(iter(inputs.values()))) < 2:
@@ -104,7 +108,7 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
     if exact.main_input_name == "input_ids" and len(inputs["input_ids"]) < 2:
         raise ValueError(
             f"Got a {module.config.base_class} without a padding token; expected one, for batches of texts. "
-            "Set pad_token_id in module.config.base_config and module.model.config."
+            "Set module.config.pad_token_id."
         )
     outputs = ["logits", *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}

@@ -108,13 +108,13 @@ def _smallest_plain(
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
     state = zero_padded_state(full, module.sites, site_widths, module.model.state_dict())
     with torch.no_grad(), exact_float32(module) as (exact,):
-        expected = exact(**batch).logits
+        expected = exact(**batch, return_dict=True).logits
         tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
         for widths in uniform_widths(full, module.sites, state, shapes_of):  # the full width is the last
             try:
                 plain = _filled(full, widths, state)
                 plain.to(module.device)  # type: ignore[arg-type]
-                difference = (plain(**batch).logits - expected).abs().max().item()
+                difference = (plain(**batch, return_dict=True).logits - expected).abs().max().item()
             except Exception as error:  # likewise, when the model is called
                 reason = first_line(error)
                 continue

@@ -35,11 +35,29 @@ def attach_masks(
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     sites = model_sites(model, nemo_config) if sites is None else sites
     changed = _stop_cache_and_layer_drop(model)
+    try:
+        parent = _parent(model, nemo_config, groups, names, sites)
+    except BaseException:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+        raise
+    parent.changed_attributes = changed
+    return parent
+
+
+def _parent(
+    model: PreTrainedModel,
+    nemo_config: NeMoConfig,
+    groups: Mapping[str, Sequence[int]],
+    names: dict[int, str],
+    sites: Sequence[NeuronSite],
+) -> NeMoPreTrainedModel:
+    base_config = model.config
     config = NeMoModelConfig(
         base_config=base_config,
         base_class=type(model).__name__,
         nemo_config=nemo_config.to_dict(),
-        label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
+        label_groups=[{"name": name, "labels": list(ids)} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
         problem_type=base_config.problem_type or "single_label_classification",  # type: ignore[arg-type]
@@ -47,9 +65,12 @@ def attach_masks(
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
     )
     parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model, sites)
-    parent.changed_attributes = changed
-    parent.parent_masks().to(model.device)
-    parent.set_sites(parent.sites)
+    try:
+        parent.parent_masks().to(model.device)
+        parent.set_sites(parent.sites)
+    except BaseException:
+        parent.detach_masks()
+        raise
     parent.train(model.training)
     return parent
 

@@ -22,7 +22,7 @@ from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resiz
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, task_of
-from .labels import check_label_shape
+from .labels import check_label_shape, settle_labels
 from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
 
@@ -46,7 +46,11 @@ class NeMoOutput(ModelOutput):
 
 
 class NeMoPreTrainedModel(SavedModel):
-    """A plain classification model with neuron masks (parent), or with sliced layers (module)."""
+    """A plain classification model with neuron masks (parent), or with sliced layers (module).
+
+    What `transformers` documents for any model answers as on the plain model, which is `model`. So `base_model` is its
+    backbone, without the head, and without the mask generators of a parent, which belong to neither.
+    """
 
     config: NeMoModelConfig
     config_class = NeMoModelConfig
@@ -80,10 +84,11 @@ class NeMoPreTrainedModel(SavedModel):
                 f"the Auto class for {task}."
             )
         self.model: PreTrainedModel = config.build_plain() if base_model is None else base_model
+        config.base_config = self.model.config  # the same object, so that changes of attributes reach the plain model
         self.processor_files = {}
         # Attributes of the plain model that are changed while it has masks: owner, name and value before.
         self.changed_attributes: list[tuple[Any, str, Any]] = []
-        self.main_input_name = self.model.main_input_name
+        self.main_input_name, self.input_modalities = self.model.main_input_name, self.model.input_modalities
         self.nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         self.sites = list(configured_sites(self.model, config) if sites is None else sites)
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)
@@ -92,9 +97,10 @@ class NeMoPreTrainedModel(SavedModel):
             self._resize()
         else:
             self.masks = build_masks(self.sites, self.nemo_config, untied_parameters(self.model), len(config.groups))
-            self.masks.attach(self.model)
         with nullcontext() if base_model is None else no_init_weights():
             self.post_init()
+        if self.masks is not None:
+            self.masks.attach(self.model)
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -169,6 +175,46 @@ class NeMoPreTrainedModel(SavedModel):
         elif not isinstance(module, ScatterLinear):
             super()._init_weights(module)
 
+    def __getattr__(self, name: str) -> Any:
+        """Finds what the plain model's class adds: its parts by name, and methods such as `freeze_feature_encoder`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name[0] == "_" or "model" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Backbone of the plain model, without the head."""
+        return self.model.base_model
+
+    @property
+    def num_labels(self) -> int:
+        """Number of logits."""
+        return len(self.config.names)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Inputs for a trial run, as the plain model's."""
+        return self.model.dummy_inputs
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the input embeddings of the plain model."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Sets the input embeddings of the plain model."""
+        self.model.set_input_embeddings(value)
+
+    def get_position_embeddings(self) -> Any:
+        """Returns the position embeddings of the plain model, where its class has them."""
+        return self.model.get_position_embeddings()
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Resizes the position embeddings of the plain model, where its class can do so."""
+        self.model.resize_position_embeddings(new_num_position_embeddings)
+
     @property
     def is_parent(self) -> bool:
         """Whether modules can be cut from this model."""
@@ -206,7 +252,9 @@ class NeMoPreTrainedModel(SavedModel):
 
     def detach_masks(self) -> PreTrainedModel:
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
-        self.parent_masks().detach()
+        masks = self.parent_masks()
+        settle_labels(self.config)
+        masks.detach()
         self.masks = None
         for owner, name, value in self.changed_attributes:
             setattr(owner, name, value)
@@ -243,8 +291,10 @@ class NeMoPreTrainedModel(SavedModel):
         self._watch_weights()
         given = {name: value for name, value in inputs.items() if value is not None}
         collected: dict[str, list[Tensor]] = {}
-        if static_masks is not None:
+        if static_masks is not None or static_samples is not None or output_neuron_masks:
             self.parent_masks()  # a module has none
+        if static_samples is not None and static_masks is None:
+            raise ValueError("Got static_samples without static_masks; expected both. Pass static_masks, or neither.")
         if self.masks is None:
             outputs = self.model(**given, **kwargs, return_dict=True)
         else:
@@ -267,12 +317,15 @@ class NeMoPreTrainedModel(SavedModel):
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            neuron_masks=masks or None,
         )
+        # Those of encoders and decoders, and of stages, have names of their own.
+        for name in [name for name in outputs if name.endswith(("_hidden_states", "_attentions"))]:
+            result[name] = outputs[name]
+        result.neuron_masks = masks or None
         if self.config.rejection:
             energies = energy(outputs.logits, self.config.has_several_labels)
             result.rejection_scores = rejection_scores(energies, self.config.rejection)
-        return result.to_tuple() if return_dict is False else result
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.num_labels == 1 and not self.config.has_several_labels:
@@ -284,6 +337,7 @@ class NeMoPreTrainedModel(SavedModel):
 
     def _prepare_to_save(self) -> None:
         self.drop_stale_results()
+        settle_labels(self.config)
         assert isinstance(self.config.base_config, PreTrainedConfig)
         self.config.base_config.dtype = self.dtype
 

@@ -57,7 +57,11 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 class NeMoComposedModel(SavedModel):
-    """Modules that form one classifier: a logit is `scale * logit of the module + bias`, one of each per module."""
+    """Modules that form one classifier: a logit is `scale * logit of the module + bias`, one of each per module.
+
+    Attributes set on `config` that configurations of the modules have, such as `pad_token_id`, hold for all of them.
+    There is no common `base_model`: each of `parts` has its own.
+    """
 
     config: NeMoComposedConfig
     config_class = NeMoComposedConfig
@@ -110,7 +114,7 @@ class NeMoComposedModel(SavedModel):
 
     def part_logits(self, **inputs: Any) -> Tensor:
         """Returns the modules' own logits one after another, as they are: shape (batch, labels)."""
-        return torch.cat([part(**inputs).logits for part in self.parts], -1)
+        return torch.cat([part(**inputs, return_dict=True).logits for part in self.parts], -1)
 
     def join(self, logits: Tensor) -> Tensor:
         """Scales and orders what `part_logits` returned, in float32."""
@@ -122,13 +126,42 @@ class NeMoComposedModel(SavedModel):
     def _run(
         self, inputs: Mapping[str, Any], labels: Tensor | None, return_dict: bool | None, kwargs: Mapping[str, Any]
     ) -> NeMoOutput | tuple[Any, ...]:
+        self._hand_on()
         given = {name: value for name, value in {**inputs, **kwargs}.items() if value is not None}
+        for name in ("output_hidden_states", "output_attentions"):
+            if given.get(name, getattr(self.config, name)):
+                raise ValueError(f"Got {name} for several modules; expected none. Ask each of model.parts for its own.")
         logits = self.join(self.part_logits(**given))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = NeMoOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _hand_on(self) -> None:
+        """Sets attributes of the plain models' configurations that were set on the joint one."""
+        added = {name: value for name, value in vars(self.config).items() if not hasattr(type(self.config), name)}
+        for part in self.parts if added else ():
+            for name, value in added.items():
+                if name[0] != "_" and getattr(part.config, name, value) != value:
+                    setattr(part.config, name, value)
+
+    def _settle_labels(self) -> None:
+        """Hands changed names of labels on to the modules."""
+        names = {int(index): str(name) for index, name in (self.config.id2label or {}).items()}
+        order = self.config.label_order or []
+        if sorted(names) != list(range(len(order))):
+            raise ValueError(
+                f"Got labels with the ids {sorted(names)[:12]}; expected 0 to {len(order) - 1}, one for each output. "
+                "Set config.id2label to a name for each."
+            )
+        self.config.id2label, self.config.label2id = names, {name: index for index, name in names.items()}
+        given = iter(sorted(names, key=order.__getitem__))  # joint labels in the order of the modules' own
+        for part in self.parts:
+            own = {index: names[next(given)] for index in range(part.num_labels)}
+            part.config.id2label, part.config.label2id = own, {name: index for index, name in own.items()}
 
     def _prepare_to_save(self) -> None:
+        self._hand_on()
+        self._settle_labels()
         for part in self.parts:
             part.drop_stale_results()
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now

@@ -23,6 +23,9 @@ TASKS = {
 }
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
+# Attributes of any configuration that the plain model's alone holds, with their defaults.
+BASE_ATTRIBUTES = {"output_hidden_states": False, "_output_attentions": False, "return_dict": True,
+                   "chunk_size_feed_forward": 0, "is_encoder_decoder": False}  # fmt: skip
 
 
 class SavedConfig(PreTrainedConfig):
@@ -35,14 +38,21 @@ class SavedConfig(PreTrainedConfig):
         """Builds the configuration from what a file says, as in `transformers`; a wrong entry is a `ValueError`.
 
         The Auto classes pass all arguments of a model's `from_pretrained` through here. Those for the model itself are
-        returned as unused, and so are the names of our own fields: these describe the saved weights.
+        returned as unused, and so are the names of our own fields: these describe the saved weights. Where nobody asks
+        for what is unused, they are refused, except beside `labels`, which a pipeline passes here as well.
         """
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
         wants_unused = kwargs.pop("return_unused_kwargs", False)
+        if not wants_unused and (refused := sorted(passed.keys() - (MODEL_OPTIONS if "labels" in passed else set()))):
+            raise ValueError(
+                f"Got {refused} for a saved configuration; expected no fields of {cls.__name__}, which describe the "
+                "weights. Leave them out; set what may change on the configuration that is returned."
+            )
+        said = config_dict
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}  # no code is loaded
+        config_dict = {key: value for key, value in said.items() if key != "auto_map"}  # no code is loaded
         is_base_read = False
         try:
             base = config_dict.get("base_config")
@@ -53,6 +63,9 @@ class SavedConfig(PreTrainedConfig):
         except Exception as error:  # of whatever kind the plain model's own checks raise
             if isinstance(error, (ImportError, OSError)) or (is_base_read and isinstance(error, ValueError)):
                 raise  # a ValueError then is about an argument
+            if kwargs:
+                cls.from_dict(said)  # raises what is wrong with the file itself
+                raise
             got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
             raise checks.damaged(got, f"that of {cls.describes}") from error
         return (config, {**unused, **passed}) if wants_unused else config
@@ -65,6 +78,9 @@ class SavedConfig(PreTrainedConfig):
 @strict
 class NeMoModelConfig(SavedConfig):
     """Configuration of a parent or a module.
+
+    Attributes of the plain model's configuration, such as `pad_token_id`, `hidden_size` or `output_hidden_states`, are
+    read and written through to `base_config`, which the plain model inside shares.
 
     Args:
         base_config: Configuration of the plain model inside, at full width.
@@ -91,7 +107,6 @@ class NeMoModelConfig(SavedConfig):
     """
 
     model_type = "nemo_hf"
-    keys_to_ignore_at_inference = ["past_key_values", "rejection_scores"]
     sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
     base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
@@ -115,6 +130,44 @@ class NeMoModelConfig(SavedConfig):
     is_tuned: bool = False
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name, default in BASE_ATTRIBUTES.items():
+            if (value := self.__dict__.pop(name, default)) != default:
+                setattr(self.base_config, name, value)
+        for name in [name for name in self.__dict__ if name[0] != "_" and not hasattr(type(self), name)]:
+            setattr(self, name, self.__dict__.pop(name))  # there or here
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in BASE_ATTRIBUTES and (base := super().__getattribute__("_base_with")(name)) is not None:
+            return getattr(base, name)
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        if (base := self._base_with(name)) is not None:
+            return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (base := self._base_with(name)) is not None:
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _base_with(self, name: str) -> PreTrainedConfig | None:
+        """Returns the plain model's configuration if an attribute is to be found there, once both are built."""
+        base = self.__dict__.get("base_config") if "_post_init_done" in self.__dict__ else None
+        if name in BASE_ATTRIBUTES:
+            return base
+        # What chooses code or weights to load is nothing that a file hands on.
+        is_own = name in self.__dict__ or hasattr(type(self), name) or name in ("auto_map", *checks.LOADING_KEYS)
+        return None if base is None or is_own or name.startswith("_") or not hasattr(base, name) else base
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """Outputs that `Trainer` leaves out of predictions: those of the plain model, and rejection scores."""
+        return [*getattr(self.base_config, "keys_to_ignore_at_inference", ["cache"]), "rejection_scores"]
 
     @property
     def names(self) -> dict[int, str]:

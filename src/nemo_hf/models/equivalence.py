@@ -54,10 +54,12 @@ def check_equivalence(
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
         batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
         batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-        opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, module.config.label_ids]
-        whole = exact_parent(**batch, static_masks=static).logits
-        expected = whole[:, module.config.label_ids]
-        got = exact_module(**batch).logits
+        opened, whole = (
+            exact_parent(**batch, static_masks=masks, return_dict=True).logits
+            for masks in (parent.masks.open_masks(), static)
+        )
+        opened, expected = (logits[:, module.config.label_ids] for logits in (opened, whole))
+        got = exact_module(**batch, return_dict=True).logits
     difference = (got - expected).abs().max().item()
     # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())

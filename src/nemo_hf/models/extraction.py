@@ -22,13 +22,17 @@ from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
 from .files import hub_name, read_companions
-from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress, open_model
+from .labels import settle_labels
+from .load_options import open_configured
+from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress
 from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=NeMoPreTrainedModel)
-CUT_OPTIONS = {*HUB_OPTIONS, "dtype", "attn_implementation", "adapter_kwargs", "trust_remote_code", "_from_auto"}
+CUT_OPTIONS = {*HUB_OPTIONS, "config", "variant", "dtype", "torch_dtype", "attn_implementation", "device_map",
+               "output_loading_info", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs",
+               "trust_remote_code", "_from_auto", "_from_pipeline"}  # fmt: skip
 Reader = Callable[[str, TensorCut | None], Tensor]
 
 
@@ -50,6 +54,7 @@ class CutSource:
     def of_parent(cls, parent: NeMoPreTrainedModel) -> "CutSource":
         """Takes what a cut needs from a parent in memory; a module is refused with a `ValueError`."""
         masks = parent.parent_masks()
+        settle_labels(parent.config)
         means = {mask.site.key: mask.mean_mask for mask in masks.site_masks() if mask.mean_mask is not None}
         return cls(parent.config, parent.nemo_config, parent.model, parent.sites, masks.relevance(), means)
 
@@ -152,6 +157,7 @@ def build_module(
     with hidden_progress():
         kwargs = {"config": config, "state_dict": state, "dtype": dtype}
         module: Model = cls.from_pretrained(None, base_model, source.sites, **kwargs)
+    module.name_or_path = module.config.name_or_path = ""  # "None" otherwise
     module.drop_stale_results()  # from here on changes of the weights count
     return module
 
@@ -196,19 +202,21 @@ def cut_on_load(
     threshold: float | None = None,
     round_to: int | None = None,
     verify: bool = False,
-    config: NeMoModelConfig | None = None,
     **kwargs: Any,
 ) -> Model:
     """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
-    if strange := sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS):
-        raise ValueError(
-            f"Got {strange} with labels; expected some of {sorted(CUT_OPTIONS - {'_from_auto'})}. Leave them out, and "
-            "move or change the module after the cut."
-        )
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
+    config, weights = open_configured(cls, source, hub_options, kwargs)
+    if strange := sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS):
+        known = sorted(name for name in CUT_OPTIONS if name[0] != "_")
+        raise ValueError(
+            f"Got {strange} with labels; expected some of {known}, or what the configuration of the plain model has. "
+            "Leave them out, and move or change the module after the cut."
+        )
+    device = _cut_device(kwargs.get("device_map"))
     if config.role == "module":
         raise ValueError(f"Got {str(source)!r}, which is a module; expected a parent. Load it without labels=.")
+    settle_labels(config)
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
     hub_options["force_download"] = False  # what is here now was checked
@@ -222,9 +230,28 @@ def cut_on_load(
     if verify:
         _check(cls.from_pretrained(source, **hub_options), module, plan)
     _restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
-    if (dtype := kwargs.get("dtype")) not in (None, "auto"):
+    dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
+    if dtype not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return module
+    if device is not None:
+        module.to(device)  # type: ignore[arg-type]
+    if not kwargs.get("output_loading_info"):
+        return module
+    # As transformers answers where every tensor is found.
+    info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
+    return module, info | {"error_msgs": []}  # type: ignore[return-value]
+
+
+def _cut_device(device_map: Any) -> torch.device | None:
+    """The one device that a `device_map` names; others are refused with a `ValueError`."""
+    place = device_map[""] if isinstance(device_map, Mapping) and list(device_map) == [""] else device_map
+    try:
+        return None if place is None else torch.device(place)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"Got device_map={str(device_map)[:200]} with labels; expected one device, such as 'cuda:0'. Leave it out, "
+            "and distribute the module after the cut."
+        ) from error
 
 
 def _saved_source(config: NeMoModelConfig, weights: WeightFiles) -> CutSource:

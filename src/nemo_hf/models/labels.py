@@ -8,6 +8,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def settle_labels(config: Any) -> None:
+    """Brings a configuration in line with a user's changes of `id2label`, `label2id` or `problem_type`.
+
+    Of a parent the plain model takes them over, and groups that were called by their only label are renamed with it.
+    """
+    is_parent, base = config.role == "parent", config.base_config
+    ids = [label for entry in config.label_groups or [] for label in entry["labels"]] if is_parent else config.label_ids
+    ids = sorted(ids) if is_parent else list(ids or [])
+    known = base.id2label or {}
+    before = {index: str(known.get(label, f"LABEL_{label}")) for index, label in enumerate(ids)}
+    names, by_name = config.names, {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    if names == before and by_name not in ({}, _inverse(before)):  # `label2id` alone was changed
+        names = {index: name for name, index in by_name.items()}
+    if sorted(names) != list(range(len(ids))):
+        raise ValueError(
+            f"Got labels with the ids {sorted(names)[:12]}; expected 0 to {len(ids) - 1}, one for each output. Set "
+            "config.id2label to a name for each."
+        )
+    if by_name not in ({}, _inverse(before), _inverse(names)):
+        raise ValueError(
+            f"Got label2id={str(by_name)[:200]} with id2label={str(names)[:200]}; expected the same labels in both. "
+            "Set config.label2id to {name: index for index, name in config.id2label.items()}."
+        )
+    config.id2label, config.label2id = names, _inverse(names)
+    if not is_parent:
+        return
+    if names != before:
+        renamed = {(name, index): names[index] for index, name in before.items()}
+        config.label_groups = [
+            {**entry, "name": renamed.get((entry["name"], *entry["labels"]), entry["name"])}
+            for entry in config.label_groups
+        ]
+        base.id2label, base.label2id = dict(names), _inverse(names)
+    if config.problem_type != (base.problem_type or "single_label_classification"):
+        base.problem_type = config.problem_type
+
+
+def _inverse(names: Mapping[int, str]) -> dict[str, int]:
+    return {name: index for index, name in names.items()}
+
+
 def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Tensor:
     """Marks the groups of each sample, boolean, (batch, groups); `group_of_label` has shape (labels,).
 

@@ -293,7 +293,9 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     # Sites whose pooled input mixes samples: the mask of one then depends on the others.
     given = {name: value.to(parent.device) for name, value in inputs.items()}
     others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
-    masks, changed = (parent(**batch, output_neuron_masks=True).neuron_masks for batch in (given, others))
+    masks, changed = (
+        parent(**batch, output_neuron_masks=True, return_dict=True).neuron_masks for batch in (given, others)
+    )
     for site in parent.sites:
         own = masks[site.key][0]
         if (own - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE * max(1.0, own.max().item()):
@@ -307,7 +309,7 @@ def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: M
     with exact_float32(parent) as (exact,):
         given = {name: value.to(exact.device) for name, value in inputs.items()}
         batch = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
-        return [exact(**batch, static_masks=static).logits for static in masks]
+        return [exact(**batch, static_masks=static, return_dict=True).logits for static in masks]
 
 
 def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:

@@ -1,5 +1,6 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
+import copy
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from transformers.utils.hub import resolve_revision
 from .config_checks import damaged
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
-from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
+from .load_options import open_configured
+from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -78,9 +80,8 @@ class SavedModel(PreTrainedModel):
             pin_revision(source, kwargs)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         if source is not None:
-            config = kwargs["config"] if isinstance(kwargs.get("config"), cls.config_class) else None
-            config, weights = open_model(source, hub_options, config, kwargs.get("variant"), cls.config_class)
-            checked = build_on_meta(partial(cls, config), weights)
+            config, weights = open_configured(cls, source, hub_options, kwargs)
+            checked = build_on_meta(partial(cls, copy.deepcopy(config)), weights)
             for part in getattr(checked, "parts", [checked]):
                 check_labels(part.config, part.model.config.num_labels)
             if not model_args and (sites := getattr(checked, "sites", None)):

@@ -144,7 +144,7 @@ class _MarkedRuns:
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
             found.reason = "are made by a grouped convolution with other inputs than outputs"
         try:
-            logits = getattr(self.model(**self.inputs), "logits", None)
+            logits = getattr(self.model(**self.inputs, return_dict=True), "logits", None)
         except (RuntimeError, ValueError, IndexError) as error:
             self._refuse(f"stop the model when they are marked ({type(error).__name__})")
             logits = None

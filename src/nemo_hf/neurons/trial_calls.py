@@ -38,7 +38,7 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     try:
         with evaluating(model):
             given = on_device(model, inputs)
-            outputs, again = model(**given), model(**given)
+            outputs, again = (model(**given, return_dict=True) for _ in range(2))
     except Exception as error:
         shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
         raise ValueError(

@@ -154,7 +154,7 @@ def compute_relevance(
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
                 inputs, labels = inputs_and_labels(parent, batch)
-                neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+                neuron_masks = parent(**inputs, output_neuron_masks=True, return_dict=True).neuron_masks
                 if is_counted:
                     counts.add(neuron_masks, labels)
     finally:

@@ -249,13 +249,13 @@ class NeMoTrainer(Trainer):
         if state.sync_gradients or not model.training:  # all micro-batches of a step are read before its first one
             real = distributed.real_samples(real, state, self.args.process_index, self.args.world_size)
         if not model.training:
-            outputs = model(**inputs)
+            outputs = model(**inputs, return_dict=True)
             loss = self._task_loss(outputs, labels, None, real)
             return (loss, outputs) if return_outputs else loss
 
         config = self.nemo_config
         in_module = self._rehearse(inputs, labels)
-        outputs = model(**inputs)
+        outputs = model(**inputs, return_dict=True)
         share = self._share_of_samples(real)
         task = share * self._task_loss(outputs, labels, in_module, real)
 
