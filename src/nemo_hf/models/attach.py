@@ -60,6 +60,7 @@ def _parent(
         label_groups=[{"name": name, "labels": list(ids)} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},
+        return_dict=base_config.return_dict,
         problem_type=base_config.problem_type or "single_label_classification",  # type: ignore[arg-type]
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
         attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]

@@ -211,8 +211,25 @@ class NeMoPreTrainedModel(SavedModel):
         """Returns the position embeddings of the plain model, where its class has them."""
         return self.model.get_position_embeddings()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes the token embeddings as `transformers` does; a parent refuses another size with a `ValueError`."""
+        before: Any = self.get_input_embeddings().weight
+        if new_num_tokens not in (None, len(before)) or pad_to_multiple_of:
+            self._check_resizable()
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def _check_resizable(self) -> None:
+        if self.is_parent:
+            raise ValueError(
+                "Got a parent, whose mask generators have a share of the model's size; expected a plain model or a "
+                "module. Resize the plain model before make_parent(...), or a module after the cut."
+            )
+
     def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
-        """Resizes the position embeddings of the plain model, where its class can do so."""
+        """Resizes the position embeddings of the plain model, where its class can do so; a parent refuses."""
+        self._check_resizable()
         self.model.resize_position_embeddings(new_num_position_embeddings)
 
     @property

@@ -24,8 +24,8 @@ TASKS = {
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 # Attributes of any configuration that the plain model's alone holds, with their defaults.
-BASE_ATTRIBUTES = {"output_hidden_states": False, "_output_attentions": False, "return_dict": True,
-                   "chunk_size_feed_forward": 0, "is_encoder_decoder": False}  # fmt: skip
+BASE_ATTRIBUTES = {"output_hidden_states": False, "_output_attentions": False, "chunk_size_feed_forward": 0,
+                   "is_encoder_decoder": False}  # fmt: skip
 
 
 class SavedConfig(PreTrainedConfig):
@@ -80,7 +80,8 @@ class NeMoModelConfig(SavedConfig):
     """Configuration of a parent or a module.
 
     Attributes of the plain model's configuration, such as `pad_token_id`, `hidden_size` or `output_hidden_states`, are
-    read and written through to `base_config`, which the plain model inside shares.
+    read and written through to `base_config`, which the plain model inside shares. Only `return_dict` stays here: many
+    plain models fail inside when their own configuration says `False`.
 
     Args:
         base_config: Configuration of the plain model inside, at full width.

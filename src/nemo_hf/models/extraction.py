@@ -207,7 +207,8 @@ def cut_on_load(
     """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config, weights = open_configured(cls, source, hub_options, kwargs)
-    if strange := sorted(name for name, value in kwargs.items() if value and name not in CUT_OPTIONS):
+    is_given = {name: value is not None and value is not False for name, value in kwargs.items()}
+    if strange := sorted(name for name in kwargs.keys() - CUT_OPTIONS if is_given[name]):
         known = sorted(name for name in CUT_OPTIONS if name[0] != "_")
         raise ValueError(
             f"Got {strange} with labels; expected some of {known}, or what the configuration of the plain model has. "
@@ -233,6 +234,7 @@ def cut_on_load(
     dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
     if dtype not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        module.config.dtype = module.dtype
     if device is not None:
         module.to(device)  # type: ignore[arg-type]
     if not kwargs.get("output_loading_info"):
