@@ -101,14 +101,16 @@ class NeMoClassifier(NeMoPreTrainedModel):
             round_to: With `labels`: as in `extract_module`.
             verify: With `labels`: load the parent too and run the equivalence check, instead of trusting the check that
                 was made when the parent was saved.
-            **kwargs: As in `transformers`.
+            **kwargs: As in `transformers`, with attributes of the plain model's configuration such as
+                `hidden_dropout_prob`. With `labels`, `device_map` names one device.
 
         Returns:
             The model in eval mode.
 
         Raises:
             OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
+            ValueError: If a tensor is missing or has another shape than the configuration says, or if an argument
+                would change the structure of the weights, such as `hidden_size`.
         """
         source = pretrained_model_name_or_path
         if labels is None and (threshold is not None or round_to is not None or verify):

@@ -217,11 +217,11 @@ def cut_on_load(
     device = _cut_device(kwargs.get("device_map"))
     if config.role == "module":
         raise ValueError(f"Got {str(source)!r}, which is a module; expected a parent. Load it without labels=.")
-    settle_labels(config)
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
     hub_options["force_download"] = False  # what is here now was checked
     saved = _saved_source(config, weights)
+    settle_labels(config)  # options may have renamed them
     plan = make_plan(saved, labels, threshold, round_to)
     stored = {name: weights.float_dtype(f"model.{name}") for name in saved.plain.state_dict()}
     module = build_module(cls, saved, plan, lambda name, cut: weights.read(f"model.{name}", cut), saved.plain)
