@@ -2,7 +2,6 @@
 
 import json
 import logging
-import reprlib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -53,6 +52,10 @@ def check_checkpoint(folder: str, parent: NeMoPreTrainedModel) -> None:
     differing = _differences(_facts(saved, before), _facts(parent.config, given))
     if before.has_generators != given.has_generators:
         differing["objective"] = (before.objective, given.objective)
+    keys = [[entry["key"] for entry in config.sites or []] for config in (saved, parent.config)]
+    if not differing and keys[0] != keys[1]:
+        targets = (before.targets, given.targets)
+        differing = {"targets": targets} if targets[0] != targets[1] else _differences(*({"sites": k} for k in keys))
     if differing:
         raise ValueError(
             f"Got {_listed(differing, 1)} for a checkpoint trained with {_listed(differing, 0)}; expected the same. "
@@ -76,7 +79,6 @@ def _facts(config: NeMoModelConfig, options: NeMoConfig) -> dict[str, Any]:
         "problem_type": config.problem_type,
         "label_groups": [(name, sorted(labels)) for name, labels in config.groups.items()],
         **{name: getattr(options, name) for name in FIXED_OPTIONS},
-        "targets": [entry["key"] for entry in config.sites or []],
     }
 
 
@@ -95,4 +97,9 @@ def _rest(own: Any, other: Any) -> Any:
 
 
 def _listed(differing: dict[str, tuple[Any, Any]], which: int) -> str:
-    return ", ".join(f"{name}={reprlib.repr(pair[which])}" for name, pair in differing.items())
+    return ", ".join(f"{name}={_shortened(pair[which])}" for name, pair in differing.items())
+
+
+def _shortened(value: Any, most: int = 300) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

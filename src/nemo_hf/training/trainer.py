@@ -37,6 +37,7 @@ from .model_calls import MicroBatch, calls_of, neuron_masks_of
 from .optimizers import check_optimizer, split_mask_parameters
 from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
 from .resuming import check_checkpoint, whole_checkpoint
+from .search import training_arguments, trial_config
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +183,25 @@ class NeMoTrainer(Trainer):
             parent.attach_processor(processor)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """Builds the plain model and attaches masks to it; as in `Trainer`."""
-        parent = self._as_parent(super().call_model_init(trial))
+        """Builds the plain model and attaches masks to it; as in `Trainer`. A trial's values may be NeMo options."""
+        model, given = super().call_model_init(trial), self._given_config
+        self._given_config = trial_config(self, model, trial, given)
+        try:
+            parent = self._as_parent(model)
+        finally:
+            self._given_config = given
         if hasattr(self, "processing_class"):  # not yet within Trainer.__init__
             self._attach_processor(parent)
         return parent
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        space: Any = getattr(self, "hp_space", None)
+        if space is not None:
+            self.hp_space = lambda trial: training_arguments(space(trial))
+        try:
+            super()._hp_search_setup(training_arguments(trial) if isinstance(trial, dict) else trial)
+        finally:
+            self._trial, self.hp_space = trial, space
 
     def _as_parent(self, model: Any) -> Any:
         config, data = self._given_config, self._training_data
@@ -413,9 +428,8 @@ class NeMoTrainer(Trainer):
         if groups is None:
             return None, {}
         in_module = torch.isin(self._group_of_label, groups)
-        given: dict[str, Any] = {
-            "static_masks": module_masks(self._masks, groups, self.nemo_config.relevance_threshold)
-        }
+        threshold = self.nemo_config.relevance_threshold
+        given: dict[str, Any] = {"static_masks": module_masks(self._masks, groups, threshold)}
         # With several labels a module must say no to samples of none of its own, so it sees all of them.
         if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
             given["static_samples"] = in_module[labels]
