@@ -109,6 +109,18 @@ def sharded_layers(model: Any) -> list[str]:
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in outer})
 
 
+def prepare_sharding(plugin: Any, parent: NeMoClassifier) -> None:
+    """Sets in accelerate's plugin for FSDP2, if there is one, which layers are units and how checkpoints are kept."""
+    if plugin is None:
+        return
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sharded_layers(parent)
+    if "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        # The whole parent is saved besides, and accelerate 1.15 waits forever when it resumes from this kind.
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # they belong to the kind
+        plugin.set_state_dict_type("SHARDED_STATE_DICT")
+
+
 def whole_state(model: nn.Module, to_first_process: bool = False) -> dict[str, Any]:
     """Whole tensors of a sharded model, or only in the first process's main memory; all processes must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes long

@@ -8,10 +8,12 @@ from torch.utils.data import Subset
 
 def one_dataset(given: Any, known: Any) -> Any:
     """Finds one data set: `given` itself or by name, or if it is `None` that of the trainer, `known`."""
-    names = f"the names {list(known)}" if isinstance(known, dict) else "a data set: the trainer has none by name"
+    names = (
+        f"one of the names {list(known)}" if isinstance(known, dict) else "a data set, since the trainer has no names"
+    )
     if isinstance(given, str):
         if not isinstance(known, dict) or given not in known:
-            raise ValueError(f"Got eval_dataset={given!r}; expected one of {names}. Pass one of them as eval_dataset.")
+            raise ValueError(f"Got eval_dataset={given!r}; expected {names}. Pass it as eval_dataset.")
         given = known[given]
     dataset = known if given is None else given
     if dataset is None:

@@ -1,12 +1,14 @@
 """The calls of a model within the loss of a micro-batch, whoever computes it: static masks added, masks kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nemo_hf.models.base import NeMoPreTrainedModel
 
 
 @dataclass
@@ -17,6 +19,20 @@ class MicroBatch:
     share: Tensor | float = 1.0  # weight of this process's mean
     in_module: Tensor | None = None  # the labels of the module that is rehearsed, boolean, (labels,)
     has_own_loss: bool = True  # whether a subclass computes the task loss without ours
+
+
+@contextmanager
+def replaced_method(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Sets a method of one object for a while; one that it had of its own comes back."""
+    attributes = vars(owner)
+    before = attributes.get(name)
+    attributes[name] = method
+    try:
+        yield
+    finally:
+        del attributes[name]
+        if before is not None:
+            attributes[name] = before
 
 
 @contextmanager
@@ -50,3 +66,23 @@ def neuron_masks_of(outputs: Sequence[Any], samples: int) -> dict[str, Tensor]:
             "expected outputs = model(**inputs) in it. Call it so, or pass NeMoTrainer a compute_loss_func instead."
         )
     return masks
+
+
+def check_own_loss(name: str, parent: NeMoPreTrainedModel) -> None:
+    """Refuses a task loss of the user's where rehearsal decides which answers count."""
+    config = parent.nemo_config
+    decides = config.specificity_weight > 0 or parent.config.has_several_labels
+    if config.rehearsal_probability > 0 and decides:
+        raise ValueError(
+            f"Got {name} and module rehearsal, which decides here which answers count; expected one of them. Set "
+            "NeMoConfig(rehearsal_probability=0)."
+        )
+
+
+def check_scaling(is_scaled: bool | None) -> None:
+    """Refuses a subclass whose loss is scaled for gradient accumulation already."""
+    if is_scaled is not False:
+        raise ValueError(
+            f"Got loss_is_scaled_for_ga={is_scaled!r}; expected False, since all terms are means over a micro-batch. "
+            "Leave it out, and let your loss be such a mean."
+        )

@@ -3,8 +3,7 @@
 import inspect
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from nemo_hf.pruning.plan import module_masks
 from . import distributed, hub_pushes, losses
 from .data import LABEL_COLUMNS, check_columns, check_labels, column_values, groups_from_column
 from .evaluation_sets import one_dataset, spread_samples
-from .model_calls import MicroBatch, calls_of, neuron_masks_of
+from .model_calls import MicroBatch, calls_of, check_own_loss, check_scaling, neuron_masks_of, replaced_method
 from .optimizers import check_optimizer, split_mask_parameters
 from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
 from .resuming import check_checkpoint, whole_checkpoint
@@ -133,13 +132,9 @@ class NeMoTrainer(Trainer):
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
-        if self.loss_is_scaled_for_ga is not False:
-            raise ValueError(
-                f"Got loss_is_scaled_for_ga={self.loss_is_scaled_for_ga!r}; expected False, since all terms are means "
-                "over a micro-batch. Leave it out, and let your loss be such a mean."
-            )
+        check_scaling(self.loss_is_scaled_for_ga)
         if self.compute_loss_func is not None:
-            self._check_own_loss("compute_loss_func")
+            check_own_loss("compute_loss_func", self.parent)
         if self.optimizer is not None:
             check_optimizer(self.optimizer, self.parent)
             if self.nemo_config.mask_learning_rate is not None:
@@ -232,14 +227,7 @@ class NeMoTrainer(Trainer):
         distributed.check_parallelism(self.args, self.accelerator)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        parent = self.parent
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = distributed.sharded_layers(parent)
-        if plugin is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            # The whole parent is saved besides, and accelerate 1.15 waits forever when it resumes from this kind.
-            plugin.state_dict_config = plugin.optim_state_dict_config = None  # they belong to the kind
-            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        distributed.prepare_sharding(getattr(self.accelerator.state, "fsdp_plugin", None), self.parent)
         wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)
         return wrapped
 
@@ -275,7 +263,8 @@ class NeMoTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
-        with self._mask_terms_added():
+        # Trainer goes backward from what compute_loss returns, maybe that of a subclass, so the terms are added there.
+        with replaced_method(self, "compute_loss", partial(self._whole_loss, self.compute_loss)):
             loss: Tensor = super().training_step(*args, **kwargs)
         counts = self._run.open_counts
         if self.accelerator.sync_gradients and counts is not None:
@@ -286,19 +275,6 @@ class NeMoTrainer(Trainer):
                 steer_size(self._masks, self.nemo_config, self.state.max_steps)
             self.parent.config.relevance_source, self.parent.report = "running", None
         return loss
-
-    @contextmanager
-    def _mask_terms_added(self) -> Iterator[None]:
-        """Makes the whole loss of what `compute_loss` returns, maybe of a subclass: `Trainer` goes backward at once."""
-        attributes = vars(self)
-        before = attributes.get("compute_loss")  # set on this trainer alone
-        attributes["compute_loss"] = partial(self._whole_loss, self.compute_loss)
-        try:
-            yield
-        finally:
-            del attributes["compute_loss"]
-            if before is not None:
-                attributes["compute_loss"] = before
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -339,7 +315,7 @@ class NeMoTrainer(Trainer):
             self._run.micro_batch = None
         task, *others = found if isinstance(found, tuple) else (found,)
         if current.has_own_loss:
-            self._check_own_loss("a compute_loss of your own")
+            check_own_loss("a compute_loss of your own", self.parent)
         loss = task + self._mask_terms(neuron_masks_of(outputs, len(labels)), labels[:real], current)
         self._run.sums["loss_task"] = self._run.sums.get("loss_task", 0) + task.detach()
         self._run.steps += 1
@@ -360,15 +336,6 @@ class NeMoTrainer(Trainer):
         return self._warmup() * (
             config.contrastive_weight * contrast + sparsity_pressure(self._masks, config) * sparsity
         )
-
-    def _check_own_loss(self, name: str) -> None:
-        """Refuses a loss of the user's where rehearsal decides which answers count."""
-        decides = self.nemo_config.specificity_weight > 0 or self.parent.config.has_several_labels
-        if self.nemo_config.rehearsal_probability > 0 and decides:
-            raise ValueError(
-                f"Got {name} and module rehearsal, which decides here which answers count; expected one of them. Set "
-                "NeMoConfig(rehearsal_probability=0)."
-            )
 
     def _real_samples(self, labels: Tensor, is_last: bool) -> int:
         """Number of samples that are no fillers; all micro-batches of a step are read before its first one."""
