@@ -1,19 +1,15 @@
 """Training in several processes: gathered masks, samples that count, sharded parents, checks of the setup."""
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers.trainer_utils import sort_checkpoints
 
 from nemo_hf.auto_classes import NeMoClassifier
 
@@ -113,6 +109,18 @@ def sharded_layers(model: Any) -> list[str]:
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in outer})
 
 
+def prepare_sharding(plugin: Any, parent: NeMoClassifier) -> None:
+    """Sets in accelerate's plugin for FSDP2, if there is one, which layers are units and how checkpoints are kept."""
+    if plugin is None:
+        return
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sharded_layers(parent)
+    if "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        # The whole parent is saved besides, and accelerate 1.15 waits forever when it resumes from this kind.
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # they belong to the kind
+        plugin.set_state_dict_type("SHARDED_STATE_DICT")
+
+
 def whole_state(model: nn.Module, to_first_process: bool = False) -> dict[str, Any]:
     """Whole tensors of a sharded model, or only in the first process's main memory; all processes must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes long
@@ -128,19 +136,6 @@ def whole_copy(parent: NeMoClassifier) -> NeMoClassifier:
     copied.processor_files, copied.report = parent.processor_files, parent.report
     copied.to(parent.device)  # type: ignore[arg-type]
     return copied.eval()  # type: ignore[no-any-return]
-
-
-def whole_checkpoint(output_dir: str, given: str | bool) -> str:
-    """The checkpoint to resume from: `given`, or if that is `True` the last one that was written to its end."""
-    found = sort_checkpoints(output_dir) if given is True else [str(given)]
-    for folder in reversed(found):
-        with suppress(OSError, ValueError):
-            json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))
-            return folder
-    raise ValueError(
-        f"Got {[Path(folder).name for folder in found]} to resume from; expected a checkpoint with trainer_state.json, "
-        "which is written last. Name another one, or leave resume_from_checkpoint out to start anew."
-    )
 
 
 def _is_set(variable: str) -> bool:

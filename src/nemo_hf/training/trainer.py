@@ -3,8 +3,9 @@
 import inspect
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ from nemo_hf.pruning.plan import module_masks
 
 from . import distributed, hub_pushes, losses
 from .data import LABEL_COLUMNS, check_columns, check_labels, column_values, groups_from_column
+from .evaluation_sets import one_dataset, spread_samples
+from .model_calls import MicroBatch, calls_of, check_own_loss, check_scaling, neuron_masks_of, replaced_method
+from .optimizers import check_optimizer, split_mask_parameters
 from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
+from .resuming import check_checkpoint, whole_checkpoint
+from .search import training_arguments, trial_config
 
 logger = logging.getLogger(__name__)
 
-MASK_LEARNING_RATE_FACTOR = 3
 WATCHED_STEPS = 10  # first steps in which batches are searched for pairs of a group: the host has to wait for it
 MODULARITY_SAMPLES = 1000  # most samples over which cohesion and coupling are measured
 
@@ -48,6 +53,13 @@ class TrainingState:
     open_counts: OpenCounts | None = None  # of the current optimizer step
     group_of_label: Tensor | None = None  # (labels,)
     has_warned: bool = False  # of a batch without two samples of a group
+    is_counted: bool = False  # whether the training step of this optimizer step moved the relevance
+    micro_batch: MicroBatch | None = None  # while its loss is computed
+
+
+def _items(labels: Tensor) -> Tensor:
+    """Number of labels that count, as `Trainer` passes it to loss functions, of one micro-batch."""
+    return labels.ne(-100).sum()
 
 
 class _TrainingStart(TrainerCallback):
@@ -59,9 +71,18 @@ class _TrainingStart(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
         parent, data = self.trainer.parent, self.trainer._training_data
+        check_optimizer(self.trainer.optimizer, parent)
         base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
         parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
         parent.report = None
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if not self.trainer._run.is_counted:
+            raise ValueError(
+                "Got a training_step of a subclass that leaves out the one of NeMoTrainer, by which masks are trained; "
+                "expected super().training_step(...) in it. Call it, or override compute_loss alone."
+            )
+        self.trainer._run.is_counted = False
 
 
 class NeMoTrainer(Trainer):
@@ -111,12 +132,13 @@ class NeMoTrainer(Trainer):
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
-        chooses = self.nemo_config.specificity_weight > 0 or self.parent.config.has_several_labels
-        if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0 and chooses:
-            raise ValueError(
-                "Got compute_loss_func and module rehearsal, which decides here which answers count; expected one of "
-                "them. Set NeMoConfig(rehearsal_probability=0)."
-            )
+        check_scaling(self.loss_is_scaled_for_ga)
+        if self.compute_loss_func is not None:
+            check_own_loss("compute_loss_func", self.parent)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, self.parent)
+            if self.nemo_config.mask_learning_rate is not None:
+                logger.warning("mask_learning_rate has no effect: the optimizer that you pass has rates of its own.")
         self._attach_processor(self.parent)
         self.add_callback(_TrainingStart(self))
 
@@ -124,6 +146,11 @@ class NeMoTrainer(Trainer):
     def parent(self) -> NeMoClassifier:
         """The parent in training, without the wrappers of distributed training."""
         model: Any = self.model
+        if model is None:
+            raise ValueError(
+                "Got no model, since a hyperparameter search drops each trial's; expected a trained one. Set the best "
+                "trial's values in trainer.args and call trainer.train()."
+            )
         if not isinstance(model, NeMoClassifier):  # unwrapping walks through all layers
             model = self.accelerator.unwrap_model(model)
         return model  # type: ignore[no-any-return]
@@ -151,11 +178,25 @@ class NeMoTrainer(Trainer):
             parent.attach_processor(processor)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """Builds the plain model and attaches masks to it; as in `Trainer`."""
-        parent = self._as_parent(super().call_model_init(trial))
+        """Builds the plain model and attaches masks to it; as in `Trainer`. A trial's values may be NeMo options."""
+        model, given = super().call_model_init(trial), self._given_config
+        self._given_config = trial_config(self, model, trial, given)
+        try:
+            parent = self._as_parent(model)
+        finally:
+            self._given_config = given
         if hasattr(self, "processing_class"):  # not yet within Trainer.__init__
             self._attach_processor(parent)
         return parent
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        space: Any = getattr(self, "hp_space", None)
+        if space is not None:
+            self.hp_space = lambda trial: training_arguments(space(trial))
+        try:
+            super()._hp_search_setup(training_arguments(trial) if isinstance(trial, dict) else trial)
+        finally:
+            self._trial, self.hp_space = trial, space
 
     def _as_parent(self, model: Any) -> Any:
         config, data = self._given_config, self._training_data
@@ -186,13 +227,7 @@ class NeMoTrainer(Trainer):
         distributed.check_parallelism(self.args, self.accelerator)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = distributed.sharded_layers(self.parent)
-        if plugin is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            # The whole parent is saved besides, and accelerate 1.15 waits forever when it resumes from this kind.
-            plugin.state_dict_config = plugin.optim_state_dict_config = None  # they belong to the kind
-            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        distributed.prepare_sharding(getattr(self.accelerator.state, "fsdp_plugin", None), self.parent)
         wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)
         return wrapped
 
@@ -208,33 +243,34 @@ class NeMoTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        given = self.nemo_config.mask_learning_rate
-        rate = MASK_LEARNING_RATE_FACTOR * self.args.learning_rate if given is None else given
         trained = self.parent if model is None else model
-        masks = {id(p) for name, p in trained.named_parameters() if ".generator." in name}
-        for group in list(optimizer.param_groups):
-            if chosen := [p for p in group["params"] if id(p) in masks]:
-                group["params"] = [p for p in group["params"] if id(p) not in masks]
-                optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        masks = [parameter for name, parameter in trained.named_parameters() if ".generator." in name]
+        split_mask_parameters(optimizer, masks, self.nemo_config.mask_learning_rate, self.args.learning_rate)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only."""
         if resume_from_checkpoint:
-            resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
+            resume_from_checkpoint = whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
         self.update_relevance()
         warn_of_one_core(self._masks, self.nemo_config)
         return result
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(resume_from_checkpoint, self.parent)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        # Trainer goes backward from what compute_loss returns, maybe that of a subclass, so the terms are added there.
+        with replaced_method(self, "compute_loss", partial(self._whole_loss, self.compute_loss)):
+            loss: Tensor = super().training_step(*args, **kwargs)
         counts = self._run.open_counts
         if self.accelerator.sync_gradients and counts is not None:
             counts.reduce(self.accelerator)
             counts.blend(self.state.global_step)
-            self._run.open_counts = None
+            self._run.open_counts, self._run.is_counted = None, True
             if self.nemo_config.retention_target is not None and self._warmup() >= 1:
                 steer_size(self._masks, self.nemo_config, self.state.max_steps)
             self.parent.config.relevance_source, self.parent.report = "running", None
@@ -243,38 +279,74 @@ class NeMoTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`."""
-        inputs, labels = inputs_and_labels(self.parent, inputs)
-        real, state = len(labels), self.accelerator.gradient_state
-        if state.sync_gradients or not model.training:  # all micro-batches of a step are read before its first one
-            real = distributed.real_samples(real, state, self.args.process_index, self.args.world_size)
-        if not model.training:
-            outputs = model(**inputs, return_dict=True)
-            loss = self._task_loss(outputs, labels, None, real)
-            return (loss, outputs) if return_outputs else loss
+        """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`.
 
-        config = self.nemo_config
-        in_module = self._rehearse(inputs, labels)
+        That of a subclass computes the task loss from `model(**inputs)`: the training step adds the terms of the masks.
+        """
+        current = self._run.micro_batch
+        if current is not None:
+            labels = inputs["labels"]
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            current.has_own_loss = False
+        elif model.training:
+            return self._whole_loss(
+                partial(NeMoTrainer.compute_loss, self), model, inputs, return_outputs=return_outputs
+            )
+        else:
+            inputs, labels = inputs_and_labels(self.parent, inputs)
+            current = MicroBatch(self._real_samples(labels, is_last=True))
         outputs = model(**inputs, return_dict=True)
-        share = self._share_of_samples(real)
-        task = share * self._task_loss(outputs, labels, in_module, real)
-
-        labels = labels[:real]
-        run = self._run
-        run.open_counts = run.open_counts or OpenCounts(self._masks, self._group_of_label)
-        run.open_counts.add(outputs.neuron_masks, labels)
-        masks, widths = losses.flatten_masks(outputs.neuron_masks)  # (batch, neurons)
-        masks = masks[:real]
-        contrast = self._contrast(masks, widths, sample_groups(self.parent, labels, self._group_of_label))
-        sparsity = share * losses.sparsity_loss(masks, widths)
-        retained = share * losses.sparsity_loss(masks > 0, widths)
-        terms = {"loss_task": task, "loss_contrastive": contrast, "neuron_retention_rate": retained}
-        run.sums = {name: run.sums.get(name, 0) + value.detach() for name, value in terms.items()}
-        run.steps += 1
-
-        mask_terms = config.contrastive_weight * contrast + sparsity_pressure(self._masks, config) * sparsity
-        loss = task + self._warmup() * mask_terms
+        loss = current.share * self._task_loss(outputs, labels, current.in_module, current.real)
         return (loss, outputs) if return_outputs else loss
+
+    def _whole_loss(
+        self, compute_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Adds the terms of the masks to what `compute_loss` returns for a micro-batch."""
+        inputs, labels = inputs_and_labels(self.parent, inputs)
+        real = self._real_samples(labels, is_last=self.accelerator.gradient_state.sync_gradients)
+        in_module, static = self._rehearsal(labels)
+        current = self._run.micro_batch = MicroBatch(real, self._share_of_samples(real), in_module)
+        try:
+            with calls_of(model, static) as outputs:
+                kwargs["num_items_in_batch"] = _items(labels)
+                found = compute_loss(model, {**inputs, "labels": labels}, **kwargs)
+        finally:
+            self._run.micro_batch = None
+        task, *others = found if isinstance(found, tuple) else (found,)
+        if current.has_own_loss:
+            check_own_loss("a compute_loss of your own", self.parent)
+        loss = task + self._mask_terms(neuron_masks_of(outputs, len(labels)), labels[:real], current)
+        self._run.sums["loss_task"] = self._run.sums.get("loss_task", 0) + task.detach()
+        self._run.steps += 1
+        return (loss, *others) if others else loss
+
+    def _mask_terms(self, neuron_masks: dict[str, Tensor], labels: Tensor, current: MicroBatch) -> Tensor:
+        """The weighted contrastive and sparsity term of a micro-batch, whose samples are counted for the relevance."""
+        run, config = self._run, self.nemo_config
+        run.open_counts = run.open_counts or OpenCounts(self._masks, self._group_of_label)
+        run.open_counts.add(neuron_masks, labels)
+        masks, widths = losses.flatten_masks(neuron_masks)  # (batch, neurons)
+        masks = masks[: len(labels)]
+        contrast = self._contrast(masks, widths, sample_groups(self.parent, labels, self._group_of_label))
+        sparsity = current.share * losses.sparsity_loss(masks, widths)
+        retained = current.share * losses.sparsity_loss(masks > 0, widths)
+        for name, value in {"loss_contrastive": contrast, "neuron_retention_rate": retained}.items():
+            run.sums[name] = run.sums.get(name, 0) + value.detach()
+        return self._warmup() * (
+            config.contrastive_weight * contrast + sparsity_pressure(self._masks, config) * sparsity
+        )
+
+    def _real_samples(self, labels: Tensor, is_last: bool) -> int:
+        """Number of samples that are no fillers; all micro-batches of a step are read before its first one."""
+        args, state = self.args, self.accelerator.gradient_state
+        count = len(labels)
+        return distributed.real_samples(count, state, args.process_index, args.world_size) if is_last else count
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        # Losses are means over a micro-batch here; in training its own number replaces this one.
+        labels = batch_samples[-1].get("labels") if batch_samples else None
+        return _items(labels) if isinstance(labels, Tensor) else None
 
     def _share_of_samples(self, real: int) -> Tensor | float:
         """Weight of this process's mean with which the mean over processes is the mean over all samples."""
@@ -295,7 +367,7 @@ class NeMoTrainer(Trainer):
         if real < len(labels):
             outputs, labels = type(outputs)(logits=outputs.logits[: max(1, real)]), labels[: max(1, real)]
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)  # type: ignore[no-any-return]
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=_items(labels))  # type: ignore[no-any-return]
         if self.parent.config.has_several_labels:
             return losses.restricted_binary_cross_entropy(outputs.logits, labels, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
@@ -317,17 +389,18 @@ class NeMoTrainer(Trainer):
         chosen = sorted(draw.sample(range(count), draw.randint(1, count - 1)))
         return torch.tensor(chosen, device=self.parent.device)
 
-    def _rehearse(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
-        """Adds to the inputs the static masks of the module that this step rehearses; marks its labels, (labels,)."""
+    def _rehearsal(self, labels: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+        """Marks the labels of the module that this step rehearses, (labels,), and gives its static masks as inputs."""
         groups = self._rehearsed_groups()
         if groups is None:
-            return None
+            return None, {}
         in_module = torch.isin(self._group_of_label, groups)
-        inputs["static_masks"] = module_masks(self._masks, groups, self.nemo_config.relevance_threshold)
+        threshold = self.nemo_config.relevance_threshold
+        given: dict[str, Any] = {"static_masks": module_masks(self._masks, groups, threshold)}
         # With several labels a module must say no to samples of none of its own, so it sees all of them.
         if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
-            inputs["static_samples"] = in_module[labels]
-        return in_module
+            given["static_samples"] = in_module[labels]
+        return in_module, given
 
     def _contrast(self, masks: Tensor, widths: Sequence[int], groups: Tensor) -> Tensor:
         """The objective over masks of shape (batch, neurons), compared over all processes if the options say so."""
@@ -348,7 +421,7 @@ class NeMoTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
-        if "loss" in logs and self._run.steps:
+        if "loss" in logs and self._run.steps and self.model is not None:
             for name, total in self._run.sums.items():
                 logs[name] = round(self._mean_over_processes(total / self._run.steps).item(), 6)
             logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
@@ -364,6 +437,8 @@ class NeMoTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluates as `Trainer` does; the parent's report keeps the metrics of all data sets until it trains on."""
+        if eval_dataset is not None and not (eval_dataset and isinstance(eval_dataset, dict)):
+            one_dataset(eval_dataset, self.eval_dataset)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._report(metrics)
         return metrics
@@ -383,10 +458,7 @@ class NeMoTrainer(Trainer):
             that of two samples that share none (`None` without such pairs); and the number of `modularity_samples`.
             The parent's report keeps them beside the metrics.
         """
-        dataset = self._one_dataset(eval_dataset)
-        if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
-            indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
-            dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+        dataset = spread_samples(one_dataset(eval_dataset, self.eval_dataset), MODULARITY_SAMPLES)
         measured = measure_modularity(self.parent, self._loader(dataset), MODULARITY_SAMPLES)
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
@@ -399,21 +471,15 @@ class NeMoTrainer(Trainer):
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
     ) -> ModuleReport:
         """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`."""
-        batches, progress = self._loader(self._one_dataset(eval_dataset)), not self.args.disable_tqdm
+        batches, progress = self._loader(one_dataset(eval_dataset, self.eval_dataset)), not self.args.disable_tqdm
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
         self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95
     ) -> dict[str, float]:
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
-        batches = self._loader(self._one_dataset(eval_dataset))
+        batches = self._loader(one_dataset(eval_dataset, self.eval_dataset))
         return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
-
-    def _one_dataset(self, given: Any) -> Any:
-        dataset = self.eval_dataset if given is None else given
-        if dataset is None or isinstance(dataset, dict) or (hasattr(dataset, "__len__") and not len(dataset)):
-            raise ValueError("Got no single evaluation data set with samples; expected one. Pass eval_dataset=...")
-        return dataset
 
     def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
         """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
