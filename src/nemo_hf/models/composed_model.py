@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .base import NeMoOutput, NeMoPreTrainedModel
 from .config_checks import REMEDY, check_companions
 from .configuration import NeMoModelConfig, SavedConfig, model_class
+from .labels import task_loss
 from .saved_model import SavedModel
 
 MOST_PARTS = 1000
@@ -124,7 +125,7 @@ class NeMoComposedModel(SavedModel):
     ) -> NeMoOutput | tuple[Any, ...]:
         given = {name: value for name, value in {**inputs, **kwargs}.items() if value is not None}
         logits = self.join(self.part_logits(**given))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss = None if labels is None else task_loss(self, logits, labels)
         output = NeMoOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 

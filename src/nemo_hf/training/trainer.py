@@ -11,25 +11,22 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.rejection import calibrate_rejection, inputs_and_labels
+from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions
-from nemo_hf.models.configuration import SEVERAL_LABELS
 from nemo_hf.models.labels import group_indices, sample_groups, shares_group
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import module_masks
 
-from . import distributed, hub_pushes, losses
-from .data import LABEL_COLUMNS, check_columns, check_labels, column_values, groups_from_column
+from . import data, distributed, hub_pushes, losses
 from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
 
 logger = logging.getLogger(__name__)
@@ -58,10 +55,11 @@ class _TrainingStart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
-        parent, data = self.trainer.parent, self.trainer._training_data
+        parent, samples = self.trainer.parent, self.trainer._training_data
         base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
-        parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
+        parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
         parent.report = None
+        data.check_before_training(self.trainer, self.trainer._counted_data)
 
 
 class NeMoTrainer(Trainer):
@@ -104,19 +102,14 @@ class NeMoTrainer(Trainer):
     ) -> None:
         distributed.check_start(model)
         self._given_config = nemo_config
-        self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
-        check_columns(train_dataset, is_counted=self._relevance_dataset is train_dataset)
-        self._training_data = train_dataset
+        data.check_data_sets(train_dataset, relevance_dataset, data_collator)
+        self._training_data, self._given_collator = train_dataset, data_collator
+        self._relevance_dataset = relevance_dataset
         self._run = TrainingState()
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
-        chooses = self.nemo_config.specificity_weight > 0 or self.parent.config.has_several_labels
-        if self.compute_loss_func is not None and self.nemo_config.rehearsal_probability > 0 and chooses:
-            raise ValueError(
-                "Got compute_loss_func and module rehearsal, which decides here which answers count; expected one of "
-                "them. Set NeMoConfig(rehearsal_probability=0)."
-            )
+        data.check_loss_function(self)
         self._attach_processor(self.parent)
         self.add_callback(_TrainingStart(self))
 
@@ -140,6 +133,11 @@ class NeMoTrainer(Trainer):
         return masks
 
     @property
+    def _counted_data(self) -> Any:
+        """What the relevance is counted on after training."""
+        return self.train_dataset if self._relevance_dataset is None else self._relevance_dataset
+
+    @property
     def _group_of_label(self) -> Tensor:
         if self._run.group_of_label is None:
             self._run.group_of_label = group_indices(self.parent)
@@ -158,23 +156,21 @@ class NeMoTrainer(Trainer):
         return parent
 
     def _as_parent(self, model: Any) -> Any:
-        config, data = self._given_config, self._training_data
-        names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
-        labels, has_several = column_values(data, LABEL_COLUMNS), model.config.problem_type == SEVERAL_LABELS
-        if labels is not None:
-            check_labels(labels, names, has_several)
+        config = self._given_config
+        if isinstance(model, NeMoClassifier) and not model.is_parent:
+            raise ValueError(
+                "Got a module to train with masks; expected a plain model or a parent. "
+                "Fine-tune the module with transformers.Trainer."
+            )
+        if (labels := data.seen_labels(self._training_data, self._given_collator)) is not None:
+            data.check_labels(labels, model)
         if isinstance(model, NeMoClassifier):
-            if not model.is_parent:
-                raise ValueError(
-                    "Got a module to train with masks; expected a plain model or a parent. "
-                    "Fine-tune the module with transformers.Trainer."
-                )
             if config is not None:
                 model.set_nemo_config(config)
             return model
         config, groups = config or NeMoConfig(), None
         if config.group_column is not None:
-            groups = groups_from_column(data, config.group_column, labels, names, has_several)
+            groups = data.groups_from_column(self._training_data, config.group_column, model)
         return make_parent(model, config, groups)
 
     def _whole_parent(self) -> NeMoClassifier:
@@ -219,11 +215,22 @@ class NeMoTrainer(Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only."""
+        """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only.
+
+        If the relevance can't be counted, a warning says why: the parent then has the running one of its last steps.
+        """
         if resume_from_checkpoint:
             resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.update_relevance()
+        try:
+            self.update_relevance()
+        except Exception as error:  # whatever the data, the collator or the device raises: the training is not lost
+            logger.warning(
+                "Training is complete, but the exact relevance could not be counted (%s: %s), so the parent has the "
+                "running one of the last steps. Call trainer.update_relevance(dataset) with other data, or after "
+                "lowering args.per_device_eval_batch_size if memory was short, before you save it or cut modules.",
+                *(type(error).__name__, error), exc_info=error,
+            )  # fmt: skip
         warn_of_one_core(self._masks, self.nemo_config)
         return result
 
@@ -244,28 +251,29 @@ class NeMoTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the training loss, or in eval mode the task loss alone; as in `Trainer`."""
-        inputs, labels = inputs_and_labels(self.parent, inputs)
+        is_watched = not model.training or self.state.global_step < WATCHED_STEPS
+        inputs, given, targets, labels = data.read_batch(self, inputs, is_watched)
         real, state = len(labels), self.accelerator.gradient_state
         if state.sync_gradients or not model.training:  # all micro-batches of a step are read before its first one
             real = distributed.real_samples(real, state, self.args.process_index, self.args.world_size)
         if not model.training:
             outputs = model(**inputs)
-            loss = self._task_loss(outputs, labels, None, real)
+            loss = self._task_loss(outputs, targets, given, None, real)
             return (loss, outputs) if return_outputs else loss
 
         config = self.nemo_config
         in_module = self._rehearse(inputs, labels)
         outputs = model(**inputs)
-        share = self._share_of_samples(real)
-        task = share * self._task_loss(outputs, labels, in_module, real)
-
         labels = labels[:real]
+        share, labelled_share = distributed.sample_weights(labels, self.args, self._mean_over_processes)
+        task = labelled_share * self._task_loss(outputs, targets, given, in_module, real)
+
         run = self._run
         run.open_counts = run.open_counts or OpenCounts(self._masks, self._group_of_label)
         run.open_counts.add(outputs.neuron_masks, labels)
         masks, widths = losses.flatten_masks(outputs.neuron_masks)  # (batch, neurons)
-        masks = masks[:real]
-        contrast = self._contrast(masks, widths, sample_groups(self.parent, labels, self._group_of_label))
+        masks, groups = masks[:real], sample_groups(labels, self._group_of_label, len(self.parent.config.groups))
+        contrast = self._contrast(masks, widths, groups)
         sparsity = share * losses.sparsity_loss(masks, widths)
         retained = share * losses.sparsity_loss(masks > 0, widths)
         terms = {"loss_task": task, "loss_contrastive": contrast, "neuron_retention_rate": retained}
@@ -276,32 +284,27 @@ class NeMoTrainer(Trainer):
         loss = task + self._warmup() * mask_terms
         return (loss, outputs) if return_outputs else loss
 
-    def _share_of_samples(self, real: int) -> Tensor | float:
-        """Weight of this process's mean with which the mean over processes is the mean over all samples."""
-        if self.args.world_size == 1:
-            return 1.0
-        own = torch.full((), float(real), device=self.parent.device)  # a copy from the host would wait
-        return own / self._mean_over_processes(own).clamp(min=1 / self.args.world_size)
-
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         mean: Tensor = self.accelerator.reduce(values.detach(), reduction="mean")
         return mean
 
-    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, real: int) -> Tensor:
+    def _task_loss(self, outputs: Any, targets: Tensor, given: Any, in_module: Tensor | None, real: int) -> Tensor:
         """Mean loss of the first `real` answers; `in_module` marks the labels of the module that is rehearsed, if any.
 
-        A batch without real samples weighs nothing, but the mean over none would be NaN: one sample stands in.
+        `given` are the labels as the batch holds them, for a loss function of the user's own. A batch without real
+        samples weighs nothing, but the mean over none would be NaN: one sample stands in.
         """
-        if real < len(labels):
-            outputs, labels = type(outputs)(logits=outputs.logits[: max(1, real)]), labels[: max(1, real)]
+        if real < len(targets):
+            outputs, first = type(outputs)(logits=outputs.logits[: max(1, real)]), slice(max(1, real))
+            targets, given = targets[first], given[first]
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)  # type: ignore[no-any-return]
+            return self.compute_loss_func(outputs, given, num_items_in_batch=None)  # type: ignore[no-any-return]
         if self.parent.config.has_several_labels:
-            return losses.restricted_binary_cross_entropy(outputs.logits, labels, in_module)
+            return losses.restricted_binary_cross_entropy(outputs.logits, targets, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
         if in_module is None or weight == 0:
-            return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
-        return losses.specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
+            return losses.labelled_cross_entropy(outputs.logits, targets, smoothing)
+        return losses.specific_cross_entropy(outputs.logits, targets, in_module, weight, smoothing)
 
     def _warmup(self) -> float:
         """Share of the mask terms' weights that counts at this step."""
@@ -310,11 +313,12 @@ class NeMoTrainer(Trainer):
 
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws some but not all groups for this optimizer step, equal in its micro-batches and processes, or none."""
-        count = len(self.parent.config.groups)
+        unseen = set(self.parent.config.unseen_labels or ())
+        groups = [index for index, own in enumerate(self.parent.config.groups.values()) if not unseen >= set(own)]
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
-        if self._warmup() < 1 or draw.random() >= self.nemo_config.rehearsal_probability or count < 2:
+        if self._warmup() < 1 or draw.random() >= self.nemo_config.rehearsal_probability or len(groups) < 2:
             return None
-        chosen = sorted(draw.sample(range(count), draw.randint(1, count - 1)))
+        chosen = sorted(draw.sample(groups, draw.randint(1, len(groups) - 1)))
         return torch.tensor(chosen, device=self.parent.device)
 
     def _rehearse(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
@@ -326,7 +330,7 @@ class NeMoTrainer(Trainer):
         inputs["static_masks"] = module_masks(self._masks, groups, self.nemo_config.relevance_threshold)
         # With several labels a module must say no to samples of none of its own, so it sees all of them.
         if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
-            inputs["static_samples"] = in_module[labels]
+            inputs["static_samples"] = in_module[labels.clamp(min=0)] & (labels >= 0)
         return in_module
 
     def _contrast(self, masks: Tensor, widths: Sequence[int], groups: Tensor) -> Tensor:
@@ -355,9 +359,19 @@ class NeMoTrainer(Trainer):
             self._run.sums, self._run.steps = {}, 0
         super().log(logs, start_time)
 
-    def update_relevance(self) -> None:
-        """Replaces the parent's relevance by the exact one over `relevance_dataset`."""
-        batches = self._loader(self._relevance_dataset, is_shared=True)
+    def update_relevance(self, dataset: Any = None) -> None:
+        """Replaces the parent's relevance by the exact one, counted in one pass over a data set.
+
+        Args:
+            dataset: Finite data with labels, without augmentation; `None` takes `relevance_dataset`, or without it
+                `train_dataset`.
+
+        Raises:
+            ValueError: If there are no such data, or their labels are not those of the model.
+        """
+        if (counted := self._counted_data if dataset is None else dataset) is None:
+            raise ValueError("Got no data set; expected one to count the relevance on. Pass update_relevance(dataset).")
+        batches = data.sample_loader(self, counted, is_shared=True)
         compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
 
     def evaluate(
@@ -387,7 +401,7 @@ class NeMoTrainer(Trainer):
         if hasattr(dataset, "__len__"):  # spread, since data are often sorted by label
             indices = range(0, len(dataset), -(-len(dataset) // MODULARITY_SAMPLES))
             dataset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        measured = measure_modularity(self.parent, self._loader(dataset), MODULARITY_SAMPLES)
+        measured = measure_modularity(self.parent, data.sample_loader(self, dataset), MODULARITY_SAMPLES)
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
 
@@ -399,14 +413,14 @@ class NeMoTrainer(Trainer):
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
     ) -> ModuleReport:
         """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`."""
-        batches, progress = self._loader(self._one_dataset(eval_dataset)), not self.args.disable_tqdm
+        batches, progress = data.sample_loader(self, self._one_dataset(eval_dataset)), not self.args.disable_tqdm
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
         self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95
     ) -> dict[str, float]:
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
-        batches = self._loader(self._one_dataset(eval_dataset))
+        batches = data.sample_loader(self, self._one_dataset(eval_dataset))
         return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
 
     def _one_dataset(self, given: Any) -> Any:
@@ -414,18 +428,6 @@ class NeMoTrainer(Trainer):
         if dataset is None or isinstance(dataset, dict) or (hasattr(dataset, "__len__") and not len(dataset)):
             raise ValueError("Got no single evaluation data set with samples; expected one. Pass eval_dataset=...")
         return dataset
-
-    def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
-        """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
-        collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="evaluation")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
-        if is_shared and self.args.world_size > 1:
-            dataset = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        workers = self.args.dataloader_num_workers
-        return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=collator, num_workers=workers)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
