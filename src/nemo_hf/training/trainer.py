@@ -55,7 +55,7 @@ class _TrainingStart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
-        parent, samples = self.trainer.parent, self.trainer._training_data
+        parent, samples = self.trainer.parent, self.trainer.train_dataset
         base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
         parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
         parent.report = None
