@@ -98,7 +98,7 @@ def as_samples(samples, labels, problem):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_labels_train_and_measure_as_they_are(name, tmp_path):
-    kind, given, is_plain, problem = KINDS[name]
+    kind, given, _, problem = KINDS[name]
     samples, parent = text_samples(20), varied_parent("bert", **TASK_ALONE)
     parent.model.config.problem_type = given
     parent.config.problem_type = given or SINGLE

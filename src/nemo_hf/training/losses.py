@@ -194,6 +194,6 @@ def nemo_loss(
     """
     masks, widths = flatten_masks(neuron_masks)
     is_list = labels.ndim == 2
-    task = restricted_binary_cross_entropy(logits, labels) if is_list else F.cross_entropy(logits.float(), labels)
+    task = restricted_binary_cross_entropy(logits, labels) if is_list else labelled_cross_entropy(logits, labels)
     contrast = mask_objective(masks, widths, groups, temperature=temperature)
     return task + contrastive_weight * contrast + sparsity_weight * sparsity_loss(masks, widths)
