@@ -422,6 +422,14 @@ class TestBeforeTheFirstStep:
         check_message(error, *words)
         assert_same_state(state(parent), before, rtol=0, atol=0)
 
+    def test_relevance_data_are_of_the_kind_of_the_training_data(self, tmp_path):
+        lists = with_labels(lambda label: several(torch.tensor(label)).float(), text_samples(20))
+        for data in (lists, Subset(lists, range(20))):
+            parent = varied_parent("bert")
+            train(parent, arguments(tmp_path), train_dataset=data, relevance_dataset=lists[:10])
+            assert parent.config.problem_type == SEVERAL
+            assert_relevance(parent, naive_relevance(parent, lists[:10]))
+
     def test_an_own_loader_needs_relevance_data(self, tmp_path):
         own, args = own_loader(NeMoTrainer), arguments(tmp_path)
         with pytest.raises(ValueError, match="get_train_dataloader") as error:
@@ -529,6 +537,8 @@ class TestGroupColumn:
         else:
             trainer.train()
             assert trainer.parent.config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
+            again = collator(lambda ids: 4 - ids)  # the parent has its groups, whatever the column of other data says
+            NeMoTrainer(trainer.parent, args, again, text_samples(20)).train()
 
 
 def test_modules_and_composed_models_take_labels_of_every_width():

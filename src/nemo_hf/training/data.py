@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, DefaultDataCollator, default_d
 from transformers.trainer_utils import has_length
 
 from nemo_hf.config import LabelLike
-from nemo_hf.evaluation.rejection import inputs_and_labels, split_batch
+from nemo_hf.evaluation.rejection import split_batch
 from nemo_hf.models.configuration import SEVERAL_LABELS
 from nemo_hf.models.labels import IGNORED, is_settled, label_ids, label_targets, settle_problem_type
 
@@ -214,12 +214,6 @@ def check_before_training(trainer: Any, counted: Any) -> None:
             "Got no data to count the relevance on after training; expected some beside an own get_train_dataloader. "
             "Pass NeMoTrainer(..., relevance_dataset=...)."
         )
-    if counted is not data and has_length(counted):
-        with unchanged_random_state():
-            batch = next(iter(sample_loader(trainer, _part(counted, range(min(len(counted), 2))), workers=0)), None)
-        if batch is None:
-            raise ValueError("Got an empty relevance_dataset; expected samples of all labels. Pass some.")
-        inputs_and_labels(parent, batch)
     labels = seen_labels(data, trainer.data_collator, lambda part: sample_loader(trainer, part, workers=0))
     unseen: set[int] = set()
     if labels is not None:
@@ -230,11 +224,17 @@ def check_before_training(trainer: Any, counted: Any) -> None:
         ids = label_ids(targets, parent.config.has_several_labels)
         seen = ids.any(0).nonzero() if ids.ndim == 2 else ids.unique()
         unseen = set(parent.config.names) - set(seen.flatten().tolist())
-    elif parent.nemo_config.group_column is not None and isinstance(data, datasets.Dataset):
+    elif trainer._reads_groups:
         raise ValueError(
             "Got group_column with labels that a transform or data collator makes; expected label_groups. Pass "
             "NeMoConfig(label_groups={...})."
         )
+    if counted is not data and has_length(counted):
+        with unchanged_random_state():
+            batch = next(iter(sample_loader(trainer, _part(counted, range(min(len(counted), 2))), workers=0)), None)
+        if batch is None:
+            raise ValueError("Got an empty relevance_dataset; expected samples of all labels. Pass some.")
+        read_batch(trainer, batch, is_watched=True)
     start_relevance(parent, unseen)
 
 

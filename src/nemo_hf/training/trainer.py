@@ -104,7 +104,7 @@ class NeMoTrainer(Trainer):
         self._given_config = nemo_config
         data.check_data_sets(train_dataset, relevance_dataset, data_collator)
         self._training_data, self._given_collator = train_dataset, data_collator
-        self._relevance_dataset = relevance_dataset
+        self._relevance_dataset, self._reads_groups = relevance_dataset, False
         self._run = TrainingState()
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
@@ -170,6 +170,7 @@ class NeMoTrainer(Trainer):
             return model
         config, groups = config or NeMoConfig(), None
         if config.group_column is not None:
+            self._reads_groups = True
             groups = data.groups_from_column(self._training_data, config.group_column, model)
         return make_parent(model, config, groups)
 
