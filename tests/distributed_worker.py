@@ -22,6 +22,8 @@ SETTINGS = {
     "cohesion": {"rehearsal_probability": 1.0, "objective": "cohesion-coupling"},
     "authors": {"rehearsal_probability": 0.0, "objective": "contrastive-authors"},
     "soft": {"rehearsal_probability": 1.0, "hard_masks": False},
+    "unlabelled": {"rehearsal_probability": 1.0},
+    "unlabelled authors": {"rehearsal_probability": 0.0, "objective": "contrastive-authors"},
     "within": {"rehearsal_probability": 0.0, "gather_across_devices": False},
 }
 MICRO_BATCHES = {"accumulated": [(4, 4), (6, 3)], "one left": [(5, 1)], "one each": [(1, 1)]}
@@ -45,6 +47,8 @@ def gradients_of(setting, splits, directory):
     model = trainer.accelerator.prepare_model(trainer.model)
     model.train()
     samples, losses = image_samples(40), []
+    if setting.startswith("unlabelled"):
+        samples = [{**sample, "labels": sample["labels"] if i % 3 else -100} for i, sample in enumerate(samples)]
     for split in splits:
         batch, samples = batch_of(own_part(samples, split)), samples[sum(split) :]
         with nullcontext() if split is splits[-1] or PROCESSES == 1 else model.no_sync():
@@ -53,6 +57,35 @@ def gradients_of(setting, splits, directory):
         losses.append(reduce(loss.detach(), "mean"))
     found = {name: parameter.grad for name, parameter in parent.named_parameters()}
     return {"losses": torch.stack(losses), **found}
+
+
+class Spoiled(torch.utils.data.Dataset):
+    """Samples of which one can't be read."""
+
+    def __len__(self):
+        return 13
+
+    def __getitem__(self, index):
+        if index == 11:
+            raise OSError("no such image")
+        return image_samples(13)[index]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """As many samples without a length."""
+
+    def __iter__(self):
+        return iter(image_samples(13))
+
+
+def counted(directory):
+    """Where the relevance is from after training on spoiled data, and what it is after a stream was counted."""
+    args = arguments(directory, max_steps=1, per_device_eval_batch_size=2, ddp_backend="gloo")
+    trainer = NeMoTrainer(varied_parent("vit"), args, train_dataset=image_samples(20), relevance_dataset=Spoiled())
+    trainer.train()
+    source = trainer.parent.config.relevance_source
+    trainer.update_relevance(Stream())
+    return {"source": source, "parent": state(trainer.parent)}
 
 
 class ShardedTrainer(NeMoTrainer):
@@ -112,6 +145,7 @@ def replicated(out):
     found["trained"] = trained(out / "two", evaluates=True, **SAVED)
     found["resumed"] = trained(out / "two again", out / "one" / "checkpoint-2")
     found["checkpointing"] = trained(out / "replayed", activation_checkpointing=True)
+    found["counted"] = counted(out / "counted")
     found["bf16"] = trained(out / "bf16", bf16=True)
     return found
 

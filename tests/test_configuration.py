@@ -131,6 +131,7 @@ def test_the_configuration_survives_the_file(tmp_path):
         "label_ids": [3, 1],
         "sites": [{"key": "layer:ffn", "pruning_mode": "dense", "widths": {"intermediate": 3}}],
         "relevance_source": "exact",
+        "unseen_labels": [0, 7],
         "relevance_threshold": 0.5,
         "id2label": {index: f"label {index}" for index in range(12)},
     }

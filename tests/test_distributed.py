@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import distributed_worker as worker
 import pytest
 import torch
-from training_helpers import assert_same_state, check_message, varied_parent
+from training_helpers import assert_same_state, check_message, state, varied_parent
 from transformers import ViTConfig, ViTForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, compute_relevance, make_parent
 from nemo_hf.neurons.masks import build_masks
 from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, sharded_layers
@@ -69,6 +69,15 @@ def test_every_gradient_is_that_of_one_process(setting, micro_batches, two, tmp_
             assert_close(got, expected)
         elif micro_batches == "accumulated":  # compared with others, the contrast is another one
             assert (got["losses"] - expected["losses"]).abs().max() > 1e-3
+
+
+def test_a_process_that_can_not_count_its_samples_stops_no_other_and_streams_are_shared_out(two):
+    for result in two:
+        assert result["counted"]["source"] == "running"
+        parent = varied_parent("vit")
+        parent.load_state_dict(result["counted"]["parent"])
+        compute_relevance(parent, [worker.batch_of(worker.image_samples(13))], show_progress=False)
+        assert_same_state(state(parent), result["counted"]["parent"], rtol=0, atol=0)
 
 
 def test_a_run_is_that_of_one_process(one, two):

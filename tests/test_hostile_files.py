@@ -149,6 +149,7 @@ WRONG = {
                      [{"name": "a", "labels": [0]}, {"name": "a", "labels": [1]}],
                      [{"name": "a", "labels": [0, 1]}, {"name": "b", "labels": [1, 2]}]),
     "label_ids": (3, [], [0, 0], [-1, 0], ["cat", "dog"], [True, False]),
+    "unseen_labels": (3, [], [0, 0], [-1], ["cat"], [True]),
     "id2label": (3, {"0": None}, {"1": "a", "2": "b"}, {"a": "b"}),
     "label2id": (3, {"a": "b"}),
     "num_labels": (10**9,),

@@ -47,15 +47,15 @@ SIGNATURES = {
     "NeMoTrainer.evaluate_modularity": "self eval_dataset",
     "NeMoTrainer.evaluate_module": "self labels eval_dataset kwargs",
     "NeMoTrainer.extract_module": "self labels kwargs",
-    "NeMoTrainer.update_relevance": "self",
+    "NeMoTrainer.update_relevance": "self dataset",
 }
 FIELDS = {
     "ModuleReport": "labels groups accuracy parent_restricted_accuracy controls samples parameters parent_parameters"
     " megabytes parent_megabytes macs parent_macs neuron_retention_rate weight_retention_rate latency_ms"
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
-    " problem_type relevance_source parent relevance_threshold round_to retained_neurons equivalence rejection"
-    " is_tuned training processor_files",
+    " problem_type relevance_source unseen_labels parent relevance_threshold round_to retained_neurons equivalence"
+    " rejection is_tuned training processor_files",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 

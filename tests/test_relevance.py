@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 from conftest import image_samples, text_samples
+from torch.utils.data import Subset
 from training_helpers import SAMPLES, arguments, batch_of, check_message, recorded, state, varied_parent
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance
@@ -88,15 +89,20 @@ class TestExactPass:
     def test_what_is_refused_changes_nothing(self):
         parent = varied_parent("vit", label_groups=GROUPS).train()
         before = state(parent.masks)
-        no_ship = batches([sample for sample in image_samples(20) if sample["labels"] != 3], 5)
-        for given, word in ((no_ship, "'ship'"), ([{"pixel_values": torch.zeros(2, 3, 16, 16)}], "'labels'")):
+        pixels = {"pixel_values": torch.zeros(2, 3, 16, 16)}
+        known = {**pixels, "labels": torch.tensor([0, 3])}
+        for given, word in (
+            ([known, pixels], "'labels'"),
+            ([known, {**pixels, "labels": torch.tensor([0, 5])}], "label 5"),
+            ([{**pixels, "labels": torch.tensor([-100, -100])}], "without a sample that has a label"),
+        ):
             with pytest.raises(ValueError, match=word) as error:
                 compute_relevance(parent, given, show_progress=False)
             check_message(error)
             assert all(torch.equal(tensor, before[name]) for name, tensor in parent.masks.state_dict().items())
             assert parent.training
         with pytest.raises(ValueError, match="module") as error:
-            compute_relevance(varied_parent("vit").extract_module(["cat", "dog"]), no_ship, show_progress=False)
+            compute_relevance(varied_parent("vit").extract_module(["cat", "dog"]), [known], show_progress=False)
         check_message(error)
 
 
@@ -126,7 +132,8 @@ class TestRunningAverage:
         with torch.no_grad():
             masks = before.train()(**batch).neuron_masks
         args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-        _, recorder = recorded(parent, args, train_dataset=samples, relevance_dataset=image_samples(20))
+        data = {"train_dataset": Subset(samples, range(8)), "relevance_dataset": image_samples(20)}
+        _, recorder = recorded(parent, args, **data)
         assert len(recorder.substeps) == 3
         for key, start in before.masks.relevance().items():
             assert all(torch.equal(relevance[key], start) for relevance in recorder.substeps)

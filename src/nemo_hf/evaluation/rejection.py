@@ -11,22 +11,45 @@ from tqdm.auto import tqdm
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.labels import check_label_shape
+from nemo_hf.models.labels import label_ids, label_targets
 from nemo_hf.models.rejection import energy, rejection_scores
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
-    """Which samples have one of a module's labels, (batch,), by the parent's label ids or 0 and 1 for each of them."""
+    """Which samples have one of a module's labels, (batch,), by `label_ids` among those of the parent."""
     own = torch.tensor(module.config.label_ids, device=labels.device)
-    return torch.isin(labels, own) if labels.ndim == 1 else (labels[:, own] > 0).any(-1)
+    if labels.ndim == 2 and labels.shape[1] <= int(own.max()):
+        raise ValueError(
+            f"Got lists of {labels.shape[1]} labels; expected the parent's, among them {own.tolist()}. Don't leave out "
+            "those that the module has not."
+        )
+    return torch.isin(labels, own) if labels.ndim == 1 else labels[:, own].any(-1)
 
 
-def inputs_and_labels(model: NeMoPreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Moves a batch to a model's device and takes its labels out, checked."""
+def split_batch(model: NeMoPreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Moves a batch to a model's device and takes its labels out as they are."""
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if (labels := inputs.pop("labels", None)) is None:
-        raise ValueError(f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data.")
-    check_label_shape(labels, model.config.has_several_labels)
+        raise ValueError(
+            f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data, or let the "
+            "data collator name it 'labels'."
+        )
+    return inputs, labels
+
+
+def inputs_and_labels(
+    model: NeMoPreTrainedModel, batch: Mapping[str, Any], keeps_all: bool = False
+) -> tuple[dict[str, Any], Tensor]:
+    """Moves a batch to a model's device and takes its labels out, checked, as `label_ids` returns them.
+
+    Samples whose label is -100 are left out unless the call `keeps_all`.
+    """
+    inputs, given = split_batch(model, batch)
+    count, has_several = len(model.config.names) if model.is_parent else None, model.config.has_several_labels
+    labels = label_ids(label_targets(given, count, has_several, checks_values=True), has_several).to(model.device)
+    if not keeps_all and labels.ndim == 1 and not bool((known := labels >= 0).all()):
+        inputs = {name: value[known] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        labels = labels[known]
     return inputs, labels
 
 
@@ -69,6 +92,8 @@ def calibrate_rejection(
     with as_saved(module):
         for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
             inputs, labels = inputs_and_labels(module, batch)
+            if not len(labels):
+                continue
             found.append(energy(module(**inputs, return_dict=True).logits, module.config.has_several_labels).cpu())
             owned.append(own_samples(module, labels).cpu())
     energies, is_own = torch.cat(found), torch.cat(owned)

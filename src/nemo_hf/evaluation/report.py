@@ -210,6 +210,8 @@ def _collect_answers(
     right, energies, is_own = [], [], []
     for batch in batches:
         inputs, labels = inputs_and_labels(parent, batch)
+        if not len(labels):
+            continue
         inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         logits = module(**inputs, return_dict=True).logits
         own = own_samples(module, labels)
@@ -219,7 +221,7 @@ def _collect_answers(
         if not chosen.any():
             continue
         inputs, labels = {name: value[chosen] for name, value in inputs.items()}, labels[chosen]
-        found = labels[:, wanted] > 0 if has_several else (labels[:, None] == wanted).int().argmax(-1)
+        found = labels[:, wanted] if has_several else (labels[:, None] == wanted).int().argmax(-1)
         right.append(found.long().cpu())
         runs = {"module": [logits[chosen]], "parent": [parent(**inputs, return_dict=True).logits[:, wanted]]}
         for name, draws in masks.items():
@@ -246,10 +248,14 @@ def measure_modularity(
             if samples >= most:
                 break
             inputs, labels = inputs_and_labels(parent, batch)
-            groups.append(sample_groups(parent, labels, group_of_label))
+            if not len(labels):
+                continue
+            groups.append(sample_groups(labels, group_of_label, len(parent.config.groups)))
             masks = parent(**inputs, output_neuron_masks=True, return_dict=True).neuron_masks
             opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
             samples += len(labels)
+    if not samples:
+        raise ValueError("Got data without a sample that has a label; expected some. Pass data with labels.")
     cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))
     return {"cohesion": cohesion, "coupling": coupling, "modularity_samples": samples}
 
@@ -277,7 +283,8 @@ def random_masks(static: Mapping[str, Tensor], parent: NeMoPreTrainedModel, seed
 
 def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) -> list[int]:
     """Draws as many groups as given, or all others if these are fewer; returns their label ids."""
-    others = {name: ids for name, ids in parent.config.groups.items() if name not in groups}
+    unseen = set(parent.config.unseen_labels or ())
+    others = {name: ids for name, ids in parent.config.groups.items() if name not in groups and not unseen >= set(ids)}
     chosen = random.Random(seed).sample(sorted(others), min(len(groups), len(others)))  # noqa: S311
     return [index for name in chosen for index in others[name]]
 

@@ -22,7 +22,7 @@ from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resiz
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, task_of
-from .labels import check_label_shape, settle_labels
+from .labels import settle_labels, task_loss
 from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
 
@@ -347,10 +347,7 @@ class NeMoPreTrainedModel(SavedModel):
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.num_labels == 1 and not self.config.has_several_labels:
             raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
-        check_label_shape(labels, self.config.has_several_labels)
-        labels = labels.float() if self.config.has_several_labels else labels
-        loss: Tensor = self.loss_function(labels, logits, self.config)
-        return loss
+        return task_loss(self, logits, labels)
 
     def _prepare_to_save(self) -> None:
         self.drop_stale_results()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .base import NeMoOutput, NeMoPreTrainedModel
 from .config_checks import REMEDY, check_companions
 from .configuration import NeMoModelConfig, SavedConfig, model_class
+from .labels import task_loss
 from .saved_model import SavedModel
 
 MOST_PARTS = 1000
@@ -132,7 +133,7 @@ class NeMoComposedModel(SavedModel):
             if given.get(name, getattr(self.config, name)):
                 raise ValueError(f"Got {name} for several modules; expected none. Ask each of model.parts for its own.")
         logits = self.join(self.part_logits(**given))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss = None if labels is None else task_loss(self, logits, labels)
         output = NeMoOutput(loss=loss, logits=logits)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

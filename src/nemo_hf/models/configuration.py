@@ -96,6 +96,7 @@ class NeMoModelConfig(SavedConfig):
         sites: One entry a site: `key`, `pruning_mode`, and for a module the `widths` of its layers and, under `kept`,
             how many neurons each of its groups uses and how many it keeps in all.
         relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
+        unseen_labels: Parent: ids of the labels of which the data of its relevance had no sample, or `None`.
         parent: Module: Hub repository that it was cut from, or `None`.
         relevance_threshold: Module: the threshold of its plan.
         round_to: Module: what its widths were filled up to.
@@ -123,6 +124,7 @@ class NeMoModelConfig(SavedConfig):
     label2id: dict[str, int] | None = None
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
     relevance_source: Literal["initial", "running", "exact"] = "initial"
+    unseen_labels: list[int] | None = validated_field(checks.check_label_ids, default=None)
     parent: str | None = None
     relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
     round_to: int | None = validated_field(checks.within(1, checks.LARGEST_COUNT), default=None)

@@ -86,6 +86,12 @@ def make_plan(
     source = source if isinstance(source, CutSource) else CutSource.of_parent(source)
     config = source.config
     label_ids, names = resolve_labels(labels, config.groups, config.names)
+    unseen = set(config.unseen_labels or ())
+    if unknown := [name for name in names if unseen >= set(config.groups[name])]:
+        raise ValueError(
+            f"Got the label groups {unknown[:12]}, of which the data of the relevance had no sample; expected others. "
+            "Leave them out, or call compute_relevance(parent, batches) first, with samples of all labels."
+        )
     threshold = source.options.relevance_threshold if threshold is None else threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
@@ -180,7 +186,7 @@ def _module_config(source: CutSource, plan: ModulePlan, widths: Sequence[Mapping
     config.role = "module"
     config.id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
     config.label2id = {name: index for index, name in config.names.items()}
-    config.label_ids = list(plan.label_ids)
+    config.label_ids, config.unseen_labels = list(plan.label_ids), None
     config.label_groups = [{"name": name, "labels": parent.groups[name]} for name in plan.groups]
     if not parent.has_several_labels:
         config.problem_type = "single_label_classification" if len(plan.label_ids) > 1 else None

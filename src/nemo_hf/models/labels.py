@@ -1,11 +1,105 @@
-"""Checks of labels, and the label groups that labels and samples belong to."""
+"""What the labels of a batch say: targets of the loss, ids of labels, and the groups that samples belong to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .configuration import SEVERAL_LABELS
+
+IGNORED = -100  # label of samples that count nowhere, as in torch's cross_entropy
+SINGLE_LABEL = "single_label_classification"
+
+
+def label_targets(labels: Any, count: int | None, has_several: bool, checks_values: bool | None = None) -> Tensor:
+    """Turns labels as a batch holds them into what a loss takes, or says what is wrong with them (`ValueError`).
+
+    They are ids, int64, shape (batch,), `IGNORED` among them; chances of each label, shape (batch, labels), as mixing
+    samples gives them; or, where a sample may have several labels, numbers from 0 to 1 of that shape. `count` is the
+    number of labels, if it is known. Checking values makes the host wait for a GPU; `None` checks ids on CPUs only.
+    """
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # names, None, lists of unequal lengths
+        raise ValueError(
+            f"Got labels that make no tensor ({str(labels)[:80]}); expected numbers of one shape for each sample. Turn "
+            "names into ids, in the data or the data collator."
+        ) from error
+    if not has_several and values.ndim == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    is_float = values.is_floating_point()
+    is_list = values.ndim == 2 and count in (None, values.shape[1])
+    if values.ndim == 2 and not is_list:
+        raise ValueError(
+            f"Got lists of {values.shape[1]} labels for a model of {count}; expected a number for each of its labels. "
+            f"Correct the labels, or load the model with num_labels={values.shape[1]}."
+        )
+    if not (is_list if has_several else values.ndim == 1 or (is_list and is_float)):
+        wanted, problem, do = "an id", SEVERAL_LABELS, "Correct the labels, or where a sample may have several"
+        if has_several:
+            wanted, problem, do = "a list of 0 and 1", SINGLE_LABEL, "Turn ids into such lists, or where each has one"
+        raise ValueError(
+            f"Got labels of shape {tuple(values.shape)}; expected {wanted} for each sample, as the model's "
+            f"problem_type says for {count or 'its'} labels. {do}, load the model with problem_type='{problem}'."
+        )
+    if is_float and not is_list:
+        raise ValueError(
+            f"Got labels of type {values.dtype}; expected integer ids. Cast ids that are stored as numbers "
+            "with a point: dataset.cast_column('label', datasets.Value('int64')); regression is not supported."
+        )
+    if not torch.compiler.is_compiling() and (checks_values or is_list or values.device.type == "cpu"):
+        if is_list:
+            _check_shares(values, has_several)
+        else:
+            _check_ids(values, count)
+    return values.float() if is_list else values.long()
+
+
+def _check_ids(ids: Tensor, count: int | None) -> None:
+    ids = ids.long()
+    wrong = (ids < 0) & (ids != IGNORED) | (ids >= (torch.iinfo(torch.int64).max if count is None else count))
+    if bool(wrong.any()):
+        value = int(ids[wrong][0])
+        do = f"Number the labels from 0, or load the model with num_labels={int(ids.max()) + 1}."
+        if value < 0:
+            do = f"Leave samples without a label out, or give them the label {IGNORED}, which counts nowhere."
+        raise ValueError(f"Got the label {value}; expected ids from 0 to {'' if count is None else count - 1}. {do}")
+
+
+def _check_shares(shares: Tensor, has_several: bool) -> None:
+    inside = (shares >= 0) & (shares <= 1)
+    if not bool(inside.all()):
+        value = shares[~inside][0].item()
+        raise ValueError(f"Got {value} in a list of labels; expected numbers from 0 to 1. Correct the labels.")
+    sums = shares.float().sum(-1)
+    if not has_several and bool(((sums - 1).abs() > 0.01).any()):
+        raise ValueError(
+            f"Got lists of labels of which one sums to {sums[(sums - 1).abs().argmax()].item():g}; expected ids, or "
+            f"the chances of each label, which sum to 1. Where a sample may have several labels, load the model with "
+            f"problem_type='{SEVERAL_LABELS}'."
+        )
+
+
+def label_ids(targets: Tensor, has_several: bool) -> Tensor:
+    """Says which labels samples have, by `label_targets`: the id of the one, or the likeliest, shape (batch,).
+
+    Where a sample may have several labels, it marks each that is at least half there, boolean, (batch, labels).
+    """
+    if has_several:
+        return targets >= 0.5
+    return targets.argmax(-1) if targets.ndim == 2 else targets
+
+
+def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
+    """The loss of a plain model of the same `problem_type`, for labels of every kind that `label_targets` takes."""
+    several = model.config.problem_type == SEVERAL_LABELS
+    targets = label_targets(labels, len(model.config.id2label or ()), several).to(logits.device)
+    if targets.ndim == 2 and not several:
+        return F.cross_entropy(logits, targets.to(logits.dtype))
+    loss: Tensor = model.loss_function(targets, logits, model.config)
+    return loss
 
 
 def settle_labels(config: Any) -> None:
@@ -52,19 +146,29 @@ def _inverse(names: Mapping[int, str]) -> dict[str, int]:
 def group_membership(labels: Tensor, group_of_label: Tensor, groups: int) -> Tensor:
     """Marks the groups of each sample, boolean, (batch, groups); `group_of_label` has shape (labels,).
 
-    `labels` are ids, shape (batch,), or 0 and 1 for each label, shape (batch, labels).
+    `labels` are as `label_ids` returns them.
     """
-    of_label = F.one_hot(group_of_label, groups)
-    return of_label[labels].bool() if labels.ndim == 1 else (labels.float() @ of_label.float()) > 0
+    if labels.ndim == 1:
+        return sample_groups(labels, group_of_label, groups)[:, None] == torch.arange(groups, device=labels.device)
+    return (labels.float() @ F.one_hot(group_of_label, groups).float()) > 0
+
+
+def sample_groups(labels: Tensor, group_of_label: Tensor, groups: int) -> Tensor:
+    """Returns the group of each sample, shape (batch,), -1 for none, or of several labels its `group_membership`."""
+    if labels.ndim == 2:
+        return group_membership(labels, group_of_label, groups)
+    return torch.where(labels < 0, -1, group_of_label[labels.clamp(min=0)])
 
 
 def shares_group(groups: Tensor, others: Tensor | None = None) -> Tensor:
     """Marks which samples share a group with which others (`None`: the same), boolean, shape (batch, samples).
 
-    Both are the group of each sample, shape (batch,), or membership, boolean, shape (batch, groups).
+    Both are the group of each sample, shape (batch,), -1 for none, or membership, boolean, shape (batch, groups).
     """
     others = groups if others is None else others
-    return groups[:, None] == others if groups.ndim == 1 else (groups.float() @ others.float().T) > 0
+    if groups.ndim == 1:
+        return (groups[:, None] == others) & (groups >= 0)[:, None]
+    return (groups.float() @ others.float().T) > 0
 
 
 def group_indices(parent: Any) -> Tensor:
@@ -75,26 +179,20 @@ def group_indices(parent: Any) -> Tensor:
     return indices.to(parent.device)
 
 
-def sample_groups(parent: Any, labels: Tensor, group_of_label: Tensor) -> Tensor:
-    """Returns the group of each sample, shape (batch,), or where it may have several labels its `group_membership`."""
-    several = labels.ndim == 2
-    return group_membership(labels, group_of_label, len(parent.config.groups)) if several else group_of_label[labels]
+def is_settled(model: Any) -> bool:
+    """Whether a plain model or a parent says if its samples may have several labels; if not, its labels will."""
+    plain = model.model if getattr(model, "is_parent", False) else model
+    return plain.config.problem_type is not None or model.config.problem_type == SEVERAL_LABELS
 
 
-def check_label_shape(labels: Tensor, has_several: bool) -> None:
-    """Refuses a batch with one label per sample where the model is for several, or the other way round."""
-    if (labels.ndim == 2) != has_several:
-        wanted, problem = ("a list of 0 and 1", "single_label") if has_several else ("an id", "multi_label")
-        raise ValueError(
-            f"Got labels of shape {tuple(labels.shape)}; expected {wanted} for each sample, as the model's "
-            f"problem_type says. Correct the labels, or load the model with problem_type='{problem}_classification'."
-        )
+def settle_problem_type(parent: Any, labels: Any, has_loss_function: bool) -> None:
+    """Sets the `problem_type` that a parent's plain model lacks by the labels of a batch, as `transformers` does.
 
-
-def check_label_counts(counts: Sequence[float], id2label: Mapping[int, str]) -> None:
-    """Refuses data without a sample of some label; `counts` are numbers of samples by label id."""
-    if missing := [id2label[index] for index, count in enumerate(counts) if not count]:
-        raise ValueError(
-            f"Got training data without a sample of {missing[:12]}; expected at least one of each of the {len(counts)} "
-            "labels. Add samples, or load the model with fewer labels."
-        )
+    Lists of floats say that a sample may have several labels; chances, which sum to 1, only without a loss function.
+    """
+    if not is_settled(parent):
+        is_list = isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == len(parent.config.names)
+        several = is_list and labels.is_floating_point()
+        if several and has_loss_function:
+            several = bool(((labels.sum(-1) - 1).abs() > 0.01).any())
+        parent.config.problem_type = parent.model.config.problem_type = SEVERAL_LABELS if several else SINGLE_LABEL

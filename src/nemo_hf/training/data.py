@@ -1,60 +1,167 @@
-"""Checks of training data, and the label groups that one of its columns names."""
+"""Checks of training data before the first step, and the label groups that one of its columns names."""
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
+from transformers.trainer_utils import has_length
 
 from nemo_hf.config import LabelLike
-from nemo_hf.models.labels import check_label_counts
+from nemo_hf.evaluation.rejection import split_batch
+from nemo_hf.models.configuration import SEVERAL_LABELS
+from nemo_hf.models.labels import IGNORED, is_settled, label_ids, label_targets, settle_problem_type
+
+from .model_calls import check_own_loss
+from .relevance import start_relevance
 
 LABEL_COLUMNS = ("label", "labels", "label_ids")
+PROBED = 64  # most samples that are read to see whether a column holds the labels that batches have
 
 
-def check_columns(dataset: Any, is_counted: bool) -> None:
-    """Refuses training data without a column of labels, and a stream if relevance `is_counted` on it."""
-    if isinstance(dataset, IterableDataset) and is_counted:
+def check_data_sets(trained: Any, counted: Any, collator: Any) -> None:
+    """Refuses data to train on, and to count the relevance on (`None`: the same), that can't serve."""
+    for name, data in (("train_dataset", trained), ("relevance_dataset", counted)):
+        if isinstance(data, dict):
+            raise ValueError(
+                f"Got a {type(data).__name__} with {list(data)} as {name}; expected one data set. Pass one of them: "
+                f"{name}=data[{next(iter(data), 'train')!r}]."
+            )
+    if trained is not None and counted is None and not has_length(trained):
+        kind = "an iterable data set" if isinstance(trained, IterableDataset) else "a data set without a length"
         raise ValueError(
-            "Got an iterable data set to train on; expected a finite one to count the relevance on. Pass a part of it "
-            "as NeMoTrainer(..., relevance_dataset=...)."
+            f"Got {kind} to train on; expected a finite one to count the relevance on. Pass a part of it as "
+            "NeMoTrainer(..., relevance_dataset=...)."
         )
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and not set(LABEL_COLUMNS) & set(columns):
+    if counted is not None and not isinstance(counted, IterableDataset) and not has_length(counted):
+        raise ValueError(
+            f"Got a {type(counted).__name__} without a length as relevance_dataset; expected a finite data set. Give "
+            "it a __len__, or pass a list of samples."
+        )
+    columns = getattr(trained, "column_names", None)
+    if columns is not None and _is_seen(trained, collator) and not set(LABEL_COLUMNS) & set(columns):
         raise ValueError(
             f"Got training data with the columns {list(columns)}; expected a 'label' or 'labels' column. "
             "Rename it with dataset.rename_column(..., 'label')."
         )
 
 
+def _is_seen(dataset: Any, collator: Any) -> bool:
+    """Whether batches hold the labels of a column as they are: no transform and no collator of the user's own."""
+    if isinstance(dataset, datasets.Dataset) and (
+        dataset.format["type"] == "custom" or len(set(LABEL_COLUMNS) & set(dataset.column_names)) > 1
+    ):
+        return False
+    known = type(collator) in (type(None), DataCollatorWithPadding, DefaultDataCollator)
+    return known or collator is default_data_collator
+
+
 def column_values(dataset: Any, names: Sequence[str]) -> list[Any] | None:
-    """The first of some columns that a `datasets.Dataset` has, without transforms; `None` for other data."""
-    if not isinstance(dataset, datasets.Dataset):
-        return None  # a stream must not be read before training
-    name = next((name for name in names if name in dataset.column_names), None)
-    return None if name is None else list(dataset.with_format(None)[name])
+    """The first of some columns that a `datasets.Dataset` or a list of samples has, without transforms, or `None`."""
+    if isinstance(dataset, datasets.Dataset):  # a stream must not be read before training
+        name = next((name for name in names if name in dataset.column_names), None)
+        return None if name is None else list(dataset.with_format(None)[name])
+    if not isinstance(dataset, (list, tuple)) or not all(isinstance(sample, Mapping) for sample in dataset):
+        return None
+    name = next((name for name in names if all(name in sample for sample in dataset)), None)
+    values = [] if name is None else [sample[name] for sample in dataset]
+    return [value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value for value in values] or None
 
 
-def groups_from_column(
-    dataset: Any, column: str, labels: Sequence[int] | None, id2label: Mapping[int, str], has_several: bool = False
-) -> dict[str, list[LabelLike]]:
+def seen_labels(dataset: Any, collator: Any, batches: Callable[[Any], Any] | None = None) -> list[Any] | None:
+    """The labels that batches of a data set hold, from its column of labels; `None` if that can't be known.
+
+    Behind a transform or collator of the user's own, `batches`, loaders of parts of the data, show whether they do.
+    """
+    labels = column_values(dataset, LABEL_COLUMNS)
+    if not labels or _is_seen(dataset, collator) or batches is None:
+        return labels if _is_seen(dataset, collator) else None
+    first = list({str(label): index for index, label in reversed(list(enumerate(labels)))}.values())
+    rows = first[:: -(-len(first) // PROBED)]
+    try:
+        with unchanged_random_state():
+            read = [torch.as_tensor(batch["labels"]) for batch in batches(_part(dataset, rows))]
+        is_same = torch.equal(torch.cat(read).cpu(), torch.tensor([labels[row] for row in rows]))
+    except Exception:  # whatever the user's code raises, here or in the first step
+        return None
+    return labels if is_same else None
+
+
+def _part(dataset: Any, rows: Sequence[int]) -> Any:
+    return dataset.select(rows) if isinstance(dataset, datasets.Dataset) else Subset(dataset, rows)
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Restores the generators of random numbers at the end, so that a look at data does not change the training."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - that of transforms and collators
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+class _Share(IterableDataset[Any]):
+    """Each of a number of processes' samples of a stream, one after another."""
+
+    def __init__(self, stream: Any, rank: int, processes: int) -> None:
+        self._stream, self._rank, self._processes = stream, rank, processes
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._stream), self._rank, None, self._processes)
+
+
+def sample_loader(trainer: Any, dataset: Any, is_shared: bool = False, workers: int | None = None) -> DataLoader[Any]:
+    """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
+    args, collator = trainer.args, trainer.data_collator
+    if isinstance(dataset, datasets.Dataset):
+        dataset = trainer._remove_unused_columns(dataset, description="evaluation")
+    else:
+        collator = trainer._get_collator_with_removed_columns(collator, description="evaluation")
+    if isinstance(dataset, IterableDataset):
+        workers = 0  # each would read the whole stream
+    if is_shared and args.world_size > 1:
+        share = (args.process_index, args.world_size)
+        is_stream = isinstance(dataset, IterableDataset)
+        dataset = _Share(dataset, *share) if is_stream else Subset(dataset, range(share[0], len(dataset), share[1]))
+    workers = args.dataloader_num_workers if workers is None else workers
+    return DataLoader(dataset, batch_size=args.eval_batch_size, collate_fn=collator, num_workers=workers)
+
+
+def groups_from_column(dataset: Any, column: str, model: Any) -> dict[str, list[LabelLike]]:
     """Reads label groups, name to label ids, from a column of the groups' names or of a `ClassLabel`'s integers."""
-    if has_several:
+    id2label = {int(index): str(name) for index, name in model.config.id2label.items()}
+    if model.config.problem_type == SEVERAL_LABELS:
         raise ValueError(
             "Got group_column for a model whose samples have several labels; expected label_groups. Pass "
             "NeMoConfig(label_groups={...})."
         )
-    values = column_values(dataset, (column,))
+    values, labels = column_values(dataset, (column,)), column_values(dataset, LABEL_COLUMNS)
     if values is None or labels is None:
         raise ValueError(
             f"Got group_column={column!r}; expected a column of the datasets.Dataset to train on, which has "
             f"{getattr(dataset, 'column_names', 'no columns')}. Name one of them, or pass label_groups."
         )
-    names = getattr(dataset.features[column], "names", None)
+    names = getattr(getattr(dataset, "features", {}).get(column), "names", None)
     groups: dict[str, list[LabelLike]] = {}
     owner: dict[int, str] = {}
     for label, value in zip(labels, values, strict=True):
+        if label == IGNORED:
+            continue
+        if not isinstance(label, int) or label not in id2label:
+            raise ValueError(
+                f"Got group_column={column!r} beside the label {label!r}; expected ids from 0 to {len(id2label) - 1}. "
+                "Store ids in the column of labels, or pass label_groups."
+            )
         group = str(names[value]) if names and isinstance(value, int) else str(value)
         if owner.setdefault(label, group) != group:
             raise ValueError(
@@ -63,26 +170,85 @@ def groups_from_column(
             )
     for label in sorted(owner):
         groups.setdefault(owner[label], []).append(label)
+    for label in sorted(set(id2label) - set(owner)):  # without a sample
+        groups[id2label[label] if id2label[label] not in groups else f"{id2label[label]} ({label})"] = [label]
     return groups
 
 
-def check_labels(labels: Sequence[Any], names: Mapping[int, str], has_several: bool = False) -> None:
-    """Refuses labels, ids or lists of 0 and 1, that are not those of the model, `names`, each at least once."""
-    if has_several:
-        wrong = [v for v in labels if not isinstance(v, Sequence) or len(v) != len(names) or not set(v) <= {0, 1}]
-        if wrong:
-            raise ValueError(
-                f"Got the labels {wrong[0]!r} in the training data; expected a list of {len(names)} zeros and ones. "
-                "Turn label names into such lists, or load the model without problem_type='multi_label_classification'."
-            )
-        check_label_counts([sum(column) for column in zip(*labels, strict=True)], names)
-        return
-    is_id = [isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names) for label in labels]
-    if not all(is_id):
+def check_labels(labels: Sequence[Any], model: Any) -> Tensor | None:
+    """Refuses labels of a column or list that are not those of a model; returns them as `label_targets`.
+
+    `None` if they are lists that only training can tell to be of several labels or chances.
+    """
+    names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+    wrong = next((label for label in labels if label is None or isinstance(label, str)), 0)
+    if wrong is None or isinstance(wrong, str):
+        do = f"Remove samples without a label, or give them the label {IGNORED}, which counts nowhere."
+        if wrong is not None:
+            do = "Use dataset.class_encode_column('label'), and load the model with as many num_labels."
+            if {label for label in labels if isinstance(label, str)} <= set(names.values()):
+                do = (  # class_encode_column would number them by the alphabet
+                    "Turn names into the model's ids: dataset.map(lambda sample: {'label': "
+                    "model.config.label2id[sample['label']]})."
+                )
+        raise ValueError(f"Got the label {wrong!r} in the training data; expected ids from 0 to {len(names) - 1}. {do}")
+    try:
+        values = torch.tensor(labels)
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Got the label {labels[is_id.index(False)]!r} in the training data; expected ids from 0 to "
-            f"{len(names) - 1}. Use dataset.class_encode_column('label') for names, remove samples without a label, or "
-            "load the model with another num_labels."
+            f"Got labels of different lengths or kinds in the training data ({error}); expected one id for each "
+            f"sample, or where one may have several labels a list of {len(names)} zeros and ones. Correct the data."
+        ) from error
+    if values.ndim == 2 and values.is_floating_point() and not is_settled(model):
+        return None
+    return label_targets(values, len(names), model.config.problem_type == SEVERAL_LABELS, checks_values=True)
+
+
+def check_before_training(trainer: Any, counted: Any) -> None:
+    """Refuses to train without what is needed afterwards, and closes the groups of labels that have no sample.
+
+    `counted` is what the relevance will be counted on.
+    """
+    parent, data = trainer.parent, trainer.train_dataset
+    if counted is None:
+        raise ValueError(
+            "Got no data to count the relevance on after training; expected some beside an own get_train_dataloader. "
+            "Pass NeMoTrainer(..., relevance_dataset=...)."
         )
-    counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=len(names))
-    check_label_counts(counts.tolist(), names)
+    labels = seen_labels(data, trainer.data_collator, lambda part: sample_loader(trainer, part, workers=0))
+    unseen: set[int] = set()
+    if labels is not None:
+        if (targets := check_labels(labels, parent)) is None:
+            settle_problem_type(parent, torch.tensor(labels), trainer.compute_loss_func is not None)
+            targets = check_labels(labels, parent)
+        assert targets is not None
+        ids = label_ids(targets, parent.config.has_several_labels)
+        seen = ids.any(0).nonzero() if ids.ndim == 2 else ids.unique()
+        unseen = set(parent.config.names) - set(seen.flatten().tolist())
+    elif trainer._reads_groups:
+        raise ValueError(
+            "Got group_column with labels that a transform or data collator makes; expected label_groups. Pass "
+            "NeMoConfig(label_groups={...})."
+        )
+    if counted is not data and has_length(counted):
+        with unchanged_random_state():
+            batch = next(iter(sample_loader(trainer, _part(counted, range(min(len(counted), 2))), workers=0)), None)
+        if batch is None:
+            raise ValueError("Got an empty relevance_dataset; expected samples of all labels. Pass some.")
+        read_batch(trainer, batch, is_watched=True)
+    start_relevance(parent, unseen)
+
+
+def read_batch(trainer: Any, batch: dict[str, Any], is_watched: bool) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
+    """Takes a batch apart: model inputs, labels as they are, `label_targets`, and `label_ids` of these.
+
+    The first labels say what kind a model without `problem_type` is of. `is_watched`: whether values are checked.
+    """
+    parent = trainer.parent
+    inputs, given = split_batch(parent, batch)
+    settle_problem_type(parent, given, trainer.compute_loss_func is not None)
+    has_several = parent.config.has_several_labels
+    targets = label_targets(given, len(parent.config.names), has_several, is_watched or None).to(parent.device)
+    if trainer.compute_loss_func is not None:
+        check_own_loss("compute_loss_func", parent)
+    return inputs, given, targets, label_ids(targets, has_several)

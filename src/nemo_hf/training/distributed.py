@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from nemo_hf.auto_classes import NeMoClassifier
 
-from .losses import GatheredMasks
+from .losses import GatheredMasks, have_labels
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def gather_masks(masks: Tensor, groups: Tensor, capacity: int) -> GatheredMasks:
         )
     filled = (0, 0, 0, capacity - batch)
     columns = groups[:, None] if groups.ndim == 1 else groups
-    known = torch.cat([torch.ones_like(columns[:, :1]), columns], -1).long()
+    known = torch.cat([have_labels(groups)[:, None], columns], -1).long()
     known = _Gather.apply(nn.functional.pad(known, filled))
     everyone = _Gather.apply(nn.functional.pad(masks.float(), filled))
     found = known[:, 1] if groups.ndim == 1 else known[:, 1:].bool()
@@ -96,6 +96,28 @@ def in_step(batches: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[
                 "Got fewer samples than processes; expected one for each with a sharded model. Use fewer processes."
             )
         yield last, batch is not None
+
+
+def raise_together(error: Exception | None, accelerator: Any) -> None:
+    """Raises an error in all processes if one of them has it; all must call it."""
+    count = torch.tensor(float(error is not None), device=accelerator.device)
+    is_any = bool(accelerator.reduce(count, reduction="sum") > 0)
+    if error is not None:
+        raise error
+    if is_any:
+        raise RuntimeError("Another process failed; its message says why.")
+
+
+def sample_weights(labels: Tensor, args: Any, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor | float, ...]:
+    """Weights of this process's means, over samples and over those that have a label.
+
+    With them the mean over processes is the mean over the samples of all.
+    """
+    if args.world_size == 1:
+        return 1.0, 1.0
+    counted = have_labels(labels)
+    own = torch.stack([torch.ones_like(counted).sum(), counted.sum()]).float()  # copies from the host would wait
+    return tuple(own / mean(own).clamp(min=1 / args.world_size))
 
 
 def sharded_layers(model: Any) -> list[str]:

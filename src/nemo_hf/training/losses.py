@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_hf.models.labels import shares_group
+from nemo_hf.models.labels import IGNORED, label_ids, shares_group
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class GatheredMasks:
 
     masks: Tensor  # soft, (samples, neurons), with gradient
     groups: Tensor  # group of each sample, (samples,), or membership, boolean, (samples, groups)
-    is_sample: Tensor  # boolean, (samples,): False in the rows that fill up a short batch
+    is_sample: Tensor  # boolean, (samples,): False without a label, and in the rows that fill up a short batch
     first: int  # row of the process's own first sample; its others follow
 
 
@@ -29,6 +29,11 @@ def flatten_masks(neuron_masks: Mapping[str, Tensor]) -> tuple[Tensor, list[int]
     """Joins an output's masks, (batch, calls, neurons) each, to one tensor and the widths of its sites and calls."""
     widths = [mask.shape[-1] for mask in neuron_masks.values() for _ in range(mask.shape[1])]
     return torch.cat([mask.flatten(1) for mask in neuron_masks.values()], -1), widths
+
+
+def have_labels(groups: Tensor) -> Tensor:
+    """Which samples have a label, by their groups as in `shares_group`: boolean, shape (batch,)."""
+    return groups >= 0 if groups.ndim == 1 else torch.ones_like(groups[:, 0], dtype=torch.bool)
 
 
 def cosine_similarities(masks: Tensor, widths: Sequence[int], others: Tensor) -> Tensor:
@@ -60,16 +65,17 @@ def mask_objective(
     averages numbers of anchors or pairs over the processes, so that their mean loss is that of all samples at once.
     """
     if gathered is None:
-        gathered = GatheredMasks(masks, groups, torch.ones_like(masks[:, 0], dtype=torch.bool), first=0)
+        gathered = GatheredMasks(masks, groups, have_labels(groups), first=0)
     similarities = cosine_similarities(masks, widths, gathered.masks)
     rows = torch.arange(len(groups), device=groups.device) + gathered.first
     columns = torch.arange(len(gathered.is_sample), device=groups.device)
-    others = gathered.is_sample & (rows[:, None] != columns)  # (batch, samples): two different samples
-    alike = shares_group(groups, gathered.groups) & gathered.is_sample
+    compared = have_labels(groups)[:, None] & gathered.is_sample  # (batch, samples)
+    others = compared & (rows[:, None] != columns)  # two different samples
+    alike = shares_group(groups, gathered.groups) & compared
     if objective == "contrastive":
         sums, counts = _contrastive(similarities / temperature, others, alike & others)
     elif objective == "contrastive-authors":
-        sums, counts = _authors_contrastive(similarities / temperature, gathered.is_sample, alike)
+        sums, counts = _authors_contrastive(similarities / temperature, compared, alike)
     else:
         sums, counts = _cohesion_coupling(similarities.mean(0), alike & others, ~alike & others, coupling_weight)
     if mean_counts is not None:
@@ -91,16 +97,18 @@ def _contrastive(logits: Tensor, others: Tensor, positive: Tensor) -> tuple[Tens
     return -per_anchor.sum(-1).mean().reshape(1), (counts > 0).sum().float().reshape(1)
 
 
-def _authors_contrastive(logits: Tensor, is_sample: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
+def _authors_contrastive(logits: Tensor, compared: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
     """The contrastive loss as the repository XiaohanBi-Hub/NeMo computes it: a baseline to compare with.
 
     It sets the similarity of pairs that a sum leaves out to 0 before `exp`, so each still adds 1 to the sum, and counts
     a sample as its own positive: masks that are closed everywhere score well.
     """
-    inside = logits.where(alike, 0.0).masked_fill(~is_sample, float("-inf")).logsumexp(-1)
-    outside = logits.where(~alike, 0.0).masked_fill(~is_sample, float("-inf")).logsumexp(-1)
-    per_anchor = torch.logaddexp(inside, outside) - inside
-    return per_anchor.mean(0).sum().reshape(1), per_anchor.new_full((1,), per_anchor.shape[-1])
+    is_anchor = compared.any(-1)
+    left_out = ~compared & is_anchor[:, None]  # a sum over no sample at all would be 0, its logarithm -inf
+    inside = logits.where(alike, 0.0).masked_fill(left_out, float("-inf")).logsumexp(-1)
+    outside = logits.where(~alike, 0.0).masked_fill(left_out, float("-inf")).logsumexp(-1)
+    per_anchor = (torch.logaddexp(inside, outside) - inside) * is_anchor
+    return per_anchor.mean(0).sum().reshape(1), is_anchor.sum().float().reshape(1)
 
 
 def _cohesion_coupling(similarities: Tensor, within: Tensor, between: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -115,18 +123,32 @@ def sparsity_loss(masks: Tensor, widths: Sequence[int]) -> Tensor:
     return torch.stack([site.mean() for site in sites]).mean() / max(1, len(masks))
 
 
+def labelled_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, float32, mean over the samples with a label, 0 without any; `targets` as of `label_targets`."""
+    if targets.ndim == 2:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    is_any = (targets != IGNORED).any()  # the mean over none would be NaN, and the host does not wait to know
+    found = F.cross_entropy(logits.float(), targets.masked_fill(~is_any, 0), label_smoothing=label_smoothing)
+    return found * is_any
+
+
 def specific_cross_entropy(
-    logits: Tensor, labels: Tensor, in_module: Tensor, weight: float, label_smoothing: float = 0.0
+    logits: Tensor, targets: Tensor, in_module: Tensor, weight: float, label_smoothing: float = 0.0
 ) -> Tensor:
     """Mean loss of a batch that runs as the module with the labels `in_module`, boolean, shape (labels,); float32.
 
     Own samples choose among all labels, as the parent does; for the others it is `weight` times the divergence of their
-    answers among the other labels from even odds.
+    answers among the other labels from even odds. `targets` as of `label_targets`.
     """
-    own = in_module[labels]
     total = logits.float().sum() * 0.0
+    labels = label_ids(targets, has_several=False)
+    known = labels >= 0
+    logits, targets, labels = logits[known], targets[known], labels[known]
+    if not len(labels):
+        return total
+    own = in_module[labels]
     if bool(own.any()):
-        right = F.cross_entropy(logits[own].float(), labels[own], label_smoothing=label_smoothing)
+        right = F.cross_entropy(logits[own].float(), targets[own], label_smoothing=label_smoothing)
         total = total + right * own.float().mean()
     if not bool(own.all()):
         chances = logits[~own][:, ~in_module].float().log_softmax(-1)
@@ -172,6 +194,6 @@ def nemo_loss(
     """
     masks, widths = flatten_masks(neuron_masks)
     is_list = labels.ndim == 2
-    task = restricted_binary_cross_entropy(logits, labels) if is_list else F.cross_entropy(logits.float(), labels)
+    task = restricted_binary_cross_entropy(logits, labels) if is_list else labelled_cross_entropy(logits, labels)
     contrast = mask_objective(masks, widths, groups, temperature=temperature)
     return task + contrastive_weight * contrast + sparsity_weight * sparsity_loss(masks, widths)

@@ -16,7 +16,8 @@ class MicroBatch:
     """What the loss of a micro-batch needs to know besides its inputs."""
 
     real: int  # samples before those that fill up a process's last batch
-    share: Tensor | float = 1.0  # weight of this process's mean
+    share: Tensor | float = 1.0  # weight of this process's mean over samples
+    labelled_share: Tensor | float = 1.0  # weight of its mean over those that have a label
     in_module: Tensor | None = None  # the labels of the module that is rehearsed, boolean, (labels,)
     has_own_loss: bool = True  # whether a subclass computes the task loss without ours
 

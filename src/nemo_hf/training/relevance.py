@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from nemo_hf.config import NeMoConfig
 from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.labels import check_label_counts, group_indices, group_membership
+from nemo_hf.models.labels import group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
 
-from .distributed import in_step
+from .distributed import in_step, is_sharded, raise_together
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class OpenCounts:
     def __init__(self, masks: NeuronMasks, group_of_label: Tensor) -> None:
         self._masks = list(masks.site_masks())
         self._group_of_label = group_of_label
+        self._label_ids = torch.arange(len(group_of_label), device=group_of_label.device)
         self._neurons = [mask.site.neurons for mask in self._masks]
         zeros, groups, width = group_of_label.float().new_zeros, len(self._masks[0].relevance), sum(self._neurons)
         self.samples, self.labels = zeros(groups), zeros(len(group_of_label))
@@ -39,11 +40,11 @@ class OpenCounts:
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Counts a batch's first samples, those with labels, by the neurons that soft masks open in any call."""
+        """Counts a batch's first samples, as many as `label_ids`, by the neurons that soft masks open in any call."""
         soft = torch.cat([neuron_masks[mask.site.key][: len(labels)].amax(1) for mask in self._masks], -1)
         member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(soft.dtype)
         self.samples += member.sum(-1)
-        self.labels += torch.bincount(labels, minlength=len(self.labels)) if labels.ndim == 1 else labels.sum(0)
+        self.labels += (labels[:, None] == self._label_ids if labels.ndim == 1 else labels).sum(0)
         self.opened += member @ (soft > 0).to(soft.dtype)
         if self.values.numel():
             self.values += member @ soft
@@ -81,16 +82,47 @@ class OpenCounts:
             mask.relevance.copy_(torch.where(groups[:, None], part, mask.relevance))
 
 
-def _kept(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
-    """1 for the neurons that the module of each group keeps, 0 for others, shape (groups, neurons)."""
-    kept = [is_relevant(relevance, config.relevance_threshold) for relevance in masks.relevance().values()]
-    return torch.cat(kept, -1).float()
+def start_relevance(parent: NeMoPreTrainedModel, unseen: Collection[int]) -> None:
+    """Closes all neurons of groups that training has no sample of: rehearsal, size and evaluation leave them out."""
+
+    def groups(labels: Collection[int]) -> set[int]:
+        return {index for index, own in enumerate(parent.config.groups.values()) if set(own) <= set(labels)}
+
+    closed = groups(unseen)
+    reopened = groups(parent.config.unseen_labels or ()) - closed
+    for mask in parent.parent_masks().site_masks():
+        mask.relevance[sorted(closed)] = 0
+        mask.relevance[sorted(reopened)] = RELEVANCE_SCALE
+    note_unseen(parent, unseen)
+
+
+def note_unseen(parent: NeMoPreTrainedModel, unseen: Collection[int]) -> None:
+    """Records the labels without a sample, and warns of them."""
+    parent.config.unseen_labels = sorted(unseen) or None
+    if unseen:
+        names = [parent.config.names[index] for index in sorted(unseen)]
+        logger.warning(
+            "The data have no sample of %d of %d labels: %s. A label group without samples has no module until "
+            "compute_relevance counts some.",
+            *(len(names), len(parent.config.names), names[:12]),
+        )
+
+
+def _kept(masks: NeuronMasks, config: NeMoConfig) -> tuple[Tensor, Tensor]:
+    """1 for the neurons that the module of each group keeps, 0 for others, shape (groups, neurons).
+
+    With it the number of groups over that of groups that open any neuron, a scalar: the others have no sample.
+    """
+    tables = list(masks.relevance().values())
+    kept = torch.cat([is_relevant(relevance, config.relevance_threshold) for relevance in tables], -1).float()
+    is_open = torch.stack([relevance.amax(-1) > 0 for relevance in tables]).any(0)
+    return kept, len(kept) / is_open.sum().clamp(min=1)
 
 
 def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
     """Warns if all groups keep nearly the same neurons although the contrastive term was to separate them."""
-    kept = _kept(masks, config)
-    users = kept.mean(0)
+    kept, scale = _kept(masks, config)
+    users = kept.mean(0) * scale
     shared = users[users > 0].mean().nan_to_num(0.0).item()
     if shared > ONE_CORE and config.contrastive_weight > 0 and len(kept) > 1:
         logger.warning(
@@ -107,7 +139,8 @@ def size_over_target(masks: NeuronMasks, config: NeMoConfig) -> Tensor:
     target = config.retention_target
     sites = [mask.site for mask in masks.site_masks()]
     wanted = sum((math.sqrt(target) if site.kind == "conv" else target) * site.neurons for site in sites)
-    return _kept(masks, config).mean() / (wanted / sum(site.neurons for site in sites)) - 1
+    kept, scale = _kept(masks, config)
+    return kept.mean() * scale / (wanted / sum(site.neurons for site in sites)) - 1
 
 
 def steer_size(masks: NeuronMasks, config: NeMoConfig, steps: int) -> None:
@@ -142,25 +175,34 @@ def compute_relevance(
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `parent` is a module, a batch has no labels, or a label has no sample.
+        ValueError: If `parent` is a module, a batch has no labels or other ones, or no sample has a label. Labels
+            without a sample are warned about; of their groups no module can be cut.
     """
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
     counts = OpenCounts(parent.masks, group_indices(parent))
     was_training = parent.training
     parent.eval()
+    failed: Exception | None = None
     try:
         with torch.no_grad():
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
-                inputs, labels = inputs_and_labels(parent, batch)
+                inputs, labels = inputs_and_labels(parent, batch, keeps_all=True)
                 neuron_masks = parent(**inputs, output_neuron_masks=True, return_dict=True).neuron_masks
                 if is_counted:
                     counts.add(neuron_masks, labels)
+    except Exception as error:
+        if accelerator is None or is_sharded(parent):
+            raise
+        failed = error
     finally:
         parent.train(was_training)
     if accelerator is not None:
+        raise_together(failed, accelerator)  # or the other processes would wait for this one for ever
         counts.reduce(accelerator)
-    check_label_counts(counts.labels.tolist(), parent.config.names)
+    if not bool(counts.labels.any()):
+        raise ValueError("Got data without a sample that has a label; expected some of each label. Pass others.")
     counts.write()
     parent.config.relevance_source, parent.report = "exact", None
+    note_unseen(parent, [index for index, count in enumerate(counts.labels.tolist()) if not count])

@@ -14,6 +14,7 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.configuration import NeMoModelConfig
 from nemo_hf.models.files import read_json
+from nemo_hf.models.labels import is_settled
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def check_checkpoint(folder: str, parent: NeMoPreTrainedModel) -> None:
     differing = _differences(_facts(saved, before), _facts(parent.config, given))
     if before.has_generators != given.has_generators:
         differing["objective"] = (before.objective, given.objective)
+    if is_settled(parent) and saved.problem_type != parent.config.problem_type:  # if not, the first batch decides
+        differing["problem_type"] = (saved.problem_type, parent.config.problem_type)
     keys = [[entry["key"] for entry in config.sites or []] for config in (saved, parent.config)]
     if not differing and keys[0] != keys[1]:
         targets = (before.targets, given.targets)
@@ -76,7 +79,6 @@ def _facts(config: NeMoModelConfig, options: NeMoConfig) -> dict[str, Any]:
         "base_class": config.base_class,
         **sizes,
         "id2label": config.names,
-        "problem_type": config.problem_type,
         "label_groups": [(name, sorted(labels)) for name, labels in config.groups.items()],
         **{name: getattr(options, name) for name in FIXED_OPTIONS},
     }

@@ -9,28 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.rejection import calibrate_rejection, inputs_and_labels
+from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions
-from nemo_hf.models.configuration import SEVERAL_LABELS
-from nemo_hf.models.labels import group_indices, sample_groups, shares_group
+from nemo_hf.models.labels import group_indices, label_ids, sample_groups, shares_group
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import module_masks
 
-from . import distributed, hub_pushes, losses
-from .data import LABEL_COLUMNS, check_columns, check_labels, column_values, groups_from_column
+from . import data, distributed, hub_pushes, losses
 from .evaluation_sets import one_dataset, spread_samples
 from .model_calls import MicroBatch, calls_of, check_own_loss, check_scaling, neuron_masks_of, replaced_method
 from .optimizers import check_optimizer, split_mask_parameters
@@ -70,11 +65,12 @@ class _TrainingStart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
-        parent, data = self.trainer.parent, self.trainer._training_data
+        parent, samples = self.trainer.parent, self.trainer.train_dataset
         check_optimizer(self.trainer.optimizer, parent)
         base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
-        parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
+        parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
         parent.report = None
+        data.check_before_training(self.trainer, self.trainer._counted_data)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         if not self.trainer._run.is_counted:
@@ -125,9 +121,9 @@ class NeMoTrainer(Trainer):
     ) -> None:
         distributed.check_start(model)
         self._given_config = nemo_config
-        self._relevance_dataset = train_dataset if relevance_dataset is None else relevance_dataset
-        check_columns(train_dataset, is_counted=self._relevance_dataset is train_dataset)
-        self._training_data = train_dataset
+        data.check_data_sets(train_dataset, relevance_dataset, data_collator)
+        self._training_data, self._given_collator = train_dataset, data_collator
+        self._relevance_dataset, self._reads_groups = relevance_dataset, False
         self._run = TrainingState()
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
@@ -167,6 +163,11 @@ class NeMoTrainer(Trainer):
         return masks
 
     @property
+    def _counted_data(self) -> Any:
+        """What the relevance is counted on after training."""
+        return self.train_dataset if self._relevance_dataset is None else self._relevance_dataset
+
+    @property
     def _group_of_label(self) -> Tensor:
         if self._run.group_of_label is None:
             self._run.group_of_label = group_indices(self.parent)
@@ -199,23 +200,22 @@ class NeMoTrainer(Trainer):
             self._trial, self.hp_space = trial, space
 
     def _as_parent(self, model: Any) -> Any:
-        config, data = self._given_config, self._training_data
-        names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
-        labels, has_several = column_values(data, LABEL_COLUMNS), model.config.problem_type == SEVERAL_LABELS
-        if labels is not None:
-            check_labels(labels, names, has_several)
+        config = self._given_config
+        if isinstance(model, NeMoClassifier) and not model.is_parent:
+            raise ValueError(
+                "Got a module to train with masks; expected a plain model or a parent. "
+                "Fine-tune the module with transformers.Trainer."
+            )
+        if (labels := data.seen_labels(self._training_data, self._given_collator)) is not None:
+            data.check_labels(labels, model)
         if isinstance(model, NeMoClassifier):
-            if not model.is_parent:
-                raise ValueError(
-                    "Got a module to train with masks; expected a plain model or a parent. "
-                    "Fine-tune the module with transformers.Trainer."
-                )
             if config is not None:
                 model.set_nemo_config(config)
             return model
         config, groups = config or NeMoConfig(), None
         if config.group_column is not None:
-            groups = groups_from_column(data, config.group_column, labels, names, has_several)
+            self._reads_groups = True
+            groups = data.groups_from_column(self._training_data, config.group_column, model)
         return make_parent(model, config, groups)
 
     def _whole_parent(self) -> NeMoClassifier:
@@ -249,11 +249,22 @@ class NeMoTrainer(Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only."""
+        """As in `Trainer`, and counts the exact relevance at the end; resumes from complete checkpoints only.
+
+        If the relevance can't be counted, a warning says why: the parent then has the running one of its last steps.
+        """
         if resume_from_checkpoint:
             resume_from_checkpoint = whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.update_relevance()
+        try:
+            self.update_relevance()
+        except Exception as error:  # whatever the data, the collator or the device raises: the training is not lost
+            logger.warning(
+                "Training is complete, but the exact relevance could not be counted (%s: %s), so the parent has the "
+                "running one of the last steps. Call trainer.update_relevance(dataset) with other data, or after "
+                "lowering args.per_device_eval_batch_size if memory was short, before you save it or cut modules.",
+                *(type(error).__name__, error), exc_info=error,
+            )  # fmt: skip
         warn_of_one_core(self._masks, self.nemo_config)
         return result
 
@@ -284,33 +295,36 @@ class NeMoTrainer(Trainer):
         That of a subclass computes the task loss from `model(**inputs)`: the training step adds the terms of the masks.
         """
         current = self._run.micro_batch
-        if current is not None:
-            labels = inputs["labels"]
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
-            current.has_own_loss = False
-        elif model.training:
+        if current is None and model.training:
             return self._whole_loss(
                 partial(NeMoTrainer.compute_loss, self), model, inputs, return_outputs=return_outputs
             )
-        else:
-            inputs, labels = inputs_and_labels(self.parent, inputs)
+        inputs, given, targets, labels = self._read_batch(model, inputs)
+        if current is None:
             current = MicroBatch(self._real_samples(labels, is_last=True))
+        current.has_own_loss = False
         outputs = model(**inputs, return_dict=True)
-        loss = current.share * self._task_loss(outputs, labels, current.in_module, current.real)
+        task = self._task_loss(outputs, targets, given, current.in_module, current.real)
+        loss = current.labelled_share * task
         return (loss, outputs) if return_outputs else loss
+
+    def _read_batch(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
+        is_watched = not model.training or self.state.global_step < WATCHED_STEPS
+        return data.read_batch(self, inputs, is_watched)
 
     def _whole_loss(
         self, compute_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """Adds the terms of the masks to what `compute_loss` returns for a micro-batch."""
-        inputs, labels = inputs_and_labels(self.parent, inputs)
+        inputs, given, _, labels = self._read_batch(model, inputs)
         real = self._real_samples(labels, is_last=self.accelerator.gradient_state.sync_gradients)
         in_module, static = self._rehearsal(labels)
-        current = self._run.micro_batch = MicroBatch(real, self._share_of_samples(real), in_module)
+        share, labelled = distributed.sample_weights(labels[:real], self.args, self._mean_over_processes)
+        current = self._run.micro_batch = MicroBatch(real, share, labelled, in_module)
         try:
             with calls_of(model, static) as outputs:
                 kwargs["num_items_in_batch"] = _items(labels)
-                found = compute_loss(model, {**inputs, "labels": labels}, **kwargs)
+                found = compute_loss(model, {**inputs, "labels": given}, **kwargs)
         finally:
             self._run.micro_batch = None
         task, *others = found if isinstance(found, tuple) else (found,)
@@ -328,7 +342,8 @@ class NeMoTrainer(Trainer):
         run.open_counts.add(neuron_masks, labels)
         masks, widths = losses.flatten_masks(neuron_masks)  # (batch, neurons)
         masks = masks[: len(labels)]
-        contrast = self._contrast(masks, widths, sample_groups(self.parent, labels, self._group_of_label))
+        groups = sample_groups(labels, self._group_of_label, len(self.parent.config.groups))
+        contrast = self._contrast(masks, widths, groups)
         sparsity = current.share * losses.sparsity_loss(masks, widths)
         retained = current.share * losses.sparsity_loss(masks > 0, widths)
         for name, value in {"loss_contrastive": contrast, "neuron_retention_rate": retained}.items():
@@ -348,32 +363,28 @@ class NeMoTrainer(Trainer):
         labels = batch_samples[-1].get("labels") if batch_samples else None
         return _items(labels) if isinstance(labels, Tensor) else None
 
-    def _share_of_samples(self, real: int) -> Tensor | float:
-        """Weight of this process's mean with which the mean over processes is the mean over all samples."""
-        if self.args.world_size == 1:
-            return 1.0
-        own = torch.full((), float(real), device=self.parent.device)  # a copy from the host would wait
-        return own / self._mean_over_processes(own).clamp(min=1 / self.args.world_size)
-
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         mean: Tensor = self.accelerator.reduce(values.detach(), reduction="mean")
         return mean
 
-    def _task_loss(self, outputs: Any, labels: Tensor, in_module: Tensor | None, real: int) -> Tensor:
+    def _task_loss(self, outputs: Any, targets: Tensor, given: Any, in_module: Tensor | None, real: int) -> Tensor:
         """Mean loss of the first `real` answers; `in_module` marks the labels of the module that is rehearsed, if any.
 
-        A batch without real samples weighs nothing, but the mean over none would be NaN: one sample stands in.
+        `given` are the labels as the batch holds them, for a loss function of the user's own. A batch without real
+        samples weighs nothing, but the mean over none would be NaN: one sample stands in.
         """
-        if real < len(labels):
-            outputs, labels = type(outputs)(logits=outputs.logits[: max(1, real)]), labels[: max(1, real)]
+        if real < len(targets):
+            outputs, first = type(outputs)(logits=outputs.logits[: max(1, real)]), slice(max(1, real))
+            targets, given = targets[first], given[first]
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=_items(labels))  # type: ignore[no-any-return]
+            items = _items(label_ids(targets, self.parent.config.has_several_labels))
+            return self.compute_loss_func(outputs, given, num_items_in_batch=items)  # type: ignore[no-any-return]
         if self.parent.config.has_several_labels:
-            return losses.restricted_binary_cross_entropy(outputs.logits, labels, in_module)
+            return losses.restricted_binary_cross_entropy(outputs.logits, targets, in_module)
         smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
         if in_module is None or weight == 0:
-            return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
-        return losses.specific_cross_entropy(outputs.logits, labels, in_module, weight, smoothing)
+            return losses.labelled_cross_entropy(outputs.logits, targets, smoothing)
+        return losses.specific_cross_entropy(outputs.logits, targets, in_module, weight, smoothing)
 
     def _warmup(self) -> float:
         """Share of the mask terms' weights that counts at this step."""
@@ -382,11 +393,12 @@ class NeMoTrainer(Trainer):
 
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws some but not all groups for this optimizer step, equal in its micro-batches and processes, or none."""
-        count = len(self.parent.config.groups)
+        unseen = set(self.parent.config.unseen_labels or ())
+        groups = [index for index, own in enumerate(self.parent.config.groups.values()) if not unseen >= set(own)]
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
-        if self._warmup() < 1 or draw.random() >= self.nemo_config.rehearsal_probability or count < 2:
+        if self._warmup() < 1 or draw.random() >= self.nemo_config.rehearsal_probability or len(groups) < 2:
             return None
-        chosen = sorted(draw.sample(range(count), draw.randint(1, count - 1)))
+        chosen = sorted(draw.sample(groups, draw.randint(1, len(groups) - 1)))
         return torch.tensor(chosen, device=self.parent.device)
 
     def _rehearsal(self, labels: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
@@ -399,7 +411,7 @@ class NeMoTrainer(Trainer):
         given: dict[str, Any] = {"static_masks": module_masks(self._masks, groups, threshold)}
         # With several labels a module must say no to samples of none of its own, so it sees all of them.
         if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
-            given["static_samples"] = in_module[labels]
+            given["static_samples"] = in_module[labels.clamp(min=0)] & (labels >= 0)
         return in_module, given
 
     def _contrast(self, masks: Tensor, widths: Sequence[int], groups: Tensor) -> Tensor:
@@ -428,9 +440,19 @@ class NeMoTrainer(Trainer):
             self._run.sums, self._run.steps = {}, 0
         super().log(logs, start_time)
 
-    def update_relevance(self) -> None:
-        """Replaces the parent's relevance by the exact one over `relevance_dataset`."""
-        batches = self._loader(self._relevance_dataset, is_shared=True)
+    def update_relevance(self, dataset: Any = None) -> None:
+        """Replaces the parent's relevance by the exact one, counted in one pass over a data set.
+
+        Args:
+            dataset: Finite data with labels, without augmentation; `None` takes `relevance_dataset`, or without it
+                `train_dataset`.
+
+        Raises:
+            ValueError: If there are no such data, or their labels are not those of the model.
+        """
+        if (counted := self._counted_data if dataset is None else dataset) is None:
+            raise ValueError("Got no data set; expected one to count the relevance on. Pass update_relevance(dataset).")
+        batches = data.sample_loader(self, counted, is_shared=True)
         compute_relevance(self.parent, batches, self.accelerator, show_progress=not self.args.disable_tqdm)
 
     def evaluate(
@@ -459,7 +481,7 @@ class NeMoTrainer(Trainer):
             The parent's report keeps them beside the metrics.
         """
         dataset = spread_samples(one_dataset(eval_dataset, self.eval_dataset), MODULARITY_SAMPLES)
-        measured = measure_modularity(self.parent, self._loader(dataset), MODULARITY_SAMPLES)
+        measured = measure_modularity(self.parent, data.sample_loader(self, dataset), MODULARITY_SAMPLES)
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
 
@@ -471,27 +493,16 @@ class NeMoTrainer(Trainer):
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
     ) -> ModuleReport:
         """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`."""
-        batches, progress = self._loader(one_dataset(eval_dataset, self.eval_dataset)), not self.args.disable_tqdm
+        batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
+        progress = not self.args.disable_tqdm
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
         self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95
     ) -> dict[str, float]:
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
-        batches = self._loader(one_dataset(eval_dataset, self.eval_dataset))
+        batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
         return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
-
-    def _loader(self, dataset: Any, is_shared: bool = False) -> DataLoader[Any]:
-        """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
-        collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="evaluation")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
-        if is_shared and self.args.world_size > 1:
-            dataset = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        workers = self.args.dataloader_num_workers
-        return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=collator, num_workers=workers)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
