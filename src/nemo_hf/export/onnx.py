@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from nemo_hf.models.atomic_writes import replaced_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.files import replaced_directory
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs

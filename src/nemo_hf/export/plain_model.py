@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, time_runs
+from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
-from nemo_hf.models.files import replaced_directory
 from nemo_hf.models.loading import hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
@@ -76,7 +76,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
         if name in stored:
             tensor.data = tensor.data.to(stored[name])
-    with replaced_directory(directory, stale=("model*.safetensors*",)) as temporary:
+    with replaced_directory(directory, stale=STALE_WEIGHTS) as temporary:
         plain.save_pretrained(temporary)
         onnx.write_processor(module, temporary)
         _check_files(plain, temporary)

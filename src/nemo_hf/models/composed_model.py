@@ -28,6 +28,7 @@ class NeMoComposedConfig(SavedConfig):
     scales: list[Any] | None = None  # factor of each module's logits, above 0
     biases: list[Any] | None = None  # what is added then to the logits of each module
     processor_files: list[str] | None = validated_field(check_companions, default=None)
+    save_identity: dict[str, Any] | None = None  # as in `NeMoModelConfig`
 
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:
@@ -131,4 +132,5 @@ class NeMoComposedModel(SavedModel):
     def _prepare_to_save(self) -> None:
         for part in self.parts:
             part.drop_stale_results()
+            part.config.save_identity = None  # its tensors are saved with the others
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now

@@ -23,6 +23,7 @@ TASKS = {
 }
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
+LOADING_OPTIONS = MODEL_OPTIONS | {"verify_files"}
 
 
 class SavedConfig(PreTrainedConfig):
@@ -38,7 +39,7 @@ class SavedConfig(PreTrainedConfig):
         returned as unused, and so are the names of our own fields: these describe the saved weights.
         """
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
+        passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | LOADING_OPTIONS if name in kwargs}
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
@@ -88,6 +89,7 @@ class NeMoModelConfig(SavedConfig):
         is_tuned: Module: whether it was trained further since it was cut.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
+        save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
     """
 
     model_type = "nemo_hf"
@@ -115,6 +117,7 @@ class NeMoModelConfig(SavedConfig):
     is_tuned: bool = False
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
+    save_identity: dict[str, Any] | None = None
 
     @property
     def names(self) -> dict[int, str]:

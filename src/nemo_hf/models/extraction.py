@@ -171,7 +171,7 @@ def _restore_dtypes(module: NeMoPreTrainedModel, dtypes: Mapping[str, torch.dtyp
 def _module_config(source: CutSource, plan: ModulePlan, widths: Sequence[Mapping[str, int]]) -> NeMoModelConfig:
     parent = source.config
     config: NeMoModelConfig = copy.deepcopy(parent)
-    config.role = "module"
+    config.role, config.save_identity = "module", None
     config.id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
     config.label2id = {name: index for index, name in config.names.items()}
     config.label_ids = list(plan.label_ids)
@@ -196,6 +196,7 @@ def cut_on_load(
     threshold: float | None = None,
     round_to: int | None = None,
     verify: bool = False,
+    verify_files: bool = False,
     config: NeMoModelConfig | None = None,
     **kwargs: Any,
 ) -> Model:
@@ -206,7 +207,8 @@ def cut_on_load(
             "move or change the module after the cut."
         )
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    config, weights = open_model(source, hub_options, config if isinstance(config, NeMoModelConfig) else None)
+    given = config if isinstance(config, NeMoModelConfig) else None
+    config, weights = open_model(source, hub_options, given, verify_files=verify_files)
     if config.role == "module":
         raise ValueError(f"Got {str(source)!r}, which is a module; expected a parent. Load it without labels=.")
     if kwargs.get("attn_implementation"):

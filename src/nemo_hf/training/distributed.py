@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from nemo_hf.auto_classes import NeMoClassifier
 
@@ -141,6 +141,14 @@ def whole_checkpoint(output_dir: str, given: str | bool) -> str:
         f"Got {[Path(folder).name for folder in found]} to resume from; expected a checkpoint with trainer_state.json, "
         "which is written last. Name another one, or leave resume_from_checkpoint out to start anew."
     )
+
+
+def save_parent(parent: NeMoClassifier, folder: str, state_dict: dict[str, Any] | None) -> None:
+    """Saves a parent; an older checkpoint there counts as whole again only when all its files are written anew."""
+    path = Path(folder)
+    if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        (path / "trainer_state.json").unlink(missing_ok=True)
+    parent.save_pretrained(path, state_dict=state_dict)
 
 
 def _is_set(variable: str) -> bool:
