@@ -23,6 +23,7 @@ import nemo_hf.evaluation.latency
 from nemo_hf import NeMoConfig, make_parent
 
 torch.set_num_threads(1)  # the models are too small to share out
+os.fsync = lambda descriptor: None  # nobody pulls the plug
 nemo_hf.evaluation.latency.LATENCY_RUNS = 2  # no test looks at how fast anything is
 nemo_hf.evaluation.latency.LARGEST_SPREAD = float("inf")
 transformers_logging.set_verbosity_error()

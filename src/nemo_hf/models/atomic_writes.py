@@ -64,7 +64,7 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
                 if not target.exists():  # otherwise somebody else made it meanwhile
                     raise
         if new.exists():
-            with _locked(target):
+            with locked(target):
                 _replace(place, target, stale)
         _sync(target.parent)
 
@@ -205,13 +205,13 @@ def _holds_old_files(place: Path, record: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process or thread at a time replace a directory, where it can be locked."""
+def locked(directory: Path, is_shared: bool = False) -> Iterator[None]:
+    """Lets one process or thread at a time replace a directory, where it can be locked; shared: lets none do so."""
     while fcntl is not None:
         opened = os.open(directory, os.O_RDONLY)
         try:
             with suppress(OSError):
-                fcntl.flock(opened, fcntl.LOCK_EX)
+                fcntl.flock(opened, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(opened), directory.stat()):  # otherwise it was replaced meanwhile
                 yield
                 return
@@ -224,7 +224,7 @@ def _replace(place: Path, target: Path, stale: Sequence[str]) -> None:
     """Puts the files of a workplace in place of those of a directory."""
     new = place / "files"
     written = {path.name for path in new.iterdir()}
-    there = {entry.name: entry.is_dir(follow_symlinks=False) for entry in os.scandir(target)}
+    there = {entry.name: entry.is_dir(follow_symlinks=False) for entry in list(os.scandir(target))}
     if folders := sorted(name for name in written if there.get(name) and not (new / name).is_dir()):
         raise IsADirectoryError(f"Got the folder {str(target / folders[0])!r}; expected a file or none. Move it away.")
     gone = {name for name, is_folder in there.items() if not is_folder and any(fnmatch(name, s) for s in stale)}
@@ -282,7 +282,7 @@ def _works_inside(directory: Path) -> bool:
 
 def _link_others(old: Path, new: Path, left_out: Collection[str], linked: list[int]) -> None:
     """Links the files of a directory into a new one, and notes the inode of each."""
-    for entry in os.scandir(old):
+    for entry in list(os.scandir(old)):
         if entry.name in left_out or entry.name.startswith(WORKPLACE):
             continue
         if len(linked) > MOST_LINKS:

@@ -1,6 +1,7 @@
 """Configuration of parents and modules: all that is needed to build their shapes, as data."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
@@ -56,7 +57,13 @@ class SavedConfig(PreTrainedConfig):
                 raise  # a ValueError then is about an argument
             got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
             raise checks.damaged(got, f"that of {cls.describes}") from error
+        given = {name: value for name, value in kwargs.items() if name not in unused}
+        config._as_read = (given, _entries(config))
         return (config, {**unused, **passed}) if wants_unused else config
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        d.pop("_as_read", None)
 
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:
@@ -165,6 +172,18 @@ class NeMoModelConfig(SavedConfig):
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
         assert isinstance(self.base_config, PreTrainedConfig)
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _entries(config: SavedConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+
+def read_again(config: SavedConfig, source: Any, hub_options: Mapping[str, Any]) -> Any:
+    """Reads the configuration that is in `source` now, unless the given one was made or changed by its owner."""
+    given, entries = getattr(config, "_as_read", ({}, None))
+    if entries != _entries(config):
+        return config
+    return type(config).from_pretrained(source, **hub_options, **given)
 
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:

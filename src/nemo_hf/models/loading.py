@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 
 from .config_checks import damaged
-from .configuration import NeMoModelConfig, SavedConfig
+from .configuration import NeMoModelConfig, SavedConfig, read_again
 from .files import find_file, read_companions, read_json
-from .save_identity import CONFIG_NAME, check_digests, check_identity
+from .save_identity import CONFIG_NAME, check_digests, check_identity, identity_of
 from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -57,6 +57,8 @@ def open_model(
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
         raise damaged(f"{str(source)!r} with a distributed checkpoint", "model.safetensors")
     weights = WeightFiles(source, hub_options, variant)
+    if identity_of(config) not in (None, identity_of(data)):  # replaced since an Auto class read the configuration
+        config = read_again(config, source, hub_options)
     check_identity(str(source), data, config, weights.identities)
     if verify_files:
         companions, _ = read_companions(source, hub_options, config.processor_files)

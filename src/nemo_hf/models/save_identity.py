@@ -5,9 +5,11 @@ import json
 import logging
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from .atomic_writes import locked
 from .config_checks import damaged
 from .files import REPORT_NAME, find_file
 
@@ -20,7 +22,7 @@ ID_KEY, DIGEST_KEY = "save_id", "digest"  # in metadata of weight files and of t
 NO_ID = "0" * 64
 LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
 BLOCK = 2**20
-ATTEMPTS = 20  # to load a directory that is replaced again and again
+ATTEMPTS = 10  # to load a directory that is replaced again and again
 
 
 def write_identity(
@@ -109,22 +111,27 @@ def check_identity(source: str, config: Mapping[str, Any], given: Any, found: Ma
 
     `found` holds the identities of the weight files and the index by path.
     """
-    own = _recorded(config).get("id")
+    own = identity_of(config)
     for path, identity in found.items():
         if identity != own:
             raise OSError(
                 f"Got {CONFIG_NAME!r} and {path.name!r} of different saves in {source!r}; expected files of one save. "
                 "Save or download the model again."
             )
-    if _recorded({FIELD: getattr(given, FIELD, None)}).get("id", own) != own:
+    if identity_of(given) not in (None, own):
         raise OSError(
             f"Got a configuration of another save than the files in {source!r}; expected theirs, which may have been "
             f"replaced a moment ago. Load again, or set config.{FIELD} = None if it fits them all the same."
         )
 
 
-def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    recorded = config.get(FIELD)
+def identity_of(config: Any) -> str | None:
+    """The identity in a configuration or in the content of a config.json; `None` if it has none."""
+    return _recorded(config).get("id")
+
+
+def _recorded(config: Any) -> dict[str, Any]:
+    recorded = config.get(FIELD) if isinstance(config, Mapping) else getattr(config, FIELD, None)
     return recorded if isinstance(recorded, dict) else {}
 
 
@@ -151,7 +158,7 @@ def own_report(
     source: str | Path, hub_options: Mapping[str, Any], config: Any, report: Mapping[str, Any] | None, verify: bool
 ) -> dict[str, Any] | None:
     """Returns a report without its identity; that of another save is left out with a warning, or refused."""
-    own = _recorded({FIELD: getattr(config, FIELD, None)}).get("id")
+    own = identity_of(config)
     if report is not None and report.get(ID_KEY) == own:
         if not verify or report.get(DIGEST_KEY) == (_report_digest(bare_report(report)) if own else None):
             return bare_report(report)
@@ -166,16 +173,18 @@ def own_report(
 def load_whole(source: str | Path | None, hub_options: Mapping[str, Any], load: Callable[[], Result]) -> Result:
     """Calls `load`, and calls it again if the local directory that it reads was replaced meanwhile."""
     path = Path(source or "", hub_options.get("subfolder") or "", CONFIG_NAME)
-    for _ in range(ATTEMPTS):
-        before = _stamp(path)
-        try:
-            result = load()
-        except Exception:
-            if _stamp(path) == before:
-                raise
-        else:
-            if _stamp(path) == before:
-                return result
+    for attempt in range(ATTEMPTS):
+        # A writer that is faster than this reader has to wait for it.
+        with locked(path.parent, is_shared=True) if attempt > 1 and path.parent.is_dir() else nullcontext():
+            before = _stamp(path)
+            try:
+                result = load()
+            except Exception:
+                if _stamp(path) == before:
+                    raise
+            else:
+                if _stamp(path) == before:
+                    return result
     raise OSError(
         f"Got {str(source)!r}, which was replaced while it was loaded, {ATTEMPTS} times; expected one save for as long "
         "as loading takes. Load again when it is not written."

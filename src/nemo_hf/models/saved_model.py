@@ -106,6 +106,8 @@ class SavedModel(PreTrainedModel):
             config = kwargs["config"] if isinstance(kwargs.get("config"), cls.config_class) else None
             options = (kwargs.get("variant"), cls.config_class, verify)
             config, weights = open_model(source, hub_options, config, *options)
+            if "config" in kwargs:
+                kwargs["config"] = config
             checked = build_on_meta(partial(cls, config), weights)
             for part in getattr(checked, "parts", [checked]):
                 check_labels(part.config, part.model.config.num_labels)
