@@ -299,13 +299,13 @@ def test_an_identity_in_some_files_only_is_none_of_theirs(tmp_path):
     config = json.loads(path.read_text())
     del config["save_identity"]
     path.write_text(json.dumps(config))
-    with pytest.raises(OSError, match="^Got 'config.json' and 'model.safetensors' of different saves"):
+    with pytest.raises(OSError, match=r"^Got 'config.json' and 'model.safetensors' of different saves"):
         NeMoForImageClassification.from_pretrained(tmp_path)
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors", {"format": "pt"})
     loaded = NeMoForImageClassification.from_pretrained(tmp_path)  # none has any, as in files made by hand
     assert loaded.report is None
     assert loaded.config.save_identity is None
-    with pytest.raises(OSError, match="^Got "):
+    with pytest.raises(OSError, match=r"^Got "):
         NeMoForImageClassification.from_pretrained(tmp_path, verify_files=True)
     assert parent.extract_module(["cat"]).config.save_identity is None  # its tensors are in no file
 
@@ -321,7 +321,7 @@ def test_flipped_bytes_are_found_if_asked_for(tmp_path, options):
             continue  # it holds no numbers, and each tensor is looked for
         for place in range(len(content) // 2, len(content), 1 + len(content) // 5):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            with pytest.raises((OSError, ValueError), match="^Got "):
+            with pytest.raises((OSError, ValueError), match=r"^Got "):
                 NeMoForImageClassification.from_pretrained(tmp_path, verify_files=True)
         path.write_bytes(content)
 
@@ -378,14 +378,14 @@ def trained(tmp_path, **options) -> NeMoTrainer:
 @pytest.mark.sweep
 @ENDINGS
 def test_a_checkpoint_that_is_written_again_is_whole_or_not_resumed_from(tmp_path, error):
-    """The model in it is old or new; `trainer_state.json`, by which a checkpoint counts as whole, is not the old one."""
+    """The model in it is old or new; `trainer_state.json`, by which it counts as whole, isn't the old one then."""
     trainer = trained(tmp_path)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(checkpoint, tmp_path / "kept")
     old = NeMoForImageClassification.from_pretrained(checkpoint).state_dict()
     trainer.parent.model.classifier.bias.data.fill_(7.0)
     states = []
-    for _ in operations(lambda: trainer._save_checkpoint(trainer.model, None), tmp_path / "out", error):
+    for _ in operations(lambda: trainer._save_checkpoint(trainer.model, None), tmp_path, error):
         bias = NeMoForImageClassification.from_pretrained(checkpoint).model.classifier.bias
         is_new = bool((bias == 7).all())
         assert is_new or torch.equal(bias, old["model.classifier.bias"])
@@ -412,7 +412,7 @@ def test_a_push_from_a_checkpoint_leaves_old_or_new_files_in_the_output_director
     old = [(out / name).read_bytes() for name in model]
     new = [(out / "checkpoint-1" / name).read_bytes() for name in model]
     found = []
-    for _ in operations(lambda: trainer._push_from_checkpoint(str(out / "checkpoint-1")), out, error):
+    for _ in operations(lambda: trainer._push_from_checkpoint(str(out / "checkpoint-1")), tmp_path, error):
         found.append([old, new].index([(out / name).read_bytes() for name in model]))
         assert contents(out / "checkpoint-2") == contents(tmp_path / "kept" / "checkpoint-2")
         shutil.rmtree(out)

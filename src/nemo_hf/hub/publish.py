@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,7 +173,7 @@ def clear_errors(repo_id: str) -> Iterator[None]:
 def fetch_text(repo_id: str, name: str, revision: str | None, token: bool | str | None) -> str | None:
     """Reads a text file of a repository, past the cache; `None` if there is none, `OSError` if the Hub is down."""
     try:
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch_directory() as directory:
             path = hf_hub_download(repo_id, name, revision=revision, token=token, local_dir=directory)
             return Path(path).read_text(encoding="utf-8")
     except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):

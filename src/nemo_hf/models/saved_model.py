@@ -1,6 +1,5 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
-from .atomic_writes import STALE_WEIGHTS, replaced_directory
+from .atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from .config_checks import damaged
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, read_companions, recorded_names
@@ -33,9 +32,9 @@ class SavedModel(PreTrainedModel):
 
     def attach_processor(self, processor: Any) -> None:
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch_directory() as directory:
             processor.save_pretrained(directory)
-            files = [file for file in sorted(Path(directory).iterdir()) if file.is_file()]
+            files = [file for file in sorted(directory.iterdir()) if file.is_file()]
             self.processor_files = {file.name: file.read_bytes() for file in files}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
