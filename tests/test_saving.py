@@ -22,7 +22,9 @@ from nemo_hf.models import atomic_writes
 from nemo_hf.models.atomic_writes import replaced_directory, write_text
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
-ENDINGS = pytest.mark.parametrize("error", [None, FULL_DISK], ids=["killed", "full-disk"])
+ENDINGS = pytest.mark.parametrize(
+    "error", [None, pytest.param(FULL_DISK, marks=pytest.mark.sweep)], ids=["killed", "full-disk"]
+)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -69,7 +71,9 @@ def test_whoever_stops_a_save_finds_the_old_files_or_the_new_ones(saved, tmp_pat
 
 
 @ENDINGS
-@pytest.mark.parametrize("reason", ["no call", "mount point", "works inside"])
+@pytest.mark.parametrize(
+    "reason", ["no call", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("mount point", "works inside"))]
+)
 def test_where_directories_cannot_be_exchanged_it_is_old_new_or_refused(saved, tmp_path, error, reason, monkeypatch):
     """Refused: without the configuration, which is removed first and written last."""
     if reason == "works inside":
@@ -436,3 +440,16 @@ def test_a_push_that_dies_leaves_an_old_or_a_new_commit(tmp_path, error, hub, mo
             old.push_to_hub("me/a")
     assert set(found) == {0, 1}
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_to_onnx_leaves_the_configuration_of_other_weights_alone(tmp_path, monkeypatch):
+    two_onnx(monkeypatch)
+    module = two_modules()[0]
+    module.save_pretrained(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"^Got .*/a', which holds weights with another config.json; expected"):
+        module.export_onnx(tmp_path / "a")
+    assert contents(tmp_path / "a") == before
+    module.save_plain(tmp_path / "b")
+    module.export_onnx(tmp_path / "b")
+    assert {"model.onnx", "model.safetensors"} <= set(contents(tmp_path / "b"))
