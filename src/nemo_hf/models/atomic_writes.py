@@ -190,7 +190,7 @@ def _record(lock: int) -> dict[str, Any]:
     """What a lock file says of the directory that is replaced: its `inode`, `names` that go, and `linked` inodes."""
     try:
         record = json.loads(os.pread(lock, 2**24, 0))
-    except (AttributeError, OSError, ValueError):  # empty as yet
+    except (AttributeError, OSError, ValueError, RecursionError):  # empty as yet
         return {}
     return record if isinstance(record, dict) else {}
 
