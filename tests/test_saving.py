@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,19 @@ def test_links_directory_rights_and_running_saves_stay_as_they_are(saved, tmp_pa
     assert saved.stat().st_mode & 0o7777 == 0o2750
     assert (saved / "there").readlink() == Path("nowhere")
     assert own(saved) == {**OLD, "a": "1", "b": "2", "checkpoint-3/late.json": "mine"}
+
+
+def test_threads_that_save_to_one_directory_leave_the_files_of_one(saved, tmp_path):
+    def save(name: str) -> None:
+        for _ in range(10):
+            written(saved, {"config.json": name, f"own-{name}": name}, stale=("*shard-*", "vocab.txt", "own-*"))
+
+    (tmp_path / ".nemo_hf-00000000-aaaaaaaa").write_text("mine")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, "abcd"))
+    name = own(saved)["config.json"]
+    assert own(saved) == {"config.json": name, f"own-{name}": name}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".nemo_hf-00000000-aaaaaaaa"}
 
 
 def test_what_appears_in_the_old_directory_meanwhile_is_taken_over(saved, monkeypatch):

@@ -143,7 +143,9 @@ def _lock_file(place: Path, flags: int = 0) -> int | None:
     """Opens and locks the lock file of a workplace; `None` if it is not there or locked by another process."""
     try:
         lock = os.open(place / LOCK_NAME, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
-    except FileNotFoundError:
+    except OSError as error:
+        if flags and not isinstance(error, FileNotFoundError):
+            raise
         return None
     is_ours = fcntl is None
     with suppress(OSError):
@@ -166,9 +168,9 @@ def _remove_abandoned(home: Path, prefix: str, target: Path, with_old_files: boo
     Old files that were moved there one by one may be the only whole ones, until a save here has ended.
     """
     for place in home.glob(f"{prefix}????????"):
-        if hasattr(os, "getuid") and place.lstat().st_uid != os.getuid():
-            continue
         with suppress(OSError):
+            if hasattr(os, "getuid") and place.lstat().st_uid != os.getuid():
+                continue
             place.rmdir()  # killed before it had a lock file
         if (place / "old").exists() and not with_old_files:
             continue
