@@ -19,7 +19,7 @@ from nemo_hf.cli.demo import run_demo
 from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.hub.model_card import CardFacts, render_model_card
 from nemo_hf.hub.publish import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons
-from nemo_hf.models.files import write_json, write_text
+from nemo_hf.models.atomic_writes import write_json, write_text
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 PARENT, MODULE = "digits", "digits-3-8-9"

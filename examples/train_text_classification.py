@@ -31,7 +31,7 @@ from transformers import (
 
 from nemo_hf import NeMoConfig, NeMoTrainer
 from nemo_hf.evaluation.report import format_table
-from nemo_hf.models.files import write_json
+from nemo_hf.models.atomic_writes import write_json
 
 
 @dataclass

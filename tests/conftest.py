@@ -14,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +23,7 @@ import nemo_hf.evaluation.latency
 from nemo_hf import NeMoConfig, make_parent
 
 torch.set_num_threads(1)  # the models are too small to share out
+os.fsync = lambda descriptor: None  # nobody pulls the plug
 nemo_hf.evaluation.latency.LATENCY_RUNS = 2  # no test looks at how fast anything is
 nemo_hf.evaluation.latency.LARGEST_SPREAD = float("inf")
 transformers_logging.set_verbosity_error()
@@ -136,6 +139,13 @@ def registered():
     for config_class, auto_class in ours:
         del CONFIG_MAPPING._extra_content[config_class.model_type]
         del auto_class._model_mapping._extra_content[config_class]
+
+
+def rewrite_weights(path: Path, tensors: dict[str, torch.Tensor], target: Path | None = None) -> None:
+    """Writes other tensors into a weight file, or into another one, as of the same save."""
+    with safe_open(path, "pt") as weights:
+        metadata = weights.metadata()
+    save_file(tensors, target or path, metadata)
 
 
 def randomize_relevance(parent, seed: int = 0) -> None:

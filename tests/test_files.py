@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_hf.evaluation.report import ModuleReport
+from nemo_hf.models.atomic_writes import replaced_directory, write_json
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.config_checks import MODULE_REPORT
-from nemo_hf.models.files import read_companions, recorded_names, replaced_directory, write_json
+from nemo_hf.models.files import read_companions, recorded_names
 from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.pruning.layer_cuts import PAD, TensorCut
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fresh, randomize_relevance
+from conftest import fresh, randomize_relevance, rewrite_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, NeMoModelConfig
@@ -369,7 +369,7 @@ def with_tensor(source: Path, target: Path, end: str, change) -> tuple[Path, str
     name = next(name for name in sorted(tensors) if name.endswith(end))
     new = change(tensors.pop(name))
     tensors |= {} if new is None else {name: new.contiguous()}
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    rewrite_weights(target / "model.safetensors", tensors)
     return target, name
 
 
@@ -409,7 +409,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_dtype_or_range_is_named(
 @kinds
 def test_unexpected_tensors_and_truncated_weights_are_named(saved, tmp_path, kind):
     path = saved / kind / "model.safetensors"
-    save_file({**load_file(path), "extra": torch.zeros(1)}, tmp_path / "extra", {"format": "pt"})
+    rewrite_weights(path, {**load_file(path), "extra": torch.zeros(1)}, tmp_path / "extra")
     content = (tmp_path / "extra").read_bytes()
     directory = damaged(saved / kind, tmp_path / "a", "model.safetensors", content)
     refused(directory, "1 unexpected tensors, such as 'extra'; expected exactly those", kind=kind)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from nemo_hf.evaluation.latency import device_name
-from nemo_hf.models.files import write_text
+from nemo_hf.models.atomic_writes import write_text
 
 RESULTS = Path(__file__).parent / "results"
 Rows = list[dict[str, Any]]

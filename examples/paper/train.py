@@ -27,7 +27,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from nemo_hf import NeMoConfig, NeMoTrainer
 from nemo_hf.evaluation.report import format_table
-from nemo_hf.models.files import write_json
+from nemo_hf.models.atomic_writes import write_json
 
 DATASETS = {"cifar10": ("uoft-cs/cifar10", None), "svhn": ("ufldl-stanford/svhn", "cropped_digits")}
 """Name on the Hub, and of the configuration."""

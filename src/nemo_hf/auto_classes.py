@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from .models.base import NeMoOutput, NeMoPreTrainedModel
 from .models.calls import positional_as_plain
 from .models.composed_model import NeMoComposedModel
 from .models.extraction import cut_on_load, extract_module
+from .models.save_identity import load_whole
 from .models.saved_model import pin_revision
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -102,13 +104,14 @@ class NeMoClassifier(NeMoPreTrainedModel):
             verify: With `labels`: load the parent too and run the equivalence check, instead of trusting the check that
                 was made when the parent was saved.
             **kwargs: As in `transformers`, with attributes of the plain model's configuration such as
-                `hidden_dropout_prob`. With `labels`, `device_map` names one device.
+                `hidden_dropout_prob`. With `labels`, `device_map` names one device. `verify_files=True` compares all
+                files with the digests that were saved, to find flipped bytes; that takes as long as reading them.
 
         Returns:
             The model in eval mode.
 
         Raises:
-            OSError: If a file is missing or damaged.
+            OSError: If a file is missing or damaged, or of another save than the others.
             ValueError: If a tensor is missing or has another shape than the configuration says, or if an argument
                 would change the structure of the weights, such as `hidden_size`.
         """
@@ -119,7 +122,8 @@ class NeMoClassifier(NeMoPreTrainedModel):
         if labels is None or source is None:
             return super().from_pretrained(source, *model_args, **kwargs)
         pin_revision(source, kwargs)
-        return cut_on_load(cls, source, labels, threshold=threshold, round_to=round_to, verify=verify, **kwargs)
+        cut = partial(cut_on_load, cls, source, labels, threshold, round_to, verify, **kwargs)
+        return load_whole(source, kwargs, cut)
 
     def extract_module(
         self,

@@ -15,9 +15,10 @@ from nemo_hf.auto_classes import AUTO_CLASSES, NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.report import evaluate_module, format_table
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
+from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
-from nemo_hf.models.files import hub_name, write_json
+from nemo_hf.models.files import hub_name
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.mask_hooks import GeneratedMask
 from nemo_hf.neurons.proposals import propose_sites

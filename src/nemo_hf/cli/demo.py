@@ -17,8 +17,8 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.evaluation.latency import one_thread
 from nemo_hf.evaluation.report import format_table
 from nemo_hf.hub.pictures import draw_neurons
+from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import base_parameters
-from nemo_hf.models.files import write_json
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))

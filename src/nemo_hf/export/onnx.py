@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from nemo_hf.models.atomic_writes import replaced_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.files import replaced_directory
+from nemo_hf.models.files import read_json
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
@@ -85,7 +87,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         Inputs, outputs and the largest difference that onnxruntime made on batches of several sizes and lengths.
 
     Raises:
-        ValueError: If this is a parent, has texts but no padding token, or `inputs` are fewer than 2 samples.
+        ValueError: If this is a parent, has texts but no padding token, `inputs` are fewer than 2 samples, or the
+            directory holds weights with another config.json.
         ImportError: If onnx, onnxscript or onnxruntime is missing.
         UnsupportedArchitectureError: If the model can't be traced, or onnxruntime computes something else.
     """
@@ -112,16 +115,33 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         )
     outputs = ["logits", *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
+    config = plain_config(module)
+    _check_place(Path(directory), config)
+    if module.config.rejection:
+        config.rejection = dict(module.config.rejection)
     with replaced_directory(directory, stale=(f"{ONNX_NAME}*",)) as temporary:
         _trace(exact, inputs, free, outputs, temporary / ONNX_NAME)
         difference, tolerance = _check_onnx(exact, inputs, free, outputs, temporary / ONNX_NAME)
-        config = plain_config(module)
-        if module.config.rejection:
-            config.rejection = dict(module.config.rejection)
         config.save_pretrained(temporary)
         write_processor(module, temporary)
     shapes = {name: [free[name].get(dim, size) for dim, size in enumerate(v.shape)] for name, v in inputs.items()}
     return OnnxExport(shapes, outputs, difference, tolerance)
+
+
+def _check_place(directory: Path, config: PreTrainedConfig) -> None:
+    """Refuses a directory with weights whose config.json would be replaced by that of another model."""
+    path = directory / "config.json"
+    if not path.is_file() or not any(directory.glob("*.safetensors")):
+        return
+    there, ours = ({**data} for data in (read_json(path), json.loads(config.to_json_string())))
+    for data in (there, ours):
+        for name in ("rejection", "dtype", "architectures", "transformers_version"):
+            data.pop(name, None)
+    if there != ours:
+        raise ValueError(
+            f"Got {str(directory)!r}, which holds weights with another config.json; expected a directory without. "
+            "Export to a directory of its own."
+        )
 
 
 def traced_inputs(module: NeMoPreTrainedModel) -> dict[str, Tensor]:

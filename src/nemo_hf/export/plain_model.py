@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, time_runs
+from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
-from nemo_hf.models.files import replaced_directory
 from nemo_hf.models.loading import hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
@@ -76,7 +75,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
         if name in stored:
             tensor.data = tensor.data.to(stored[name])
-    with replaced_directory(directory, stale=("model*.safetensors*",)) as temporary:
+    with replaced_directory(directory, stale=STALE_WEIGHTS) as temporary:
         plain.save_pretrained(temporary)
         onnx.write_processor(module, temporary)
         _check_files(plain, temporary)
@@ -165,7 +164,7 @@ def compare_latency(
     onnx.check_is_module(module)
     runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval(), "module": module.model}
     sample = {name: value.to(module.device) for name, value in onnx.traced_inputs(module).items()}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), as_saved(module):
+    with scratch_directory() as folder, torch.no_grad(), as_saved(module):
         try:
             runners["plain"] = _smallest_plain(module, None)[1].to(module.dtype)  # type: ignore[arg-type]
         except UnsupportedArchitectureError as error:

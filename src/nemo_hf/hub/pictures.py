@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nemo_hf.evaluation.metrics import jaccard_indices
+from nemo_hf.models.atomic_writes import replaced_file
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.pruning.plan import is_relevant
 
@@ -37,7 +38,8 @@ def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.3, 1][: len(panels)])[0]
     for one, (values, columns, rows, title) in zip(axes, panels, strict=True):
         _draw(figure, one, values, columns, rows or names, title)
-    figure.savefig(path, dpi=90)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, dpi=90)
     return True
 
 

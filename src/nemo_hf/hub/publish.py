@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import evaluate_module
 from nemo_hf.export.plain_model import compare_latency
+from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.composed_model import NeMoComposedModel
 from nemo_hf.models.extraction import extract_module, make_plan
-from nemo_hf.models.files import REPORT_NAME, hub_name, write_json, write_text
+from nemo_hf.models.files import REPORT_NAME, hub_name
+from nemo_hf.models.save_identity import bare_report, write_report
 
 from .model_card import CardFacts, license_of, own_text, render_model_card
 from .pictures import draw_neurons
@@ -31,8 +32,7 @@ from .provenance import versions
 CARD_NAME = "README.md"
 PICTURE_NAME = "neurons.png"
 NAME_LENGTH = 60  # of a module's repository
-STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "training_args.bin",
-         REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]  # fmt: skip
+STALE = [*STALE_WEIGHTS, "training_args.bin", REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]
 """Files of an older push that are deleted unless they are pushed again; the last is code that version 0.1.0 wrote."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
 TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "is_tuned", "training")
@@ -109,14 +109,15 @@ def write_companions(
 
     The owner's text of `card_before` stays, and so does its license where the options name none.
     """
-    directory = Path(directory)
-    has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, directory / PICTURE_NAME)
     if options.license is None and card_before:
         options = replace(options, license=license_of(card_before))
-    facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None)
-    facts = replace(facts, report=report or model.report)
-    kept = own_text(card_before or "")
-    write_text(directory / CARD_NAME, render_model_card(facts) + (f"\n{kept}\n" if kept else ""))
+    with replaced_directory(directory, stale=(PICTURE_NAME,)) as temporary:
+        has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, temporary / PICTURE_NAME)
+        facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None)
+        facts = replace(facts, report=report or model.report)
+        kept = own_text(card_before or "")
+        text = render_model_card(facts) + (f"\n{kept}\n" if kept else "")
+        (temporary / CARD_NAME).write_text(text, encoding="utf-8")
     return facts
 
 
@@ -127,15 +128,15 @@ def push_model(
 ) -> CommitInfo:  # fmt: skip
     """Pushes a model with its processor, report, card and picture in one commit; see its `push_to_hub`."""
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as name, clear_errors(repo_id):
-        directory = Path(name, "repository")
+    with scratch_directory() as scratch, clear_errors(repo_id):
+        directory = scratch / "repository"
         model.save_pretrained(directory, max_shard_size=max_shard_size)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         report = settled_report(model.report, fetch_text(repo_id, REPORT_NAME, revision, token))
-        if report is not model.report:
-            write_json(directory / REPORT_NAME, report)
+        if report is not None and report is not model.report:
+            write_report(directory, report, (model.config.save_identity or {}).get("id"))
         card = fetch_text(repo_id, CARD_NAME, revision, token)
         facts = write_companions(model, directory, repo_id, options or CardOptions(), card, report)
         message = commit_message or f"Upload {facts.role}{' model' if facts.role == 'composed' else ''}"
@@ -147,8 +148,8 @@ def push_model(
 def settled_report(report: dict[str, Any] | None, before: str | None) -> dict[str, Any] | None:
     """Returns the report pushed `before` if the new one differs in times only, so that a second push has no commit."""
     try:
-        old = json.loads(before) if before else None
-    except ValueError:
+        old = bare_report(json.loads(before)) if before else None
+    except (AttributeError, ValueError):
         old = None
     if report is None or not isinstance(old, dict) or set(old) != set(report):
         return report
@@ -172,7 +173,7 @@ def clear_errors(repo_id: str) -> Iterator[None]:
 def fetch_text(repo_id: str, name: str, revision: str | None, token: bool | str | None) -> str | None:
     """Reads a text file of a repository, past the cache; `None` if there is none, `OSError` if the Hub is down."""
     try:
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch_directory() as directory:
             path = hf_hub_download(repo_id, name, revision=revision, token=token, local_dir=directory)
             return Path(path).read_text(encoding="utf-8")
     except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):

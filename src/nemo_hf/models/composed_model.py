@@ -29,6 +29,7 @@ class NeMoComposedConfig(SavedConfig):
     scales: list[Any] | None = None  # factor of each module's logits, above 0
     biases: list[Any] | None = None  # what is added then to the logits of each module
     processor_files: list[str] | None = validated_field(check_companions, default=None)
+    save_identity: dict[str, Any] | None = None  # as in `NeMoModelConfig`
 
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:
@@ -165,4 +166,5 @@ class NeMoComposedModel(SavedModel):
         self._settle_labels()
         for part in self.parts:
             part.drop_stale_results()
+            part.config.save_identity = None  # its tensors are saved with the others
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now

@@ -1,6 +1,7 @@
 """Configuration of parents and modules: all that is needed to build their shapes, as data."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
@@ -23,6 +24,7 @@ TASKS = {
 }
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
+LOADING_OPTIONS = MODEL_OPTIONS | {"verify_files"}
 # Attributes of any configuration that the plain model's alone holds, with their defaults.
 BASE_ATTRIBUTES = {"output_hidden_states": False, "_output_attentions": False, "chunk_size_feed_forward": 0,
                    "is_encoder_decoder": False}  # fmt: skip
@@ -42,9 +44,9 @@ class SavedConfig(PreTrainedConfig):
         for what is unused, they are refused, except beside `labels`, which a pipeline passes here as well.
         """
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | MODEL_OPTIONS if name in kwargs}
+        passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | LOADING_OPTIONS if name in kwargs}
         wants_unused = kwargs.pop("return_unused_kwargs", False)
-        if not wants_unused and (refused := sorted(passed.keys() - (MODEL_OPTIONS if "labels" in passed else set()))):
+        if not wants_unused and (refused := sorted(passed.keys() - (LOADING_OPTIONS if "labels" in passed else set()))):
             raise ValueError(
                 f"Got {refused} for a saved configuration; expected no fields of {cls.__name__}, which describe the "
                 "weights. Leave them out; set what may change on the configuration that is returned."
@@ -69,7 +71,13 @@ class SavedConfig(PreTrainedConfig):
                 raise
             got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
             raise checks.damaged(got, f"that of {cls.describes}") from error
+        given = {name: value for name, value in kwargs.items() if name not in unused}
+        config._as_read = (given, _entries(config))
         return (config, {**unused, **passed}) if wants_unused else config
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        d.pop("_as_read", None)
 
     @classmethod
     def _check(cls, config_dict: Mapping[str, Any]) -> None:
@@ -107,6 +115,7 @@ class NeMoModelConfig(SavedConfig):
         is_tuned: Module: whether it was trained further since it was cut.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
+        save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
     """
 
     model_type = "nemo_hf"
@@ -134,6 +143,7 @@ class NeMoModelConfig(SavedConfig):
     is_tuned: bool = False
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
+    save_identity: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -219,6 +229,18 @@ class NeMoModelConfig(SavedConfig):
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
         assert isinstance(self.base_config, PreTrainedConfig)
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _entries(config: SavedConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+
+def read_again(config: SavedConfig, source: Any, hub_options: Mapping[str, Any]) -> Any:
+    """Reads the configuration that is in `source` now, unless the given one was made or changed by its owner."""
+    given, entries = getattr(config, "_as_read", ({}, None))
+    if entries != _entries(config):
+        return config
+    return type(config).from_pretrained(source, **hub_options, **given)
 
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -183,7 +183,7 @@ def _restore_dtypes(module: NeMoPreTrainedModel, dtypes: Mapping[str, torch.dtyp
 def _module_config(source: CutSource, plan: ModulePlan, widths: Sequence[Mapping[str, int]]) -> NeMoModelConfig:
     parent = source.config
     config: NeMoModelConfig = copy.deepcopy(parent)
-    config.role = "module"
+    config.role, config.save_identity = "module", None
     config.id2label = {index: parent.names[label] for index, label in enumerate(plan.label_ids)}
     config.label2id = {name: index for index, name in config.names.items()}
     config.label_ids, config.unseen_labels = list(plan.label_ids), None
@@ -208,11 +208,12 @@ def cut_on_load(
     threshold: float | None = None,
     round_to: int | None = None,
     verify: bool = False,
+    verify_files: bool = False,
     **kwargs: Any,
 ) -> Model:
     """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    config, weights = open_configured(cls, source, hub_options, kwargs)
+    config, weights = open_configured(cls, source, hub_options, kwargs, verify_files)
     is_given = {name: value is not None and value is not False for name, value in kwargs.items()}
     if strange := sorted(name for name in kwargs.keys() - CUT_OPTIONS if is_given[name]):
         known = sorted(name for name in CUT_OPTIONS if name[0] != "_")

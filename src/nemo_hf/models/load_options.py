@@ -19,7 +19,11 @@ NOT_STRUCTURE = {"dtype", "transformers_version", "_name_or_path"}
 
 
 def open_configured(
-    cls: Any, source: str | Path, hub_options: Mapping[str, Any], kwargs: MutableMapping[str, Any]
+    cls: Any,
+    source: str | Path,
+    hub_options: Mapping[str, Any],
+    kwargs: MutableMapping[str, Any],
+    verify_files: bool = False,
 ) -> tuple[Any, WeightFiles]:
     """Opens a saved model like `open_model`; `kwargs["config"]` becomes its configuration.
 
@@ -27,9 +31,11 @@ def open_configured(
     structure of the saved weights is refused with a `ValueError`.
     """
     kind, given = cls.config_class, kwargs.get("config")
-    saved, weights = open_model(source, hub_options, None, kwargs.get("variant"), kind)
-    if isinstance(given, kind):
-        config = deepcopy(given)  # as in transformers, what is passed beside it is for the model
+    is_ours = isinstance(given, kind)
+    options = (kwargs.get("variant"), kind, verify_files)
+    saved, weights = open_model(source, hub_options, given if is_ours else None, *options)
+    if is_ours:
+        config, saved = saved, kind.from_pretrained(source, **hub_options)
     elif isinstance(given, PreTrainedConfig):
         raise TypeError(
             f"Got a {type(given).__name__} as config; expected a {kind.__name__}. Load it with "
@@ -37,9 +43,9 @@ def open_configured(
         )
     else:
         passed = [name for name in kwargs if name not in OF_LOADING and name[0] != "_"]
-        options = {name: kwargs.pop(name) for name in passed}
+        attributes = {name: kwargs.pop(name) for name in passed}
         where = source if given is None else given
-        config, unused = kind.from_pretrained(where, return_unused_kwargs=True, **hub_options, **options)
+        config, unused = kind.from_pretrained(where, return_unused_kwargs=True, **hub_options, **attributes)
         kwargs.update(unused)
     kwargs["config"] = config
     if isinstance(config, NeMoModelConfig):

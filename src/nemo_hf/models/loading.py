@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 
 from .config_checks import damaged
-from .configuration import NeMoModelConfig, SavedConfig
-from .files import find_file, read_json
+from .configuration import NeMoModelConfig, SavedConfig, read_again
+from .files import find_file, read_companions, read_json
+from .save_identity import CONFIG_NAME, check_digests, check_identity, identity_of
 from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -31,11 +32,16 @@ def open_model(
     config: Any = None,
     variant: str | None = None,
     kind: type[SavedConfig] = NeMoModelConfig,
+    verify_files: bool = False,
 ) -> tuple[Any, WeightFiles]:
-    """Reads a saved model's configuration, of the class `kind` (or copies it, if given), and its weights' headers."""
+    """Reads a saved model's configuration, of the class `kind` (or copies it, if given), and its weights' headers.
+
+    All must be of one save. `verify_files` recomputes the digests of the files, those of the processor included.
+    """
+    path = find_file(source, CONFIG_NAME, hub_options)
+    data = read_json(path) if path else {}
     if config is None:
-        path = find_file(source, "config.json", hub_options)
-        model_type = read_json(path).get("model_type") if path else kind.model_type
+        model_type = data.get("model_type") if path else kind.model_type
         if model_type != kind.model_type:
             raise ValueError(
                 f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. Load it with "
@@ -50,7 +56,14 @@ def open_model(
     folder = Path(source, hub_options.get("subfolder") or "")
     if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
         raise damaged(f"{str(source)!r} with a distributed checkpoint", "model.safetensors")
-    return copy.deepcopy(config), WeightFiles(source, hub_options, variant)
+    weights = WeightFiles(source, hub_options, variant)
+    if identity_of(config) not in (None, identity_of(data)):  # replaced since an Auto class read the configuration
+        config = read_again(config, source, hub_options)
+    check_identity(str(source), data, config, weights.identities)
+    if verify_files:
+        companions, _ = read_companions(source, hub_options, config.processor_files)
+        check_digests(data, weights.paths, companions)
+    return copy.deepcopy(config), weights
 
 
 @contextmanager

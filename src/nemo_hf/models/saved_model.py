@@ -1,7 +1,6 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
 import copy
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,11 +9,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
+from .atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from .config_checks import damaged
 from .configuration import MODEL_OPTIONS
-from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
+from .files import REPORT_NAME, read_companions, recorded_names
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values
+from .save_identity import load_whole, own_report, write_identity
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -33,16 +34,19 @@ class SavedModel(PreTrainedModel):
 
     def attach_processor(self, processor: Any) -> None:
         """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch_directory() as directory:
             processor.save_pretrained(directory)
-            files = [file for file in sorted(Path(directory).iterdir()) if file.is_file()]
+            files = [file for file in sorted(directory.iterdir()) if file.is_file()]
             self.processor_files = {file.name: file.read_bytes() for file in files}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration, processor and report.
 
-        A new directory appears whole or not at all. In one that is there already the files are replaced one
-        by one when all are written, the configuration last.
+        The new files take the place of the old ones in one step, when all are on the disk: a process that is killed
+        leaves the old model or the new one. Other files of the directory stay. Where the system can't exchange
+        directories (Windows, some network file systems, a mount point, the working directory), a process killed within
+        the last milliseconds leaves files that are refused until the model is saved again. All files carry one
+        identity, and a mixture of saves is refused when it is loaded.
 
         Args:
             save_directory: Where to.
@@ -58,12 +62,12 @@ class SavedModel(PreTrainedModel):
         if not kwargs.get("is_main_process", True):
             return
         kwargs.setdefault("save_original_format", False)
-        with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME)) as temporary:
+        with replaced_directory(save_directory, stale=(*STALE_WEIGHTS, REPORT_NAME)) as temporary:
             super().save_pretrained(temporary, **kwargs)
             for name, content in self.processor_files.items():
                 (temporary / name).write_bytes(content)
-            if self.report is not None:
-                write_json(temporary / REPORT_NAME, self.report)
+            identity = write_identity(temporary, self.processor_files, self.report)
+        self.config.save_identity = identity
         if push:
             self.push_to_hub(str(repo_id or Path(save_directory).name), **options)  # type: ignore[arg-type]
 
@@ -71,16 +75,36 @@ class SavedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
     ) -> Self:
-        """Loads what `save_pretrained` saved, in eval mode; arguments as in `transformers`."""
+        """Loads what `save_pretrained` saved, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: Directory or Hub repository.
+            *model_args: As in `transformers`.
+            **kwargs: As in `transformers`. `verify_files=True` compares all files with the digests that were saved, to
+                find flipped bytes; that takes as long as reading them.
+
+        Returns:
+            The model.
+
+        Raises:
+            OSError: If a file is missing or damaged, or of another save than the others.
+            ValueError: If a tensor is missing or has another shape than the configuration says.
+        """
+        source = pretrained_model_name_or_path
+        return load_whole(source, kwargs, lambda: cls._load(source, *model_args, **kwargs))
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any) -> Self:
         if cuts := sorted(MODEL_OPTIONS & kwargs.keys()):
             kind = cls.config_class.describes
             raise ValueError(f"Got {cuts} for {kind}; expected a parent. Cut the modules before compose(...).")
         source = pretrained_model_name_or_path
         if source is not None:
             pin_revision(source, kwargs)
+        verify = bool(kwargs.pop("verify_files", False))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         if source is not None:
-            config, weights = open_configured(cls, source, hub_options, kwargs)
+            config, weights = open_configured(cls, source, hub_options, kwargs, verify)
             checked = build_on_meta(partial(cls, copy.deepcopy(config)), weights)
             for part in getattr(checked, "parts", [checked]):
                 check_labels(part.config, part.model.config.num_labels)
@@ -99,7 +123,8 @@ class SavedModel(PreTrainedModel):
         for part in getattr(model, "parts", [model]):
             check_values(part)
         if source is not None:
-            model.processor_files, model.report = read_companions(source, hub_options, model.config.processor_files)
+            model.processor_files, report = read_companions(source, hub_options, model.config.processor_files)
+            model.report = own_report(source, hub_options, model.config, report, verify)
         result: Self = loaded if wants_info else model
         return result
 

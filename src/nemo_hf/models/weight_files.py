@@ -13,6 +13,7 @@ from nemo_hf.pruning.layer_cuts import TensorCut, cut_tensor
 
 from .config_checks import damaged
 from .files import find_file, read_json
+from .save_identity import ID_KEY
 
 WEIGHTS_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
@@ -28,7 +29,9 @@ class WeightFiles:
         self._files: dict[str, Any] = {}
         self._stored_names: dict[str, str] = {}
         self.size = 0
-        for path in _weight_paths(source, hub_options, f".{variant}" if variant else ""):
+        self.paths: list[Path] = []
+        self.identities: dict[Path, str | None] = {}  # of each file and of the index: which save it is of
+        for path in _weight_paths(source, hub_options, f".{variant}" if variant else "", self.identities):
             try:
                 opened = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -38,6 +41,8 @@ class WeightFiles:
                 raise damaged(got, "each in one", OSError)
             self._files.update(dict.fromkeys(opened.keys(), opened))
             self.size += path.stat().st_size
+            self.paths.append(path)
+            self.identities[path] = (opened.metadata() or {}).get(ID_KEY)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -99,15 +104,22 @@ def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> Exce
     return damaged(got, "exactly those of the configuration")
 
 
-def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: str) -> list[Path]:
-    """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them."""
+def _weight_paths(
+    source: str | Path, hub_options: Mapping[str, Any], variant: str, identities: dict[Path, str | None]
+) -> list[Path]:
+    """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them.
+
+    The identity of an index is added to `identities`.
+    """
     single = WEIGHTS_NAME.replace(".", f"{variant}.", 1) if variant else WEIGHTS_NAME
     if path := find_file(source, single, hub_options):
         return [path]
     index = find_file(source, f"{WEIGHTS_NAME}.index{variant}.json", hub_options)
     names: Any = [single]
     if index:
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map, about = content.get("weight_map"), content.get("metadata")
+        identities[index] = about.get(ID_KEY) if isinstance(about, dict) else None
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
         if strange or not names:

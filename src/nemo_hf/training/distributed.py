@@ -4,12 +4,14 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch import distributed as dist
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nemo_hf.auto_classes import NeMoClassifier
 
@@ -158,6 +160,14 @@ def whole_copy(parent: NeMoClassifier) -> NeMoClassifier:
     copied.processor_files, copied.report = parent.processor_files, parent.report
     copied.to(parent.device)  # type: ignore[arg-type]
     return copied.eval()  # type: ignore[no-any-return]
+
+
+def save_parent(parent: NeMoClassifier, folder: str, state_dict: dict[str, Any] | None) -> None:
+    """Saves a parent; an older checkpoint there counts as whole again only when all its files are written anew."""
+    path = Path(folder)
+    if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        (path / "trainer_state.json").unlink(missing_ok=True)
+    parent.save_pretrained(path, state_dict=state_dict)
 
 
 def _is_set(variable: str) -> bool:

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from nemo_hf.hub.publish import CARD_NAME, STALE, CardOptions, fetch_text, write_companions
+from nemo_hf.models.atomic_writes import STALE_WEIGHTS, linked_copy, replaced_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.files import REPORT_NAME
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", REPORT_NAME, "config.json")
+MODEL_FILES = (*STALE_WEIGHTS, REPORT_NAME, "config.json")
+IGNORED = ("_*", ".*", "training_args.bin", f"{PREFIX_CHECKPOINT_DIR}-*")
 
 
 def write_card(trainer: Trainer, parent: NeMoPreTrainedModel, model_name: str | None, options: CardOptions) -> None:
@@ -33,16 +37,22 @@ def write_card(trainer: Trainer, parent: NeMoPreTrainedModel, model_name: str | 
 
 def upload(trainer: Trainer, folder: str | Path, message: str | None, place: str | None = None, **options: Any) -> Any:
     """Uploads the output directory, in place of what older pushes left, or a checkpoint into a folder of the name."""
-    return HfApi(token=options.get("token") or trainer.args.hub_token).upload_folder(  # type: ignore[call-overload, misc]
-        repo_id=str(trainer.hub_model_id),
-        folder_path=folder,
-        path_in_repo=place,
-        commit_message=message,
-        run_as_future=not options.get("blocking", False),
-        ignore_patterns=["_*", ".*", "training_args.bin", f"{PREFIX_CHECKPOINT_DIR}-*"],
-        delete_patterns=STALE if place is None else None,
-        revision=options.get("revision") or trainer.args.hub_revision,
-    )
+    with ExitStack() as stack:
+        output = Path(str(trainer.args.output_dir)).absolute()
+        result = HfApi(token=options.get("token") or trainer.args.hub_token).upload_folder(  # type: ignore[call-overload]
+            repo_id=str(trainer.hub_model_id),
+            folder_path=stack.enter_context(linked_copy(Path(folder), output, IGNORED)),  # the next save may replace it
+            path_in_repo=place,
+            commit_message=message,
+            run_as_future=not options.get("blocking", False),
+            ignore_patterns=list(IGNORED),
+            delete_patterns=STALE,
+            revision=options.get("revision") or trainer.args.hub_revision,
+        )
+        if isinstance(result, Future):
+            release = stack.pop_all()
+            result.add_done_callback(lambda _: release.close())
+        return result
 
 
 def push_checkpoint(trainer: Trainer, parent: NeMoPreTrainedModel, checkpoint: Path) -> None:
@@ -59,11 +69,10 @@ def push_checkpoint(trainer: Trainer, parent: NeMoPreTrainedModel, checkpoint: P
     except OSError as error:  # the next push has all of it
         logger.warning("The Hub did not answer, so this checkpoint is not pushed; training goes on. %s", error)
         return
-    for pattern in (*MODEL_FILES, *parent.processor_files):
-        for old in output.glob(pattern):
-            old.unlink()
-        for file in checkpoint.glob(pattern):
-            shutil.copy(file, output / file.name)
+    with replaced_directory(output, stale=MODEL_FILES) as temporary:
+        for pattern in (*MODEL_FILES, *parent.processor_files):
+            for file in checkpoint.glob(pattern):
+                shutil.copy(file, temporary / file.name)
     message = f"Training in progress, step {trainer.state.global_step}"
     jobs = [upload(trainer, output, message)]
     if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

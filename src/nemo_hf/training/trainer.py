@@ -521,7 +521,7 @@ class NeMoTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Trainer would write training_args.bin, a pickle; the processor goes with the model.
         if self.args.should_save:
-            self.parent.save_pretrained(Path(str(output_dir or self.args.output_dir)), state_dict=state_dict)
+            distributed.save_parent(self.parent, str(output_dir or self.args.output_dir), state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, with a picture; it uses `license`, `tags`, `model_name` and `dataset_tags` alone."""
