@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.files import replaced_directory
+from nemo_hf.models.files import clean_companion, read_json, replaced_directory, write_json
+from nemo_hf.models.privacy import clean
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -64,7 +65,13 @@ def plain_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
 def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
     """Writes the files of the module's processor into a directory."""
     for name, content in module.processor_files.items():
-        (directory / name).write_bytes(content)
+        (directory / name).write_bytes(clean_companion(name, content))
+
+
+def clean_written_config(directory: Path) -> None:
+    """Takes origins, paths, tokens and names of code out of a plain `config.json` that was just written."""
+    path = directory / "config.json"
+    write_json(path, clean(read_json(path), is_config=True))
 
 
 def export_onnx(  # noqa: D417 - a method of parents and modules
@@ -115,6 +122,7 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         if module.config.rejection:
             config.rejection = dict(module.config.rejection)
         config.save_pretrained(temporary)
+        clean_written_config(temporary)
         write_processor(module, temporary)
     shapes = {name: [free[name].get(dim, size) for dim, size in enumerate(v.shape)] for name, v in inputs.items()}
     return OnnxExport(shapes, outputs, difference, tolerance)
@@ -157,6 +165,22 @@ def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Seq
         ) from error
     finally:
         logger.setLevel(level)
+    _drop_notes(path)
+
+
+def _drop_notes(path: Path) -> None:
+    """Drops what the exporter notes down of the code: stack traces with the paths of this machine's files."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    waiting: list[Any] = [model]
+    while waiting:
+        part = waiting.pop()
+        for name in {"metadata_props", "doc_string"}.intersection(part.DESCRIPTOR.fields_by_name):
+            part.ClearField(name)
+        for value in [value for field, value in part.ListFields() if field.message_type is not None]:
+            waiting.extend(value if hasattr(value, "add") else [value])  # repeated, or one
+    onnx.save(model, path)
 
 
 class OnnxRunner:

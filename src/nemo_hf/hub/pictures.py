@@ -1,5 +1,6 @@
 """Pictures of which neurons the label groups use."""
 
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from nemo_hf.evaluation.metrics import jaccard_indices
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.files import write_bytes
 from nemo_hf.pruning.plan import is_relevant
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.3, 1][: len(panels)])[0]
     for one, (values, columns, rows, title) in zip(axes, panels, strict=True):
         _draw(figure, one, values, columns, rows or names, title)
-    figure.savefig(path, dpi=90)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=90, format="png", metadata={"Software": None})
+    write_bytes(path, content.getvalue())
     return True
 
 

@@ -14,6 +14,7 @@ from nemo_hf.neurons.user_sites import model_sites
 
 from .base import NeMoPreTrainedModel
 from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, model_class, task_of
+from .privacy import downloaded_name
 
 
 def attach_masks(
@@ -38,6 +39,7 @@ def attach_masks(
     config = NeMoModelConfig(
         base_config=base_config,
         base_class=type(model).__name__,
+        base_model=downloaded_name(model.name_or_path),
         nemo_config=nemo_config.to_dict(),
         label_groups=[{"name": name, "labels": ids} for name, ids in groups.items()],
         id2label=names,

@@ -22,7 +22,7 @@ from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
-SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 20
+SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 6
 
 
 def open_model(
@@ -33,8 +33,8 @@ def open_model(
     kind: type[SavedConfig] = NeMoModelConfig,
 ) -> tuple[Any, WeightFiles]:
     """Reads a saved model's configuration, of the class `kind` (or copies it, if given), and its weights' headers."""
+    path = find_file(source, "config.json", hub_options)  # a link out is refused, whoever has read it
     if config is None:
-        path = find_file(source, "config.json", hub_options)
         model_type = read_json(path).get("model_type") if path else kind.model_type
         if model_type != kind.model_type:
             raise ValueError(

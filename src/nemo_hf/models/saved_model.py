@@ -1,5 +1,7 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
+import json
+import logging
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -9,10 +11,20 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
-from .config_checks import damaged
+from .config_checks import REMEDY, check_companion_files, check_companions, check_report, damaged, is_companion
 from .configuration import MODEL_OPTIONS
-from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
+from .files import (
+    REPORT_NAME,
+    clean_companion,
+    read_companions,
+    recorded_names,
+    replaced_directory,
+    write_json,
+)
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
+from .privacy import clean, hub_name
+
+logger = logging.getLogger(__name__)
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -30,11 +42,17 @@ class SavedModel(PreTrainedModel):
         """Brings the configuration up to date with the weights."""
 
     def attach_processor(self, processor: Any) -> None:
-        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
+        """Lets the model carry a tokenizer, image processor or feature extractor into its directories.
+
+        Code of its own and `auto_map`, which names some, are left out with a warning.
+        """
         with tempfile.TemporaryDirectory() as directory:
             processor.save_pretrained(directory)
             files = [file for file in sorted(Path(directory).iterdir()) if file.is_file()]
-            self.processor_files = {file.name: file.read_bytes() for file in files}
+            kept = [file for file in files if is_companion(file.name)]
+            self.processor_files = {file.name: clean_companion(file.name, file.read_bytes()) for file in kept}
+        if left := [file.name for file in files if file not in kept]:
+            logger.warning("Left %s of the processor out: no code or weights go with a model.", left)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration, processor and report.
@@ -55,15 +73,33 @@ class SavedModel(PreTrainedModel):
         self.config.processor_files = recorded_names(self.processor_files)
         if not kwargs.get("is_main_process", True):
             return
+        report = self._checked_report()
         kwargs.setdefault("save_original_format", False)
         with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME)) as temporary:
             super().save_pretrained(temporary, **kwargs)
             for name, content in self.processor_files.items():
-                (temporary / name).write_bytes(content)
-            if self.report is not None:
-                write_json(temporary / REPORT_NAME, self.report)
+                (temporary / name).write_bytes(clean_companion(name, content))
+            if report is not None:
+                write_json(temporary / REPORT_NAME, report)
         if push:
             self.push_to_hub(str(repo_id or Path(save_directory).name), **options)  # type: ignore[arg-type]
+
+    def _checked_report(self) -> dict[str, Any] | None:
+        """Reads what is to be saved as loading will, before anything is written; returns the report as it is saved."""
+        report: dict[str, Any] | None = clean(self.report)
+        try:
+            check_companions(sorted(self.processor_files))
+            check_companion_files({name: len(content) for name, content in self.processor_files.items()}, "the model")
+            type(self.config).from_dict(json.loads(self.config.to_json_string()))
+            if report is not None:
+                check_report(json.loads(json.dumps(report)))
+        except (OSError, TypeError, ValueError) as error:
+            reason = str(error).removeprefix("Got ").replace(REMEDY, "").split(" The files are damaged")[0]
+            raise ValueError(
+                f"Got a model that could not be loaded again: {reason[:1000].rstrip('.')}; expected what loading "
+                "accepts. Correct this entry of config, report or processor_files, and save again."
+            ) from error
+        return report
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -98,6 +134,7 @@ class SavedModel(PreTrainedModel):
         for part in getattr(model, "parts", [model]):
             check_values(part)
         if source is not None:
+            model.config.repository = hub_name(source)
             model.processor_files, model.report = read_companions(source, hub_options, model.config.processor_files)
         result: Self = loaded if wants_info else model
         return result

@@ -15,6 +15,8 @@ from .config_checks import damaged
 from .files import find_file, read_json
 
 WEIGHTS_NAME = "model.safetensors"
+MOST_TENSORS, MOST_SHARDS = 20_000, 10_000
+LARGEST_HEADER = 16 * 2**20  # bytes
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 STORED_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED_DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
@@ -29,6 +31,7 @@ class WeightFiles:
         self._stored_names: dict[str, str] = {}
         self.size = 0
         for path in _weight_paths(source, hub_options, f".{variant}" if variant else ""):
+            _check_header(path)
             try:
                 opened = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -38,6 +41,8 @@ class WeightFiles:
                 raise damaged(got, "each in one", OSError)
             self._files.update(dict.fromkeys(opened.keys(), opened))
             self.size += path.stat().st_size
+            if len(self._files) > MOST_TENSORS:
+                raise damaged(f"weights in {str(source)!r} of over {MOST_TENSORS} tensors", "fewer", OSError)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -99,6 +104,16 @@ def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> Exce
     return damaged(got, "exactly those of the configuration")
 
 
+def _check_header(path: Path) -> None:
+    """Checks how long the header of a safetensors file says that it is, before it is read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_HEADER:
+        raise damaged(
+            f"a header of {length} bytes in {str(path)!r}", f"safetensors with at most {LARGEST_HEADER}", OSError
+        )
+
+
 def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: str) -> list[Path]:
     """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them."""
     single = WEIGHTS_NAME.replace(".", f"{variant}.", 1) if variant else WEIGHTS_NAME
@@ -110,6 +125,8 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
         weight_map = read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
+        if len(set(map(str, names))) > MOST_SHARDS:
+            raise damaged(f"{index.name!r} of {str(source)!r} with over {MOST_SHARDS} files", "fewer", OSError)
         if strange or not names:
             got = f"{index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}"
             raise damaged(got, "names of *.safetensors files beside it", OSError)

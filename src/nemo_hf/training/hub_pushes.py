@@ -1,21 +1,27 @@
 """What a trainer sends to the Hub: a loadable parent with its card, and no pickled arguments."""
 
+import json
 import logging
 import shutil
+import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from nemo_hf.hub.publish import CARD_NAME, STALE, CardOptions, fetch_text, write_companions
 from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.files import REPORT_NAME
+from nemo_hf.models.files import REPORT_NAME, write_json
+from nemo_hf.models.privacy import clean
 
 logger = logging.getLogger(__name__)
 
+NOT_PUSHED = ("training_args.bin", f"{PREFIX_CHECKPOINT_DIR}-*", "*tfevents*")
 MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", REPORT_NAME, "config.json")
 
 
@@ -33,16 +39,39 @@ def write_card(trainer: Trainer, parent: NeMoPreTrainedModel, model_name: str | 
 
 def upload(trainer: Trainer, folder: str | Path, message: str | None, place: str | None = None, **options: Any) -> Any:
     """Uploads the output directory, in place of what older pushes left, or a checkpoint into a folder of the name."""
-    return HfApi(token=options.get("token") or trainer.args.hub_token).upload_folder(  # type: ignore[call-overload, misc]
+    staged = _staged(Path(folder))
+    job = HfApi(token=options.get("token") or trainer.args.hub_token).upload_folder(
         repo_id=str(trainer.hub_model_id),
-        folder_path=folder,
+        folder_path=staged,
         path_in_repo=place,
         commit_message=message,
-        run_as_future=not options.get("blocking", False),
-        ignore_patterns=["_*", ".*", "training_args.bin", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        run_as_future=True,
         delete_patterns=STALE if place is None else None,
         revision=options.get("revision") or trainer.args.hub_revision,
     )
+    job.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
+    return job.result() if options.get("blocking", False) else job
+
+
+def _staged(folder: Path) -> Path:
+    """A temporary directory of links to what is uploaded, and of copies without paths where a file has some.
+
+    The trainer's state names the best checkpoint by its path; logs of TensorBoard hold all arguments, and their names
+    that of the machine.
+    """
+    staged = Path(tempfile.mkdtemp())
+    for path in sorted(folder.resolve().rglob("*")):
+        inner = path.relative_to(folder.resolve())
+        is_left_out = any(fnmatch(str(inner), pattern) or fnmatch(path.name, pattern) for pattern in NOT_PUSHED)
+        if is_left_out or any(part.startswith((".", "_")) for part in inner.parts) or not path.is_file():
+            continue
+        copy = staged / inner
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == TRAINER_STATE_NAME:
+            write_json(copy, clean(json.loads(path.read_text(encoding="utf-8"))))
+        else:
+            copy.symlink_to(path)
+    return staged
 
 
 def push_checkpoint(trainer: Trainer, parent: NeMoPreTrainedModel, checkpoint: Path) -> None:

@@ -59,7 +59,7 @@ class _TrainingStart(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
         parent, data = self.trainer.parent, self.trainer._training_data
-        base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
+        base_model = (parent.config.training or {}).get("base_model") or parent.config.base_model
         parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
         parent.report = None
 
