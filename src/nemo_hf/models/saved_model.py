@@ -3,6 +3,8 @@
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -70,6 +72,9 @@ class SavedModel(PreTrainedModel):
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        with _refusing("processor_files"):
+            check_companions(sorted(self.processor_files))
+            check_companion_files({name: len(content) for name, content in self.processor_files.items()}, "the model")
         self.config.processor_files = recorded_names(self.processor_files)
         if not kwargs.get("is_main_process", True):
             return
@@ -86,19 +91,14 @@ class SavedModel(PreTrainedModel):
 
     def _checked_report(self) -> dict[str, Any] | None:
         """Reads what is to be saved as loading will, before anything is written; returns the report as it is saved."""
-        report: dict[str, Any] | None = clean(self.report)
-        try:
-            check_companions(sorted(self.processor_files))
-            check_companion_files({name: len(content) for name, content in self.processor_files.items()}, "the model")
+        with _refusing("config"):
             type(self.config).from_dict(json.loads(self.config.to_json_string()))
+            for part in getattr(self, "parts", [self]):
+                check_labels(part.config, part.model.config.num_labels)
+        report: dict[str, Any] | None = clean(self.report)
+        with _refusing("report"):
             if report is not None:
                 check_report(json.loads(json.dumps(report)))
-        except (OSError, TypeError, ValueError) as error:
-            reason = str(error).removeprefix("Got ").replace(REMEDY, "").split(" The files are damaged")[0]
-            raise ValueError(
-                f"Got a model that could not be loaded again: {reason[:1000].rstrip('.')}; expected what loading "
-                "accepts. Correct this entry of config, report or processor_files, and save again."
-            ) from error
         return report
 
     @classmethod
@@ -138,6 +138,19 @@ class SavedModel(PreTrainedModel):
             model.processor_files, model.report = read_companions(source, hub_options, model.config.processor_files)
         result: Self = loaded if wants_info else model
         return result
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Says that what loading would refuse can't be saved, since nothing is damaged yet."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        reason = str(error).removeprefix("Got ").replace(REMEDY, "").partition(" The files are damaged")[0]
+        raise ValueError(
+            f"Got a model that could not be loaded again: {reason[:1000].rstrip('. ')}; expected what loading accepts. "
+            f"Correct model.{what}, and save again."
+        ) from error
 
 
 def pin_revision(source: str | Path, kwargs: dict[str, Any]) -> None:
