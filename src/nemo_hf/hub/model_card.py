@@ -144,8 +144,8 @@ def _code(facts: CardFacts) -> dict[str, tuple[str, str]]:
         lines += [f'    args=TrainingArguments("out", {call_arguments(facts.training["arguments"])}),']
         lines += [f"    nemo_config=NeMoConfig({call_arguments(facts.nemo_config)}), ...)"]
         blocks["training_code"] = ("python", "\n".join(lines))
-        if typed := facts.training.get("command"):
-            blocks["training_command"] = ("bash", one_line(typed))
+        if typed := one_line(facts.training.get("command") or "").replace(KEPT_BELOW, ""):
+            blocks["training_command"] = ("bash", typed)
     return blocks
 
 
@@ -154,16 +154,16 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     accuracy = report.get("accuracy", _metrics(report).get("eval_accuracy"))
     if facts.measured_on and accuracy is not None:
         name = "accuracy" if facts.is_tuned or facts.role != "module" else "accuracy without fine-tuning"
-        about: dict[str, Any] = {"metric_name": name, "dataset_split": facts.split}
+        about: dict[str, Any] = {"metric_name": name, "dataset_split": facts.split and one_line(facts.split)}
         results = [EvalResult(facts.task, facts.measured_on, facts.measured_on, "accuracy", accuracy, **about)]
     origins = {"module": [facts.parent], "parent": [facts.base_model], "composed": [p["parent"] for p in facts.parts]}
     bases = _repositories(origins[facts.role])
     return ModelCardData(
         library_name=LIBRARY_NAME,
-        tags=list(dict.fromkeys([LIBRARY_NAME, facts.role, *facts.tags])),
+        tags=list(dict.fromkeys([LIBRARY_NAME, facts.role, *map(one_line, facts.tags)])),
         pipeline_tag=facts.task,
         base_model=(bases if facts.role == "composed" else next(iter(bases), None)) or None,
-        license=facts.license,
+        license=facts.license and one_line(facts.license),
         datasets=_repositories(facts.datasets) or None,
         model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results,
