@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import fresh, hooks_of
 from test_files import REPORT
 from test_hostile_files import INF, LOADS, NAN, RUN, config_of, damaged, kinds, load, refused, with_entry
 from test_hostile_files import saved as saved
@@ -18,6 +19,7 @@ from nemo_hf import NeMoForImageClassification, NeMoModelConfig
 from nemo_hf.cli.main import main
 from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
+from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.files import write_json
 
 # Links
@@ -252,3 +254,11 @@ def test_what_is_saved_loads_and_the_rest_is_refused_before_anything_is_written(
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     assert not caplog.records
     assert yaml.safe_load(render_model_card(card_facts(loaded, "me/x", CardOptions(), None)).split("---\n")[1])
+
+
+def test_what_could_not_be_saved_is_refused_before_training(vit):
+    vit.config.note = [0] * 500_000
+    with pytest.raises(ValueError, match=r"loaded again: .* entries; expected fewer\. Correct model\.config"):
+        attach_masks(vit)
+    assert hooks_of(vit) == 0
+    attach_masks(fresh("vit"))

@@ -18,7 +18,7 @@ from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
 from nemo_hf.models.files import find_file, write_json
-from nemo_hf.models.privacy import hub_name
+from nemo_hf.models.privacy import clean, hub_name
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.mask_hooks import GeneratedMask
 from nemo_hf.neurons.proposals import propose_sites
@@ -105,7 +105,7 @@ def evaluate(options: Namespace) -> None:
     for report in reports if options.metrics else ():
         print(f"{','.join(report['labels'])}: {report['metrics']}, parent: {report['parent_metrics']}")
     if options.output:
-        write_json(options.output, reports)
+        write_json(options.output, clean(reports))
 
 
 def push(options: Namespace) -> None:

@@ -53,6 +53,11 @@ def attach_masks(
     parent.parent_masks().to(model.device)
     parent.set_sites(parent.sites)
     parent.train(model.training)
+    try:
+        parent.check_config()  # before hours of training, not when it is saved
+    except ValueError:
+        parent.detach_masks()
+        raise
     return parent
 
 

@@ -78,6 +78,7 @@ class SavedModel(PreTrainedModel):
         self.config.processor_files = recorded_names(self.processor_files)
         if not kwargs.get("is_main_process", True):
             return
+        self.check_config()
         report = self._checked_report()
         kwargs.setdefault("save_original_format", False)
         with replaced_directory(save_directory, stale=("model*.safetensors*", REPORT_NAME)) as temporary:
@@ -89,12 +90,15 @@ class SavedModel(PreTrainedModel):
         if push:
             self.push_to_hub(str(repo_id or Path(save_directory).name), **options)  # type: ignore[arg-type]
 
-    def _checked_report(self) -> dict[str, Any] | None:
-        """Reads what is to be saved as loading will, before anything is written; returns the report as it is saved."""
+    def check_config(self) -> None:
+        """Reads the configuration as loading will; what it would refuse there can't be saved (`ValueError`)."""
         with _refusing("config"):
             type(self.config).from_dict(json.loads(self.config.to_json_string()))
             for part in getattr(self, "parts", [self]):
                 check_labels(part.config, part.model.config.num_labels)
+
+    def _checked_report(self) -> dict[str, Any] | None:
+        """Checks the report as loading will, and returns it as it is saved."""
         report: dict[str, Any] | None = clean(self.report)
         with _refusing("report"):
             if report is not None:
@@ -147,8 +151,9 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError) as error:
         reason = str(error).removeprefix("Got ").replace(REMEDY, "").partition(" The files are damaged")[0]
+        got, _, expected = reason[:1000].rstrip(". ").partition("; expected ")
         raise ValueError(
-            f"Got a model that could not be loaded again: {reason[:1000].rstrip('. ')}; expected what loading accepts. "
+            f"Got a model that could not be loaded again: {got}; expected {expected or 'what loading accepts'}. "
             f"Correct model.{what}, and save again."
         ) from error
 
