@@ -54,8 +54,8 @@ FIELDS = {
     " megabytes parent_megabytes macs parent_macs neuron_retention_rate weight_retention_rate latency_ms"
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
-    " problem_type relevance_source unseen_labels parent relevance_threshold round_to retained_neurons equivalence"
-    " rejection is_tuned training processor_files save_identity",
+    " problem_type relevance_source unseen_labels base_model parent relevance_threshold round_to retained_neurons"
+    " equivalence rejection is_tuned training processor_files save_identity",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -292,10 +293,11 @@ def resolve_labels(
     if len(labels) == 0:
         raise ValueError("Got an empty set of labels; expected at least one label or group. Name some.")
     ids = [index for label in labels for index in _label_or_group(label, groups, id2label)]
-    repeated = sorted({id2label[index] for index in ids if ids.count(index) > 1})
+    repeated = sorted({id2label[index] for index, count in Counter(ids).items() if count > 1})
     if repeated:
         raise ValueError(f"Got the labels {repeated} more than once; expected each label once. Remove the repeats.")
-    return ids, [name for name, members in groups.items() if set(members) & set(ids)]
+    asked = set(ids)
+    return ids, [name for name, members in groups.items() if not asked.isdisjoint(members)]
 
 
 def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2label: Mapping[int, str]) -> list[int]:

@@ -18,7 +18,8 @@ from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
-from nemo_hf.models.files import hub_name
+from nemo_hf.models.files import find_file
+from nemo_hf.models.privacy import clean, hub_name
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.mask_hooks import GeneratedMask
 from nemo_hf.neurons.proposals import propose_sites
@@ -39,6 +40,7 @@ def demo(options: Namespace) -> None:
 
 def train(options: Namespace) -> None:
     """Trains a parent, evaluates it, saves it and prints its metrics."""
+    trained_on = hub_name(options.dataset)  # a local folder of that name may be gone after the training
     chosen = {field.name: getattr(options, field.name) for field in fields(TrainingArguments) if field.init}
     arguments, given = TrainingArguments(**chosen), options.nemo_config or "{}"
     is_inline = given.lstrip().startswith("{")
@@ -64,7 +66,7 @@ def train(options: Namespace) -> None:
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
-    record = {"command": options.command_line, "datasets": [name] if (name := hub_name(options.dataset)) else []}
+    record = {"command": options.command_line, "datasets": [trained_on] if trained_on else []}
     trainer.parent.config.training = {**(trainer.parent.config.training or {}), **record}
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -104,7 +106,7 @@ def evaluate(options: Namespace) -> None:
     for report in reports if options.metrics else ():
         print(f"{','.join(report['labels'])}: {report['metrics']}, parent: {report['parent_metrics']}")
     if options.output:
-        write_json(options.output, reports)
+        write_json(options.output, clean(reports))
 
 
 def push(options: Namespace) -> None:
@@ -125,10 +127,10 @@ def push(options: Namespace) -> None:
     card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
     model = _load(options.path if is_alone else options.parent)
     if options.dry_run:
-        path = Path(options.path, CARD_NAME)
-        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        path = find_file(options.path, CARD_NAME, {})
+        before = path.read_text(encoding="utf-8") if path else None
         write_companions(model, options.path, options.repo_id, card, before)
-        print(f"{path} written; nothing uploaded")
+        print(f"{Path(options.path, CARD_NAME)} written; nothing uploaded")
     elif is_alone:
         print(push_model(model, options.repo_id, card, private=options.private or None))
     else:

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from nemo_hf.hub.provenance import safe_command
 from nemo_hf.models.equivalence import EquivalenceError
+from nemo_hf.models.privacy import clean_command
 
 from . import commands
 from .demo import EPOCHS
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args([_with_dashes(word) for word in words])
-        options.command_line = safe_command(["nemo-hf", *words])
+        options.command_line = clean_command(["nemo-hf", *words])
         options.run(options)
     except (ValueError, TypeError, OSError, ImportError, EquivalenceError) as error:
         print(" ".join(["nemo-hf", *words[:1]]) + ":", " ".join(str(error).split()), file=sys.stderr)

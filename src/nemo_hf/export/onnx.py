@@ -18,8 +18,9 @@ from transformers import PreTrainedConfig
 from nemo_hf.models.atomic_writes import replaced_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.files import read_json
+from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.labels import settle_labels
+from nemo_hf.models.privacy import clean
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -68,7 +69,14 @@ def plain_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
 def write_processor(module: NeMoPreTrainedModel, directory: Path) -> None:
     """Writes the files of the module's processor into a directory."""
     for name, content in module.processor_files.items():
-        (directory / name).write_bytes(content)
+        (directory / name).write_bytes(clean_companion(name, content))
+
+
+def clean_written_config(directory: Path) -> None:
+    """Takes origins, paths, tokens and names of code out of a plain `config.json` that was just written."""
+    path = directory / "config.json"
+    text = json.dumps(clean(read_json(path), is_config=True), indent=2, sort_keys=True)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def export_onnx(  # noqa: D417 - a method of parents and modules
@@ -123,6 +131,7 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         _trace(exact, inputs, free, outputs, temporary / ONNX_NAME)
         difference, tolerance = _check_onnx(exact, inputs, free, outputs, temporary / ONNX_NAME)
         config.save_pretrained(temporary)
+        clean_written_config(temporary)
         write_processor(module, temporary)
     shapes = {name: [free[name].get(dim, size) for dim, size in enumerate(v.shape)] for name, v in inputs.items()}
     return OnnxExport(shapes, outputs, difference, tolerance)
@@ -133,7 +142,7 @@ def _check_place(directory: Path, config: PreTrainedConfig) -> None:
     path = directory / "config.json"
     if not path.is_file() or not any(directory.glob("*.safetensors")):
         return
-    there, ours = ({**data} for data in (read_json(path), json.loads(config.to_json_string())))
+    there, ours = ({**data} for data in (read_json(path), clean(json.loads(config.to_json_string()), is_config=True)))
     for data in (there, ours):
         for name in ("rejection", "dtype", "architectures", "transformers_version"):
             data.pop(name, None)
@@ -181,6 +190,22 @@ def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Seq
         ) from error
     finally:
         logger.setLevel(level)
+    _drop_notes(path)
+
+
+def _drop_notes(path: Path) -> None:
+    """Drops what the exporter notes down of the code: stack traces with the paths of this machine's files."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    waiting: list[Any] = [model]
+    while waiting:
+        part = waiting.pop()
+        for name in {"metadata_props", "doc_string"}.intersection(part.DESCRIPTOR.fields_by_name):
+            part.ClearField(name)
+        for value in [value for field, value in part.ListFields() if field.message_type is not None]:
+            waiting.extend(value if hasattr(value, "add") else [value])  # repeated, or one
+    onnx.save(model, path)
 
 
 class OnnxRunner:

@@ -77,6 +77,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
             tensor.data = tensor.data.to(stored[name])
     with replaced_directory(directory, stale=STALE_WEIGHTS) as temporary:
         plain.save_pretrained(temporary)
+        onnx.clean_written_config(temporary)
         onnx.write_processor(module, temporary)
         _check_files(plain, temporary)
     sizes = (plain.num_parameters(), base_parameters(module), full.num_parameters())

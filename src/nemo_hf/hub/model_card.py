@@ -2,26 +2,30 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nemo_hf.models.privacy import clean, is_repository
+
+from .markdown import ENVIRONMENT, Markdown, call_arguments, code_blocks, one_line
 
 LIBRARY_NAME = "nemo-hf"
 KEPT_BELOW = "<!-- nemo-hf writes all above this line anew; text below it stays -->"  # by the repository's owner
-PARENT_NAME = "its parent, answering with the same labels only"
-CONTROL_NAMES = {
-    "random": "control: as many random neurons",
-    "other": "control: the neurons of as many other label groups",
-    "empty": "control: no neurons",
+MEASURED_NAMES = {
+    "module": Markdown("this module"),
+    "parent": Markdown("its parent, answering with the same labels only"),
+    "random": Markdown("control: as many random neurons"),
+    "other": Markdown("control: the neurons of as many other label groups"),
+    "empty": Markdown("control: no neurons"),
 }
 FORMAT_NAMES = {
-    "module": "this module",
-    "parent": "the parent without masks",
-    "plain": "this module as a plain model (`save_plain`)",
-    "onnx": "this module in onnxruntime (`export_onnx`)",
+    "module": Markdown("this module"),
+    "parent": Markdown("the parent without masks"),
+    "plain": Markdown("this module as a plain model (`save_plain`)"),
+    "onnx": Markdown("this module in onnxruntime (`export_onnx`)"),
 }
 TASKS = {  # Auto class and an example of an input
     "image-classification": ("AutoModelForImageClassification", "picture.png"),
@@ -68,30 +72,34 @@ class CardFacts:
 
 
 def render_model_card(facts: CardFacts) -> str:
-    """Renders a card: Markdown with a YAML header, whose last line is `KEPT_BELOW`."""
+    """Renders a card: Markdown with a YAML header, whose last line is `KEPT_BELOW`; paths and tokens are replaced."""
+    facts = CardFacts(**{name: clean(value, name) for name, value in vars(facts).items()})
     report = facts.report or {}
-    accuracies = {"this module": report.get("accuracy"), PARENT_NAME: report.get("parent_restricted_accuracy")}
-    accuracies |= {title: (report.get("controls") or {}).get(name) for name, title in CONTROL_NAMES.items()}
+    accuracies = {"module": report.get("accuracy"), "parent": report.get("parent_restricted_accuracy")}
+    accuracies |= report.get("controls") or {}
+    latency = _latency(report)
+    blocks = _code(facts)
     rendered = ENVIRONMENT.get_template("model_card.md.jinja").render(
         card=facts,
+        count=f"{len(facts.labels)} label{'' if len(facts.labels) == 1 else 's'}",
         report=report,
-        metadata=_metadata(facts).to_yaml(),
+        metadata=Markdown(_metadata(facts).to_yaml()),
         metrics=_metrics(report),
         parent_metrics=_metrics({"metrics": report.get("parent_metrics")}),
-        accuracies={name: value for name, value in accuracies.items() if value is not None},
-        latency=_latency(report),
-        task=TASKS[facts.task],
-        command=extraction_command(facts),
-        fence=_fence(facts),
-        kept_below=KEPT_BELOW,
+        accuracies={title: accuracies[n] for n, title in MEASURED_NAMES.items() if accuracies.get(n) is not None},
+        latency=latency,
+        rule=Markdown("---|" * len(latency["sizes"])),
+        input_shape=Markdown([int(size) for size in report.get("input_shape") or ()]),
+        **dict(zip(blocks, code_blocks(blocks.values()), strict=True)),
+        kept_below=Markdown(KEPT_BELOW),
     )
     return re.sub(r"\n{3,}", "\n\n", rendered).rstrip("\n") + "\n"
 
 
 def own_text(card: str) -> str:
     """Returns what an owner wrote: all below the line that says so, or the whole text of a card that lacks it."""
-    if KEPT_BELOW in card:
-        return card.partition(KEPT_BELOW)[2].strip("\n")
+    if found := re.search(rf"^{re.escape(KEPT_BELOW)}$", card, re.MULTILINE):
+        return card[found.end() :].strip("\n")
     return re.sub(r"\A---\n.*?\n---\n", "", card.replace("\r\n", "\n"), flags=re.DOTALL).strip("\n")
 
 
@@ -118,10 +126,27 @@ def extraction_command(facts: CardFacts) -> str | None:
     return shlex.join([*words, "--output-dir", facts.repo_id.split("/")[-1]])
 
 
-def _fence(facts: CardFacts) -> str:
-    """Backticks around code: more than there are in any name."""
-    runs = re.findall("`+", "\0".join([*facts.labels, facts.repo_id, str(facts.training)]))
-    return "`" * max([3, *(len(run) + 1 for run in runs)])
+def _code(facts: CardFacts) -> dict[str, tuple[str, str]]:
+    """Languages and lines of the blocks of code, by the template's names."""
+    (auto_class, sample), repo = TASKS[facts.task], repr(facts.repo_id)
+    also = f"{auto_class}, " if facts.role == "parent" else ""
+    lines = ["import nemo_hf  # registers the classes", f"from transformers import {also}pipeline", ""]
+    lines += [f"classify = pipeline({facts.task!r}, model={repo})", f"print(classify({sample!r}))"]
+    if facts.role == "parent":
+        lines += ["", f"labels = {list(facts.labels)[:2]!r}  # cut a module while loading"]
+        lines += [f"module = {auto_class}.from_pretrained({repo}, labels=labels)"]
+    blocks = {"use": ("python", "\n".join(lines))}
+    if command := extraction_command(facts):
+        blocks["command"] = ("bash", command)
+    if facts.training:
+        base = repr(facts.base_model) if facts.base_model else "..."
+        lines = ["NeMoTrainer(", f"    model={auto_class}.from_pretrained({base}, ...),"]
+        lines += [f'    args=TrainingArguments("out", {call_arguments(facts.training["arguments"])}),']
+        lines += [f"    nemo_config=NeMoConfig({call_arguments(facts.nemo_config)}), ...)"]
+        blocks["training_code"] = ("python", "\n".join(lines))
+        if typed := one_line(facts.training.get("command") or "").replace(KEPT_BELOW, ""):
+            blocks["training_command"] = ("bash", typed)
+    return blocks
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
@@ -129,19 +154,25 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     accuracy = report.get("accuracy", _metrics(report).get("eval_accuracy"))
     if facts.measured_on and accuracy is not None:
         name = "accuracy" if facts.is_tuned or facts.role != "module" else "accuracy without fine-tuning"
-        about: dict[str, Any] = {"metric_name": name, "dataset_split": facts.split}
+        about: dict[str, Any] = {"metric_name": name, "dataset_split": facts.split and one_line(facts.split)}
         results = [EvalResult(facts.task, facts.measured_on, facts.measured_on, "accuracy", accuracy, **about)]
-    parents = list(dict.fromkeys(part["parent"] for part in facts.parts if part["parent"])) or None
+    origins = {"module": [facts.parent], "parent": [facts.base_model], "composed": [p["parent"] for p in facts.parts]}
+    bases = _repositories(origins[facts.role])
     return ModelCardData(
         library_name=LIBRARY_NAME,
-        tags=list(dict.fromkeys([LIBRARY_NAME, facts.role, *facts.tags])),
+        tags=list(dict.fromkeys([LIBRARY_NAME, facts.role, *map(one_line, facts.tags)])),
         pipeline_tag=facts.task,
-        base_model={"module": facts.parent, "parent": facts.base_model, "composed": parents}[facts.role],
-        license=facts.license,
-        datasets=list(facts.datasets) or None,
+        base_model=(bases if facts.role == "composed" else next(iter(bases), None)) or None,
+        license=facts.license and one_line(facts.license),
+        datasets=_repositories(facts.datasets) or None,
         model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results,
     )
+
+
+def _repositories(names: Iterable[str | None]) -> list[str]:
+    """Names that can be those of repositories, each once: the Hub refuses headers with others."""
+    return [name for name in dict.fromkeys(names) if name and is_repository(name)]
 
 
 def _metrics(report: Mapping[str, Any]) -> dict[str, float]:
@@ -158,19 +189,3 @@ def _latency(report: Mapping[str, Any]) -> dict[str, Any]:
     rows = {title: chosen["latency_ms"][n] for n, title in FORMAT_NAMES.items() if chosen["latency_ms"].get(n)}
     sizes = sorted({size for by_size in rows.values() for size in by_size}, key=lambda size: (len(size), size))
     return {"device": chosen["device"], "sizes": sizes, "rows": rows, "note": chosen.get("latency_note")}
-
-
-def _escaped(text: str) -> str:
-    """Keeps a label of any characters on one line and out of Markdown's syntax."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty name)"
-    return re.sub(r"(?<![A-Za-z0-9])[-+.]|[-+.](?![A-Za-z0-9])|[\\`*_{}\[\]<>()#!|~&:]", r"\\\g<0>", line)
-
-
-ENVIRONMENT = Environment(
-    loader=PackageLoader("nemo_hf.hub"),
-    undefined=StrictUndefined,
-    autoescape=False,  # noqa: S701 - Markdown, with `_escaped` around names
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-ENVIRONMENT.filters |= {"escaped": _escaped, "repr": repr}

@@ -39,7 +39,7 @@ def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
     for one, (values, columns, rows, title) in zip(axes, panels, strict=True):
         _draw(figure, one, values, columns, rows or names, title)
     with replaced_file(path) as temporary:
-        figure.savefig(temporary, dpi=90)
+        figure.savefig(temporary, dpi=90, format="png", metadata={"Software": None})
     return True
 
 

@@ -1,16 +1,13 @@
 """What a model card records of a training: its arguments and command, without paths of a machine and without tokens."""
 
 import re
-import shlex
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from nemo_hf.models.files import hub_name
+from nemo_hf.models.privacy import clean
 
 ALWAYS = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
 WITHOUT_EFFECT = re.compile(
@@ -19,8 +16,6 @@ WITHOUT_EFFECT = re.compile(
     r"|accelerator_config|remove_unused|ddp_|debug|skip_memory|do_|resume|local_rank|torch_empty|torch_compile_).*"
 )
 """Arguments that say where and how often something is written, and not what is trained."""
-SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
 def training_record(args: TrainingArguments, base_model: str | None, samples: int | None) -> dict[str, Any]:
@@ -36,22 +31,10 @@ def training_record(args: TrainingArguments, base_model: str | None, samples: in
         is_default = value == default or not (value or default)
         if field.name in ALWAYS or not (is_default or WITHOUT_EFFECT.fullmatch(field.name)):
             kept[field.name] = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
-    about = {"processes": args.world_size, "samples": samples, "base_model": hub_name(base_model)}
-    return {"arguments": kept, **about, "versions": versions()}
+    about = {"processes": args.world_size, "samples": samples, "base_model": base_model}
+    return clean({"arguments": kept, **about, "versions": versions()})  # type: ignore[no-any-return]
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a model depends on."""
     return {name: version(name) for name in ("nemo-hf", "transformers", "torch", "safetensors")}
-
-
-def safe_command(words: Sequence[str]) -> str:
-    """Joins the words of a command line for a shell; tokens become `TOKEN`, absolute paths their last part."""
-    kept: list[str] = []
-    for word in words:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        is_secret = (name if equals else kept[-1] if kept else "") in SECRETS
-        value = "TOKEN" if is_secret else TOKEN.sub("TOKEN", value)
-        value = Path(value).name if Path(value).is_absolute() else value
-        kept.append(f"{name}{equals}{value}")
-    return shlex.join(kept)

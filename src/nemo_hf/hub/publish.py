@@ -22,7 +22,8 @@ from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scra
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.composed_model import NeMoComposedModel
 from nemo_hf.models.extraction import extract_module, make_plan
-from nemo_hf.models.files import REPORT_NAME, hub_name
+from nemo_hf.models.files import REPORT_NAME
+from nemo_hf.models.privacy import clean, is_repository
 from nemo_hf.models.save_identity import bare_report, write_report
 
 from .model_card import CardFacts, license_of, own_text, render_model_card
@@ -61,6 +62,8 @@ def card_facts(model: Publishable, repo_id: str, options: CardOptions, picture: 
     known = options.datasets or (trained_on if own["role"] == "parent" else [])
     measured_on = options.measured_on or next(iter(known), None)
     datasets = list(dict.fromkeys([*(options.datasets or trained_on), *([measured_on] if measured_on else [])]))
+    if paths := [name for name in datasets if not is_repository(name)]:
+        raise ValueError(f"Got the data sets {paths}; expected names of Hub repositories. Leave paths out of the card.")
     given: dict[str, Any] = {"license": options.license, "split": options.split, "tags": list(options.tags)}
     given |= {"datasets": datasets, "measured_on": measured_on, "report": model.report, "picture": picture}
     return CardFacts(repo_id, model.task, versions=versions(), **given, **own)
@@ -80,7 +83,7 @@ def _single_facts(model: NeMoPreTrainedModel, options: CardOptions) -> dict[str,
         "generator_parameters": sum(p.numel() for p in model.masks.parameters()) if model.masks is not None else 0,
         "groups": groups if any(len(group["labels"]) > 1 for group in groups) else [],
         "several_labels": config.has_several_labels,
-        "parent": None if model.is_parent else options.parent or hub_name(config.parent),
+        "parent": None if model.is_parent else options.parent or config.parent,
         "base_model": (config.training or {}).get("base_model"),
         "threshold": config.relevance_threshold,
         "nemo_config": {name: value for name, value in given.items() if value != defaults[name]},
@@ -134,8 +137,9 @@ def push_model(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        report = settled_report(model.report, fetch_text(repo_id, REPORT_NAME, revision, token))
-        if report is not None and report is not model.report:
+        own = clean(model.report)
+        report = settled_report(own, fetch_text(repo_id, REPORT_NAME, revision, token))
+        if report is not None and report is not own:
             write_report(directory, report, (model.config.save_identity or {}).get("id"))
         card = fetch_text(repo_id, CARD_NAME, revision, token)
         facts = write_companions(model, directory, repo_id, options or CardOptions(), card, report)

@@ -14,6 +14,7 @@ from nemo_hf.neurons.user_sites import model_sites
 
 from .base import NeMoPreTrainedModel
 from .configuration import SEVERAL_LABELS, NeMoModelConfig, find_base_class, model_class, task_of
+from .privacy import downloaded_name
 
 
 def attach_masks(
@@ -56,6 +57,7 @@ def _parent(
     config = NeMoModelConfig(
         base_config=base_config,
         base_class=type(model).__name__,
+        base_model=downloaded_name(model.name_or_path),
         nemo_config=nemo_config.to_dict(),
         label_groups=[{"name": name, "labels": list(ids)} for name, ids in groups.items()],
         id2label=names,
@@ -73,6 +75,11 @@ def _parent(
         parent.detach_masks()
         raise
     parent.train(model.training)
+    try:
+        parent.check_config()  # before hours of training, not when it is saved
+    except ValueError:
+        parent.detach_masks()
+        raise
     return parent
 
 

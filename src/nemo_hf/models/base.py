@@ -368,8 +368,8 @@ def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[Ne
     pruning_modes = {entry["key"]: entry["pruning_mode"] for entry in entries}
     found = model_sites(plain, NeMoConfig.from_dict(config.nemo_config or {}), user_site_entries(entries))
     if not entries or len(pruning_modes) < len(entries) or not set(pruning_modes) <= {site.key for site in found}:
-        got = f"a config.json with the sites {sorted(entry['key'] for entry in entries)}"
-        raise damaged(got, f"some of {[site.key for site in found]}, each once")
+        got = f"a config.json with the sites {sorted(entry['key'] for entry in entries)[:12]}"
+        raise damaged(got, f"some of {[site.key for site in found][:40]}, each once")
     return with_pruning_modes([site for site in found if site.key in pruning_modes], pruning_modes)
 
 

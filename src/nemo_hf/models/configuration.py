@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
+from .privacy import LOADERS, ORIGINS, clean
 
 # For each task, what names of its classes have in them, and the classes that its Auto class knows.
 TASKS = {
@@ -34,6 +35,11 @@ class SavedConfig(PreTrainedConfig):
     """Base of both configurations of this library: checks what a file says before anything is built from it."""
 
     describes: ClassVar[str] = "a parent or module"
+    repository: ClassVar[str | None] = None  # of the Hub, that this was loaded from: set on objects, and not saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as plain data, as it is saved: without paths of this machine and tokens."""
+        return clean(super().to_dict(), is_config=True)  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -54,7 +60,7 @@ class SavedConfig(PreTrainedConfig):
         said = config_dict
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
-        config_dict = {key: value for key, value in said.items() if key != "auto_map"}  # no code is loaded
+        config_dict = _without(LOADERS + ORIGINS, said)  # no code is loaded
         is_base_read = False
         try:
             base = config_dict.get("base_config")
@@ -84,6 +90,13 @@ class SavedConfig(PreTrainedConfig):
         """Checks what the fields can't check one by one."""
 
 
+def _without(names: Sequence[str], data: Any) -> Any:
+    """A copy of nested JSON without entries of these names."""
+    if isinstance(data, Mapping):
+        return {key: _without(names, value) for key, value in data.items() if key not in names}
+    return [_without(names, value) for value in data] if isinstance(data, list) else data
+
+
 @strict
 class NeMoModelConfig(SavedConfig):
     """Configuration of a parent or a module.
@@ -105,6 +118,7 @@ class NeMoModelConfig(SavedConfig):
             how many neurons each of its groups uses and how many it keeps in all.
         relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
         unseen_labels: Parent: ids of the labels of which the data of its relevance had no sample, or `None`.
+        base_model: Hub repository that the plain model inside was loaded from, or `None`.
         parent: Module: Hub repository that it was cut from, or `None`.
         relevance_threshold: Module: the threshold of its plan.
         round_to: Module: what its widths were filled up to.
@@ -125,16 +139,17 @@ class NeMoModelConfig(SavedConfig):
     base_class: str = "ViTForImageClassification"
     role: Literal["parent", "module"] = "parent"
     nemo_config: dict[str, Any] | None = None
-    label_groups: list[dict[str, Any]] | None = validated_field(checks.check_label_groups, default=None)
-    label_ids: list[int] | None = validated_field(checks.check_label_ids, default=None)
+    # Lists and mappings of labels may be long: their checks are quicker than those of a declared type.
+    label_groups: Any = validated_field(checks.check_label_groups, default=None)  # list[dict[str, Any]] | None
+    label_ids: Any = validated_field(checks.check_label_ids, default=None)  # list[int] | None
     sites: list[dict[str, Any]] | None = validated_field(checks.holds(checks.SITE), default=None)
-    # As in transformers, whose own declarations strict dataclasses can't read.
-    id2label: dict[int, str] | dict[str, str] | None = validated_field(checks.check_names, default=None)
-    label2id: dict[str, int] | None = None
+    id2label: Any = validated_field(checks.check_names, default=None)  # dict[int, str] | dict[str, str] | None
+    label2id: Any = validated_field(checks.check_ids_by_name, default=None)  # dict[str, int] | None
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
     relevance_source: Literal["initial", "running", "exact"] = "initial"
-    unseen_labels: list[int] | None = validated_field(checks.check_label_ids, default=None)
-    parent: str | None = None
+    unseen_labels: Any = validated_field(checks.check_label_ids, default=None)  # list[int] | None
+    base_model: str | None = validated_field(checks.check_repository, default=None)
+    parent: str | None = validated_field(checks.check_repository, default=None)
     relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
     round_to: int | None = validated_field(checks.within(1, checks.LARGEST_COUNT), default=None)
     retained_neurons: float | int | None = validated_field(checks.within(0, 1), default=None)

@@ -21,15 +21,17 @@ from nemo_hf.pruning.plan import is_relevant, plan_module, retained_neurons, sta
 from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
-from .files import hub_name, read_companions
+from .files import read_companions
 from .labels import settle_labels
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress
+from .privacy import hub_name
 from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=NeMoPreTrainedModel)
+COUNTED_GROUPS = 1000  # up to which a module records how many neurons each of its groups uses
 CUT_OPTIONS = {*HUB_OPTIONS, "config", "variant", "dtype", "torch_dtype", "attn_implementation", "device_map",
                "output_loading_info", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs",
                "trust_remote_code", "_from_auto", "_from_pipeline"}  # fmt: skip
@@ -63,7 +65,7 @@ class CutSource:
 class ModulePlan:
     """What a module keeps: labels, neurons, and `static`, the masks under which it computes what the parent does.
 
-    `counts` holds, by site, how many neurons each of its groups uses and how many it keeps in all.
+    `counts` holds, by site, how many neurons each of its groups uses (of up to 1,000 groups) and how many it keeps.
     """
 
     label_ids: list[int]
@@ -100,13 +102,15 @@ def make_plan(
             "This parent's relevance was never measured, so its modules keep every neuron. Train it with NeMoTrainer, "
             "or call compute_relevance(parent, dataloader) first."
         )
-    indices = [list(config.groups).index(name) for name in names]
+    places = {name: index for index, name in enumerate(config.groups)}
+    indices = [places[name] for name in names]
     keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)
     static = static_masks(source.sites, keep)
     for key, mean in source.mean_masks.items():
         static[key] *= mean[indices].mean(0).cpu()
     used = {key: is_relevant(rows[indices], threshold).sum(-1).tolist() for key, rows in source.relevance.items()}
-    counts = {key: [*numbers, sum(len(part) for part in keep[key].values())] for key, numbers in used.items()}
+    counted = used if len(indices) <= COUNTED_GROUPS else {}
+    counts = {key: [*counted.get(key, ()), sum(len(part) for part in parts.values())] for key, parts in keep.items()}
     retained = retained_neurons(source.sites, keep)
     return ModulePlan(label_ids, names, keep, static, threshold, round_to, retained, counts)
 
@@ -192,7 +196,7 @@ def _module_config(source: CutSource, plan: ModulePlan, widths: Sequence[Mapping
         config.problem_type = "single_label_classification" if len(plan.label_ids) > 1 else None
     config.relevance_threshold = plan.threshold
     config.round_to = plan.round_to
-    config.parent = hub_name(parent.name_or_path)
+    config.parent, config.repository = parent.repository, None  # type: ignore[misc]
     config.retained_neurons = plan.retained
     config.sites = [
         {**site.entry, "widths": dict(width), "kept": plan.counts[site.key]}
@@ -214,6 +218,7 @@ def cut_on_load(
     """Does what `NeMoClassifier.from_pretrained` says for `labels=`: reads only the rows and columns that are kept."""
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config, weights = open_configured(cls, source, hub_options, kwargs, verify_files)
+    config.repository = hub_name(source)
     is_given = {name: value is not None and value is not False for name, value in kwargs.items()}
     if strange := sorted(name for name in kwargs.keys() - CUT_OPTIONS if is_given[name]):
         known = sorted(name for name in CUT_OPTIONS if name[0] != "_")

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils.hub import cached_file
 
-from .config_checks import check_report, damaged, is_companion, leaves
+from .config_checks import check_companion_files, check_report, damaged, is_companion, leaves
+from .privacy import LOADERS, clean
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ REPORT_NAME = "report.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
                    "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # of which transformers reads no options
 LARGEST_JSON = 16 * 2**20
-LARGEST_COMPANION = 512 * 2**20  # bytes of a tokenizer or image processor's file
 ALWAYS_CHECKED = 2**20  # bytes up to which a file is compared with its checksum at every load, not only on arrival
 CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of a file system and of this machine may differ
 
@@ -35,7 +35,10 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
         raise ValueError(f"Got the path {str(inner)!r}; expected one inside {str(source)!r}. Name a folder there.")
     if Path(source).is_dir():
         path = Path(source, inner)
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        check_link(path, Path(source))
+        return path
     started = time.time()
     try:
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_options)
@@ -47,6 +50,21 @@ def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> 
         return None
     check_content(Path(found), started - CLOCK_TOLERANCE)
     return Path(found)
+
+
+def check_link(path: Path, directory: Path) -> None:
+    """Refuses a link out of a directory: a stranger's could lead to any file of this machine.
+
+    The Hub's cache has links from `snapshots` to `blobs` of the same repository.
+    """
+    root = directory.resolve()
+    caches = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    target = path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in (root, *caches)):
+        raise OSError(
+            f"Got {path.name!r} in {str(directory)!r}, a link to a file outside; expected the file itself. If you "
+            "trust the link, replace it by a copy of the file."
+        )
 
 
 def check_content(path: Path, since: float) -> None:
@@ -109,13 +127,8 @@ def read_companions(
     """
     names = PROCESSOR_FILES if names is None else names
     paths = {name: find_file(source, name, hub_options) for name in names}
-    for name, path in paths.items():
-        if path and path.stat().st_size > LARGEST_COMPANION:
-            size = path.stat().st_size
-            raise OSError(
-                f"Got {name!r} of {size} bytes in {str(source)!r}; expected at most {LARGEST_COMPANION}. Save the "
-                "processor again."
-            )
+    found = {name: path for name, path in paths.items() if path}
+    check_companion_files({name: path.stat().st_size for name, path in found.items()}, repr(str(source)))
     path = find_file(source, REPORT_NAME, hub_options)
     report = read_json(path) if path else None
     try:
@@ -125,15 +138,33 @@ def read_companions(
         message = "Left out %s of %r, which is not the report of a parent or module (%s). Evaluate the model again."
         logger.warning(message, REPORT_NAME, str(source), str(error)[:500])
         report = None
-    return {name: found.read_bytes() for name, found in paths.items() if found}, report
+    return {name: clean_companion(name, path.read_bytes()) for name, path in found.items()}, report
 
 
-def hub_name(source: str | None) -> str | None:
-    """Returns the name of a Hub repository as it is, and `None` for anything that may be a local path."""
-    if not source or Path(source).exists():
-        return None
+def clean_companion(name: str, content: bytes) -> bytes:
+    """Leaves out of a processor's file what runs code, loads from elsewhere or is of the machine that wrote it.
+
+    Vocabularies, whose keys are any words, have numbers in place of such entries and come back as they are.
+    """
+    is_options = name.endswith("config.json")
+    if not name.endswith(".json") or name in VOCABULARIES or (len(content) > LARGEST_JSON and not is_options):
+        return content
+    if len(content) > LARGEST_JSON:
+        raise damaged(f"{name!r} of {len(content)} bytes", f"at most {LARGEST_JSON}", OSError)
     try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return None
-    return source
+        data = json.loads(content)
+    except (ValueError, RecursionError):  # no JSON for transformers either
+        return content
+    named = [(path[-1], value) for path, value in leaves(data) if path]
+    code = {key for key, value in named if key in LOADERS and not isinstance(value, (int, float))}
+    if not isinstance(data, dict) or not (is_options or code):
+        return content
+    # A path that is named here is one of the machine that wrote it: transformers looks in the directory.
+    kept = {key: value for key, value in data.items() if not (key.endswith("_file") and isinstance(value, str))}
+    cleaned = clean(kept, is_config=True)
+    if code:
+        logger.warning(
+            "Left %s out of %s, by which transformers would run code or load from elsewhere. Load that processor from "
+            "its own repository if you trust it.", sorted(code), name,
+        )  # fmt: skip
+    return content if cleaned == data else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()

@@ -23,7 +23,7 @@ from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
-SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 20
+SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 6
 
 
 def open_model(
@@ -38,7 +38,7 @@ def open_model(
 
     All must be of one save. `verify_files` recomputes the digests of the files, those of the processor included.
     """
-    path = find_file(source, CONFIG_NAME, hub_options)
+    path = find_file(source, CONFIG_NAME, hub_options)  # a link out is refused, whoever has read it
     data = read_json(path) if path else {}
     if config is None:
         model_type = data.get("model_type") if path else kind.model_type

@@ -1,6 +1,10 @@
 """Base of parents, modules and composed models: saving writes all files or none, loading checks them first."""
 
 import copy
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,12 +14,15 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from .atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
-from .config_checks import damaged
+from .config_checks import REMEDY, check_companion_files, check_companions, check_report, damaged, is_companion
 from .configuration import MODEL_OPTIONS
-from .files import REPORT_NAME, read_companions, recorded_names
+from .files import REPORT_NAME, clean_companion, read_companions, recorded_names
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values
+from .privacy import clean, hub_name
 from .save_identity import load_whole, own_report, write_identity
+
+logger = logging.getLogger(__name__)
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -33,11 +40,17 @@ class SavedModel(PreTrainedModel):
         """Brings the configuration up to date with the weights."""
 
     def attach_processor(self, processor: Any) -> None:
-        """Lets the model carry a tokenizer, image processor or feature extractor into its directories."""
+        """Lets the model carry a tokenizer, image processor or feature extractor into its directories.
+
+        Code of its own and `auto_map`, which names some, are left out with a warning.
+        """
         with scratch_directory() as directory:
             processor.save_pretrained(directory)
             files = [file for file in sorted(directory.iterdir()) if file.is_file()]
-            self.processor_files = {file.name: file.read_bytes() for file in files}
+            kept = [file for file in files if is_companion(file.name)]
+            self.processor_files = {file.name: clean_companion(file.name, file.read_bytes()) for file in kept}
+        if left := [file.name for file in files if file not in kept]:
+            logger.warning("Left %s of the processor out: no code or weights go with a model.", left)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves weights, configuration, processor and report.
@@ -58,18 +71,39 @@ class SavedModel(PreTrainedModel):
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        with _refusing("processor_files"):
+            check_companions(sorted(self.processor_files))
+            check_companion_files({name: len(content) for name, content in self.processor_files.items()}, "the model")
         self.config.processor_files = recorded_names(self.processor_files)
         if not kwargs.get("is_main_process", True):
             return
+        self.check_config()
+        report = self._checked_report()
+        companions = {name: clean_companion(name, content) for name, content in self.processor_files.items()}
         kwargs.setdefault("save_original_format", False)
         with replaced_directory(save_directory, stale=(*STALE_WEIGHTS, REPORT_NAME)) as temporary:
             super().save_pretrained(temporary, **kwargs)
-            for name, content in self.processor_files.items():
+            for name, content in companions.items():
                 (temporary / name).write_bytes(content)
-            identity = write_identity(temporary, self.processor_files, self.report)
+            identity = write_identity(temporary, companions, report)
         self.config.save_identity = identity
         if push:
             self.push_to_hub(str(repo_id or Path(save_directory).name), **options)  # type: ignore[arg-type]
+
+    def check_config(self) -> None:
+        """Reads the configuration as loading will; what it would refuse there can't be saved (`ValueError`)."""
+        with _refusing("config"):
+            type(self.config).from_dict(json.loads(self.config.to_json_string()))
+            for part in getattr(self, "parts", [self]):
+                check_labels(part.config, part.model.config.num_labels)
+
+    def _checked_report(self) -> dict[str, Any] | None:
+        """Checks the report as loading will, and returns it as it is saved."""
+        report: dict[str, Any] | None = clean(self.report)
+        with _refusing("report"):
+            if report is not None:
+                check_report(json.loads(json.dumps(report)))
+        return report
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -123,10 +157,25 @@ class SavedModel(PreTrainedModel):
         for part in getattr(model, "parts", [model]):
             check_values(part)
         if source is not None:
+            model.config.repository = hub_name(source)
             model.processor_files, report = read_companions(source, hub_options, model.config.processor_files)
             model.report = own_report(source, hub_options, model.config, report, verify)
         result: Self = loaded if wants_info else model
         return result
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Says that what loading would refuse can't be saved, since nothing is damaged yet."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        reason = str(error).removeprefix("Got ").replace(REMEDY, "").partition(" The files are damaged")[0]
+        got, _, expected = reason[:1000].rstrip(". ").partition("; expected ")
+        raise ValueError(
+            f"Got a model that could not be loaded again: {got}; expected {expected or 'what loading accepts'}. "
+            f"Correct model.{what}, and save again."
+        ) from error
 
 
 def pin_revision(source: str | Path, kwargs: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from .files import find_file, read_json
 from .save_identity import ID_KEY
 
 WEIGHTS_NAME = "model.safetensors"
+MOST_TENSORS, MOST_SHARDS = 20_000, 10_000
+LARGEST_HEADER = 16 * 2**20  # bytes
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 STORED_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED_DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
@@ -32,6 +34,7 @@ class WeightFiles:
         self.paths: list[Path] = []
         self.identities: dict[Path, str | None] = {}  # of each file and of the index: which save it is of
         for path in _weight_paths(source, hub_options, f".{variant}" if variant else "", self.identities):
+            _check_header(path)
             try:
                 opened = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -43,6 +46,8 @@ class WeightFiles:
             self.size += path.stat().st_size
             self.paths.append(path)
             self.identities[path] = (opened.metadata() or {}).get(ID_KEY)
+            if len(self._files) > MOST_TENSORS:
+                raise damaged(f"weights in {str(source)!r} of over {MOST_TENSORS} tensors", "fewer", OSError)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -104,13 +109,20 @@ def other_tensors(source: str | Path, kind: str, names: Collection[str]) -> Exce
     return damaged(got, "exactly those of the configuration")
 
 
+def _check_header(path: Path) -> None:
+    """Checks how long the header of a safetensors file says that it is, before it is read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_HEADER:
+        raise damaged(
+            f"a header of {length} bytes in {str(path)!r}", f"safetensors with at most {LARGEST_HEADER}", OSError
+        )
+
+
 def _weight_paths(
     source: str | Path, hub_options: Mapping[str, Any], variant: str, identities: dict[Path, str | None]
 ) -> list[Path]:
-    """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them.
-
-    The identity of an index is added to `identities`.
-    """
+    """Paths of the files that hold a model's weights, found in the order in which `transformers` looks for them."""
     single = WEIGHTS_NAME.replace(".", f"{variant}.", 1) if variant else WEIGHTS_NAME
     if path := find_file(source, single, hub_options):
         return [path]
@@ -122,6 +134,8 @@ def _weight_paths(
         identities[index] = about.get(ID_KEY) if isinstance(about, dict) else None
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
+        if len(set(map(str, names))) > MOST_SHARDS:
+            raise damaged(f"{index.name!r} of {str(source)!r} with over {MOST_SHARDS} files", "fewer", OSError)
         if strange or not names:
             got = f"{index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}"
             raise damaged(got, "names of *.safetensors files beside it", OSError)

@@ -1,5 +1,6 @@
 """What a trainer sends to the Hub: a loadable parent with its card, and no pickled arguments."""
 
+import json
 import logging
 import shutil
 from concurrent.futures import Future
@@ -9,18 +10,21 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from nemo_hf.hub.publish import CARD_NAME, STALE, CardOptions, fetch_text, write_companions
-from nemo_hf.models.atomic_writes import STALE_WEIGHTS, linked_copy, replaced_directory
+from nemo_hf.models.atomic_writes import STALE_WEIGHTS, linked_copy, replaced_directory, write_json
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.files import REPORT_NAME
+from nemo_hf.models.privacy import clean
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = (*STALE_WEIGHTS, REPORT_NAME, "config.json")
-IGNORED = ("_*", ".*", "training_args.bin", f"{PREFIX_CHECKPOINT_DIR}-*")
+# Logs of TensorBoard hold all arguments, and their names that of the machine.
+IGNORED = ("_*", ".*", "training_args.bin", f"{PREFIX_CHECKPOINT_DIR}-*", "*tfevents*")
 
 
 def write_card(trainer: Trainer, parent: NeMoPreTrainedModel, model_name: str | None, options: CardOptions) -> None:
@@ -39,9 +43,12 @@ def upload(trainer: Trainer, folder: str | Path, message: str | None, place: str
     """Uploads the output directory, in place of what older pushes left, or a checkpoint into a folder of the name."""
     with ExitStack() as stack:
         output = Path(str(trainer.args.output_dir)).absolute()
+        copied = stack.enter_context(linked_copy(Path(folder), output, IGNORED))  # the next save may replace it
+        for path in copied.rglob(TRAINER_STATE_NAME):  # it names the best checkpoint by its path
+            write_json(path, clean(json.loads(path.read_text(encoding="utf-8"))))
         result = HfApi(token=options.get("token") or trainer.args.hub_token).upload_folder(  # type: ignore[call-overload]
             repo_id=str(trainer.hub_model_id),
-            folder_path=stack.enter_context(linked_copy(Path(folder), output, IGNORED)),  # the next save may replace it
+            folder_path=copied,
             path_in_repo=place,
             commit_message=message,
             run_as_future=not options.get("blocking", False),

@@ -67,7 +67,7 @@ class _TrainingStart(TrainerCallback):
         self.trainer._run = TrainingState()
         parent, samples = self.trainer.parent, self.trainer.train_dataset
         check_optimizer(self.trainer.optimizer, parent)
-        base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
+        base_model = (parent.config.training or {}).get("base_model") or parent.config.base_model
         parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
         parent.report = None
         data.check_before_training(self.trainer, self.trainer._counted_data)
