@@ -46,12 +46,6 @@ def test_a_model_without_sites_is_refused():
         make_parent(BitForImageClassification(BitConfig(**sizes, num_labels=3)))
 
 
-def test_label_ids_that_do_not_start_at_0_are_refused(vit):
-    vit.config.id2label = {index + 1: name for index, name in vit.config.id2label.items()}
-    with pytest.raises(ValueError, match=r"^Got id2label with the ids \[1, 2, 3, 4, 5\]; expected 0 to 4\. Number"):
-        make_parent(vit)
-
-
 @pytest.mark.parametrize("attach", [attach_masks, make_parent])
 def test_masks_are_attached_once(vit, attach):
     parent = attach_masks(vit)

@@ -14,6 +14,7 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
+from .labels import check_label_options
 
 # For each task, what names of its classes have in them, and the classes that its Auto class knows.
 TASKS = {
@@ -42,6 +43,11 @@ class SavedConfig(PreTrainedConfig):
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
+        names = config_dict.get("id2label")
+        if isinstance(names, dict):
+            check_label_options(kwargs, len(names), config_dict.get("role", cls.describes))
+        if isinstance(given := kwargs.get("id2label"), dict) and "label2id" not in kwargs:
+            kwargs["label2id"] = {name: int(index) for index, name in given.items()}
         config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}  # no code is loaded
         is_base_read = False
         try:

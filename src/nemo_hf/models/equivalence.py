@@ -80,7 +80,7 @@ def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> 
     """A module's logits on inputs that its parent takes; where it doesn't run on these, its shapes don't fit."""
     try:
         logits: Tensor = module(**batch).logits
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
         raise EquivalenceError(

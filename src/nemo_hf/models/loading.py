@@ -18,6 +18,7 @@ from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, SavedConfig
 from .files import find_file, read_json
+from .labels import check_label_options
 from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -42,6 +43,9 @@ def open_model(
                 "the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
+    elif isinstance(config, NeMoModelConfig):
+        labels = config.label_ids or [label for members in config.groups.values() for label in members]
+        check_label_options({"id2label": config.id2label}, len(labels), config.role)
     if find_file(source, "adapter_config.json", hub_options):
         raise ValueError(
             f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
