@@ -68,9 +68,7 @@ def test_what_was_added_to_a_layer_is_named_and_the_remedy_works(bert, place, ad
 def test_several_layers_are_counted_and_a_bias_is_named(bert):
     for path in (UNITS, "classifier"):
         prune.random_unstructured(bert.get_submodule(path), "bias", 0.5)
-    with pytest.raises(
-        ValueError, match=rf"^Got '{UNITS}' and 1 more with a pruning mask of its bias.* 'bias'\)$"
-    ):
+    with pytest.raises(ValueError, match=rf"^Got '{UNITS}' and 1 more with a pruning mask of its bias.* 'bias'\)$"):
         make_parent(bert, FEW)
 
 

@@ -1,5 +1,6 @@
 """Calibrates the rejection of inputs that have none of a module's labels, and measures it."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,8 +12,12 @@ from tqdm.auto import tqdm
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.labels import check_label_shape
+from nemo_hf.models.labels import check_known_labels, check_label_shape
 from nemo_hf.models.rejection import energy, rejection_scores
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SPREAD = 1e-5  # of energies, as a share of their mean: a smaller one is rounding in float32
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
@@ -54,7 +59,8 @@ def calibrate_rejection(
         `rejected` at that threshold on these data.
 
     Raises:
-        ValueError: If `module` is a parent, `accepted` is out of range, or samples of one kind are missing.
+        ValueError: If `module` is a parent, `accepted` is out of range, samples of one kind are missing, or a label is
+            none of the parent's.
 
     References:
         Energy as in arXiv 2010.03759, calibrated by logistic regression.
@@ -69,6 +75,7 @@ def calibrate_rejection(
     with as_saved(module):
         for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
             inputs, labels = inputs_and_labels(module, batch)
+            check_known_labels(labels, len(module.model.config.id2label or labels))  # of the parent
             found.append(energy(module(**inputs).logits, module.config.has_several_labels).cpu())
             owned.append(own_samples(module, labels).cpu())
     energies, is_own = torch.cat(found), torch.cat(owned)
@@ -78,6 +85,12 @@ def calibrate_rejection(
             f"{int((~is_own).sum())} others; expected some of both. Pass the parent's whole validation data."
         )
     module.config.rejection = fit_rejection(energies, is_own, accepted)
+    if module.config.rejection["weight"] <= 0:
+        logger.warning(
+            "Got samples with the module's labels %s whose energies are no higher than those of others (AUROC %.2f), "
+            "so rejection_scores don't tell them apart as they should. Check the labels of the data, or train longer.",
+            *(module.config.label_ids, auroc(energies, is_own)),
+        )
     return module.config.rejection
 
 
@@ -87,8 +100,10 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
     Platt scaling with its smoothed targets, as if own and other samples were equally frequent; the threshold is the
     lowest at which a share `accepted` of the own samples is accepted.
     """
-    energies = energies.double()
-    center, scale = energies.mean(), energies.std().clamp(min=1e-6)
+    scored, energies = energies.float(), energies.double()
+    center, scale = energies.mean(), energies.std()
+    if scale <= SMALLEST_SPREAD * center.abs().clamp(min=1):
+        scale = torch.full_like(scale, torch.inf)  # equal but for rounding: a weight of 0 tells none of them apart
     units = (energies - center) / scale
     counts = torch.stack([(~is_own).sum(), is_own.sum()]).double()
     targets = torch.where(is_own, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
@@ -106,10 +121,10 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
         optimizer.step(loss)
     weight, bias = line.detach()
     rejection = {"weight": (weight / scale).item(), "bias": (bias - weight * center / scale).item()}
-    own = rejection_scores(energies[is_own], rejection).sort().values
+    own = rejection_scores(scored[is_own], rejection).sort().values
     last = own[math.ceil(accepted * len(own)) - 1]  # the last sample to be accepted
     rejection["threshold"] = last.item() * (1 + 1e-4)  # above what it scores in float32
-    is_rejected = rejection_scores(energies, rejection) > rejection["threshold"]
+    is_rejected = rejection_scores(scored, rejection) > rejection["threshold"]
     rejection["accepted"] = 1 - is_rejected[is_own].double().mean().item()
     rejection["rejected"] = is_rejected[~is_own].double().mean().item()
     return rejection

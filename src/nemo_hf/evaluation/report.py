@@ -13,7 +13,7 @@ from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
-from nemo_hf.models.labels import group_indices, sample_groups
+from nemo_hf.models.labels import check_known_labels, group_indices, sample_groups
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
 
@@ -210,6 +210,7 @@ def _collect_answers(
     right, energies, is_own = [], [], []
     for batch in batches:
         inputs, labels = inputs_and_labels(parent, batch)
+        check_known_labels(labels, len(parent.config.names))
         inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         logits = module(**inputs).logits
         own = own_samples(module, labels)
@@ -246,6 +247,7 @@ def measure_modularity(
             if samples >= most:
                 break
             inputs, labels = inputs_and_labels(parent, batch)
+            check_known_labels(labels, len(parent.config.names))
             groups.append(sample_groups(parent, labels, group_of_label))
             masks = parent(**inputs, output_neuron_masks=True).neuron_masks
             opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))

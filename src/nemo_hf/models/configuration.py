@@ -14,7 +14,7 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
-from .labels import check_label_options
+from .label_options import check_label_options
 
 # For each task, what names of its classes have in them, and the classes that its Auto class knows.
 TASKS = {

@@ -18,7 +18,7 @@ from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, SavedConfig
 from .files import find_file, read_json
-from .labels import check_label_options
+from .label_options import check_label_options
 from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -20,7 +20,7 @@ from nemo_hf.neurons.trial_calls import evaluating, on_device
 
 from .base import NeMoPreTrainedModel
 from .configuration import SEVERAL_LABELS, find_base_class, task_of
-from .labels import check_label_ids
+from .label_options import check_label_ids
 
 OLD_NORMS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # of torch.nn.utils
 MOST_NAMED = 3

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from nemo_hf.config import NeMoConfig
 from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.labels import check_label_counts, group_indices, group_membership
+from nemo_hf.models.labels import check_known_labels, check_label_counts, group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
 
@@ -154,6 +154,7 @@ def compute_relevance(
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
                 inputs, labels = inputs_and_labels(parent, batch)
+                check_known_labels(labels, len(parent.config.names))
                 neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
                 if is_counted:
                     counts.add(neuron_masks, labels)
