@@ -183,6 +183,8 @@ class NeMoConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NeMoConfig":
         """Builds the options from what `to_dict` returned; unknown ones are a `ValueError`."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"Got the options {data!r}; expected a mapping of options by name.")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:

@@ -18,7 +18,7 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import replaced_directory
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
-from nemo_hf.neurons.trial_calls import first_line
+from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Inputs = Mapping[str, Tensor]
@@ -150,6 +150,8 @@ def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Seq
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             torch.onnx.export(module, (), path, kwargs=dict(inputs), **options)
     except Exception as error:  # the exporter raises whatever the model's code meets
+        if isinstance(error, (ImportError, OSError)) or is_out_of_memory(error):
+            raise
         names = " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
         raise UnsupportedArchitectureError(
             f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "

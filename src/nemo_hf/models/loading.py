@@ -85,7 +85,7 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
     try:
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), _bounded_build(most):
             model = make()
-    except (ImportError, OSError, ValueError):
+    except (ImportError, MemoryError, OSError, ValueError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
         raise damaged(

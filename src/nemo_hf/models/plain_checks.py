@@ -111,6 +111,7 @@ def check_built(model: PreTrainedModel) -> None:
     """Refuses a model with other layers or tensors than its configuration builds; says how to get the plain ones."""
     with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
         built = type(model)(copy.deepcopy(model.config))
+    built.tie_weights()
     # Quantized layers keep other things than tensors in their state, which have no shape.
     got, expected = ({n: tuple(getattr(t, "shape", ())) for n, t in m.state_dict().items()} for m in (model, built))
     if other := [name for name in {**expected, **got} if name not in got or name not in expected]:
@@ -121,10 +122,12 @@ def check_built(model: PreTrainedModel) -> None:
             "the model with num_labels= for a head of other labels, or correct model.config, such as with "
             f"model.config.num_labels = {got[name][0]}."
         )
-    if path := next(_shared_layers(model, built), None):
+    if path := next(_shared(model, built), None):
+        owner, _, name = path.rpartition(".")
+        get = "get_submodule" if path in dict(model.named_modules(remove_duplicate=False)) else "get_parameter"
         raise ValueError(
-            f"Got the layer {path!r} in several places; expected one of its own in each, as the configuration builds "
-            f"them. Run: model.set_submodule({path!r}, copy.deepcopy(model.get_submodule({path!r})))"
+            f"Got {path!r} in several places; expected one of its own in each, as the model's configuration builds "
+            f"them. Run: setattr(model.get_submodule({owner!r}), {name!r}, copy.deepcopy(model.{get}({path!r})))"
         )
 
 
@@ -211,11 +214,13 @@ def _additions(layer: nn.Module, path: str) -> Iterator[tuple[str, str]]:
         yield "torch.compile around it", f"model.set_submodule({path!r}, {place}._orig_mod)"
 
 
-def _shared_layers(model: nn.Module, built: nn.Module) -> Iterator[str]:
-    """Paths of layers that are in another place as well, although the configuration builds two."""
-    place: dict[int, str] = {}
-    own = dict(built.named_modules(remove_duplicate=False))
-    for path, layer in model.named_modules(remove_duplicate=False):
-        first = place.setdefault(id(layer), path)
-        if first != path and own.get(first) is not own.get(path) and any(True for _ in layer.parameters()):
-            yield path
+def _shared(model: nn.Module, built: nn.Module) -> Iterator[str]:
+    """Paths of layers and parameters that are in another place as well, although the configuration builds two."""
+    for entries in ("named_modules", "named_parameters"):
+        place: dict[int, str] = {}
+        own = dict(getattr(built, entries)(remove_duplicate=False))
+        for path, entry in getattr(model, entries)(remove_duplicate=False):
+            first = place.setdefault(id(entry), path)
+            is_empty = isinstance(entry, nn.Module) and next(entry.parameters(), None) is None
+            if first != path and own.get(first) is not own.get(path) and not is_empty:
+                yield path

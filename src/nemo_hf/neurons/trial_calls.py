@@ -109,7 +109,7 @@ def rectified_sites(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of torch says that no memory is left, on a CPU or an accelerator."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def first_line(error: Exception) -> str:
