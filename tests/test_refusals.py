@@ -1,5 +1,7 @@
 """Models and requests that can't work are refused early: the message says what was got, expected and to be done."""
 
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,9 +250,7 @@ SEVEN = {"num_labels": 7, "ignore_mismatched_sizes": True}
 NEW_NAMES, SEVEN_NAMES = dict(enumerate("abcde")), dict(enumerate("abcdefg"))
 
 
-@pytest.mark.parametrize(
-    "options", [SEVEN, {"num_labels": 7}, {"id2label": dict(enumerate("abcdefg"))}, "configuration"]
-)
+@pytest.mark.parametrize("options", [SEVEN, {"num_labels": 7}, {"id2label": dict(enumerate("abcdefg"))}, "config"])
 @pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
 def test_a_head_of_other_labels_is_not_loaded(parent, options, kind, tmp_path):
     module = parent.extract_module(["cat", "dog"])
@@ -310,3 +310,42 @@ def test_labels_are_renamed_at_loading(parent, kind, tmp_path):
     assert loaded.config.names == NEW_NAMES
     assert loaded.config.label2id == {name: index for index, name in NEW_NAMES.items()}
     assert list(loaded.extract_module([3, "a"]).config.names.values()) == ["d", "a"]
+
+
+@contextmanager
+def largest_file(size):
+    """A disk that takes no more than `size` bytes of each file; safetensors and Python meet it as a full one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS = {
+    "parent": lambda parent, module: parent.save_pretrained,
+    "shards": lambda parent, module: partial(parent.save_pretrained, max_shard_size="50KB"),
+    "module": lambda parent, module: module.save_pretrained,
+    "joined": lambda parent, module: compose([module, parent.extract_module("frog")]).save_pretrained,
+    "plain": lambda parent, module: module.save_plain,
+}
+
+
+@pytest.mark.parametrize("size", [1_000, 20_000])  # less than config.json, or than the weights
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_an_os_error_and_leaves_what_was_there(parent, writer, size, tmp_path):
+    module = parent.extract_module(["cat", "dog"])
+    write, old, new = WRITERS[writer](parent, module), tmp_path / "old", tmp_path / "new"
+    module.save_pretrained(old)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    for directory in (old, new):
+        with largest_file(size), pytest.raises(OSError, match=r"File too large"):
+            write(directory)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert not new.exists()
+    loaded = AutoModelForImageClassification.from_pretrained(old)
+    assert torch.equal(logits_of(loaded, **PIXELS), logits_of(module, **PIXELS))
+    write(new)  # once there is room
+    assert (new / "config.json").exists()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
+from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .base import NeMoPreTrainedModel
@@ -80,7 +80,7 @@ def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> 
     """A module's logits on inputs that its parent takes; where it doesn't run on these, its shapes don't fit."""
     try:
         logits: Tensor = module(**batch).logits
-    except (IndexError, RuntimeError, ValueError) as error:
+    except SHAPE_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise EquivalenceError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from .config_checks import check_report, damaged, is_companion, leaves
@@ -155,7 +156,8 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        yield temporary
+        with clear_write_errors(directory):
+            yield temporary
         os.umask(mask := os.umask(0))
         temporary.chmod(0o777 & ~mask)  # mkdtemp's directories are private
         if not directory.exists():
@@ -170,6 +172,18 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
             path.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def clear_write_errors(directory: Path) -> Iterator[None]:
+    """Turns what safetensors raises when a disk is full into an error that says so."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"Could not write {str(directory)!r} ({error}). What was there is unchanged: free some space, or choose "
+            "another place, and save again."
+        ) from error
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .sites import NeuronSite, UnsupportedArchitectureError
 
+SHAPE_ERRORS = (IndexError, RuntimeError, ValueError)  # what models raise whose layers don't fit together
 # What models raise on inputs of the wrong names, shapes or kinds; other errors are not about the inputs.
 RUN_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
