@@ -196,7 +196,7 @@ def test_errors_of_this_machine_are_not_blamed_on_the_model(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("method", ["export_onnx", "save_plain"])
 def test_inputs_that_a_module_does_not_take_are_not_blamed_on_the_format(tmp_path, method):
-    with pytest.raises(ValueError, match="Input image size .20.20. doesn't match") as raised:
+    with pytest.raises(ValueError, match="Input image size") as raised:
         getattr(cut_module("vit"), method)(tmp_path / "out", {"pixel_values": torch.zeros(2, 3, 20, 20)})
     assert not isinstance(raised.value, UnsupportedArchitectureError)
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,9 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 UNITS = "bert.encoder.layer.0.intermediate.dense"
 FEW = NeMoConfig(targets=["ffn"])  # few trials
+WORDS = "bert.embeddings.word_embeddings"
 LAYERS = {"units": UNITS, "query": "bert.encoder.layer.1.attention.self.query", "head": "classifier",
-          "pooler": "bert.pooler.dense", "embeddings": "bert.embeddings.word_embeddings"}  # fmt: skip
+          "pooler": "bert.pooler.dense", "embeddings": WORDS}  # fmt: skip
 ADDITIONS = {
     "spectral norm": (parametrizations.spectral_norm, r"a parametrization of its weight \(SpectralNorm\)"),
     "weight norm": (parametrizations.weight_norm, r"a parametrization of its weight \(WeightNorm\)"),
@@ -138,11 +139,15 @@ CHANGED = {
     "adapter": (lambda m: wrapped(m, UNITS, Adapter), rf"'{UNITS}' of the class \S+Adapter; .*Linear .*Merge adapters"),
     "quantized": (quantized, r"'\S+query' and 13 more of the class torch.ao.nn.quantized.*quantize the module"),
     "another layer": (with_layer, r"'BertForSequenceClassification' with other tensors \(auxiliary_head.weight"),
+    "embeddings": (
+        lambda m: wrapped(m, WORDS, lambda _: nn.Embedding(9, 32)),
+        rf"'{WORDS}.weight' of .* Set model.conf",
+    ),
     "shared": (shared, "'bert.encoder.layer.1' in several places; expected one of its own in each"),
     "tied": (tied, "'bert.encoder.layer.1.intermediate.dense.weight' in several places; expected one of its own"),
     "head": (
         lambda m: with_head(m, 7),
-        r"'classifier.weight' of shape \(7, 32\); expected \(5, 32\).*num_labels = 7\.",
+        r"'classifier.weight' of shape \(7, 32\); expected \(5, 32\).*num_labels = 7 for",
     ),
     "compiled layer": (lambda m: wrapped(m, UNITS, torch.compile), f"'{UNITS}' with torch.compile around it"),
     "compiled in place": (compiled, r"compile\(\) called on 'all of it'.* Load it again"),

@@ -107,7 +107,8 @@ class NeMoClassifier(NeMoPreTrainedModel):
 
         Raises:
             OSError: If a file is missing or damaged.
-            ValueError: If a tensor is missing or has another shape than the configuration says.
+            ValueError: If a tensor is missing or has another shape than the configuration says, or `num_labels` or
+                `id2label` ask for another head than the saved one.
         """
         source = pretrained_model_name_or_path
         if labels is None and (threshold is not None or round_to is not None or verify):
@@ -137,7 +138,8 @@ class NeMoClassifier(NeMoPreTrainedModel):
             A stand-alone module that shares no memory with the parent.
 
         Raises:
-            ValueError: If the labels are unknown, repeated or none, or no neuron is left.
+            ValueError: If the labels are unknown, repeated or none, no neuron is left, or layers of the parent were
+                changed since it was made.
             EquivalenceError: If the module's logits are not the parent's under the same mask.
         """
         return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
 from nemo_hf.neurons.mask_hooks import SiteMask
+from nemo_hf.neurons.patterns import HEAD_NAMES
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import evaluating, on_device
 
@@ -117,10 +118,11 @@ def check_built(model: PreTrainedModel) -> None:
     if other := [name for name in {**expected, **got} if name not in got or name not in expected]:
         raise ValueError(_changed_layers(model, built, other))
     if name := next((name for name, shape in expected.items() if got[name] != shape), None):
+        do = "Set model.config to its sizes, or change these by methods such as resize_token_embeddings."
+        if HEAD_NAMES.search(name.rpartition(".")[0]):
+            do = f"Load the model with num_labels=, or set model.config.num_labels = {got[name][0]} for this head."
         raise ValueError(
-            f"Got {name!r} of shape {got[name]}; expected {expected[name]}, as the model's configuration says. Load "
-            "the model with num_labels= for a head of other labels, or correct model.config, such as with "
-            f"model.config.num_labels = {got[name][0]}."
+            f"Got {name!r} of shape {got[name]}; expected {expected[name]}, as the model's configuration says. {do}"
         )
     if path := next(_shared(model, built), None):
         owner, _, name = path.rpartition(".")

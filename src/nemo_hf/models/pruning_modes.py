@@ -67,8 +67,8 @@ def make_parent(
 
     Raises:
         TypeError: If `model` is not such a model.
-        ValueError: If it has masks already, PEFT adapters, quantized weights or another head, or does not
-            run on the inputs.
+        ValueError: If it has masks already, PEFT adapters, quantized weights or another head, differs from what its
+            configuration builds (by parametrizations, hooks, wrapped or shared layers), or does not run on the inputs.
         UnsupportedArchitectureError: If it has no sites, or one that no pruning mode cuts exactly.
     """
     nemo_config = nemo_config or NeMoConfig()
