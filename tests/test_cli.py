@@ -17,6 +17,8 @@ from nemo_hf.cli.main import build_parser
 
 pytestmark = pytest.mark.usefixtures("stage")
 BERT = "google-bert/bert-base-uncased"
+CUT = "extract --parent parent --labels cat --output-dir m"
+MEASURE = "evaluate --parent parent --labels cat --dataset org/animals"
 COMMANDS = ("demo", "train", "extract", "export", "evaluate", "push", "inspect")
 TRAIN = f"train --model {BERT} --dataset org/texts --output-dir out --max-steps 2 --use_cpu"
 TRAIN += " --label-column intent --input-column text --split test --train-split train --report-to none"
@@ -60,6 +62,35 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         ("push cat-dog --repo-id me/m --threshold 0", "Got --repo-id --threshold DIR; expected one of"),
         ("push --parent parent --namespace me --dry-run", "expected one of the two"),
         ("push --parent parent --namespace me --modules cat --compare-formats", "Got no --dataset"),
+        (f"{CUT} --parent ./nothing", "Got './nothing', which is no directory and no name"),
+        (f"{CUT} --parent parent/config.json", "parent/config.json', which is no directory"),
+        (f"{CUT} --parent nothing", "Got 'nothing', which is no directory here and can't be read from the Hub"),
+        (f"{CUT} --labels cat cat", "Got the labels ['cat'] more than once"),
+        (f"{CUT} --labels 9", "Got the label id 9; expected 0 to 4"),
+        (f"{CUT} --threshold nan", "Got threshold=nan"),
+        (f"{CUT} --round-to -8", "Got round_to=-8"),
+        (f"{CUT} --output-dir parent/config.json", "which is a file; expected a directory"),
+        ("inspect nothing/at/all", "Got 'nothing/at/all', which is no directory and no name"),
+        (f"{MEASURE} --labels cat+none", "Got the unknown label 'none'"),
+        (f"{MEASURE} --batch-size 0", "Got '0'; expected a number of 1 or more"),
+        (f"{MEASURE} --output parent", "Got --output parent, which is a directory; expected a file"),
+        (f"{MEASURE} --dataset org/texts --label-column intent", "expected data of the same kind"),
+        (f"{MEASURE} --label-column image --input-column image", "Got labels of type"),
+        ("demo --output-dir m --epochs 0", "Got '0'; expected a number of 1 or more"),
+        (f"{TRAIN} --model ./nothing", "Got './nothing', which is no directory and no name"),
+        (TRAIN.replace('{"group_column":"domain"}', "parent/model.safetensors"), "is no JSON ('utf-8' codec can't"),
+        (TRAIN.replace('{"group_column":"domain"}', "nothing.json"), "No such file or directory: 'nothing.json'"),
+        (TRAIN.replace('"domain"', '"none"'), "Got no column 'none'"),
+        *(
+            (TRAIN.replace("group_column", name).replace('"domain"', value), message)
+            for name, value, message in [
+                ("retention_target", "0", "Got retention_target=0; expected a number in (0, 1]"),
+                ("retention_target", "1.5", "Got retention_target=1.5; expected a number in (0, 1]"),
+                ("retention_target", '"much"', "Got retention_target='much'; expected a number"),
+                ("retention", "0.5", "Got unknown options ['retention']; expected some of"),
+                ("label_groups", '{"pets":["none"]}', "Got the unknown label 'none'"),
+            ]
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_status_2(words, message, capsys, stage, monkeypatch):
@@ -226,3 +257,17 @@ def test_missing_columns_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         load_data(source, BERT, **{"splits": ["train"], **options})
     assert load_data(source, BERT, ["train"], input_column="title").splits["train"][0]["input_ids"] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"text": ["w1", "w2"], "label": ["cat", None]}, "Got 1 samples of the split 'train' .* column 'label'"),
+        ({"text": ["w1", None], "label": ["cat", "dog"]}, "Got 1 samples of the split 'train' .* column 'text'"),
+        ({"text": ["w1", "w2"], "label": [0.5, 1.0]}, "Got labels of type float64 in the column 'label'"),
+        ({"text": ["w1", "w2"], "label": [[0, 1], [1, 0]]}, "Got labels of type List in the column 'label'"),
+    ],
+)
+def test_samples_without_a_label_or_an_input_are_counted(rows, message):
+    with pytest.raises(ValueError, match=rf"^{message}.*; expected .*\. [A-Z]"):
+        load_data(saved(rows), BERT, ["train"], input_column="text")

@@ -178,6 +178,30 @@ def test_what_can_not_be_exported_says_why(monkeypatch, tmp_path, patched, match
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")], ids=repr
+)
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [("torch.onnx.export", "export_onnx"), ("nemo_hf.export.plain_model.tensor_cuts", "save_plain")],
+)
+def test_errors_of_this_machine_are_not_blamed_on_the_model(monkeypatch, tmp_path, error, place, method):
+    module = cut_module("vit")
+    monkeypatch.setattr(place, Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        getattr(module, method)(tmp_path / "out")
+    assert raised.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["export_onnx", "save_plain"])
+def test_inputs_that_a_module_does_not_take_are_not_blamed_on_the_format(tmp_path, method):
+    with pytest.raises(ValueError, match="Input image size") as raised:
+        getattr(cut_module("vit"), method)(tmp_path / "out", {"pixel_values": torch.zeros(2, 3, 20, 20)})
+    assert not isinstance(raised.value, UnsupportedArchitectureError)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_onnx_takes_samples_of_any_precision_but_not_a_single_one(tmp_path):
     module = cut_module("vit")
     pixel_values = torch.stack([sample["pixel_values"] for sample in image_samples(2)]).bfloat16()

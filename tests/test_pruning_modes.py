@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForAudioClassification
 
 import nemo_hf.models.extraction
 from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
+from nemo_hf.auto_classes import NeMoForImageClassification
 from nemo_hf.models.pruning_modes import random_keep
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -110,16 +112,38 @@ def off_by_a_little(site, cut):
     return replace(cut, layers={**cut.layers, site.output: replace(layer, input_scale=factor)})
 
 
-def not_at_all(site, cut):
-    raise RuntimeError("no such cut\nand more of it")
+def failing(monkeypatch, is_spoiled, error) -> list[tuple[str, str]]:
+    """Lets modules with cuts of some sites raise an error when they run; returns what was tried, as `spoiled` does."""
+    right = NeMoForImageClassification.forward
+
+    def forward(self, *args, **kwargs):
+        for site in self.sites if self.masks is None else ():
+            if (
+                is_spoiled(site)
+                and self.model.get_submodule(site.output).weight.shape[1] < (32, 48)[site.kind == "ffn"]
+            ):
+                raise error
+        return right(self, *args, **kwargs)
+
+    monkeypatch.setattr(NeMoForImageClassification, "forward", forward)
+    return spoiled(monkeypatch, is_spoiled, lambda site, cut: cut)
 
 
-@pytest.mark.parametrize("spoil", [off_by_a_little, not_at_all])
+WRONG = {  # ways in which cuts go wrong, and what is then said
+    "other logits": (partial(spoiled, spoil=off_by_a_little), "expected at most"),
+    **{
+        type(error).__name__: (partial(failing, error=error), f"{type(error).__name__}: no such cut")
+        for error in (IndexError("no such cut"), RuntimeError("no such cut\nand more of it"), ValueError("no such cut"))
+    },
+}
+
+
+@pytest.mark.parametrize("spoil", [spoil for spoil, _ in WRONG.values()], ids=list(WRONG))
 def test_the_first_pruning_mode_that_is_exact_is_taken(vit, monkeypatch, spoil):
     def is_spoiled(site):
         return site.kind == "attention" and "heads-kept" not in site.pruning_mode
 
-    tried = spoiled(monkeypatch, is_spoiled, spoil)
+    tried = spoil(monkeypatch, is_spoiled)
     parent = make_parent(vit)
     assert {site.kind: site.pruning_mode for site in parent.sites} == {"attention": "dense-heads-kept", "ffn": "dense"}
     assert [entry["pruning_mode"] for entry in parent.config.sites] == [site.pruning_mode for site in parent.sites]
@@ -128,13 +152,17 @@ def test_the_first_pruning_mode_that_is_exact_is_taken(vit, monkeypatch, spoil):
     assert attention == ["dense", "dense-rescaled", "dense-heads-kept"]  # and no other is tried
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason", "kind"),
-    [(off_by_a_little, "expected at most .*", "attention"), (not_at_all, "no such cut", "ffn")],
-)
-def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, spoil, reason, kind):
+def assert_unchanged(model, plain):
+    assert hooks_of(model) == 0
+    inputs = random_inputs(model)
+    assert torch.equal(logits_of(model, **inputs), logits_of(plain, **inputs))
+
+
+@pytest.mark.parametrize(("way", "kind"), [("other logits", "attention"), ("RuntimeError", "ffn")])
+def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, way, kind):
     plain = copy.deepcopy(vit)
-    tried = spoiled(monkeypatch, lambda site: site.kind == kind, spoil)
+    spoil, reason = WRONG[way]
+    tried = spoil(monkeypatch, lambda site: site.kind == kind)
     other = "ffn" if kind == "attention" else "attention"
     with pytest.raises(
         UnsupportedArchitectureError,
@@ -144,9 +172,39 @@ def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, s
         make_parent(vit)
     site = next(site for site in find_sites(plain) if site.kind == kind)
     assert {name for key, name in tried if key == site.key} == {mode.name for mode in site.pruning_modes}
+    assert_unchanged(vit, plain)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        KeyError("of a bug"),
+        OSError("of a disk"),
+    ],
+    ids=repr,
+)
+def test_an_error_that_is_not_about_a_cut_is_raised_as_it_is(vit, monkeypatch, error):
+    plain = copy.deepcopy(vit)
+    failing(monkeypatch, lambda site: True, error)
+    with pytest.raises(type(error)) as raised:
+        make_parent(vit)
+    assert raised.value is error
+    monkeypatch.undo()
+    assert_unchanged(vit, plain)
+
+
+def test_an_error_while_a_cut_is_made_is_raised_as_it_is(vit, monkeypatch):
+    def broken(site, cut):
+        raise RuntimeError("of a bug")
+
+    spoiled(monkeypatch, lambda site: True, broken)
+    with pytest.raises(RuntimeError, match="of a bug"):
+        make_parent(vit)
     assert hooks_of(vit) == 0
-    inputs = random_inputs(vit)
-    assert torch.equal(logits_of(vit, **inputs), logits_of(plain, **inputs))
 
 
 def test_layers_of_one_class_share_a_pruning_mode(vit, monkeypatch):

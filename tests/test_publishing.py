@@ -210,6 +210,16 @@ def test_a_push_that_fails_leaves_what_was_there_and_can_be_repeated(hub, parent
     assert AutoModelForImageClassification.from_pretrained("me/m").config.names == {0: "car", 1: "cat"}
 
 
+def test_an_error_before_the_upload_is_not_blamed_on_the_connection(hub, parent, monkeypatch):
+    def save_pretrained(*args, **kwargs):
+        raise RuntimeError("tensors that share memory")
+
+    monkeypatch.setattr(parent, "save_pretrained", save_pretrained)
+    with pytest.raises(RuntimeError, match="tensors that share memory"):
+        parent.push_to_hub("me/animals")
+    assert hub.repos == {}
+
+
 def test_a_report_that_differs_in_times_only_stays_as_it_was_pushed(parent):
     report = evaluate_module(parent, ["dog", "cat"], batches(), show_progress=False).to_dict()
     slower = {**report, "latency_ms": {"1": 1e6}}

@@ -1,11 +1,17 @@
 """Models and requests that can't work are refused early: the message says what was got, expected and to be done."""
 
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import TEXT, fresh, randomize_relevance
+from conftest import LABELS, TEXT, fresh, logits_of, randomize_relevance
+from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
     BertConfig,
     BertForTokenClassification,
     BertModel,
@@ -15,7 +21,16 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from nemo_hf import UnsupportedArchitectureError, compute_relevance, evaluate_module, make_parent
+from nemo_hf import (
+    NeMoConfig,
+    UnsupportedArchitectureError,
+    calibrate_rejection,
+    compose,
+    compute_relevance,
+    evaluate_module,
+    make_parent,
+)
+from nemo_hf.auto_classes import NeMoForImageClassification
 from nemo_hf.models.attach import attach_masks
 
 
@@ -44,12 +59,6 @@ def test_a_model_without_sites_is_refused():
         f"{reason}.*NeMoConfig.sites=.*choose a",
     ):
         make_parent(BitForImageClassification(BitConfig(**sizes, num_labels=3)))
-
-
-def test_label_ids_that_do_not_start_at_0_are_refused(vit):
-    vit.config.id2label = {index + 1: name for index, name in vit.config.id2label.items()}
-    with pytest.raises(ValueError, match=r"^Got id2label with the ids \[1, 2, 3, 4, 5\]; expected 0 to 4\. Number"):
-        make_parent(vit)
 
 
 @pytest.mark.parametrize("attach", [attach_masks, make_parent])
@@ -153,3 +162,188 @@ def test_relevance_and_evaluation_need_samples_of_the_labels(parent):
     assert all(torch.equal(relevance, before[key]) for key, relevance in parent.masks.relevance().items())
     with refused(ValueError, r"without a sample of the labels", "at least one", "Pass data"):
         evaluate_module(parent, ["ship"], [batch], show_progress=False)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 99])
+def test_labels_that_the_parent_has_not_are_named_with_the_allowed_range(parent, label):
+    images = torch.zeros(6, 3, 16, 16)
+    batch = {"pixel_values": images, "labels": torch.tensor([0, 1, 2, 3, 4, label])}
+    module, before = parent.extract_module("cat"), parent.masks.relevance()
+    for request in (
+        lambda: compute_relevance(parent, [batch], show_progress=False),
+        lambda: evaluate_module(parent, "cat", [batch], show_progress=False),
+        lambda: calibrate_rejection(module, [batch], show_progress=False),
+    ):
+        with pytest.raises(ValueError, match=rf"^Got the label {label}; expected ids from 0 to 4\. [A-Z]"):
+            request()
+    assert (module.report, module.config.rejection) == (None, None)
+    assert all(torch.equal(relevance, before[key]) for key, relevance in parent.masks.relevance().items())
+
+
+@pytest.mark.parametrize("batches", [[], iter([]), DataLoader([])], ids=["list", "iterator", "loader"])
+def test_data_without_a_batch_are_refused(parent, batches):
+    module = parent.extract_module(["cat", "dog"])
+    for request in (
+        lambda: compute_relevance(parent, batches, show_progress=False),
+        lambda: evaluate_module(parent, ["cat", "dog"], batches, module, show_progress=False),
+        lambda: calibrate_rejection(module, batches, show_progress=False),
+    ):
+        with refused(ValueError, "without a sample of|0 samples with", "at least one|some of both", "Add|Pass"):
+            request()
+
+
+LABELS_ASKED_FOR = [  # what was asked for, and the names of the module's labels or the error
+    (1, ["dog"]),
+    (np.int64(1), ["dog"]),
+    ([np.int32(3), np.uint8(0)], ["ship", "cat"]),
+    ((4, "cat"), ["frog", "cat"]),
+    (range(2), ["cat", "dog"]),
+    (np.str_("car"), ["car"]),
+    (True, (TypeError, "Got the label True; expected a label id")),
+    ([True, False], (TypeError, "Got the label True; expected a label id")),
+    ([np.bool_(True)], (TypeError, "Got the label np.True_; expected a label id")),
+    (1.0, (TypeError, r"Got labels=1\.0; expected a list")),
+    ([0.0], (TypeError, r"Got the label 0\.0; expected a label id")),
+    ([None], (TypeError, "Got the label None; expected a label id")),
+    ([[0, 1]], (TypeError, r"Got the label \[0, 1\]; expected a label id")),
+    (torch.tensor([0, 1]), (TypeError, r"Got labels=tensor.*; expected a list .* with labels\.tolist\(\)")),
+    (np.array([0, 1]), (TypeError, r"Got labels=array.*; expected a list .* with labels\.tolist\(\)")),
+    ({"cat": 0}, (TypeError, r"Got labels=\{'cat': 0\}; expected a list .* list\(labels\)")),
+    ({"cat"}, (TypeError, r"Got labels=\{'cat'\}; expected a list")),
+    (b"cat", (TypeError, "Got labels=b'cat'; expected a list")),
+    ([], (ValueError, "Got an empty set of labels; expected at least one")),
+    ("", (ValueError, "Got the unknown label ''; expected one of")),
+    ([0, "cat"], (ValueError, r"Got the labels \['cat'\] more than once")),
+    (7, (ValueError, "Got the label id 7; expected 0 to 4")),
+]
+
+
+@pytest.mark.parametrize(("labels", "outcome"), LABELS_ASKED_FOR, ids=[repr(labels) for labels, _ in LABELS_ASKED_FOR])
+def test_labels_of_a_module_are_ids_or_names_in_a_list(parent, labels, outcome, tmp_path):
+    parent.save_pretrained(tmp_path)
+    data = [{"pixel_values": torch.zeros(5, 3, 16, 16), "labels": torch.arange(5)}]
+    requests = [
+        lambda: list(parent.extract_module(labels).config.names.values()),
+        lambda: list(AutoModelForImageClassification.from_pretrained(tmp_path, labels=labels).config.names.values()),
+        lambda: evaluate_module(parent, labels, data, show_progress=False).labels,
+    ]
+    for request in requests:
+        if isinstance(outcome, list):
+            assert request() == outcome
+        else:
+            with pytest.raises(outcome[0], match=f"(?s)^{outcome[1]}"):
+                request()
+
+
+def test_groups_of_numpy_ids_are_saved(vit, tmp_path):
+    options = NeMoConfig(label_groups={"first": list(np.arange(2)), "rest": [np.int64(2), 3, "frog"]})
+    attach_masks(vit, options).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.groups == {"first": [0, 1], "rest": [2, 3, 4]}
+    options.to_json_file(tmp_path / "options.json")
+    assert NeMoConfig.from_json_file(tmp_path / "options.json") == options
+
+
+SEVEN = {"num_labels": 7, "ignore_mismatched_sizes": True}
+NEW_NAMES, SEVEN_NAMES = dict(enumerate("abcde")), dict(enumerate("abcdefg"))
+
+
+@pytest.mark.parametrize("options", [SEVEN, {"num_labels": 7}, {"id2label": dict(enumerate("abcdefg"))}, "config"])
+@pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
+def test_a_head_of_other_labels_is_not_loaded(parent, options, kind, tmp_path):
+    module = parent.extract_module(["cat", "dog"])
+    for model, role, count, way in ((parent, "parent", 5, "detach_masks"), (module, "module", 2, "save_plain")):
+        model.save_pretrained(tmp_path / role)
+        if options == "config":
+            given = AutoConfig.from_pretrained(tmp_path / role)
+            given.num_labels = 7
+            asked = {"config": given}
+        else:
+            asked = options
+        match = rf"^Got 7 .* for a {role} of {count} labels; expected {count}, .*{way}.*num_labels=7, ignore_mism"
+        with pytest.raises(ValueError, match=match):
+            kind.from_pretrained(tmp_path / role, **asked)
+
+
+def test_a_head_of_other_labels_comes_from_the_plain_model(parent, tmp_path):
+    parent.extract_module(["cat", "dog"]).save_plain(tmp_path / "module")
+    parent.detach_masks().save_pretrained(tmp_path / "parent")
+    for name in ("module", "parent"):
+        plain = AutoModelForImageClassification.from_pretrained(tmp_path / name, **SEVEN)
+        assert logits_of(plain, **PIXELS).shape == (2, 7)
+        assert make_parent(plain).config.num_labels == 7
+
+
+def test_joined_modules_keep_their_labels(parent, tmp_path):
+    compose([parent.extract_module("cat"), parent.extract_module(["car", "dog"])]).save_pretrained(tmp_path)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3).config.num_labels == 3
+    with pytest.raises(ValueError, match=r"^Got 7 as num_labels for modules that were joined of 3 labels; .* compose"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, **SEVEN)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"id2label": {1: "a", 2: "b", 3: "c", 4: "d", 5: "e"}}, r"id2label with the ids \[1, 2, 3, 4, 5\]; .* Number"),
+        ({"id2label": ["a", "b", "c", "d", "e"]}, "id2label with .*; expected names by the ids"),
+        ({"id2label": {"a": 0}}, r"id2label with the ids \['a'\]; expected names by the ids 0 to 0"),
+        ({"problem_type": "regression"}, "problem_type='regression' for a parent; expected one of"),
+        ({"num_labels": "7"}, "'7' as num_labels for a parent of 5 labels; expected 5"),
+        ({"num_labels": 0}, "0 as num_labels for a parent of 5 labels; expected 5"),
+    ],
+)
+@pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
+def test_wrong_labels_at_loading_are_named(parent, options, message, kind, tmp_path):
+    parent.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^Got {message}"):
+        kind.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
+def test_labels_are_renamed_at_loading(parent, kind, tmp_path):
+    parent.save_pretrained(tmp_path)
+    for options in ({"num_labels": 5}, {"ignore_mismatched_sizes": True}):
+        assert list(kind.from_pretrained(tmp_path, **options).config.names.values()) == LABELS
+    loaded = kind.from_pretrained(tmp_path, id2label=NEW_NAMES)
+    assert loaded.config.names == NEW_NAMES
+    assert loaded.config.label2id == {name: index for index, name in NEW_NAMES.items()}
+    assert list(loaded.extract_module([3, "a"]).config.names.values()) == ["d", "a"]
+
+
+@contextmanager
+def largest_file(size):
+    """A disk that takes no more than `size` bytes of each file; safetensors and Python meet it as a full one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS = {
+    "parent": lambda parent, module: parent.save_pretrained,
+    "shards": lambda parent, module: partial(parent.save_pretrained, max_shard_size="50KB"),
+    "module": lambda parent, module: module.save_pretrained,
+    "joined": lambda parent, module: compose([module, parent.extract_module("frog")]).save_pretrained,
+    "plain": lambda parent, module: module.save_plain,
+}
+
+
+@pytest.mark.parametrize("size", [1_000, 20_000])  # less than config.json, or than the weights
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_an_os_error_and_leaves_what_was_there(parent, writer, size, tmp_path):
+    module = parent.extract_module(["cat", "dog"])
+    write, old, new = WRITERS[writer](parent, module), tmp_path / "old", tmp_path / "new"
+    module.save_pretrained(old)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    for directory in (old, new):
+        with largest_file(size), pytest.raises(OSError, match=r"File too large"):
+            write(directory)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert not new.exists()
+    loaded = AutoModelForImageClassification.from_pretrained(old)
+    assert torch.equal(logits_of(loaded, **PIXELS), logits_of(module, **PIXELS))
+    write(new)  # once there is room
+    assert (new / "config.json").exists()

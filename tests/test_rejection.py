@@ -1,6 +1,7 @@
 """Rejection scores: energy, its calibration, and how modules carry it."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -51,6 +52,51 @@ def test_the_threshold_accepts_the_share_that_was_asked_for(accepted, distance):
     assert all(math.isfinite(value) for value in fit.values())
     assert fit["accepted"] == pytest.approx(shares[own].mean().item())
     assert fit["rejected"] == pytest.approx(1 - shares[~own].mean().item())
+
+
+@pytest.mark.parametrize(
+    ("energies", "sign"),
+    [
+        (torch.full((40,), 3.0), 0),
+        (1000 + 1e-4 * torch.randn(40, generator=torch.Generator().manual_seed(0)), 0),  # equal but for rounding
+        (torch.arange(40.0), -1),
+        (torch.arange(40.0).flip(0), 1),
+        (torch.where(torch.arange(40) < 20, -50.0, 50.0), -1),
+    ],
+    ids=["constant", "rounding", "own below", "own above", "own far below"],
+)
+def test_what_is_said_of_a_fit_is_what_its_scores_do(energies, sign):
+    own = torch.arange(40) < 20
+    fit = fit_rejection(energies, own, 0.9)
+    assert (fit["weight"] > 0) - (fit["weight"] < 0) == sign
+    assert all(math.isfinite(value) for value in fit.values())
+    is_rejected = rejection_scores(energies, fit) > fit["threshold"]  # in float32, as modules score
+    assert fit["accepted"] == pytest.approx(1 - is_rejected[own].float().mean().item())
+    assert fit["rejected"] == pytest.approx(is_rejected[~own].float().mean().item())
+    assert fit["accepted"] >= 0.9
+    assert sign or fit["rejected"] == 0  # no weight: nothing is told apart
+
+
+@pytest.mark.parametrize(("case", "auroc"), [("constant", "0.50"), ("wrong way round", "0.00")])
+def test_a_module_that_tells_nothing_apart_gets_a_warning(parent, caplog, case, auroc):
+    module, batches = parent.extract_module(["dog", "ship"]), list(data(20, 20))
+    with torch.no_grad():
+        if case == "constant":
+            for parameter in module.parameters():
+                parameter.zero_()
+        else:
+            order = energy(module(batches[0]["pixel_values"]).logits).argsort()
+            batches[0]["labels"] = torch.full((20,), 1).index_fill(0, order[10:], 0)
+    found = calibrate_rejection(module, batches, show_progress=False)
+    message = rf"Got samples with the module's labels \[1, 3\] whose energies are no higher .*AUROC {auroc}.* Check the"
+    assert [bool(re.match(message, text)) for text in caplog.messages] == [True]
+    assert found == module.config.rejection
+    assert found["weight"] <= 0
+    caplog.clear()
+    batches[0]["labels"] = torch.where(batches[0]["labels"] == 1, 0, 1)
+    if case != "constant":
+        assert calibrate_rejection(module, batches, show_progress=False)["weight"] > 0
+        assert caplog.messages == []
 
 
 def test_scores_are_calibrated_at_even_odds():
@@ -116,11 +162,17 @@ def test_own_samples_have_one_of_the_modules_labels(parent):
     assert own_samples(module, torch.tensor([0, 1, 3, -1])).tolist() == [False, True, True, False]
 
 
+SHARES = (0, 1, -0.5, 95, True, math.nan, "0.9", None)
+
+
 def test_what_can_not_be_calibrated_is_refused(parent):
     module = parent.extract_module(["dog", "ship"])
     for model, batches, accepted, message in [
         (parent, data(), 0.9, "Got a parent; expected a module"),
-        (module, data(), 1, "accepted=1; expected a share"),
+        *(
+            (module, data(), a, f"accepted={a!r}; expected a share")
+            for a in (0, 1, -0.5, 95, True, math.nan, "0.9", None)
+        ),
         (module, data(labels=(1, 3)), 0.9, "expected some of both"),
         (module, data(labels=(0, 2)), 0.9, "expected some of both"),
         (module, [{"pixel_values": torch.randn(2, 3, 16, 16)}], 0.9, "expected 'labels' in it"),

@@ -113,7 +113,7 @@ class NeMoClassifier(NeMoPreTrainedModel):
         Raises:
             OSError: If a file is missing or damaged, or of another save than the others.
             ValueError: If a tensor is missing or has another shape than the configuration says, or if an argument
-                would change the structure of the weights, such as `hidden_size`.
+                would change the structure of the weights, such as `hidden_size`, or of the head, such as `num_labels`.
         """
         source = pretrained_model_name_or_path
         if labels is None and (threshold is not None or round_to is not None or verify):
@@ -144,7 +144,8 @@ class NeMoClassifier(NeMoPreTrainedModel):
             A stand-alone module that shares no memory with the parent.
 
         Raises:
-            ValueError: If the labels are unknown, repeated or none, or no neuron is left.
+            ValueError: If the labels are unknown, repeated or none, no neuron is left, or layers of the parent were
+                changed since it was made.
             EquivalenceError: If the module's logits are not the parent's under the same mask.
         """
         return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,12 @@ class NeMoConfig:
                 raise TypeError(f"Got the group name {name!r}; expected a string.")
             if not _is_list(members) or not members:
                 raise ValueError(f"Got {members!r} for the group {name!r}; expected a list of labels.")
-        self.label_groups = {name: list(members) for name, members in self.label_groups.items()}
+        self.label_groups = {
+            name: [
+                int(label) if isinstance(label, Integral) and not isinstance(label, bool) else label for label in own
+            ]
+            for name, own in self.label_groups.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain data that `from_dict` reads back."""
@@ -178,6 +184,8 @@ class NeMoConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NeMoConfig":
         """Builds the options from what `to_dict` returned; unknown ones are a `ValueError`."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"Got the options {data!r}; expected a mapping of options by name.")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -199,6 +207,11 @@ class NeMoConfig:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _plain(label: Any) -> Any:
+    """A label as JSON holds it: ids of numpy as `int`."""
+    return int(label) if isinstance(label, Integral) and not isinstance(label, bool) else label
 
 
 def _is_list(value: Any) -> bool:
@@ -238,6 +251,7 @@ def checked_site(site: Any) -> dict[str, Any]:
 
 def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
     """Finds the id of a label that is given by id (int) or name (str)."""
+    label = _plain(label)
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise TypeError(f"Got the label {label!r}; expected a label id (int) or name (str).")
     if isinstance(label, int):
@@ -286,10 +300,13 @@ def resolve_labels(
 
     Returns the label ids in the order asked for, a group standing for its labels, and the names of their groups.
     """
-    if isinstance(labels, (int, str)):
+    if isinstance(labels, (Integral, str)):
         labels = [labels]
-    if not isinstance(labels, Sequence):
-        raise TypeError(f"Got labels={labels!r}; expected a list of label ids, label names or group names.")
+    if not isinstance(labels, Sequence) or isinstance(labels, bytes):
+        raise TypeError(
+            f"Got labels={labels!r}; expected a list of label ids, label names or group names. Turn tensors and arrays "
+            "into one with labels.tolist(), other collections with list(labels)."
+        )
     if len(labels) == 0:
         raise ValueError("Got an empty set of labels; expected at least one label or group. Name some.")
     ids = [index for label in labels for index in _label_or_group(label, groups, id2label)]

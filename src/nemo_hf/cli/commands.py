@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 from nemo_hf.auto_classes import AUTO_CLASSES, NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
@@ -46,11 +46,12 @@ def train(options: Namespace) -> None:
     is_inline = given.lstrip().startswith("{")
     try:
         nemo_config = NeMoConfig.from_dict(json.loads(given)) if is_inline else NeMoConfig.from_json_file(given)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"Got --nemo-config {given}, which is no JSON ({error}); expected options by name. Quote names and texts: "
             '{"retention_target": 0.2}'
         ) from error
+    _read_config(options.model)
     splits = [options.train_split, options.split]
     groups = [nemo_config.group_column] if nemo_config.group_column else []
     data = load_data(options.dataset, options.model, splits, options.label_column, options.input_column, keep=groups)
@@ -96,6 +97,8 @@ def export(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Measures modules and prints a table."""
+    if options.output and Path(options.output).is_dir():
+        raise IsADirectoryError(f"Got --output {options.output}, which is a directory; expected a file. Name one.")
     parent = _load(options.parent)
     parent.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     loader = _batches(options, options.split, parent)
@@ -150,7 +153,7 @@ def push(options: Namespace) -> None:
 def inspect(options: Namespace) -> None:
     """Prints the neuron sites of a plain model, parent or module."""
     code = {"trust_remote_code": True} if options.trust_remote_code else {}
-    config = AutoConfig.from_pretrained(options.model, **code)
+    config = _read_config(options.model, **code)
     if config.model_type == "nemo_hf":
         model: NeMoPreTrainedModel = _load(options.model)
     else:
@@ -177,8 +180,23 @@ def inspect(options: Namespace) -> None:
         print(f"mask generators: {made}; equivalence check: {(model.config.equivalence or {}).get('status')}")
 
 
+def _read_config(source: str, **options: Any) -> PreTrainedConfig:
+    """Reads the configuration of any model."""
+    is_here = Path(source).is_dir()
+    if not is_here and hub_name(source) is None:
+        got = f"Got {source!r}, which is no directory and no name of a Hub repository"
+        raise NotADirectoryError(f"{got}; expected one of them. Correct the path.")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
+    except OSError as error:
+        if is_here:
+            raise
+        raise OSError(f"Got {source!r}, which is no directory here and can't be read from the Hub. {error}") from error
+    return config
+
+
 def _config(source: str) -> NeMoModelConfig:
-    config = AutoConfig.from_pretrained(source)
+    config = _read_config(source)
     if not isinstance(config, NeMoModelConfig):
         raise ValueError(
             f"Got {source!r} of model type {config.model_type!r}; expected a parent or module. Train a "
@@ -202,7 +220,7 @@ def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoad
     parent.parent_masks()  # a module has none, and not all labels of the data: a ValueError
     names = list(parent.config.names.values())
     columns = (options.label_column, options.input_column)
-    data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names)
+    data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names, task=parent.task)
     return DataLoader(data.splits[split], batch_size=options.batch_size, collate_fn=data.collator)
 
 

@@ -27,10 +27,12 @@ def load_data(
     input_column: str | None = None,
     keep: Sequence[str] = (),
     names: Sequence[str] | None = None,
+    task: str | None = None,
 ) -> LoadedData:
     """Loads a Hub data set or local folder and prepares it for the model at `model`.
 
-    Without `input_column` it takes the only column of images or texts; with `names` labels get ids in their order.
+    Without `input_column` it takes the only column of images or texts; with `names` labels get ids in their order; with
+    `task` it must be data for that.
     """
     loaded = datasets.load_dataset(source)
     if missing := [split for split in splits if split not in loaded]:
@@ -40,12 +42,20 @@ def load_data(
     for column in (label_column, input_column, *keep):
         if column is not None and column not in first.column_names:
             raise ValueError(f"Got no column {column!r} in {source!r}; expected one of {first.column_names}. Name one.")
+    column = input_column or _input_column(first, (label_column, *keep))
+    for split, part in parts.items():
+        _check_samples(part, split, label_column, column)
     if names is None:
         feature = first.features[label_column]
         named = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(first.unique(label_column)))
         names = [str(name) for name in named]
-    column = input_column or _input_column(first, (label_column, *keep))
     is_image = isinstance(first.features[column], datasets.Image)
+    found = "image-classification" if is_image else "text-classification"
+    if task not in (None, found):
+        raise ValueError(
+            f"Got the column {column!r} for {found} and a model for {task}; expected data of the same kind. Name "
+            "another data set or --input-column."
+        )
     processor = (AutoImageProcessor if is_image else AutoTokenizer).from_pretrained(model)
 
     def images(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,8 +69,22 @@ def load_data(
         part = _with_label_ids(part, label_column, names).select_columns([column, "labels", *keep])
         parts[split] = part.with_transform(images) if is_image else part.map(texts, batched=True, remove_columns=column)
     collator = default_data_collator if is_image else DataCollatorWithPadding(processor)
-    task = "image-classification" if is_image else "text-classification"
-    return LoadedData(task, processor, parts, collator, list(names))
+    return LoadedData(found, processor, parts, collator, list(names))
+
+
+def _check_samples(dataset: Any, split: str, label_column: str, column: str) -> None:
+    """Refuses samples without a label or an input, and labels that are neither names nor ids, such as lists."""
+    for name in (label_column, column):
+        if empty := dataset.data.column(name).null_count:
+            got = f"Got {empty} samples of the split {split!r} without a value in the column {name!r}"
+            raise ValueError(f"{got}; expected one in each. Remove these samples, or name another column.")
+    feature = dataset.features[label_column]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if "int" not in kind and kind not in ("string", "large_string", "bool"):
+        raise ValueError(
+            f"Got labels of type {kind} in the column {label_column!r} of the split {split!r}; expected a name or an "
+            "id for each sample. Name another column with --label-column."
+        )
 
 
 def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in three minutes")
     add("--output-dir", required=True, help="gets parent/, modules/, report.json and modules.png")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
-    add("--epochs", type=int, default=EPOCHS, help=f"epochs of each of the two trainings (default: {EPOCHS})")
+    add("--epochs", type=_count, default=EPOCHS, help=f"epochs of each of the two trainings (default: {EPOCHS})")
 
     add = command(
         commands.train,
@@ -122,8 +122,15 @@ def _data_options(is_required: bool, has_batches: bool = True) -> argparse.Argum
     parser.add_argument("--label-column", default="label", help="column of the labels (default: label)")
     parser.add_argument("--input-column", help="column of the images or texts; found if left out")
     if has_batches:
-        parser.add_argument("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
+        parser.add_argument("--batch-size", type=_count, default=64, help="samples per batch (default: 64)")
     return parser
+
+
+def _count(word: str) -> int:
+    """A number of 1 or more, as an option says it."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"Got {word!r}; expected a number of 1 or more")
+    return int(word)
 
 
 def _with_dashes(word: str) -> str:

@@ -1,5 +1,6 @@
 """Calibrates the rejection of inputs that have none of a module's labels, and measures it."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,10 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.labels import label_ids, label_targets
 from nemo_hf.models.rejection import energy, rejection_scores
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SPREAD = 1e-5  # of energies, as a share of their mean: a smaller one is rounding in float32
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
@@ -45,7 +50,8 @@ def inputs_and_labels(
     Samples whose label is -100 are left out unless the call `keeps_all`.
     """
     inputs, given = split_batch(model, batch)
-    count, has_several = len(model.config.names) if model.is_parent else None, model.config.has_several_labels
+    names = model.config.names if model.is_parent else model.model.config.id2label  # a module's data have its parent's
+    count, has_several = len(names or ()) or None, model.config.has_several_labels
     labels = label_ids(label_targets(given, count, has_several, checks_values=True), has_several).to(model.device)
     if not keeps_all and labels.ndim == 1 and not bool((known := labels >= 0).all()):
         inputs = {name: value[known] if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -77,7 +83,8 @@ def calibrate_rejection(
         `rejected` at that threshold on these data.
 
     Raises:
-        ValueError: If `module` is a parent, `accepted` is out of range, or samples of one kind are missing.
+        ValueError: If `module` is a parent, `accepted` is out of range, samples of one kind are missing, or a label is
+            none of the parent's.
 
     References:
         Energy as in arXiv 2010.03759, calibrated by logistic regression.
@@ -103,6 +110,12 @@ def calibrate_rejection(
             f"{int((~is_own).sum())} others; expected some of both. Pass the parent's whole validation data."
         )
     module.config.rejection = fit_rejection(energies, is_own, accepted)
+    if module.config.rejection["weight"] <= 0:
+        logger.warning(
+            "Got samples with the module's labels %s whose energies are no higher than those of others (AUROC %.2f), "
+            "so rejection_scores don't tell them apart as they should. Check the labels of the data, or train longer.",
+            *(module.config.label_ids, auroc(energies, is_own)),
+        )
     return module.config.rejection
 
 
@@ -112,8 +125,10 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
     Platt scaling with its smoothed targets, as if own and other samples were equally frequent; the threshold is the
     lowest at which a share `accepted` of the own samples is accepted.
     """
-    energies = energies.double()
-    center, scale = energies.mean(), energies.std().clamp(min=1e-6)
+    scored, energies = energies.float(), energies.double()
+    center, scale = energies.mean(), energies.std()
+    if scale <= SMALLEST_SPREAD * center.abs().clamp(min=1):
+        scale = torch.full_like(scale, torch.inf)  # equal but for rounding: a weight of 0 tells none of them apart
     units = (energies - center) / scale
     counts = torch.stack([(~is_own).sum(), is_own.sum()]).double()
     targets = torch.where(is_own, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
@@ -131,10 +146,10 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
         optimizer.step(loss)
     weight, bias = line.detach()
     rejection = {"weight": (weight / scale).item(), "bias": (bias - weight * center / scale).item()}
-    own = rejection_scores(energies[is_own], rejection).sort().values
+    own = rejection_scores(scored[is_own], rejection).sort().values
     last = own[math.ceil(accepted * len(own)) - 1]  # the last sample to be accepted
     rejection["threshold"] = last.item() * (1 + 1e-4)  # above what it scores in float32
-    is_rejected = rejection_scores(energies, rejection) > rejection["threshold"]
+    is_rejected = rejection_scores(scored, rejection) > rejection["threshold"]
     rejection["accepted"] = 1 - is_rejected[is_own].double().mean().item()
     rejection["rejected"] = is_rejected[~is_own].double().mean().item()
     return rejection

@@ -22,7 +22,7 @@ from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.privacy import clean
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
-from nemo_hf.neurons.trial_calls import first_line
+from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Inputs = Mapping[str, Tensor]
@@ -121,6 +121,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
             f"Got a {module.config.base_class} without a padding token; expected one, for batches of texts. "
             "Set module.config.pad_token_id."
         )
+    with torch.no_grad():
+        exact(**inputs, return_dict=True)  # inputs that it doesn't take are no fault of the exporter
     outputs = ["logits", *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
     config = plain_config(module)
@@ -183,6 +185,8 @@ def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Seq
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             torch.onnx.export(module, (), path, kwargs=dict(inputs), **options)
     except Exception as error:  # the exporter raises whatever the model's code meets
+        if isinstance(error, (ImportError, OSError)) or is_out_of_memory(error):
+            raise
         names = " and ".join(dict.fromkeys(name for dims in free.values() for name in dims.values()))
         raise UnsupportedArchitectureError(
             f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "

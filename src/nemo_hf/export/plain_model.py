@@ -19,7 +19,7 @@ from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
 from nemo_hf.models.loading import hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
-from nemo_hf.neurons.trial_calls import first_line
+from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.pruning.layer_cuts import cut_tensor, tensor_cuts
 
@@ -101,7 +101,7 @@ def _smallest_plain(
     def shapes_of(tried: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         try:
             return {name: tuple(tensor.shape) for name, tensor in _built(module, tried).state_dict().items()}
-        except Exception:  # each family raises its own errors for widths that it can't have
+        except ValueError:  # by which families refuse widths that they can't have
             return {}
 
     full = _built(module, onnx.plain_config(module))
@@ -115,7 +115,9 @@ def _smallest_plain(
                 plain = _filled(full, widths, state)
                 plain.to(module.device)  # type: ignore[arg-type]
                 difference = (plain(**batch, return_dict=True).logits - expected).abs().max().item()
-            except Exception as error:  # likewise, when the model is called
+            except SHAPE_ERRORS as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = first_line(error)
                 continue
             if difference <= tolerance:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,8 +168,10 @@ def clear_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # The client lets errors of its HTTP library through.
-        if type(error) is not RuntimeError and not type(error).__module__.startswith("httpx"):
+        # The client lets errors of its HTTP library through, and raises a bare RuntimeError of its own.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_clients = type(error) is RuntimeError and frame.f_globals["__name__"].startswith("huggingface_hub.")
+        if not is_clients and not type(error).__module__.startswith("httpx"):
             raise
         message = f"The push to {repo_id!r} failed because the connection broke ({error}). Push again to resume it."
         raise OSError(message) from error

@@ -17,6 +17,8 @@ from pathlib import Path
 from shutil import ignore_patterns
 from typing import Any
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows, where an open file can't be removed
@@ -54,7 +56,8 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
     with _workplace(target) as place:
         new = place / "files"
         new.mkdir()
-        yield new
+        with _clear_write_errors(Path(directory)):
+            yield new
         for path in (*new.rglob("*"), new):
             _sync(path)
         if not target.exists():
@@ -67,6 +70,18 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
             with locked(target):
                 _replace(place, target, stale)
         _sync(target.parent)
+
+
+@contextmanager
+def _clear_write_errors(directory: Path) -> Iterator[None]:
+    """Turns what safetensors raises when a disk is full into an error that says so."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"Could not write {str(directory)!r} ({error}). What was there is unchanged: free some space, or choose "
+            "another place, and save again."
+        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 
 from . import config_checks as checks
+from .label_options import check_label_options
 from .privacy import LOADERS, ORIGINS, clean
 
 # For each task, what names of its classes have in them, and the classes that its Auto class knows.
@@ -60,6 +61,11 @@ class SavedConfig(PreTrainedConfig):
         said = config_dict
         checks.check_config(config_dict, cls)
         cls._check(config_dict)
+        names = config_dict.get("id2label")
+        if isinstance(names, dict):
+            check_label_options(kwargs, len(names), config_dict.get("role", cls.describes))
+        if isinstance(given := kwargs.get("id2label"), dict) and "label2id" not in kwargs:
+            kwargs["label2id"] = {name: int(index) for index, name in given.items()}
         config_dict = _without(LOADERS + ORIGINS, said)  # no code is loaded
         is_base_read = False
         try:

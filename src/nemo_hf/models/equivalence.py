@@ -12,12 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .base import NeMoPreTrainedModel
 
 EQUIVALENCE_TOLERANCE = 1e-5
 EFFECT_FACTOR = 100
+OTHER_CUTS = (
+    "This architecture can't be cut exactly here: mask less of it, such as NeMoConfig(targets=['ffn']), and report the "
+    "model type."
+)
 
 
 class EquivalenceError(RuntimeError):
@@ -59,7 +64,7 @@ def check_equivalence(
             for masks in (parent.masks.open_masks(), static)
         )
         opened, expected = (logits[:, module.config.label_ids] for logits in (opened, whole))
-        got = exact_module(**batch, return_dict=True).logits
+        got = _module_logits(exact_module, batch)
     difference = (got - expected).abs().max().item()
     # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())
@@ -67,11 +72,24 @@ def check_equivalence(
     if not difference <= tolerance:  # also when it is not a number
         raise EquivalenceError(
             f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
-            f"{difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: mask "
-            "less of it, such as NeMoConfig(targets=['ffn']), and report the model type."
+            f"{difference:.2e}; expected at most {tolerance:.2e}. {OTHER_CUTS}"
         )
     status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
     return EquivalenceCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))
+
+
+def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """A module's logits on inputs that its parent takes; where it doesn't run on these, its shapes don't fit."""
+    try:
+        logits: Tensor = module(**batch, return_dict=True).logits
+    except SHAPE_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise EquivalenceError(
+            f"Got a module of {module.config.base_class} that does not run where its parent does "
+            f"({type(error).__name__}: {first_line(error)}); expected the parent's logits. {OTHER_CUTS}"
+        ) from error
+    return logits
 
 
 @contextmanager

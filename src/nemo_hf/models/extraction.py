@@ -25,6 +25,7 @@ from .files import read_companions
 from .labels import settle_labels
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress
+from .plain_checks import check_built
 from .privacy import hub_name
 from .weight_files import WeightFiles
 
@@ -130,7 +131,9 @@ def extract_module(
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Does what `NeMoClassifier.extract_module` says, as a function of the parent."""
-    source, state = CutSource.of_parent(parent), parent.model.state_dict()
+    source = CutSource.of_parent(parent)
+    check_built(parent.model)  # layers may have been changed since it was made
+    state = parent.model.state_dict()
     plan = make_plan(source, labels, threshold, round_to)
     module = build_module(type(parent), source, plan, partial(read_tensor, state))
     module.to(parent.device)  # type: ignore[arg-type]

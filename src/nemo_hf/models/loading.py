@@ -18,6 +18,7 @@ from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, SavedConfig, read_again
 from .files import find_file, read_companions, read_json
+from .label_options import check_label_options
 from .save_identity import CONFIG_NAME, check_digests, check_identity, identity_of
 from .weight_files import WeightFiles, other_shape, other_tensors
 
@@ -48,6 +49,9 @@ def open_model(
                 "the Auto class for its task; a plain model is trained with NeMoTrainer first."
             )
         config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
+    elif isinstance(config, NeMoModelConfig):
+        labels = config.label_ids or [label for members in config.groups.values() for label in members]
+        check_label_options({"id2label": config.id2label}, len(labels), config.role)
     if find_file(source, "adapter_config.json", hub_options):
         raise ValueError(
             f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
@@ -94,7 +98,7 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
     try:
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), _bounded_build(most):
             model = make()
-    except (ImportError, OSError, ValueError):
+    except (ImportError, MemoryError, OSError, ValueError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
         raise damaged(

@@ -25,10 +25,17 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.pruning.plan import static_masks
 
-from .attach import attach_masks, check_plain
+from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .equivalence import EFFECT_FACTOR, EQUIVALENCE_TOLERANCE, check_equivalence, exact_float32
+from .equivalence import (
+    EFFECT_FACTOR,
+    EQUIVALENCE_TOLERANCE,
+    EquivalenceError,
+    check_equivalence,
+    exact_float32,
+)
 from .extraction import CutSource, ModulePlan, build_module, read_tensor
+from .plain_checks import check_built, check_computed, check_plain
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +67,13 @@ def make_parent(
 
     Raises:
         TypeError: If `model` is not such a model.
-        ValueError: If it has masks already, PEFT adapters, quantized weights or another head, or does not
-            run on the inputs.
+        ValueError: If it has masks already, PEFT adapters, quantized weights or another head, differs from what its
+            configuration builds (by parametrizations, hooks, wrapped or shared layers), or does not run on the inputs.
         UnsupportedArchitectureError: If it has no sites, or one that no pruning mode cuts exactly.
     """
     nemo_config = nemo_config or NeMoConfig()
     check_plain(model, nemo_config.hard_masks)
+    check_built(model)
     find_heads(model, model.config.num_labels or 0)
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     check_runs(model, inputs)
@@ -80,6 +88,7 @@ def make_parent(
     try:
         parent = _try_sites(model, nemo_config, label_groups, inputs, found)
     except UnsupportedArchitectureError as error:
+        check_computed(model, inputs)
         left_out = [site for site in channels.sites if not _is_exact_alone(model, nemo_config, inputs, site)]
         if not left_out:
             raise
@@ -229,7 +238,7 @@ def _trial(
         module = build_module(type(parent), CutSource.of_parent(parent), plan, read)
         module.to(parent.device)  # type: ignore[arg-type]
         check = check_equivalence(parent, module, plan.static, inputs)
-    except Exception as error:
+    except EquivalenceError as error:
         return math.inf, first_line(error)
     if len(sites) == len(parent.sites) and part is None:
         parent.config.equivalence = asdict(check)

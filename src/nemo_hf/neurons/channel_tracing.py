@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .builders import ModelLayers, channel_site
 from .sites import CHANNEL_NORMS, NeuronSite, layer_features, neuron_dim
-from .trial_calls import evaluating
+from .trial_calls import SHAPE_ERRORS, evaluating, is_out_of_memory
 from .trial_inputs import random_inputs
 
 
@@ -145,7 +145,9 @@ class _MarkedRuns:
             found.reason = "are made by a grouped convolution with other inputs than outputs"
         try:
             logits = getattr(self.model(**self.inputs, return_dict=True), "logits", None)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except SHAPE_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
             self._refuse(f"stop the model when they are marked ({type(error).__name__})")
             logits = None
         reaches_logits = isinstance(logits, Tensor) and bool(logits.isnan().any())

@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 
 from .sites import NeuronSite, UnsupportedArchitectureError
 
+SHAPE_ERRORS = (IndexError, RuntimeError, ValueError)  # what models raise whose layers don't fit together
+# What models raise on inputs of the wrong names, shapes or kinds; other errors are not about the inputs.
+RUN_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
 
 @contextmanager
 def evaluating(model: PreTrainedModel, handles: Sequence[RemovableHandle] = ()) -> Iterator[None]:
@@ -39,11 +43,18 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         with evaluating(model):
             given = on_device(model, inputs)
             outputs, again = (model(**given, return_dict=True) for _ in range(2))
-    except Exception as error:
+    except RUN_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
+        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        dtypes = {p.dtype: name for name, p in model.named_parameters() if p.is_floating_point()}
+        expected = "inputs that it takes. Pass a few samples: NeMoTrainer(make_parent(model, inputs=...), ...)."
+        if len(dtypes) > 1:
+            listed = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name!r})" for dtype, name in dtypes.items())
+            expected = f"weights of one precision, not {listed}. Convert it: model.to({next(iter(dtypes))})."
         raise ValueError(
-            f"Got {type(model).__name__}, which does not run on {shapes} ({first_line(error).rstrip('.')}); expected "
-            "inputs that it takes. Pass a few samples: NeMoTrainer(make_parent(model, inputs=...), ...)."
+            f"Got {type(model).__name__}, which does not run on {shapes} ({reason}); expected {expected}"
         ) from error
     if not hasattr(outputs, "logits"):
         fault = f"output {list(outputs)} has no logits; expected logits. Wrap the model so that it returns logits."
@@ -95,6 +106,11 @@ def rectified_sites(
             "expected a network with ReLU. Choose another objective."
         )
     return found
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that no memory is left, on a CPU or an accelerator."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def first_line(error: Exception) -> str:

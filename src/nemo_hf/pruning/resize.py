@@ -131,7 +131,8 @@ def _resize_heads(model: nn.Module, site: AttentionSite, heads: int, head_dim: i
         old = model.get_parameter(path)
         setattr(model.get_submodule(owner), name, nn.Parameter(old.new_empty(*old.shape[:-1], heads)))
     if site.is_rotary:
-        angles = RotaryAngles(head_dim, site.head_dim).to(next(attention.parameters()).device)
+        with next(model.get_submodule(site.output).parameters()).device:
+            angles = RotaryAngles(head_dim, site.head_dim)
         attention.add_module(ROTARY_NAME, angles)
         attention.register_forward_pre_hook(angles.narrow, with_kwargs=True)
 

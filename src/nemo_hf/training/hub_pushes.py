@@ -74,7 +74,7 @@ def push_checkpoint(trainer: Trainer, parent: NeMoPreTrainedModel, checkpoint: P
     try:
         trainer.create_model_card()
     except OSError as error:  # the next push has all of it
-        logger.warning("The Hub did not answer, so this checkpoint is not pushed; training goes on. %s", error)
+        logger.warning("This checkpoint is not pushed, since its card could not be made; training goes on. %s", error)
         return
     with replaced_directory(output, stale=MODEL_FILES) as temporary:
         for pattern in (*MODEL_FILES, *parent.processor_files):
