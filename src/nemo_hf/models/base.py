@@ -1,12 +1,14 @@
 """Base class of parents and modules: the forward pass with masks, and when measured results no longer hold."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
@@ -151,6 +153,16 @@ class NeMoPreTrainedModel(SavedModel):
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        if self.masks is not None:
+            gradient_checkpointing_func = partial(self.masks.calls.checkpointed, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+
     def _resize(self) -> None:
         entries = {entry["key"]: entry for entry in self.config.sites or []}
         for site in self.sites:
@@ -202,7 +214,7 @@ class NeMoPreTrainedModel(SavedModel):
                 )
         self.nemo_config = nemo_config
         self.config.nemo_config = nemo_config.to_dict()
-        self.parent_masks().state.detaches_pooled = nemo_config.detach_pooled
+        self.parent_masks().detaches_pooled = nemo_config.detach_pooled
 
     def detach_masks(self) -> PreTrainedModel:
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
