@@ -4,6 +4,7 @@ import copy
 import platform
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,12 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
+from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Runners = Mapping[str, Callable[..., Any]]
 Clock = Callable[[], float]
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_THREADS = 1
+_TIMED = threading.RLock()  # threads that take times, or change the number of torch's threads, wait for each other
 WARM_UP_RUNS = 3
 LATENCY_RUNS = 30
 FEWEST_RUNS = 5
@@ -58,10 +61,11 @@ def count_macs(model: NeMoPreTrainedModel) -> int:
     """Multiply-accumulates of linear layers, convolutions and attention for a sample in eval mode, without masks."""
     inputs = {name: value[:1].to(model.device) for name, value in random_inputs(model).items()}
     # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
-    masks_off = nullcontext() if model.masks is None else model.masks.disabled()
     plain_attention = sdpa_kernel(SDPBackend.MATH)
-    with as_saved(model), torch.no_grad(), masks_off, plain_attention, FlopCounterMode(display=False) as counter:
-        model.model(**inputs)
+    with PROCESS_SETTINGS, as_saved(model) as (saved,), torch.no_grad(), plain_attention:
+        masks_off = nullcontext() if saved.masks is None else saved.masks.disabled()
+        with masks_off, FlopCounterMode(display=False) as counter:
+            saved.model(**inputs)
     return int(counter.get_total_flops()) // 2
 
 
@@ -74,12 +78,13 @@ def measure_latency(parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel) ->
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keeps torch to one CPU thread, so that results and times do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(LATENCY_THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with _TIMED:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(LATENCY_THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @one_thread()

@@ -93,8 +93,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         raise ImportError(
             f"Got no {' and no '.join(missing)}; expected these packages. Run: pip install 'nemo-hf[onnx]'"
         )
-    with as_saved(module):
-        exact = copy.deepcopy(module).cpu().float().eval()
+    with as_saved(module) as (saved,):
+        exact = copy.deepcopy(saved).cpu().float()
     if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
         exact.set_attn_implementation("eager")
     if inputs is not None and len(next(iter(inputs.values()))) < 2:

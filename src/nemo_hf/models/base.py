@@ -1,7 +1,7 @@
 """Base class of parents and modules: the forward pass with masks, and when measured results no longer hold."""
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 
 from nemo_hf.config import SHAPING_OPTIONS, NeMoConfig
@@ -27,6 +26,8 @@ from .configuration import NeMoModelConfig, task_of
 from .labels import check_label_shape
 from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
+
+_RESULTS = threading.RLock()  # held while results are compared with the weights that they belong to
 
 
 @dataclass
@@ -95,8 +96,10 @@ class NeMoPreTrainedModel(SavedModel):
         else:
             self.masks = build_masks(self.sites, self.nemo_config, untied_parameters(self.model), len(config.groups))
             self.masks.attach(self.model)
-        with nullcontext() if base_model is None else no_init_weights():
-            self.post_init()
+        if base_model is not None:  # has its weights; transformers' own switch would act on all threads
+            self.__dict__["init_weights"] = lambda: None
+        self.post_init()
+        self.__dict__.pop("init_weights", None)
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -116,26 +119,28 @@ class NeMoPreTrainedModel(SavedModel):
         pass in training mode, hashes taken before it are compared too. Conversions to another device or precision
         don't count as changes. A module whose weights were changed counts as tuned.
         """
-        tensors = [tensor for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
-        versions = [tensor._version for tensor in tensors]
-        is_changed = self._weight_versions not in (None, versions)
-        if is_changed or (self._weight_hashes is not None and self._weight_hashes != _hashes(tensors)):
-            self._report = self.config.rejection = None
-            if not self.is_parent:
-                self.config.equivalence, self.config.is_tuned = None, True
-        self._weight_versions, self._weight_hashes = versions, None
+        with _RESULTS:
+            tensors = [tensor for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
+            versions = [tensor._version for tensor in tensors]
+            is_changed = self._weight_versions not in (None, versions)
+            if is_changed or (self._weight_hashes is not None and self._weight_hashes != _hashes(tensors)):
+                self._report = self.config.rejection = None
+                if not self.is_parent:
+                    self.config.equivalence, self.config.is_tuned = None, True
+            self._weight_versions, self._weight_hashes = versions, None
 
     def _watch_weights(self) -> None:
         """Keeps results and weights together in a forward pass: looks for changes, or prepares to see them."""
         has_results = self._report or self.config.rejection or not (self.is_parent or self.config.is_tuned)
         if not has_results or torch.compiler.is_compiling():
             return
-        if not (self.training and torch.is_grad_enabled()):
-            if self.config.rejection:
+        with _RESULTS:
+            if not (self.training and torch.is_grad_enabled()):
+                if self.config.rejection:
+                    self.drop_stale_results()
+            elif self._weight_hashes is None:
                 self.drop_stale_results()
-        elif self._weight_hashes is None:
-            self.drop_stale_results()
-            self._weight_hashes = _hashes(self.state_dict(keep_vars=True).values())
+                self._weight_hashes = _hashes(self.state_dict(keep_vars=True).values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the version counters out: those of a copy's tensors start anew."""
@@ -281,9 +286,8 @@ class NeMoPreTrainedModel(SavedModel):
             attentions=outputs.get("attentions"),
             neuron_masks=masks or None,
         )
-        if self.config.rejection:
-            energies = energy(outputs.logits, self.config.has_several_labels)
-            result.rejection_scores = rejection_scores(energies, self.config.rejection)
+        if fit := self.config.rejection:  # read once: another thread may find that it is stale
+            result.rejection_scores = rejection_scores(energy(outputs.logits, self.config.has_several_labels), fit)
         return result.to_tuple() if return_dict is False else result
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.utils.hub import resolve_revision
 from .config_checks import damaged
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
-from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
+from .loading import HUB_OPTIONS, PROCESS_SETTINGS, build_on_meta, check_labels, check_loaded, check_values, open_model
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
@@ -90,7 +90,8 @@ class SavedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # check_loaded names them; transformers alone would draw them anew
         try:
-            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            with PROCESS_SETTINGS:
+                loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise damaged(f"truncated weights in {str(source)!r} ({error})", "safetensors", OSError) from error
         model, info = loaded

@@ -40,7 +40,7 @@ class MaskedCall:
     def mark(self, owner: "Calls", tensor: Tensor) -> None:
         """Lets the graph behind a tensor name this call, for replays that don't say which they belong to."""
         # A replay holds its masks, which would hold the graph that holds the replay.
-        node: Any = None if torch.compiler.is_compiling() or self.is_replay else tensor.grad_fn
+        node: Any = None if torch.compiler.is_dynamo_compiling() or self.is_replay else tensor.grad_fn
         if node is not None:
             node.metadata[owner] = self
 
@@ -59,7 +59,7 @@ class _Running(threading.local):
 
 def running_backward() -> int:
     """The id of the backward pass that runs in this thread, as torch's own checkpointing reads it."""
-    return NO_BACKWARD if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return NO_BACKWARD if torch.compiler.is_dynamo_compiling() else torch._C._current_graph_task_id()
 
 
 class Calls:
@@ -74,7 +74,7 @@ class Calls:
     def running(self) -> MaskedCall | None:
         """The call that runs in this thread, or that a backward pass replays; `None` if there is none."""
         call = self._running.call
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return MASKS_OFF if call is None and self._running.is_off else call
         backward = running_backward()
         if call is not None and call.backward == backward:
@@ -128,7 +128,7 @@ class Calls:
     def checkpointed(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Does what `checkpoint` does, and replays the function in the call in which it runs now."""
         call = self.running()
-        if call is None or torch.compiler.is_compiling():
+        if call is None or torch.compiler.is_dynamo_compiling():
             return checkpoint(function, *args, **kw)
         first = call  # in the closure, as it is a call for sure
 

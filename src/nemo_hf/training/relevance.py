@@ -14,6 +14,7 @@ from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.labels import check_label_counts, group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
+from nemo_hf.neurons.trial_calls import evaluating
 from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
 
 from .distributed import in_step
@@ -135,6 +136,8 @@ def compute_relevance(
 ) -> None:
     """Replaces a parent's relevance by the exact one, counted over a data set in eval mode.
 
+    Other threads may classify with the parent meanwhile, but not train it or cut modules out of it.
+
     Args:
         parent: The parent; its masks' `relevance` is written. Its report is dropped: it was measured before.
         batches: Batches of model inputs with `labels`, of the training data without augmentation.
@@ -147,18 +150,13 @@ def compute_relevance(
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
     counts = OpenCounts(parent.masks, group_indices(parent))
-    was_training = parent.training
-    parent.eval()
-    try:
-        with torch.no_grad():
-            batches = tqdm(batches, desc="Relevance", disable=not show_progress)
-            for batch, is_counted in in_step(batches, parent):
-                inputs, labels = inputs_and_labels(parent, batch)
-                neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
-                if is_counted:
-                    counts.add(neuron_masks, labels)
-    finally:
-        parent.train(was_training)
+    with evaluating(parent):
+        batches = tqdm(batches, desc="Relevance", disable=not show_progress)
+        for batch, is_counted in in_step(batches, parent):
+            inputs, labels = inputs_and_labels(parent, batch)
+            neuron_masks = parent(**inputs, output_neuron_masks=True).neuron_masks
+            if is_counted:
+                counts.add(neuron_masks, labels)
     if accelerator is not None:
         counts.reduce(accelerator)
     check_label_counts(counts.labels.tolist(), parent.config.names)
