@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Runners = Mapping[str, Callable[..., Any]]
@@ -57,14 +57,29 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
     return f"{device.type} ({name}, {threads} thread{'' if threads == 1 else 's'})"
 
 
+class _PlainAttention(TorchFunctionMode):
+    """Attention as products that a counter sees, unlike fused CPU kernels; torch's own switch acts on all threads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _NoTracker(nullcontext[None]):
+    """In place of what tells a counter the layers that run, by hooks on the models of all threads."""
+
+    parents = ("Global",)
+
+
 def count_macs(model: NeMoPreTrainedModel) -> int:
     """Multiply-accumulates of linear layers, convolutions and attention for a sample in eval mode, without masks."""
     inputs = {name: value[:1].to(model.device) for name, value in random_inputs(model).items()}
-    # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
-    plain_attention = sdpa_kernel(SDPBackend.MATH)
-    with PROCESS_SETTINGS, as_saved(model) as (saved,), torch.no_grad(), plain_attention:
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoTracker()
+    with as_saved(model) as (saved,), torch.no_grad():
         masks_off = nullcontext() if saved.masks is None else saved.masks.disabled()
-        with masks_off, FlopCounterMode(display=False) as counter:
+        with masks_off, _PlainAttention(), counter:
             saved.model(**inputs)
     return int(counter.get_total_flops()) // 2
 

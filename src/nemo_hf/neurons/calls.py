@@ -76,7 +76,7 @@ class Calls:
         call = self._running.call
         if torch.compiler.is_dynamo_compiling():
             return MASKS_OFF if call is None and self._running.is_off else call
-        backward = running_backward()
+        backward: int = torch._C._current_graph_task_id()
         if call is not None and call.backward == backward:
             return call
         if (self, backward) in _OFF.get():
