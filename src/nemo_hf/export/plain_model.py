@@ -86,7 +86,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
 
 def _built(module: NeMoPreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A plain model on the meta device."""
-    with PROCESS_SETTINGS, torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         return module.config.plain_class(copy.deepcopy(config))
 
 

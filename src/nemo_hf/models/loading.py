@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
@@ -83,13 +83,7 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
     """
     most = SPARE_ENTRIES + ENTRIES_PER_TENSOR * len(weights)
     try:
-        with (
-            PROCESS_SETTINGS,
-            torch.device("meta"),
-            meta_device_safe_creation_ops(),
-            no_init_weights(),
-            _bounded_build(most),
-        ):
+        with PROCESS_SETTINGS, torch.device("meta"), meta_device_safe_creation_ops(), _bounded_build(most):
             model = make()
     except (ImportError, OSError, ValueError):
         raise

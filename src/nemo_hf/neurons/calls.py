@@ -53,8 +53,9 @@ _OFF: ContextVar[tuple[tuple["Calls", int], ...]] = ContextVar("_OFF", default=(
 class _Running(threading.local):
     """The innermost call of one parent in this thread; `is_off` says what `_OFF` does, which no compiler can read."""
 
-    call: MaskedCall | None = None
-    is_off: bool = False
+    def __init__(self) -> None:
+        self.call: MaskedCall | None = None
+        self.is_off = False
 
 
 def running_backward() -> int:
