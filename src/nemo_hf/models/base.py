@@ -252,7 +252,7 @@ class NeMoPreTrainedModel(SavedModel):
         return_dict: bool | None,
         kwargs: Mapping[str, Any],
     ) -> NeMoOutput | tuple[Any, ...]:
-        if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share one state
+        if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share hooks
             raise ValueError(
                 "Got a parent or module in nn.DataParallel; expected one process per GPU. Run: accelerate launch "
                 "--num_processes 2 your_script.py, with the number of GPUs."
