@@ -19,8 +19,8 @@ from nemo_hf import NeMoForImageClassification, NeMoModelConfig
 from nemo_hf.cli.main import main
 from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
-from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.atomic_writes import write_json
+from nemo_hf.models.attach import attach_masks
 
 # Links
 

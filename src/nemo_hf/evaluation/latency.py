@@ -4,6 +4,7 @@ import copy
 import platform
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_hf.models.base import NeMoPreTrainedModel
@@ -25,6 +27,7 @@ Runners = Mapping[str, Callable[..., Any]]
 Clock = Callable[[], float]
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_THREADS = 1
+_TIMED = threading.RLock()  # threads that take times, or change the number of torch's threads, wait for each other
 WARM_UP_RUNS = 3
 LATENCY_RUNS = 30
 FEWEST_RUNS = 5
@@ -54,14 +57,30 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
     return f"{device.type} ({name}, {threads} thread{'' if threads == 1 else 's'})"
 
 
+class _PlainAttention(TorchFunctionMode):
+    """Attention as products that a counter sees, unlike fused CPU kernels; torch's own switch acts on all threads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _NoTracker(nullcontext[None]):
+    """In place of what tells a counter the layers that run, by hooks on the models of all threads."""
+
+    parents = ("Global",)
+
+
 def count_macs(model: NeMoPreTrainedModel) -> int:
     """Multiply-accumulates of linear layers, convolutions and attention for a sample in eval mode, without masks."""
     inputs = {name: value[:1].to(model.device) for name, value in random_inputs(model).items()}
-    # The counter sees attention's products in the plain implementation, not in fused CPU kernels.
-    masks_off = nullcontext() if model.masks is None else model.masks.disabled()
-    plain_attention = sdpa_kernel(SDPBackend.MATH)
-    with as_saved(model), torch.no_grad(), masks_off, plain_attention, FlopCounterMode(display=False) as counter:
-        model.model(**inputs)
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoTracker()
+    with as_saved(model) as (saved,), torch.no_grad():
+        masks_off = nullcontext() if saved.masks is None else saved.masks.disabled()
+        with masks_off, _PlainAttention(), counter:
+            saved.model(**inputs)
     return int(counter.get_total_flops()) // 2
 
 
@@ -74,12 +93,13 @@ def measure_latency(parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel) ->
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keeps torch to one CPU thread, so that results and times do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(LATENCY_THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with _TIMED:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(LATENCY_THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @one_thread()

@@ -96,12 +96,12 @@ def calibrate_rejection(
             f"Got accepted={accepted!r}; expected a share of the module's samples in (0, 1), such as 0.95."
         )
     found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-    with as_saved(module):
+    with as_saved(module) as (saved,):
         for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
             inputs, labels = inputs_and_labels(module, batch)
             if not len(labels):
                 continue
-            found.append(energy(module(**inputs, return_dict=True).logits, module.config.has_several_labels).cpu())
+            found.append(energy(saved(**inputs, return_dict=True).logits, module.config.has_several_labels).cpu())
             owned.append(own_samples(module, labels).cpu())
     energies, is_own = torch.cat(found), torch.cat(owned)
     if not bool(is_own.any()) or bool(is_own.all()):

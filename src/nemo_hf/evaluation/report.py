@@ -130,11 +130,11 @@ def evaluate_module(
         except ValueError:  # these groups open no neuron at all
             masks["other"] = masks["empty"]
     module.to(parent.device)  # type: ignore[arg-type]
-    with as_saved(parent, module):
+    with as_saved(parent, module) as saved:
         progress = tqdm(batches, desc="Module", disable=not show_progress)
-        answers, right, energies, is_own = _collect_answers(parent, module, masks, progress)
+        answers, right, energies, is_own = _collect_answers(saved[0], saved[1], masks, progress)
         computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
-        latency = measure_latency(parent, module)
+        latency = measure_latency(*saved)
     accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
     sizes: dict[str, Any] = {}
     for prefix, model in (("", module), ("parent_", parent)):
@@ -243,7 +243,7 @@ def measure_modularity(
     """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`, about `most`."""
     opened, groups, samples = [], [], 0
     group_of_label = group_indices(parent)
-    with as_saved(parent):
+    with as_saved(parent) as (parent,):
         for batch in batches:
             if samples >= most:
                 break

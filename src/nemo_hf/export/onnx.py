@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.labels import settle_labels
+from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.models.privacy import clean
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
@@ -85,7 +87,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
     """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
 
     The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in float32.
-    A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold.
+    A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold. Torch traces
+    the model for the whole process: other threads must not call any model meanwhile, but may export too.
 
     Args:
         directory: Where to; appears whole or not at all.
@@ -106,8 +109,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         raise ImportError(
             f"Got no {' and no '.join(missing)}; expected these packages. Run: pip install 'nemo-hf[onnx]'"
         )
-    with as_saved(module):
-        exact = copy.deepcopy(module).cpu().float().eval()
+    with as_saved(module) as (saved,):
+        exact = copy.deepcopy(saved).cpu().float()
     exact.config.return_dict = True
     exact.config.output_hidden_states = exact.config.output_attentions = False  # the file has logits alone
     if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
@@ -178,11 +181,8 @@ def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Seq
     size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     options: dict[str, Any] = {"external_data": size > LARGEST_FILE, "dynamo": True, "verbose": False}
     options |= {"input_names": list(inputs), "output_names": list(outputs), "dynamic_shapes": free}
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # what it says of itself: deprecations, axis names, optional packages
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        with PROCESS_SETTINGS, _silent(), torch.no_grad():
             torch.onnx.export(module, (), path, kwargs=dict(inputs), **options)
     except Exception as error:  # the exporter raises whatever the model's code meets
         if isinstance(error, (ImportError, OSError)) or is_out_of_memory(error):
@@ -192,9 +192,20 @@ def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Seq
             f"Got a module of {module.config.base_class} that torch.onnx can't trace with free {names} "
             f"({type(error).__name__}: {first_line(error)}). {OTHER_WAYS.format('save_plain')}"
         ) from error
+    _drop_notes(path)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hides what torch.onnx says of itself: deprecations, axis names, optional packages."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logger.setLevel(level)
-    _drop_notes(path)
 
 
 def _drop_notes(path: Path) -> None:

@@ -17,7 +17,7 @@ from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, time_ru
 from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
-from nemo_hf.models.loading import hidden_progress
+from nemo_hf.models.loading import PROCESS_SETTINGS, hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -86,7 +86,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
 
 def _built(module: NeMoPreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A plain model on the meta device."""
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         return module.config.plain_class(copy.deepcopy(config))
 
 
@@ -134,7 +134,7 @@ def _filled(full: PreTrainedModel, widths: UniformWidths, state: Mapping[str, Te
     filled = dict(state)
     for name, cut in tensor_cuts(full, widths.cuts, {}).items():
         filled[name] = cut_tensor(state[name].index_select, cut)
-    with no_init_weights():
+    with PROCESS_SETTINGS, no_init_weights():
         plain: PreTrainedModel = type(full)(copy.deepcopy(widths.config)).float()
     plain.load_state_dict(filled)
     plain.tie_weights()
@@ -165,16 +165,17 @@ def compare_latency(
     can't have is left out, and so is ONNX on another device than the CPU or without its packages.
     """
     onnx.check_is_module(module)
-    runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval(), "module": module.model}
+    runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval()}
     sample = {name: value.to(module.device) for name, value in onnx.traced_inputs(module).items()}
-    with scratch_directory() as folder, torch.no_grad(), as_saved(module):
+    with scratch_directory() as folder, torch.no_grad(), as_saved(module) as (saved,):
+        runners["module"] = saved.model
         try:
-            runners["plain"] = _smallest_plain(module, None)[1].to(module.dtype)  # type: ignore[arg-type]
+            runners["plain"] = _smallest_plain(saved, None)[1].to(module.dtype)  # type: ignore[arg-type]
         except UnsupportedArchitectureError as error:
             logger.info("No plain model to time: %s", error)
         if module.device.type == "cpu":
             try:
-                onnx.export_onnx(module, folder)
+                onnx.export_onnx(saved, folder)
                 runners["onnx"] = onnx.OnnxRunner(Path(folder, onnx.ONNX_NAME), LATENCY_THREADS)
             except (UnsupportedArchitectureError, ImportError, ValueError) as error:
                 logger.info("No ONNX model to time: %s", error)

@@ -1,14 +1,15 @@
 """Base class of parents and modules: the forward pass with masks, and when measured results no longer hold."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 
 from nemo_hf.config import SHAPING_OPTIONS, NeMoConfig
@@ -25,6 +26,8 @@ from .configuration import NeMoModelConfig, task_of
 from .labels import settle_labels, task_loss
 from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
+
+_RESULTS = threading.RLock()  # held while results are compared with the weights that they belong to
 
 
 @dataclass
@@ -97,8 +100,10 @@ class NeMoPreTrainedModel(SavedModel):
             self._resize()
         else:
             self.masks = build_masks(self.sites, self.nemo_config, untied_parameters(self.model), len(config.groups))
-        with nullcontext() if base_model is None else no_init_weights():
-            self.post_init()
+        if base_model is not None:  # has its weights; transformers' own switch would act on all threads
+            self.__dict__["init_weights"] = lambda: None
+        self.post_init()
+        self.__dict__.pop("init_weights", None)
         if self.masks is not None:
             self.masks.attach(self.model)
 
@@ -120,26 +125,28 @@ class NeMoPreTrainedModel(SavedModel):
         pass in training mode, hashes taken before it are compared too. Conversions to another device or precision
         don't count as changes. A module whose weights were changed counts as tuned.
         """
-        tensors = [tensor for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
-        versions = [tensor._version for tensor in tensors]
-        is_changed = self._weight_versions not in (None, versions)
-        if is_changed or (self._weight_hashes is not None and self._weight_hashes != _hashes(tensors)):
-            self._report = self.config.rejection = None
-            if not self.is_parent:
-                self.config.equivalence, self.config.is_tuned = None, True
-        self._weight_versions, self._weight_hashes = versions, None
+        with _RESULTS:
+            tensors = [tensor for tensor in self.state_dict(keep_vars=True).values() if not tensor.is_inference()]
+            versions = [tensor._version for tensor in tensors]
+            is_changed = self._weight_versions not in (None, versions)
+            if is_changed or (self._weight_hashes is not None and self._weight_hashes != _hashes(tensors)):
+                self._report = self.config.rejection = None
+                if not self.is_parent:
+                    self.config.equivalence, self.config.is_tuned = None, True
+            self._weight_versions, self._weight_hashes = versions, None
 
     def _watch_weights(self) -> None:
         """Keeps results and weights together in a forward pass: looks for changes, or prepares to see them."""
         has_results = self._report or self.config.rejection or not (self.is_parent or self.config.is_tuned)
         if not has_results or torch.compiler.is_compiling():
             return
-        if not (self.training and torch.is_grad_enabled()):
-            if self.config.rejection:
+        with _RESULTS:
+            if not (self.training and torch.is_grad_enabled()):
+                if self.config.rejection:
+                    self.drop_stale_results()
+            elif self._weight_hashes is None:
                 self.drop_stale_results()
-        elif self._weight_hashes is None:
-            self.drop_stale_results()
-            self._weight_hashes = _hashes(self.state_dict(keep_vars=True).values())
+                self._weight_hashes = _hashes(self.state_dict(keep_vars=True).values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the version counters out: those of a copy's tensors start anew."""
@@ -156,6 +163,16 @@ class NeMoPreTrainedModel(SavedModel):
                 "checkpointing. Pass use_reentrant=False."
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        if self.masks is not None:
+            gradient_checkpointing_func = partial(self.masks.calls.checkpointed, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     def _resize(self) -> None:
         entries = {entry["key"]: entry for entry in self.config.sites or []}
@@ -265,7 +282,7 @@ class NeMoPreTrainedModel(SavedModel):
                 )
         self.nemo_config = nemo_config
         self.config.nemo_config = nemo_config.to_dict()
-        self.parent_masks().state.detaches_pooled = nemo_config.detach_pooled
+        self.parent_masks().detaches_pooled = nemo_config.detach_pooled
 
     def detach_masks(self) -> PreTrainedModel:
         """Removes the masks of a parent and returns the plain model, with the weights that it has now."""
@@ -300,7 +317,7 @@ class NeMoPreTrainedModel(SavedModel):
         return_dict: bool | None,
         kwargs: Mapping[str, Any],
     ) -> NeMoOutput | tuple[Any, ...]:
-        if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share one state
+        if getattr(self, "_is_replica", False):  # what nn.DataParallel makes; they would share hooks
             raise ValueError(
                 "Got a parent or module in nn.DataParallel; expected one process per GPU. Run: accelerate launch "
                 "--num_processes 2 your_script.py, with the number of GPUs."
@@ -339,9 +356,8 @@ class NeMoPreTrainedModel(SavedModel):
         for name in [name for name in outputs if name.endswith(("_hidden_states", "_attentions"))]:
             result[name] = outputs[name]
         result.neuron_masks = masks or None
-        if self.config.rejection:
-            energies = energy(outputs.logits, self.config.has_several_labels)
-            result.rejection_scores = rejection_scores(energies, self.config.rejection)
+        if fit := self.config.rejection:  # read once: another thread may find that it is stale
+            result.rejection_scores = rejection_scores(energy(outputs.logits, self.config.has_several_labels), fit)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

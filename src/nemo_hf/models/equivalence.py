@@ -6,16 +6,18 @@ stream its width. Families in which one of these fails would fail silently, so e
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
+from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, evaluating, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .base import NeMoPreTrainedModel
+from .loading import PROCESS_SETTINGS
 
 EQUIVALENCE_TOLERANCE = 1e-5
 EFFECT_FACTOR = 100
@@ -92,33 +94,46 @@ def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> 
     return logits
 
 
-@contextmanager
-def as_saved(*models: NeMoPreTrainedModel) -> Iterator[None]:
-    """Lets models run as they would when loaded: in eval mode, in the precision of their weights."""
-    training = [model.training for model in models]
+def _sharing_copy(model: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
+    """A copy that shares all tensors, and has no autocast around its forward."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = memo[id(model)] = copy.copy(model)
     # Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
-    wrapped = [model.__dict__.pop("forward", None) for model in models]
-    try:
+    copied.__dict__.pop("forward", None)
+    copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(copied).items()})
+    return copied
+
+
+@contextmanager
+def as_saved(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
+    """Yields models as they would be when loaded: in eval mode, in the precision of their weights.
+
+    One that is not yet so is copied, without its tensors, as other threads may call it meanwhile; a sharded model
+    (FSDP2), which can't be copied, is changed and restored.
+    """
+    with ExitStack() as stack:
+        ready = []
         for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, was_training, forward in zip(models, training, wrapped, strict=True):
-            model.train(was_training)
-            if forward is not None:
-                model.__dict__["forward"] = forward
+            is_ready = "forward" not in model.__dict__ and not any(layer.training for layer in model.modules())
+            if not is_ready and hasattr(type(model), "__deepcopy__"):
+                stack.enter_context(evaluating(model))
+                if (forward := model.__dict__.pop("forward", None)) is not None:
+                    stack.callback(model.__dict__.update, forward=forward)
+                is_ready = True
+            ready.append(model if is_ready else _sharing_copy(model).eval())
+        yield ready
 
 
 @contextmanager
 def exact_float32(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]]:
     """Yields models as saved, in float32 (copies, if they have another dtype), with TF32 off."""
-    precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with as_saved(*models):
-            yield [model if model.dtype == torch.float32 else copy.deepcopy(model).float() for model in models]
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
+    with PROCESS_SETTINGS, as_saved(*models) as ready:
+        precision = torch.get_float32_matmul_precision()
+        convolutions = torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield [model if model.dtype == torch.float32 else copy.deepcopy(model).float() for model in ready]
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = convolutions

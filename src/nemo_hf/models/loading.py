@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
@@ -25,6 +25,8 @@ from .weight_files import WeightFiles, other_shape, other_tensors
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
 SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 6
+# Held while a thread changes what all threads share: how transformers and torch build models, progress bars, precision.
+PROCESS_SETTINGS = threading.RLock()
 
 
 def open_model(
@@ -77,7 +79,9 @@ def _bounded_build(most: int) -> Iterator[None]:
 
     def register(module: nn.Module, name: str, entry: Any) -> None:
         nonlocal count
-        count += threading.get_ident() == thread
+        if threading.get_ident() != thread:
+            return
+        count += 1
         if count > most:
             raise damaged(f"a config.json of over {most} layers and parameters", "about those in its weight files")
 
@@ -96,7 +100,7 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
     """
     most = SPARE_ENTRIES + ENTRIES_PER_TENSOR * len(weights)
     try:
-        with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), _bounded_build(most):
+        with PROCESS_SETTINGS, torch.device("meta"), meta_device_safe_creation_ops(), _bounded_build(most):
             model = make()
     except (ImportError, MemoryError, OSError, ValueError):
         raise
@@ -165,10 +169,11 @@ def check_loaded(source: str, info: Mapping[str, Any]) -> None:
 @contextmanager
 def hidden_progress() -> Iterator[None]:
     """Hides the progress bar of loading, for weights that are in memory."""
-    shows = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shows:
-            transformers_logging.enable_progress_bar()
+    with PROCESS_SETTINGS:
+        shows = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shows:
+                transformers_logging.enable_progress_bar()

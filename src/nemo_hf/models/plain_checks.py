@@ -22,6 +22,7 @@ from nemo_hf.neurons.trial_calls import evaluating, on_device
 from .base import NeMoPreTrainedModel
 from .configuration import SEVERAL_LABELS, find_base_class, task_of
 from .label_options import check_label_ids
+from .loading import PROCESS_SETTINGS
 
 OLD_NORMS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # of torch.nn.utils
 MOST_NAMED = 3
@@ -110,7 +111,7 @@ def _check_memory(model: PreTrainedModel) -> None:
 
 def check_built(model: PreTrainedModel) -> None:
     """Refuses a model with other layers or tensors than its configuration builds; says how to get the plain ones."""
-    with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
+    with PROCESS_SETTINGS, torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
         built = type(model)(copy.deepcopy(model.config))
     built.tie_weights()
     # Quantized layers keep other things than tensors in their state, which have no shape.
@@ -135,7 +136,7 @@ def check_built(model: PreTrainedModel) -> None:
 
 def check_computed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     """Refuses a model that computes something else than one of the same configuration and weights."""
-    with no_init_weights():
+    with PROCESS_SETTINGS, no_init_weights():
         built = type(model)(copy.deepcopy(model.config))
     built.load_state_dict(model.state_dict(), assign=True)
     built.tie_weights()

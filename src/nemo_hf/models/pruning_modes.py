@@ -56,6 +56,8 @@ def make_parent(
 ) -> NeMoPreTrainedModel:
     """Attaches masks to a plain model and finds, by random trial cuts, the pruning modes that are exact.
 
+    No other thread may use the plain model meanwhile.
+
     Args:
         model: A classification model of `transformers`; it becomes part of the parent.
         nemo_config: The options; `None` takes the defaults.

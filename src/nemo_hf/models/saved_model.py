@@ -18,7 +18,7 @@ from .config_checks import REMEDY, check_companion_files, check_companions, chec
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, clean_companion, read_companions, recorded_names
 from .load_options import open_configured
-from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values
+from .loading import HUB_OPTIONS, PROCESS_SETTINGS, build_on_meta, check_labels, check_loaded, check_values
 from .privacy import clean, hub_name
 from .save_identity import load_whole, own_report, write_identity
 
@@ -149,7 +149,8 @@ class SavedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # check_loaded names them; transformers alone would draw them anew
         try:
-            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            with PROCESS_SETTINGS:
+                loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise damaged(f"truncated weights in {str(source)!r} ({error})", "safetensors", OSError) from error
         model, info = loaded

@@ -1,8 +1,6 @@
 """The masks of one neuron site: the network that makes them, and the hooks that apply them to a model's layers."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .calls import Calls, MaskedCall
 from .masked_products import ReplacedForward, apply_mask, expand_mask, is_replaceable, masked_linear
 from .sites import NeuronSite, Rows, neuron_dim
 
 MASK_BIAS = 1.0  # at the start: tanh(1) = .76, so that every neuron is open and can still close
 HookHandle = torch.utils.hooks.RemovableHandle | ReplacedForward
-
-FrameMask = Callable[[int, Tensor], Tensor]  # makes an attention mask of samples one of so many frames
 
 
 class MaskGenerator(nn.Module):
@@ -46,39 +43,6 @@ class MaskGenerator(nn.Module):
             return F.linear(hidden, self.up.weight.float(), self.up.bias.float()).tanh().relu()
 
 
-@dataclass(eq=False)
-class CallState:
-    """What the masks of one forward call depend on, until the next call: checkpointing replays layers in between."""
-
-    is_hard: bool = True
-    detaches_pooled: bool = True
-    is_enabled: bool = True
-    batch_size: int = 0
-    attention_mask: Tensor | None = None
-    frame_mask: FrameMask | None = None
-    static_masks: Mapping[str, Tensor] | None = None
-    static_samples: Tensor | None = None
-    collected: dict[str, list[Tensor]] | None = None  # `None` after the call, so that replays add nothing
-    current: dict[str, Tensor] = field(default_factory=dict)
-
-    def check_is_open(self) -> None:
-        """Refuses layers that run outside a call, where the state is that of an older one."""
-        if self.collected is not None:
-            return
-        # The id of the running backward pass, as torch's own checkpointing reads it; -1 if there is none.
-        if torch._C._current_graph_task_id() == -1:
-            raise RuntimeError(
-                "Got a call of the base model inside a parent; expected one of the parent, which sets the masks. "
-                "Call parent(...), or run parent.model within `parent.masks.disabled()`."
-            )
-        # A replay: drop its last mask when the backward pass ends, lest it keep a graph alive.
-        torch.autograd.Variable._execution_engine.queue_callback(self.current.clear)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CallState":
-        # A call's tensors belong to the graph of the model that made them, not to its copy.
-        return CallState(self.is_hard, self.detaches_pooled, self.is_enabled)
-
-
 class SiteMask(nn.Module):
     """Relevance and hooks of one site; the hooks are bound methods, so that those of a deep copy use the copy."""
 
@@ -88,7 +52,7 @@ class SiteMask(nn.Module):
     def __init__(self, site: NeuronSite, groups: int, keeps_mean: bool) -> None:
         super().__init__()
         self.site = site
-        self.state = CallState()
+        self.calls = Calls()
         # uint8, since a cast of the model to another dtype would change a float buffer
         self.register_buffer("relevance", torch.full((groups, site.neurons), 255, dtype=torch.uint8))
         # Of each group, for modules of soft masks.
@@ -115,7 +79,7 @@ class SiteMask(nn.Module):
         self, rows: Rows, part: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
         """Forward hook: multiplies those outputs of a layer that are the queries, keys, values or units of the site."""
-        mask = self._current_for(output)
+        mask = self._current_for(self.calls.get(), output)
         return None if mask is None else apply_mask(output, rows.spread(self.site.part_mask(part, mask)))
 
     def mask_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -133,57 +97,45 @@ class SiteMask(nn.Module):
 
     def _read_mask(self, hidden_states: Tensor, dim: int) -> Tensor | None:
         """Returns the mask of what a layer reads; `None` if it is to be read as it is."""
-        mask = self._current_for(hidden_states)
+        call = self.calls.get()
+        call.mark(self.calls, hidden_states)
+        mask = self._current_for(call, hidden_states)
         return None if mask is None else self.site.read_mask(mask)
 
-    def _current_for(self, hidden_states: Tensor) -> Tensor | None:
-        return self._current() if self.state.is_enabled and not self._is_shared(hidden_states) else None
+    def _current_for(self, call: MaskedCall, hidden_states: Tensor) -> Tensor | None:
+        return self._current(call) if call.is_enabled and not self._is_shared(call, hidden_states) else None
 
-    def _current(self) -> Tensor | None:
-        """Returns the mask of the running call, (batch, neurons), or `None` if all neurons are open."""
+    def _current(self, call: MaskedCall) -> Tensor | None:
+        """Returns the mask of a call, (batch, neurons), or `None` if all neurons are open."""
         raise NotImplementedError
 
-    def _is_shared(self, hidden_states: Tensor) -> bool:
+    @staticmethod
+    def _is_shared(call: MaskedCall, hidden_states: Tensor) -> bool:
         """Whether a tensor belongs to no sample, as relative positions do, which a layer projects as well."""
-        return hidden_states.shape[0] % self.state.batch_size != 0
+        return hidden_states.shape[0] % call.batch_size != 0
 
-    def _collect(self, mask: Tensor) -> None:
-        if self.state.collected is not None:
-            self.state.collected.setdefault(self.site.key, []).append(mask)
+    def _collect(self, call: MaskedCall, mask: Tensor) -> None:
+        if call.collected is not None:
+            call.collected.setdefault(self.site.key, []).append(mask)
 
-    def _with_static(self, mask: Tensor) -> Tensor:
+    def _with_static(self, call: MaskedCall, mask: Tensor) -> Tensor:
         """Replaces a (batch, neurons) mask by the call's static one, for those samples that it is for."""
-        static, samples = self.state.static_masks, self.state.static_samples
+        static, samples = call.static_masks, call.static_samples
         if static is None:
             return mask
         chosen = torch.ones_like(mask[:, :1], dtype=torch.bool) if samples is None else samples[:, None]
         return torch.where(chosen.to(mask.device), static[self.site.key].to(mask), mask)
 
-    def _pool(self, hidden_states: Tensor) -> Tensor:
+    @staticmethod
+    def _pool(call: MaskedCall, hidden_states: Tensor) -> Tensor:
         """Mean over a sample's tokens: (batch, tokens, features), or windows of them, to (batch, features)."""
-        tokens = hidden_states.reshape(self.state.batch_size, -1, hidden_states.shape[-1])
-        if self.state.attention_mask is None:
+        tokens = hidden_states.reshape(call.batch_size, -1, hidden_states.shape[-1])
+        if call.attention_mask is None:
             return tokens.mean(1, dtype=torch.float32)
-        admitted = self._fit_attention_mask(self.state.attention_mask, tokens.shape[1]).float()
+        admitted = _fit_attention_mask(call, call.attention_mask, tokens.shape[1]).float()
         with torch.autocast(tokens.device.type, enabled=False):  # a sum of many tokens needs float32
             total = (admitted[:, None] @ tokens.float()).squeeze(1)
         return total / admitted.sum(1, keepdim=True).clamp(min=1)
-
-    def _fit_attention_mask(self, attention_mask: Tensor, tokens: int) -> Tensor:
-        """Turns an attention mask into one of another number of tokens: (batch, tokens)."""
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"Got an attention mask of shape {tuple(attention_mask.shape)}; expected (batch, tokens), since "
-                "padding must not change the masks. Pass the tokenizer's own attention mask."
-            )
-        if attention_mask.shape[1] != tokens and self.state.frame_mask is not None:
-            attention_mask = self.state.frame_mask(tokens, attention_mask)
-        given = attention_mask.shape[1]
-        if given < tokens:  # the model itself padded the sequence, or appended tokens that are not text
-            return F.pad(attention_mask, (0, tokens - given))
-        # A sequence that the model shortened: each token stands for given / tokens of those before.
-        places = torch.arange(tokens, device=attention_mask.device) * given // tokens
-        return attention_mask if given == tokens else attention_mask.index_select(1, places)
 
 
 class GeneratedMask(SiteMask):
@@ -202,51 +154,71 @@ class GeneratedMask(SiteMask):
 
     def pool_input(self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: makes the call's mask from a layer's first input."""
-        if self.state.is_enabled:
+        call = self.calls.get()
+        if call.is_enabled:
             given = inputs[0] if inputs else kwargs[next(iter(inspect.signature(layer.forward).parameters))]
             features = self.site.in_features
             if neuron_dim(layer) == 1 or given.shape[-1] != features:  # images (batch, channels, ...), or flattened
                 given = given.reshape(len(given), features, -1).mT
-            self._make_mask(given)
+            self._make_mask(call, given)
 
     def pool_output(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook: makes the call's mask from a layer's (first) output."""
-        if self.state.is_enabled:
-            self._make_mask(output[0] if isinstance(output, tuple) else output)
+        call = self.calls.get()
+        if call.is_enabled:
+            self._make_mask(call, output[0] if isinstance(output, tuple) else output)
 
-    def _make_mask(self, hidden_states: Tensor) -> None:
-        self.state.check_is_open()
-        if self._is_shared(hidden_states):
+    def _make_mask(self, call: MaskedCall, hidden_states: Tensor) -> None:
+        if self._is_shared(call, hidden_states):
             return
-        pooled = self._pool(hidden_states)
-        mask = self.generator(pooled.detach() if self.state.detaches_pooled else pooled)
-        self._collect(mask)
-        if self.state.is_hard:
+        pooled = self._pool(call, hidden_states)
+        mask = self.generator(pooled.detach() if call.detaches_pooled else pooled)
+        call.mark(self.calls, mask)
+        self._collect(call, mask)
+        if call.is_hard:
             # Forward 1[m > 0], backward the gradient of m; the difference is taken first, so that it is 0.
             mask = (mask > 0).float() + (mask - mask.detach())
         # The generator runs for static masks too: parameters without a gradient would stop DDP.
-        self.state.current[self.site.key] = self._with_static(mask)
+        call.current[self.site.key] = self._with_static(call, mask)
 
-    def _current(self) -> Tensor:
-        if self.site.key not in self.state.current:
+    def _current(self, call: MaskedCall) -> Tensor:
+        if self.site.key not in call.current:
             raise RuntimeError(
                 f"Got a call of a layer of the site {self.site.key!r} before its input {self.site.pooled!r} was seen. "
                 "Name another `pooled` layer in NeMoConfig(sites=[...]), or leave the site out."
             )
-        return self.state.current[self.site.key]
+        return call.current[self.site.key]
 
 
 class ActivityMask(SiteMask):
     """Collects the mean activity of rectified units, as MODA (arXiv 2411.01074) does; static masks alone close them."""
 
     def _read_mask(self, hidden_states: Tensor, dim: int) -> Tensor | None:
-        if self.state.is_enabled and not self._is_shared(hidden_states):
-            self.state.check_is_open()
+        call = self.calls.get()
+        if call.is_enabled and not self._is_shared(call, hidden_states):
             magnitudes = hidden_states.abs() if dim == -1 else hidden_states.abs().flatten(2).mT
-            self._collect(self._pool(magnitudes).unflatten(-1, (self.site.neurons, -1)).mean(-1))
+            activity = self._pool(call, magnitudes).unflatten(-1, (self.site.neurons, -1)).mean(-1)
+            self._collect(call, activity)
         return super()._read_mask(hidden_states, dim)
 
-    def _current(self) -> Tensor | None:
-        if self.state.static_masks is None:
+    def _current(self, call: MaskedCall) -> Tensor | None:
+        if call.static_masks is None:
             return None
-        return self._with_static(torch.ones(self.state.batch_size, self.site.neurons, device=self.relevance.device))
+        return self._with_static(call, torch.ones(call.batch_size, self.site.neurons, device=self.relevance.device))
+
+
+def _fit_attention_mask(call: MaskedCall, attention_mask: Tensor, tokens: int) -> Tensor:
+    """Turns an attention mask into one of another number of tokens: (batch, tokens)."""
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"Got an attention mask of shape {tuple(attention_mask.shape)}; expected (batch, tokens), since "
+            "padding must not change the masks. Pass the tokenizer's own attention mask."
+        )
+    if attention_mask.shape[1] != tokens and call.frame_mask is not None:
+        attention_mask = call.frame_mask(tokens, attention_mask)
+    given = attention_mask.shape[1]
+    if given < tokens:  # the model itself padded the sequence, or appended tokens that are not text
+        return F.pad(attention_mask, (0, tokens - given))
+    # A sequence that the model shortened: each token stands for given / tokens of those before.
+    places = torch.arange(tokens, device=attention_mask.device) * given // tokens
+    return attention_mask if given == tokens else attention_mask.index_select(1, places)

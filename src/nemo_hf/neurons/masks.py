@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import NeMoConfig
 
-from .mask_hooks import ActivityMask, CallState, FrameMask, GeneratedMask, HookHandle, SiteMask
+from .calls import Calls, FrameMask, MaskedCall, running_backward
+from .mask_hooks import ActivityMask, GeneratedMask, HookHandle, SiteMask
 from .sites import NeuronSite
 
 LARGEST_RANK = 64
@@ -17,18 +18,19 @@ LEVEL_SCALE = 1e6  # the logarithm of the sparsity factor is stored in millionth
 
 
 class NeuronMasks(nn.ModuleList):
-    """The masks of all sites of a model, in site order, with one shared call state."""
+    """The masks of all sites of a model, in site order; threads may call the model at the same time."""
 
     sparsity_level: Tensor
 
     def __init__(self, masks: Iterable[SiteMask], is_hard: bool, detaches_pooled: bool = True) -> None:
         super().__init__(masks)
-        self.state = CallState(is_hard, detaches_pooled)
+        self.is_hard, self.detaches_pooled = is_hard, detaches_pooled
+        self.calls = Calls()
         # An integer, since a cast of the model to another dtype would change a float buffer.
         self.register_buffer("sparsity_level", torch.zeros((), dtype=torch.int64))
         self._handles: list[HookHandle] = []
         for mask in self.site_masks():
-            mask.state = self.state
+            mask.calls = self.calls
 
     @property
     def sparsity_factor(self) -> Tensor:
@@ -57,12 +59,9 @@ class NeuronMasks(nn.ModuleList):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Lets the model run as if no masks were attached."""
-        before, self.state.is_enabled = self.state.is_enabled, False
-        try:
+        """Lets the model run as if no masks were attached, in this thread or asyncio task; others keep theirs."""
+        with self.calls.off():
             yield
-        finally:
-            self.state.is_enabled = before
 
     @contextmanager
     def call(
@@ -73,8 +72,7 @@ class NeuronMasks(nn.ModuleList):
         static_samples: Tensor | None,
         frame_mask: FrameMask | None = None,
     ) -> Iterator[dict[str, list[Tensor]]]:
-        """Sets the state of one forward call, and yields its soft masks: by site, one (batch, neurons) a call."""
-        state = self.state
+        """Opens one forward call in this thread, and yields its soft masks: by site, one (batch, neurons) a call."""
         for mask in self.site_masks() if static_masks is not None else ():
             static = static_masks.get(mask.site.key) if static_masks else None
             if static is None or static.shape[-1] != mask.site.neurons:
@@ -83,15 +81,21 @@ class NeuronMasks(nn.ModuleList):
                     f"Got {got} for {mask.site.key!r}; expected one of {mask.site.neurons} neurons, for each of the "
                     f"{len(self)} sites. Start from parent.masks.open_masks()."
                 )
-        state.batch_size, state.attention_mask, state.frame_mask = batch_size, attention_mask, frame_mask
-        state.static_masks, state.static_samples = static_masks, static_samples
         collected: dict[str, list[Tensor]] = {}
-        state.collected = collected
-        try:
+        call = MaskedCall(
+            batch_size,
+            attention_mask,
+            frame_mask,
+            static_masks,
+            static_samples,
+            self.is_hard,
+            self.detaches_pooled,
+            not self.calls.is_off(),
+            collected,
+            backward=running_backward(),
+        )
+        with self.calls.entered(call):
             yield collected
-        finally:
-            state.collected = None
-            state.current.clear()
 
     def relevance(self) -> dict[str, Tensor]:
         """Returns site key to relevance, uint8, shape (groups, neurons): round(255 f)."""

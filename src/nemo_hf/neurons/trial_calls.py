@@ -20,14 +20,15 @@ RUN_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError
 
 @contextmanager
 def evaluating(model: PreTrainedModel, handles: Sequence[RemovableHandle] = ()) -> Iterator[None]:
-    """Puts a model into eval mode without gradients; afterwards it has its mode again, and the hooks are removed."""
-    was_training = model.training
+    """Puts a model into eval mode without gradients; afterwards layers have their modes again, and lose the hooks."""
+    training = [layer for layer in model.modules() if layer.training]
     try:
         with torch.no_grad():
             model.eval()
             yield
     finally:
-        model.train(was_training)
+        for layer in training:  # these alone: others may have been frozen
+            layer.training = True
         for handle in handles:
             handle.remove()
 

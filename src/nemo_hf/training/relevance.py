@@ -14,6 +14,7 @@ from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.labels import group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
+from nemo_hf.neurons.trial_calls import evaluating
 from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
 
 from .distributed import in_step, is_sharded, raise_together
@@ -168,6 +169,8 @@ def compute_relevance(
 ) -> None:
     """Replaces a parent's relevance by the exact one, counted over a data set in eval mode.
 
+    Other threads may classify with the parent meanwhile, but not train it or cut modules out of it.
+
     Args:
         parent: The parent; its masks' `relevance` is written. Its report is dropped: it was measured before.
         batches: Batches of model inputs with `labels`, of the training data without augmentation.
@@ -181,11 +184,9 @@ def compute_relevance(
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
     counts = OpenCounts(parent.masks, group_indices(parent))
-    was_training = parent.training
-    parent.eval()
     failed: Exception | None = None
     try:
-        with torch.no_grad():
+        with evaluating(parent):
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
                 inputs, labels = inputs_and_labels(parent, batch, keeps_all=True)
@@ -196,8 +197,6 @@ def compute_relevance(
         if accelerator is None or is_sharded(parent):
             raise
         failed = error
-    finally:
-        parent.train(was_training)
     if accelerator is not None:
         raise_together(failed, accelerator)  # or the other processes would wait for this one for ever
         counts.reduce(accelerator)
