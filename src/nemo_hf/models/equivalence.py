@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .base import NeMoPreTrainedModel
+from .finiteness import check_outputs
 
 EQUIVALENCE_TOLERANCE = 1e-5
 EFFECT_FACTOR = 100
@@ -47,7 +48,7 @@ def check_equivalence(
     """Compares a module's logits with the parent's under the module's static mask, in float32 and eval mode, TF32 off.
 
     `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
-    Logits that differ by more than the tolerance are an `EquivalenceError`.
+    Logits that differ by more than the tolerance, or are not finite, are an `EquivalenceError`.
     """
     inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     assert parent.masks is not None
@@ -55,14 +56,16 @@ def check_equivalence(
         batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
         batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
         opened = exact_parent(**batch, static_masks=parent.masks.open_masks()).logits[:, module.config.label_ids]
-        whole = exact_parent(**batch, static_masks=static).logits
-        expected = whole[:, module.config.label_ids]
+        expected = exact_parent(**batch, static_masks=static).logits[:, module.config.label_ids]
         got = exact_module(**batch).logits
     difference = (got - expected).abs().max().item()
-    # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
-    tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())
+    tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
     effect = (opened - expected).abs().max().item()
     if not difference <= tolerance:  # also when it is not a number
+        try:
+            check_outputs(exact_parent, batch, expected, list(module.config.names.values()))
+        except ValueError as error:
+            raise EquivalenceError(str(error)) from error
         raise EquivalenceError(
             f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
             f"{difference:.2e}; expected at most {tolerance:.2e}. This architecture can't be cut exactly here: mask "

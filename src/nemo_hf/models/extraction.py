@@ -22,6 +22,7 @@ from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
 from .files import hub_name, read_companions
+from .finiteness import check_finite
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress, open_model
 from .weight_files import WeightFiles
 
@@ -116,6 +117,7 @@ def extract_module(
 ) -> Model:
     """Does what `NeMoClassifier.extract_module` says, as a function of the parent."""
     source, state = CutSource.of_parent(parent), parent.model.state_dict()
+    check_finite(parent)
     plan = make_plan(source, labels, threshold, round_to)
     module = build_module(type(parent), source, plan, partial(read_tensor, state))
     module.to(parent.device)  # type: ignore[arg-type]
@@ -224,6 +226,7 @@ def cut_on_load(
     _restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
     if (dtype := kwargs.get("dtype")) not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    check_finite(module)
     return module
 
 

@@ -23,6 +23,7 @@ from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_mod
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions
 from nemo_hf.models.configuration import SEVERAL_LABELS
+from nemo_hf.models.finiteness import check_finite, check_training
 from nemo_hf.models.labels import group_indices, sample_groups, shares_group
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
@@ -58,6 +59,7 @@ class _TrainingStart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
+        check_finite(self.trainer.parent)
         parent, data = self.trainer.parent, self.trainer._training_data
         base_model = (parent.config.training or {}).get("base_model") or parent.model.name_or_path
         parent.config.training = training_record(args, base_model, len(data) if hasattr(data, "__len__") else None)
@@ -223,6 +225,7 @@ class NeMoTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = distributed.whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_finite(self.parent)
         self.update_relevance()
         warn_of_one_core(self._masks, self.nemo_config)
         return result
@@ -353,6 +356,7 @@ class NeMoTrainer(Trainer):
                 logs[name] = round(self._mean_over_processes(total / self._run.steps).item(), 6)
             logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
             self._run.sums, self._run.steps = {}, 0
+            check_training(self.parent, logs)
         super().log(logs, start_time)
 
     def update_relevance(self) -> None:
@@ -364,6 +368,7 @@ class NeMoTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluates as `Trainer` does; the parent's report keeps the metrics of all data sets until it trains on."""
+        check_finite(self.parent)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._report(metrics)
         return metrics
