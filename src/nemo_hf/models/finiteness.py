@@ -11,7 +11,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3
-HALF = (torch.float16, torch.bfloat16)
+LOAD_WIDER = "Load it with dtype=torch.float32."
 RETRAIN = (
     "Go back to weights from before; then look for NaN among the training data, lower learning_rate, or train in "
     "bfloat16 or float32 in place of float16."
@@ -42,13 +42,18 @@ def infinite_tensors(model: nn.Module, state: Mapping[str, Any] | None = None) -
     return found
 
 
-def check_finite(model: nn.Module, remedy: str = RETRAIN, state: Mapping[str, Any] | None = None) -> None:
-    """Refuses weights that are NaN or infinite with a `ValueError` that names them; `state` as `infinite_tensors`."""
+def check_finite(model: nn.Module, state: Mapping[str, Any] | None = None, also: str = "") -> None:
+    """Refuses weights that are NaN or infinite with a `ValueError` that names them; `also` ends its message."""
     if names := infinite_tensors(model, state):
+        remedy = LOAD_WIDER if _dtype(model) == torch.float16 else RETRAIN
         raise ValueError(
             f"Got NaN or infinite numbers in {len(names)} of the {len(model.state_dict())} weights and buffers of a "
-            f"{type(model).__name__}, {_listed(names)}; expected finite ones. {remedy}"
+            f"{type(model).__name__}, {_listed(names)}; expected finite ones. {remedy}{also}"
         )
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def _listed(names: Sequence[Any]) -> str:
@@ -93,14 +98,14 @@ def check_outputs(
     what = f"logits of {_listed(list(dict.fromkeys(names)))}" if names else "masks"
     got = f"NaN or infinite {what} for the samples {samples} (counted from 0)"
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    strange = [n for n, v in given.items() if len(v) == len(logits) and not bool(v[wrong].isfinite().all())]
+    strange = [n for n, v in given.items() if v.ndim and len(v) == len(logits) and not bool(v[wrong].isfinite().all())]
     if strange:
         raise ValueError(
             f"Got {got}, whose {' and '.join(strange)} are not finite either; expected finite numbers. Leave these "
             "samples out, or correct them."
         )
-    is_half = next((p.dtype for p in model.parameters() if p.is_floating_point()), logits.dtype) in HALF
-    remedy = "Load it with dtype=torch.float32." if is_half else "Scale these inputs as in training, or leave them out."
+    is_half = _dtype(model) in (torch.float16, torch.bfloat16)
+    remedy = LOAD_WIDER if is_half else "Scale these inputs as in training, or leave them out."
     raise ValueError(
         f"Got {got}, from finite weights and inputs, so a number grew too large for {logits.dtype} on the way; "
         f"expected finite ones. {remedy}"

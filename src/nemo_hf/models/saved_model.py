@@ -12,13 +12,13 @@ from transformers.utils.hub import resolve_revision
 from .config_checks import damaged
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, read_companions, recorded_names, replaced_directory, write_json
-from .finiteness import RETRAIN, check_finite
+from .finiteness import check_finite
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_loaded, check_values, open_model
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
-# A checkpoint that nobody can use would drive out those that `save_total_limit` keeps.
-FINITE_TO_SAVE = f"{RETRAIN} To look into these weights, write them with torch.save(model.state_dict(), path)."
+# Saved all the same, a checkpoint of NaN would drive out the good ones that `save_total_limit` keeps.
+KEEP_OTHERWISE = " To look into these weights, write them with torch.save(model.state_dict(), path)."
 
 
 class SavedModel(PreTrainedModel):
@@ -52,7 +52,7 @@ class SavedModel(PreTrainedModel):
                 loads its best model by the names that the weights have in memory.
         """
         self._prepare_to_save()
-        check_finite(self, FINITE_TO_SAVE, kwargs.get("state_dict"))
+        check_finite(self, kwargs.get("state_dict"), also=KEEP_OTHERWISE)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
