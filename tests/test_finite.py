@@ -305,7 +305,5 @@ def test_rejection_scores_of_an_onnx_file_are_compared_however_large_logits_are(
     error = 0.0
     assert module.export_onnx(tmp_path / "onnx").difference == 0
     error = 0.01
-    with pytest.raises(
-        UnsupportedArchitectureError, match="whose rejection_scores differ from the module's by 1.00e-02"
-    ):
+    with pytest.raises(UnsupportedArchitectureError, match=r"whose rejection_scores differ .* by 1\.00e-02;"):
         module.export_onnx(tmp_path / "wrong")
