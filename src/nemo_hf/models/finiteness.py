@@ -32,7 +32,7 @@ def infinite_tensors(model: nn.Module, state: Mapping[str, Any] | None = None) -
         by_device.setdefault(value.device, []).append(name)
     suspects: list[str] = []
     for names in by_device.values():  # a sum is quick, and finite only if all numbers are; the reverse may not hold
-        finite = torch.stack([floats[name].sum().isfinite() for name in names]).tolist()
+        finite = torch.stack([floats[name].sum() for name in names]).isfinite().tolist()
         suspects += [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     found = []
     for name in suspects:
