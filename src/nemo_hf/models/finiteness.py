@@ -105,7 +105,7 @@ def check_outputs(
             "samples out, or correct them."
         )
     is_half = _dtype(model) in (torch.float16, torch.bfloat16)
-    remedy = LOAD_WIDER if is_half else "Scale these inputs as in training, or leave them out."
+    remedy = LOAD_WIDER if is_half else "Scale these inputs as in training, or look for huge weights."
     raise ValueError(
         f"Got {got}, from finite weights and inputs, so a number grew too large for {logits.dtype} on the way; "
         f"expected finite ones. {remedy}"
