@@ -32,6 +32,7 @@ from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, c
 from nemo_hf.evaluation.report import evaluate_module
 from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
+from nemo_hf.models.equivalence import EquivalenceError
 from nemo_hf.models.finiteness import infinite_tensors
 
 SECONDS, MEMORY = 20, 4 * 2**30  # of processor time, and bytes of address space beyond those of the start
@@ -40,12 +41,11 @@ OWN = {"vit": NeMoForImageClassification, "bert": NeMoForSequenceClassification}
 AUTO = {"vit": AutoModelForImageClassification, "bert": AutoModelForSequenceClassification}
 SAMPLES = {"vit": batch_of(image_samples(20)), "bert": batch_of(text_samples(20))}
 PROCESSORS = {"vit": image_processor, "bert": tokenizer}
-CLEAR = re.compile(
-    r"Got [\s\S]*; expected [\s\S]*\. [A-Z]|[\s\S]*does not appear to have a file named|Unrecognized model"
-)
+CLEAR = re.compile(r"Got [\s\S]*; expected |.*(not appear to have a file|not a valid JSON file)|Unrecognized model")
 CAN_VERIFY = "verify_files" in inspect.getsource(NeMoForImageClassification.from_pretrained)
 VALUES = (None, True, -1, 0, 7, 10**6, 2**63, -(10**30), 0.5, 1e300, float("nan"), float("inf"), "", "vit", "x" * 10**5,
           "\u202e\x00\n# x", "../../etc/passwd", "\ud800", [], {}, [[]], {"a": 1})  # fmt: skip
+KINDS = ("value", "value", "remove", "add", "rename", "swap", "deep", "type", "number")
 NAMES = ("auto_map", "a", "__class__", "quantization_config", "to_dict", "", "\x00")
 
 
@@ -114,10 +114,7 @@ def mutate_json(rng: random.Random, data, others: list) -> tuple:
     if not path:
         return rng.choice(VALUES), "all of it"
     owner, key = inner(data, path[:-1]), path[-1]
-    value, kind = (
-        owner[key],
-        rng.choice(["value", "value", "remove", "add", "rename", "swap", "deep", "type", "number"]),
-    )
+    value, kind = owner[key], rng.choice(KINDS)
     if kind == "swap":
         found = [other for other in others if path in set(places(other))]
         owner[key] = inner(rng.choice(found), path) if found else inner(data, rng.choice(list(places(data))))
@@ -194,7 +191,7 @@ def judge(directory: Path, family: str, options: dict, right: dict, kind: str) -
     """Loads a mutant and says what comes of it: a word for the counts, FAULT at its start, and details."""
     try:
         found = load(directory, family, options)
-    except (ValueError, OSError, TypeError, ImportError) as error:
+    except (ValueError, OSError, TypeError, ImportError, EquivalenceError) as error:
         is_clear = CLEAR.match(str(error)) and len(str(error)) < LONGEST
         return ("refused", str(error)) if is_clear else ("FAULT unclear", traceback.format_exc(limit=-3)[-LONGEST:])
     except BaseException:

@@ -125,6 +125,8 @@ WRONG = {
     "base_config.layer_norm_eps": (NAN, INF, -1.0, "small"),
     "base_config.id2label": ([1], {"x": "y"}),
     "base_config.dtype": ("int8", 3, {"a": 1}),
+    "base_config.chunk_size_feed_forward": ("0", None, True),
+    "base_config.return_dict": (3, "yes"),
     "base_config.to_dict": (3,),
     "base_config.__dict__": ({},),
     "base_class": (3, None, []),

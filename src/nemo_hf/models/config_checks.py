@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from types import NoneType
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import type_validator
@@ -19,6 +20,9 @@ SMALL = re.compile(r"(^|_)(eps|epsilon)$")
 # Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice.
 LOADING_KEYS = ("adapter_config", "attn_implementation", "distributed_config", "experts_implementation",
                 "fusion_config", "quantization_config", "transformers_weights")  # fmt: skip
+# Types of entries that transformers (5.24) does not check, since it checks what a model's own class declares.
+SWITCHES = ("is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict")
+UNCHECKED = {"chunk_size_feed_forward": (int,), **dict.fromkeys(SWITCHES, (bool, NoneType))}
 MOST_COMPANIONS = 32
 COMPANION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 # Names, in lower case, of the model's own files, of weights and of code.
@@ -107,6 +111,8 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
         raise _refused(path, value, f"one of {list(DTYPES)}")
     if key == "model_type" and not isinstance(value, str):
         raise _refused(path, value, "the name of a kind of model")
+    if is_attribute and key in UNCHECKED and type(value) not in UNCHECKED[key]:
+        raise _refused(path, value, " or ".join(kind.__name__ for kind in UNCHECKED[key]))
     if SMALL.search(key) and isinstance(value, (int, float)) and not 0 <= value < 1:
         raise _refused(path, value, "a number in [0, 1)")
     if isinstance(value, float) and math.isnan(value):
