@@ -30,6 +30,7 @@ from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
 from nemo_hf.models.equivalence import EquivalenceError
 from nemo_hf.models.finiteness import infinite_tensors
+from nemo_hf.neurons.trial_inputs import random_inputs
 
 SECONDS, MEMORY = 20, 4 * 2**30  # of processor time, and bytes of address space beyond those of the start
 LONGEST = 5000  # characters of an error message
@@ -70,8 +71,11 @@ def build_saves(root: Path) -> dict[str, tuple]:
 
 
 def describe(model, samples: dict) -> dict:
+    inputs = {name: value[:4] for name, value in samples.items() if name != "labels"}
+    if getattr(model.config.get_text_config(), "image_size", 16) != 16:  # changed by hand, say
+        inputs = random_inputs(model)
     with torch.no_grad():
-        logits = model(**{name: value[:4] for name, value in samples.items() if name != "labels"}).logits
+        logits = model(**inputs).logits
     files = {name: content.hex() for name, content in model.processor_files.items()}
     return {"labels": model.config.id2label, "logits": repr(logits.tolist()), "processor": files}
 
@@ -100,8 +104,10 @@ def judge(directory: Path, family: str, options: dict, right: dict, kind: str) -
         if kind.startswith("weights,") and CAN_VERIFY:
             load(directory, family, {**options, "verify_files": True})
             return "FAULT not found by verify_files", str(differing)
-    except (ValueError, OSError, TypeError, ImportError, EquivalenceError) as error:
+    except (ValueError, OSError, TypeError, ImportError, EquivalenceError, RecursionError) as error:
         is_clear = CLEAR.match(str(error)) and len(str(error)) < LONGEST
+        if isinstance(error, RecursionError) and "_decode_special_floats" in traceback.format_exc(limit=-1):
+            return "refused by transformers", str(error)  # whose Auto classes read config.json before we do
         return ("refused", str(error)) if is_clear else ("FAULT unclear", traceback.format_exc(limit=-4)[-LONGEST:])
     except BaseException:
         return "FAULT", traceback.format_exc(limit=-4)[-LONGEST:]

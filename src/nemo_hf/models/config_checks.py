@@ -13,9 +13,11 @@ DEEPEST = 24  # levels of nested lists and mappings; ordinary files have 5
 LARGEST_COUNT = 100_000  # of layers, labels, heads and the like; configurations loop over as many
 LARGEST_NUMBER = 2**48
 LONGEST_TEXT = 10_000
+LONGEST_MESSAGE = 1_000  # characters of what an error quotes from files
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
 REPEATED = re.compile(r"layer|depth|block|stage|num_labels")
+POSITIVE = re.compile(r"(image|patch)_size|num_channels")
 SMALL = re.compile(r"(^|_)(eps|epsilon)$")
 # Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice.
 LOADING_KEYS = ("adapter_config", "attn_implementation", "distributed_config", "experts_implementation",
@@ -70,6 +72,7 @@ PARENT_REPORT = {"metrics": dict[str, Any]}
 
 def damaged(got: str, expected: str, kind: type[Exception] = ValueError) -> Exception:
     """Makes the error of files that don't hold what they should."""
+    got = got if len(got) < LONGEST_MESSAGE else f"{got[:LONGEST_MESSAGE]}..."
     return kind(f"Got {got}; expected {expected}. The files are damaged or of another version: save or download again.")
 
 
@@ -113,6 +116,8 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
         raise _refused(path, value, "the name of a kind of model")
     if is_attribute and key in UNCHECKED and type(value) not in UNCHECKED[key]:
         raise _refused(path, value, " or ".join(kind.__name__ for kind in UNCHECKED[key]))
+    if POSITIVE.fullmatch(key) and isinstance(value, int) and value < 1:
+        raise _refused(path, value, "a number of 1 or more")
     if SMALL.search(key) and isinstance(value, (int, float)) and not 0 <= value < 1:
         raise _refused(path, value, "a number in [0, 1)")
     if isinstance(value, float) and math.isnan(value):
