@@ -150,7 +150,7 @@ class NeMoModelConfig(SavedConfig):
         options = config_dict.get("nemo_config")
         try:
             NeMoConfig.from_dict(options if isinstance(options, Mapping) else {})
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{error} {checks.REMEDY}") from error
 
     def build_plain(self) -> PreTrainedModel:
