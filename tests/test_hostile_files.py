@@ -148,7 +148,7 @@ WRONG = {
     "round_to": ("8", -1, 0, 2.5, True),
     "role": (3, None, "both"),
     "nemo_config": (3, [], {"temperature": NAN}),
-    "nemo_config.targets": ([{}, "ffn"], [["ffn"]], "ffn"),
+    "nemo_config.targets": ([{}, "ffn"], [["ffn"]], "ffn", ["x" * 10**5]),
     "label_groups": (3, [3], [{}], [{"name": "a", "labels": []}], [{"name": 3, "labels": [0]}],
                      [{"name": "a", "labels": [0]}, {"name": "a", "labels": [1]}],
                      [{"name": "a", "labels": [0, 1]}, {"name": "b", "labels": [1, 2]}]),
@@ -221,6 +221,7 @@ def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path,
 
 WRONG_MODELS = [
     *(("base_config.hidden_size", value) for value in (-4, 0, 31)),
+    ("base_config.num_attention_heads", 5),
     *(("base_config.num_hidden_layers", -1), ("base_config.patch_size", 0), ("base_config.hidden_act", "evil")),
     *(("base_config.id2label", {}), ("id2label", {}), ("label_groups", []), ("model_type", "vit")),
     *(("base_class", value) for value in ("ViTModel", "BertForSequenceClassification")),
