@@ -151,7 +151,7 @@ class NeMoModelConfig(SavedConfig):
         try:
             NeMoConfig.from_dict(options if isinstance(options, Mapping) else {})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{str(error)[: checks.LONGEST_MESSAGE]} {checks.REMEDY}") from error
+            raise checks.damaged(f"a wrong nemo_config ({str(error)[:500]})", "options of NeMoConfig") from error
 
     def build_plain(self) -> PreTrainedModel:
         """Builds the plain model inside, at full width."""
