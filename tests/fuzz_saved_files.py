@@ -96,19 +96,21 @@ def load(directory: Path, family: str, options: dict) -> dict:
 
 def judge(directory: Path, family: str, options: dict, right: dict, kind: str) -> tuple[str, str]:
     """Loads a mutant and says what comes of it: a word for the counts, FAULT at its start, and details."""
+    word = "refused"
     try:
         found = load(directory, family, options)
         differing = [name for name in right if found[name] != right[name]]
         if not differing:
             return "equal", ""
         if kind.startswith("weights,") and CAN_VERIFY:
+            word = "found by verify_files"
             load(directory, family, {**options, "verify_files": True})
             return "FAULT not found by verify_files", str(differing)
     except (ValueError, OSError, TypeError, ImportError, EquivalenceError, RecursionError) as error:
         is_clear = CLEAR.match(str(error)) and len(str(error)) < LONGEST
         if isinstance(error, RecursionError) and "_decode_special_floats" in traceback.format_exc(limit=-1):
             return "refused by transformers", str(error)  # whose Auto classes read config.json before we do
-        return ("refused", str(error)) if is_clear else ("FAULT unclear", traceback.format_exc(limit=-4)[-LONGEST:])
+        return (word, str(error)) if is_clear else ("FAULT unclear", traceback.format_exc(limit=-4)[-LONGEST:])
     except BaseException:
         return "FAULT", traceback.format_exc(limit=-4)[-LONGEST:]
     is_explained = kind == "config" or kind.startswith("weights,")

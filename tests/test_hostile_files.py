@@ -440,7 +440,9 @@ def test_shards_lie_beside_their_index(saved, tmp_path):
         path.write_text(json.dumps(with_entry(index, ("weight_map", first), name)))
         with pytest.raises(OSError, match=r"^Got .* with the weight file .*; expected "):
             WeightFiles(sharded, {})
-    for content in (b"{", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 10**5):
+    shards = {"weight_map": {"a": index["weight_map"][first]}}
+    about = [json.dumps({**shards, **wrong}).encode() for wrong in ({}, {"metadata": None}, {"metadata": [3]})]
+    for content in (b"{", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 10**5, *about):
         path.write_bytes(content)
         with pytest.raises(OSError, match=r"^Got .*index.*; expected "):
             WeightFiles(sharded, {})

@@ -107,11 +107,13 @@ def _weight_paths(source: str | Path, hub_options: Mapping[str, Any], variant: s
     index = find_file(source, f"{WEIGHTS_NAME}.index{variant}.json", hub_options)
     names: Any = [single]
     if index:
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map, about = content.get("weight_map"), content.get("metadata")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
-        if strange or not names:
-            got = f"{index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}"
+        if strange or not names or not isinstance(about, dict):
+            what = f"metadata={about!r}" if names and not strange else f"the weight file {strange[:1] or None!r}"
+            got = f"{index.name!r} of {str(source)!r} with {what}"
             raise damaged(got, "names of *.safetensors files beside it", OSError)
     paths = []
     for name in sorted(set(names)):
