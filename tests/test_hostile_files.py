@@ -217,6 +217,13 @@ def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path,
     refused(damaged(saved / "module", tmp_path / "a", "config.json", content))
 
 
+def test_text_that_can_not_be_written_again_is_refused(saved, tmp_path):
+    refused(changed(saved / "module", tmp_path / "a", "id2label", {"0": "\ud800", "1": "dog"}), "half a character")
+    path = tmp_path / "b" / "report.json"
+    damaged(saved / "module", path.parent, path.name, {"metrics": {"\udfff": 1}})
+    refused(path.parent, "half a character")
+
+
 # Configurations that fit no model
 
 WRONG_MODELS = [

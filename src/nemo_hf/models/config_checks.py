@@ -19,6 +19,7 @@ COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
 REPEATED = re.compile(r"layer|depth|block|stage|num_labels")
 POSITIVE = re.compile(r"(image|patch)_size|num_channels")
 SMALL = re.compile(r"(^|_)(eps|epsilon)$")
+SURROGATE = re.compile("[\ud800-\udfff]")  # can't be written as UTF-8
 # Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice.
 LOADING_KEYS = ("adapter_config", "attn_implementation", "distributed_config", "experts_implementation",
                 "fusion_config", "quantization_config", "transformers_weights")  # fmt: skip
@@ -83,6 +84,9 @@ def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         path, depth, value = waiting.pop()
         if depth > DEEPEST:
             raise ValueError(f"Got JSON nested over {DEEPEST} levels deep; expected about 5. Save or download again.")
+        texts = value if isinstance(value, Mapping) else [value]
+        if any(isinstance(text, str) and SURROGATE.search(text) for text in texts):
+            raise ValueError("Got half a character (a surrogate) in JSON; expected whole ones. Save or download again.")
         if isinstance(value, Mapping):
             waiting.extend(((*path, str(key)), depth + 1, inner) for key, inner in value.items())
         elif isinstance(value, (list, tuple)):
