@@ -213,6 +213,8 @@ def saved(modules, tmp_path):
         (lambda c: c.update(label_order=[0, 1, 1]), "a place for each label"),
         (lambda c: c.update(label_order=[2, 1, 0]), "expected each label of a module once"),
         (lambda c: c.update(problem_type=SEVERAL), "modules of single labels"),
+        (lambda c: c.update(id2label={"0": "a", "1": "b", "x": "c"}), "a place for each label"),
+        (lambda c: c.update(id2label=3), "a place for each label"),
         (lambda c: c.update(modules=1, to_dict=1), "the name of a method"),
         (lambda c: c.update(sub_configs=5), "makes no configuration"),
         (lambda c: c["parts"][0].update(id2label={"0": "a"}), "with 2 labels"),

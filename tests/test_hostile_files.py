@@ -125,6 +125,9 @@ WRONG = {
     "base_config.layer_norm_eps": (NAN, INF, -1.0, "small"),
     "base_config.id2label": ([1], {"x": "y"}),
     "base_config.dtype": ("int8", 3, {"a": 1}),
+    "base_config.chunk_size_feed_forward": ("0", None, True),
+    "base_config.image_size": (-16, [16, -16], 0),
+    "base_config.return_dict": (3, "yes"),
     "base_config.to_dict": (3,),
     "base_config.__dict__": ({},),
     "base_class": (3, None, []),
@@ -145,6 +148,7 @@ WRONG = {
     "round_to": ("8", -1, 0, 2.5, True),
     "role": (3, None, "both"),
     "nemo_config": (3, [], {"temperature": NAN}),
+    "nemo_config.targets": ([{}, "ffn"], [["ffn"]], "ffn", ["x" * 10**5]),
     "label_groups": (3, [3], [{}], [{"name": "a", "labels": []}], [{"name": 3, "labels": [0]}],
                      [{"name": "a", "labels": [0]}, {"name": "a", "labels": [1]}],
                      [{"name": "a", "labels": [0, 1]}, {"name": "b", "labels": [1, 2]}]),
@@ -214,10 +218,18 @@ def test_a_configuration_that_is_none_or_nested_deep_is_refused(saved, tmp_path,
     refused(damaged(saved / "module", tmp_path / "a", "config.json", content))
 
 
+def test_text_that_can_not_be_written_again_is_refused(saved, tmp_path):
+    refused(changed(saved / "module", tmp_path / "a", "id2label", {"0": "\ud800", "1": "dog"}), "half a character")
+    path = tmp_path / "b" / "report.json"
+    damaged(saved / "module", path.parent, path.name, {"metrics": {"\udfff": 1}})
+    refused(path.parent, "half a character")
+
+
 # Configurations that fit no model
 
 WRONG_MODELS = [
     *(("base_config.hidden_size", value) for value in (-4, 0, 31)),
+    ("base_config.num_attention_heads", 5),
     *(("base_config.num_hidden_layers", -1), ("base_config.patch_size", 0), ("base_config.hidden_act", "evil")),
     *(("base_config.id2label", {}), ("id2label", {}), ("label_groups", []), ("model_type", "vit")),
     *(("base_class", value) for value in ("ViTModel", "BertForSequenceClassification")),
@@ -436,7 +448,9 @@ def test_shards_lie_beside_their_index(saved, tmp_path):
         path.write_text(json.dumps(with_entry(index, ("weight_map", first), name)))
         with pytest.raises(OSError, match=r"^Got .* with the weight file .*; expected "):
             WeightFiles(sharded, {})
-    for content in (b"{", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 10**5):
+    shards = {"weight_map": {"a": index["weight_map"][first]}}
+    about = [json.dumps({**shards, **wrong}).encode() for wrong in ({}, {"metadata": None}, {"metadata": [3]})]
+    for content in (b"{", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 10**5, *about):
         path.write_bytes(content)
         with pytest.raises(OSError, match=r"^Got .*index.*; expected "):
             WeightFiles(sharded, {})

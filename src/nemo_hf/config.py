@@ -138,7 +138,7 @@ class NeMoConfig:
         if not _is_list(self.targets):
             raise TypeError(f"Got targets={self.targets!r}; expected a list of {list(TARGETS)}.")
         self.targets = tuple(self.targets)
-        if not self.targets or not set(self.targets) <= set(TARGETS):
+        if not self.targets or any(target not in TARGETS for target in self.targets):
             raise ValueError(f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}.")
         rank = self.generator_rank
         if rank is not None and not _is_count(rank):

@@ -19,7 +19,7 @@ def jaccard_indices(masks: Tensor) -> Tensor:
     both = opened @ opened.T
     sizes = opened.sum(-1)
     either = sizes[:, None] + sizes[None, :] - both
-    return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both))
+    return torch.where(either == 0, torch.ones_like(both), both / either.clamp(min=1))  # NaN stays NaN
 
 
 def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, float | None]:
@@ -30,8 +30,10 @@ def cohesion_and_coupling(masks: Tensor, groups: Tensor) -> tuple[float | None, 
     """
     indices, same = jaccard_indices(masks), shares_group(groups)
     different_samples = ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
-    means = [indices[pairs & different_samples].mean().item() for pairs in (same, ~same)]
-    cohesion, coupling = (None if math.isnan(mean) else mean for mean in means)
+    if not bool(indices.isfinite().all()):
+        raise ValueError("Got masks that are NaN or infinite; expected finite numbers. Leave these samples out.")
+    of_pairs = [indices[pairs & different_samples] for pairs in (same, ~same)]
+    cohesion, coupling = (found.mean().item() if len(found) else None for found in of_pairs)
     return cohesion, coupling
 
 

@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
+from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import label_ids, label_targets
 from nemo_hf.models.rejection import energy, rejection_scores
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_SPREAD = 1e-5  # of energies, as a share of their mean: a smaller one is rounding in float32
+NOT_FINITE = "Got {} that are NaN or infinite; expected finite numbers. Leave samples without finite logits out."
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
@@ -83,8 +85,8 @@ def calibrate_rejection(
         `rejected` at that threshold on these data.
 
     Raises:
-        ValueError: If `module` is a parent, `accepted` is out of range, samples of one kind are missing, or a label is
-            none of the parent's.
+        ValueError: If `module` is a parent, `accepted` is out of range, samples of one kind are missing, a label is
+            none of the parent's, or weights or logits are not finite.
 
     References:
         Energy as in arXiv 2010.03759, calibrated by logistic regression.
@@ -95,13 +97,17 @@ def calibrate_rejection(
         raise ValueError(
             f"Got accepted={accepted!r}; expected a share of the module's samples in (0, 1), such as 0.95."
         )
+    check_finite(module)
     found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     with as_saved(module) as (saved,):
         for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
             inputs, labels = inputs_and_labels(module, batch)
             if not len(labels):
                 continue
-            found.append(energy(saved(**inputs, return_dict=True).logits, module.config.has_several_labels).cpu())
+            logits = saved(**inputs, return_dict=True).logits
+            numbers = range(seen := sum(map(len, found)), seen + len(logits))
+            check_outputs(module, inputs, logits, list(module.config.names.values()), numbers)
+            found.append(energy(logits, module.config.has_several_labels).cpu())
             owned.append(own_samples(module, labels).cpu())
     energies, is_own = torch.cat(found), torch.cat(owned)
     if not bool(is_own.any()) or bool(is_own.all()):
@@ -126,6 +132,8 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
     lowest at which a share `accepted` of the own samples is accepted.
     """
     scored, energies = energies.float(), energies.double()
+    if not bool(energies.isfinite().all()):
+        raise ValueError(NOT_FINITE.format("energies"))
     center, scale = energies.mean(), energies.std()
     if scale <= SMALLEST_SPREAD * center.abs().clamp(min=1):
         scale = torch.full_like(scale, torch.inf)  # equal but for rounding: a weight of 0 tells none of them apart
@@ -157,6 +165,8 @@ def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str
 
 def auroc(scores: Tensor, is_positive: Tensor) -> float | None:
     """Probability that a positive sample scores above another one, ties counting half; `None` without one of them."""
+    if bool(scores.isnan().any()):
+        raise ValueError(NOT_FINITE.format("scores"))
     positive, negative = scores[is_positive], scores[~is_positive]
     if not len(positive) or not len(negative):
         return None

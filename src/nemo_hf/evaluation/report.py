@@ -13,6 +13,7 @@ from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
+from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import group_indices, sample_groups
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -114,13 +115,15 @@ def evaluate_module(
 
     Raises:
         ValueError: If the labels make no module, `module` is not the parent's module for these labels and options,
-            no sample has one of the labels, or a metric can't be computed.
+            no sample has one of the labels, a metric can't be computed, or weights or logits are not finite.
         ImportError: If `metrics` are given without the package `evaluate`, or one that a metric needs.
         OSError: If a metric can't be loaded.
     """
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)
+    check_finite(parent)
+    check_finite(module)
     plan = _plan_of(module, parent, labels, threshold=threshold, round_to=round_to)
     masks = {"empty": [{site.key: torch.zeros(site.neurons) for site in parent.sites}]}
     masks["random"] = random_masks(plan.static, parent, seed)
@@ -205,15 +208,19 @@ def _collect_answers(
     what answered; the right ones without draws; and of all samples the module's energies and which are its own.
     """
     wanted = torch.tensor(module.config.label_ids, device=parent.device)
-    has_several = parent.config.has_several_labels
+    has_several, names = parent.config.has_several_labels, list(module.config.names.values())
     answers: dict[str, list[Tensor]] = {name: [] for name in ("module", "parent", *masks)}
-    right, energies, is_own = [], [], []
+    right, energies = [], []
+    is_own: list[Tensor] = []
     for batch in batches:
         inputs, labels = inputs_and_labels(parent, batch)
         if not len(labels):
             continue
         inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         logits = module(**inputs, return_dict=True).logits
+        seen = sum(len(part) for part in is_own)
+        numbers: Sequence[int] = range(seen, seen + len(logits))
+        check_outputs(module, inputs, logits, names, numbers)
         own = own_samples(module, labels)
         energies.append(energy(logits, has_several).cpu())
         is_own.append(own.cpu())
@@ -221,6 +228,7 @@ def _collect_answers(
         if not chosen.any():
             continue
         inputs, labels = {name: value[chosen] for name, value in inputs.items()}, labels[chosen]
+        numbers = [number for number, is_chosen in zip(numbers, chosen.tolist(), strict=True) if is_chosen]
         found = labels[:, wanted] if has_several else (labels[:, None] == wanted).int().argmax(-1)
         right.append(found.long().cpu())
         runs = {"module": [logits[chosen]], "parent": [parent(**inputs, return_dict=True).logits[:, wanted]]}
@@ -228,9 +236,9 @@ def _collect_answers(
             runs[name] = [parent(**inputs, static_masks=mask, return_dict=True).logits[:, wanted] for mask in draws]
         for name, outputs in runs.items():
             drawn = torch.stack(outputs)
+            check_outputs(parent, inputs, torch.cat(outputs, -1), len(outputs) * names, numbers)
             answers[name].append((drawn > 0 if has_several else drawn.argmax(-1)).long().cpu())
     if not right:
-        names = list(module.config.names.values())
         raise ValueError(f"Got data without a sample of the labels {names}; expected at least one. Pass data with one.")
     joined = {name: torch.cat(parts, 1) for name, parts in answers.items()}
     return joined, torch.cat(right), torch.cat(energies), torch.cat(is_own)
@@ -251,7 +259,9 @@ def measure_modularity(
             if not len(labels):
                 continue
             groups.append(sample_groups(labels, group_of_label, len(parent.config.groups)))
-            masks = parent(**inputs, output_neuron_masks=True, return_dict=True).neuron_masks
+            outputs = parent(**inputs, output_neuron_masks=True, return_dict=True)
+            masks, numbers = outputs.neuron_masks, range(samples, samples + len(labels))
+            check_outputs(parent, inputs, outputs.logits, list(parent.config.names.values()), numbers, masks)
             opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
             samples += len(labels)
     if not samples:

@@ -17,6 +17,7 @@ from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, time_ru
 from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
+from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.loading import PROCESS_SETTINGS, hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
@@ -63,6 +64,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
         UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
     """
     onnx.check_is_module(module)
+    check_finite(module)
     plain_class = module.config.plain_class
     if getattr(transformers, plain_class.__name__, None) is not plain_class:
         raise UnsupportedArchitectureError(
@@ -109,6 +111,7 @@ def _smallest_plain(
     state = zero_padded_state(full, module.sites, site_widths, module.model.state_dict())
     with torch.no_grad(), exact_float32(module) as (exact,):
         expected = exact(**batch, return_dict=True).logits
+        check_outputs(exact, batch, expected, list(module.config.names.values()))
         tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
         for widths in uniform_widths(full, module.sites, state, shapes_of):  # the full width is the last
             try:

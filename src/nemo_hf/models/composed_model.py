@@ -43,7 +43,8 @@ class NeMoComposedConfig(SavedConfig):
             or min(scales or [0]) <= 0
             or not _are_numbers(order, labels)
             or sorted(order or []) != list(range(labels))
-            or len(config_dict.get("id2label") or ()) != labels
+            or not isinstance(joint := config_dict.get("id2label"), dict)
+            or {str(key) for key in joint} != {str(index) for index in range(labels)}
             or config_dict.get("problem_type") not in (None, "single_label_classification")
         ):
             raise ValueError(

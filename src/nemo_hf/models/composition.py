@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .base import NeMoPreTrainedModel
 from .composed_model import NeMoComposedConfig, NeMoComposedModel
 from .configuration import model_class
+from .finiteness import check_finite, check_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def _check_modules(modules: Sequence[Any]) -> None:
             raise TypeError(
                 f"Got a {kind} to join; expected modules. Cut one: make_parent(...).extract_module(labels)."
             )
+        check_finite(module)
     names = [name for module in modules for name in module.config.names.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -109,7 +111,9 @@ def _check_modules(modules: Sequence[Any]) -> None:
 @torch.no_grad()
 def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]) -> None:
     """Fits scales and biases by the cross-entropy of the joint logits."""
-    found, rights = [], []
+    found: list[Tensor] = []
+    rights: list[Tensor] = []
+    names = [name for module in composed.parts for name in module.config.names.values()]
     count = len(composed.config.label_order or [])
     for batch in batches:
         inputs = {k: v.to(composed.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -120,14 +124,15 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
                 f"Got labels of shape {tuple(labels.shape)} and type {labels.dtype} from {labels.min().item()} to "
                 f"{labels.max().item()}; expected places among the {count} joint labels. Leave other samples out."
             )
-        found.append(composed.part_logits(**inputs).double().cpu())
+        logits = composed.part_logits(**inputs)
+        seen = sum(len(part) for part in found)
+        check_outputs(composed, inputs, logits, names, range(seen, seen + len(logits)))
+        found.append(logits.double().cpu())
         rights.append(labels.long().cpu())
     if not found:
         raise ValueError("Got no batches to calibrate on; expected some. Pass validation data.")
     sizes = [len(module.config.names) for module in composed.parts]
-    if not bool((logits := torch.cat(found)).isfinite().all()):
-        raise ValueError("Got logits that are infinite or NaN; expected finite numbers. Join modules in float32.")
-    fitted = fit_scales(logits, torch.cat(rights), sizes, composed.config.label_order or [])
+    fitted = fit_scales(torch.cat(found), torch.cat(rights), sizes, composed.config.label_order or [])
     composed.config.scales, composed.config.biases = fitted
 
 

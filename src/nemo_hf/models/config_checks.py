@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from types import NoneType
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import type_validator
@@ -14,6 +15,7 @@ DEEPEST = 24  # levels of nested lists and mappings; ordinary files have 5
 LARGEST_COUNT = 100_000  # of layers, labels, heads and the like; configurations loop over as many
 LARGEST_NUMBER = 2**48
 LONGEST_TEXT, LONGEST_NAME = 10_000, 1000  # characters of values and of keys
+LONGEST_MESSAGE = 1_000  # characters of what an error quotes from files
 MOST_ENTRIES = 400_000  # of lists and mappings in a file, which take microseconds each
 MOST_LABELS = 30_000  # which take a tenth of a millisecond each
 LONGEST_LISTS = {
@@ -24,10 +26,15 @@ LONGEST_LISTS = {
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
 REPEATED = re.compile(r"layer|depth|block|stage|num_labels")
+POSITIVE = re.compile(r"(image|patch)_size|num_channels")
 SMALL = re.compile(r"(^|_)(eps|epsilon)$")
+SURROGATE = re.compile("[\ud800-\udfff]")  # can't be written as UTF-8
 # Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice.
 LOADING_KEYS = ("adapter_config", "attn_implementation", "distributed_config", "experts_implementation",
                 "fusion_config", "quantization_config", "transformers_weights")  # fmt: skip
+# Types of entries that transformers (5.24) does not check, since it checks what a model's own class declares.
+SWITCHES = ("is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict")
+UNCHECKED = {"chunk_size_feed_forward": (int,), **dict.fromkeys(SWITCHES, (bool, NoneType))}
 MOST_COMPANIONS = 32
 LARGEST_COMPANION = 512 * 2**20  # bytes of all files of a tokenizer or image processor together
 COMPANION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -76,6 +83,7 @@ PARENT_REPORT = {"metrics": dict[str, Any]}
 
 def damaged(got: str, expected: str, kind: type[Exception] = ValueError) -> Exception:
     """Makes the error of files that don't hold what they should."""
+    got = got if len(got) < LONGEST_MESSAGE else f"{got[:LONGEST_MESSAGE]}..."
     return kind(f"Got {got}; expected {expected}. The files are damaged or of another version: save or download again.")
 
 
@@ -90,6 +98,9 @@ def leaves(data: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         entries += len(value) if isinstance(value, (Mapping, list, tuple)) else 0
         if entries > MOST_ENTRIES:
             raise damaged(f"JSON of over {MOST_ENTRIES} entries", "fewer")
+        texts = value if isinstance(value, Mapping) else [value]
+        if any(isinstance(text, str) and SURROGATE.search(text) for text in texts):
+            raise ValueError("Got half a character (a surrogate) in JSON; expected whole ones. Save or download again.")
         if isinstance(value, Mapping):
             waiting.extend(((*path, str(key)), depth + 1, inner) for key, inner in value.items())
         elif isinstance(value, (list, tuple)):
@@ -126,8 +137,8 @@ def _check_size(path: tuple[str, ...], value: Any) -> None:
 
 
 def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
-    key = path[-1]
-    if "nemo_config" not in path[:-1] and (key.startswith("__") or callable(getattr(config_class, key, None))):
+    key, is_attribute = path[-1], "nemo_config" not in path[:-1]
+    if is_attribute and (key.startswith("__") or callable(getattr(config_class, key, None))):
         raise _refused(path, value, "no entry with the name of a method")
     if key.removeprefix("_").removesuffix("_internal") in LOADING_KEYS and value is not None:
         raise _refused(path, value, "none, since a file doesn't choose how it is loaded")
@@ -135,6 +146,10 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
         raise _refused(path, value, f"one of {list(DTYPES)}")
     if key == "model_type" and not isinstance(value, str):
         raise _refused(path, value, "the name of a kind of model")
+    if is_attribute and key in UNCHECKED and type(value) not in UNCHECKED[key]:
+        raise _refused(path, value, " or ".join(kind.__name__ for kind in UNCHECKED[key]))
+    if POSITIVE.fullmatch(key) and isinstance(value, int) and value < 1:
+        raise _refused(path, value, "a number of 1 or more")
     if SMALL.search(key) and isinstance(value, (int, float)) and not 0 <= value < 1:
         raise _refused(path, value, "a number in [0, 1)")
     if isinstance(value, float) and math.isnan(value):

@@ -238,8 +238,8 @@ class NeMoModelConfig(SavedConfig):
         options = config_dict.get("nemo_config")
         try:
             NeMoConfig.from_dict(options if isinstance(options, Mapping) else {})
-        except TypeError as error:
-            raise ValueError(f"{error} {checks.REMEDY}") from error
+        except (TypeError, ValueError) as error:
+            raise checks.damaged(f"a wrong nemo_config ({str(error)[:500]})", "options of NeMoConfig") from error
 
     def build_plain(self) -> PreTrainedModel:
         """Builds the plain model inside, at full width."""

@@ -17,6 +17,7 @@ from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, evaluating, first_line, is
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .base import NeMoPreTrainedModel
+from .finiteness import check_outputs
 from .loading import PROCESS_SETTINGS
 
 EQUIVALENCE_TOLERANCE = 1e-5
@@ -54,24 +55,26 @@ def check_equivalence(
     """Compares a module's logits with the parent's under the module's static mask, in float32 and eval mode, TF32 off.
 
     `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
-    Logits that differ by more than the tolerance are an `EquivalenceError`.
+    Logits that differ by more than the tolerance, or are not finite, are an `EquivalenceError`.
     """
     inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     assert parent.masks is not None
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
         batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
         batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-        opened, whole = (
-            exact_parent(**batch, static_masks=masks, return_dict=True).logits
+        opened, expected = (
+            exact_parent(**batch, static_masks=masks, return_dict=True).logits[:, module.config.label_ids]
             for masks in (parent.masks.open_masks(), static)
         )
-        opened, expected = (logits[:, module.config.label_ids] for logits in (opened, whole))
         got = _module_logits(exact_module, batch)
     difference = (got - expected).abs().max().item()
-    # Rounding goes with what the layers compute, however small the logits of the module's own labels are.
-    tolerance = EQUIVALENCE_TOLERANCE * max(1.0, whole.abs().max().item())
+    tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
     effect = (opened - expected).abs().max().item()
     if not difference <= tolerance:  # also when it is not a number
+        try:
+            check_outputs(exact_parent, batch, expected, list(module.config.names.values()))
+        except ValueError as error:
+            raise EquivalenceError(str(error)) from error
         raise EquivalenceError(
             f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
             f"{difference:.2e}; expected at most {tolerance:.2e}. {OTHER_CUTS}"

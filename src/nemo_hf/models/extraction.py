@@ -22,6 +22,7 @@ from .base import NeMoPreTrainedModel, configured_sites
 from .configuration import NeMoModelConfig
 from .equivalence import EFFECT_FACTOR, check_equivalence
 from .files import read_companions
+from .finiteness import check_finite
 from .labels import settle_labels
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress
@@ -133,6 +134,7 @@ def extract_module(
     """Does what `NeMoClassifier.extract_module` says, as a function of the parent."""
     source = CutSource.of_parent(parent)
     check_built(parent.model)  # layers may have been changed since it was made
+    check_finite(parent)
     state = parent.model.state_dict()
     plan = make_plan(source, labels, threshold, round_to)
     module = build_module(type(parent), source, plan, partial(read_tensor, state))
@@ -250,6 +252,7 @@ def cut_on_load(
     if dtype not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         module.config.dtype = module.dtype
+    check_finite(module)
     if device is not None:
         module.to(device)  # type: ignore[arg-type]
     if not kwargs.get("output_loading_info"):

@@ -102,9 +102,11 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
     try:
         with PROCESS_SETTINGS, torch.device("meta"), meta_device_safe_creation_ops(), _bounded_build(most):
             model = make()
-    except (ImportError, MemoryError, OSError, ValueError):
+    except (ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # of whatever kind the plain model raises
+        if isinstance(error, ValueError) and str(error).startswith("Got "):  # an error of ours
+            raise
         raise damaged(
             f"a config.json that builds no model ({type(error).__name__}: {error})", "that of the weights"
         ) from error

@@ -35,6 +35,7 @@ from .equivalence import (
     exact_float32,
 )
 from .extraction import CutSource, ModulePlan, build_module, read_tensor
+from .finiteness import check_finite, check_outputs
 from .plain_checks import check_built, check_computed, check_plain
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def make_parent(
     check_built(model)
     find_heads(model, model.config.num_labels or 0)
     inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
-    check_runs(model, inputs)
+    check_finite(model)
+    check_outputs(model, inputs, check_runs(model, inputs), list((model.config.id2label or {}).values()))
     channels = ChannelSearch()
     if nemo_config.sites is not None:
         found = model_sites(model, nemo_config)
@@ -299,7 +301,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
         effect = (masked - opened).abs().max().item()
         effects[kind] = max(effects.get(kind, 0.0), effect)
         rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
-        if (got - expected).abs().max().item() > max(LARGEST_SHARE * effect, rounding):
+        if not (got - expected).abs().max().item() <= max(LARGEST_SHARE * effect, rounding):  # also NaN
             raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
     # Sites whose pooled input mixes samples: the mask of one then depends on the others.
     given = {name: value.to(parent.device) for name, value in inputs.items()}
@@ -309,7 +311,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     )
     for site in parent.sites:
         own = masks[site.key][0]
-        if (own - changed[site.key][0]).abs().max().item() > POOLED_TOLERANCE * max(1.0, own.max().item()):
+        if not (own - changed[site.key][0]).abs().max().item() <= POOLED_TOLERANCE * max(1.0, own.max().item()):
             raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")
     for kind, effect in effects.items():
         if effect == 0 and bool((opened != opened[:1]).any()):

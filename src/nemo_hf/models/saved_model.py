@@ -17,6 +17,7 @@ from .atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from .config_checks import REMEDY, check_companion_files, check_companions, check_report, damaged, is_companion
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, clean_companion, read_companions, recorded_names
+from .finiteness import check_finite
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, PROCESS_SETTINGS, build_on_meta, check_labels, check_loaded, check_values
 from .privacy import clean, hub_name
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
+# Saved all the same, a checkpoint of NaN would drive out the good ones that `save_total_limit` keeps.
+KEEP_OTHERWISE = " To look into these weights, write them with torch.save(model.state_dict(), path)."
 
 
 class SavedModel(PreTrainedModel):
@@ -68,6 +71,7 @@ class SavedModel(PreTrainedModel):
                 loads its best model by the names that the weights have in memory.
         """
         self._prepare_to_save()
+        check_finite(self, kwargs.get("state_dict"), also=KEEP_OTHERWISE)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options: dict[str, Any] = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}

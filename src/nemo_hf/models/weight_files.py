@@ -136,8 +136,9 @@ def _weight_paths(
         strange = [name for name in names if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
         if len(set(map(str, names))) > MOST_SHARDS:
             raise damaged(f"{index.name!r} of {str(source)!r} with over {MOST_SHARDS} files", "fewer", OSError)
-        if strange or not names:
-            got = f"{index.name!r} of {str(source)!r} with the weight file {strange[:1] or None!r}"
+        if strange or not names or not isinstance(about, dict):
+            what = f"metadata={about!r}" if names and not strange else f"the weight file {strange[:1] or None!r}"
+            got = f"{index.name!r} of {str(source)!r} with {what}"
             raise damaged(got, "names of *.safetensors files beside it", OSError)
     paths = []
     for name in sorted(set(names)):

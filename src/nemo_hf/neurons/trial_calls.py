@@ -38,8 +38,8 @@ def on_device(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str,
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Checks that a plain model runs on some samples, and returns the same logits from call to call."""
+def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Checks that a plain model runs on some samples, and returns its logits, the same from call to call."""
     try:
         with evaluating(model):
             given = on_device(model, inputs)
@@ -59,10 +59,10 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         ) from error
     if not hasattr(outputs, "logits"):
         fault = f"output {list(outputs)} has no logits; expected logits. Wrap the model so that it returns logits."
-    elif not torch.equal(outputs.logits, again.logits):
+    elif not torch.allclose(outputs.logits, again.logits, rtol=0, atol=0, equal_nan=True):
         fault = "logits differ from call to call in eval mode; expected the same. Choose a model without sampling."
     else:
-        return
+        return outputs.logits  # type: ignore[no-any-return]
     raise UnsupportedArchitectureError(f"Got {type(model).__name__}, whose {fault}")
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from nemo_hf.config import NeMoConfig
 from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.trial_calls import evaluating
@@ -178,21 +179,25 @@ def compute_relevance(
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `parent` is a module, a batch has no labels or other ones, or no sample has a label. Labels
-            without a sample are warned about; of their groups no module can be cut.
+        ValueError: If `parent` is a module, a batch has no labels or other ones, no sample has a label, or weights or
+            logits are not finite. Labels without a sample are warned about; of their groups no module can be cut.
     """
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
-    counts = OpenCounts(parent.masks, group_indices(parent))
+    check_finite(parent)
+    counts, seen, names = OpenCounts(parent.masks, group_indices(parent)), 0, list(parent.config.names.values())
     failed: Exception | None = None
     try:
         with evaluating(parent):
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
                 inputs, labels = inputs_and_labels(parent, batch, keeps_all=True)
-                neuron_masks = parent(**inputs, output_neuron_masks=True, return_dict=True).neuron_masks
+                outputs = parent(**inputs, output_neuron_masks=True, return_dict=True)
+                numbers = range(seen, seen + len(labels))
+                check_outputs(parent, inputs, outputs.logits, names, numbers, outputs.neuron_masks)
                 if is_counted:
-                    counts.add(neuron_masks, labels)
+                    counts.add(outputs.neuron_masks, labels)
+                    seen += len(labels)
     except Exception as error:
         if accelerator is None or is_sharded(parent):
             raise

@@ -20,6 +20,7 @@ from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions
+from nemo_hf.models.finiteness import check_finite, check_training
 from nemo_hf.models.labels import group_indices, label_ids, sample_groups, shares_group
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
@@ -66,6 +67,7 @@ class _TrainingStart(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self.trainer._run = TrainingState()
         parent, samples = self.trainer.parent, self.trainer.train_dataset
+        check_finite(parent)
         check_optimizer(self.trainer.optimizer, parent)
         base_model = (parent.config.training or {}).get("base_model") or parent.config.base_model
         parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
@@ -256,6 +258,7 @@ class NeMoTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = whole_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         result: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_finite(self.parent)
         try:
             self.update_relevance()
         except Exception as error:  # whatever the data, the collator or the device raises: the training is not lost
@@ -438,6 +441,7 @@ class NeMoTrainer(Trainer):
                 logs[name] = round(self._mean_over_processes(total / self._run.steps).item(), 6)
             logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
             self._run.sums, self._run.steps = {}, 0
+            check_training(self.parent, logs)
         super().log(logs, start_time)
 
     def update_relevance(self, dataset: Any = None) -> None:
@@ -461,6 +465,7 @@ class NeMoTrainer(Trainer):
         """Evaluates as `Trainer` does; the parent's report keeps the metrics of all data sets until it trains on."""
         if eval_dataset is not None and not (eval_dataset and isinstance(eval_dataset, dict)):
             one_dataset(eval_dataset, self.eval_dataset)
+        check_finite(self.parent)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._report(metrics)
         return metrics
