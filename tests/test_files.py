@@ -100,7 +100,7 @@ def test_padding_scales_whole_tensors_and_constants(tmp_path):
 def test_sharded_weights_are_read_as_one(tmp_path):
     save_file({"weight": TENSOR}, tmp_path / "one.safetensors")
     save_file({"bias": TENSOR[0].clone()}, tmp_path / "two.safetensors")
-    index = {"weight_map": {"weight": "one.safetensors", "bias": "two.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"weight": "one.safetensors", "bias": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     weights = WeightFiles(tmp_path, {})
     assert torch.equal(weights.read("weight"), TENSOR)

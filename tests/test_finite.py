@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from conftest import fresh, image_samples, parent_of, randomize_relevance
+from conftest import fresh, image_samples, parent_of, randomize_relevance, rewrite_weights
+from safetensors.torch import load_file
 from training_helpers import arguments, assert_same_state, batch_of, state
 
 from nemo_hf import (
@@ -164,18 +165,16 @@ def test_a_plain_model_is_not_given_masks(vit):
 
 
 def test_a_cut_on_load_reads_and_checks_only_what_stays(parent, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     parent.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     saved[HEAD][4] = NAN  # of another label
-    save_file(saved, tmp_path / "model.safetensors", {"format": "pt"})
+    rewrite_weights(tmp_path / "model.safetensors", saved)
     cut = NeMoForImageClassification.from_pretrained(tmp_path, labels=LABELS)
     assert_same_state(state(cut), state(parent.extract_module(LABELS)))
     with pytest.raises(ValueError, match=re.escape(HEAD)):
         NeMoForImageClassification.from_pretrained(tmp_path, labels=["frog"])
     saved[HEAD][4] = 1e6
-    save_file(saved, tmp_path / "model.safetensors", {"format": "pt"})
+    rewrite_weights(tmp_path / "model.safetensors", saved)
     with pytest.raises(ValueError, match=rf"{re.escape(HEAD)}; .* Load it with dtype=torch.float32"):
         NeMoForImageClassification.from_pretrained(tmp_path, labels=["frog"], dtype="float16")
 

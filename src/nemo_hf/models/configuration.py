@@ -199,6 +199,10 @@ class NeMoModelConfig(SavedConfig):
         is_own = name in self.__dict__ or hasattr(type(self), name) or name in ("auto_map", *checks.LOADING_KEYS)
         return None if base is None or is_own or name.startswith("_") or not hasattr(base, name) else base
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        base = self.base_config  # whose own fields may have such names (Whisper's do)
+        return base._get_generation_parameters() if isinstance(base, PreTrainedConfig) else {}
+
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
         """Outputs that `Trainer` leaves out of predictions: those of the plain model, and rejection scores."""

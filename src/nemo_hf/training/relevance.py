@@ -206,7 +206,7 @@ def compute_relevance(
         raise_together(failed, accelerator)  # or the other processes would wait for this one for ever
         counts.reduce(accelerator)
     if not bool(counts.labels.any()):
-        raise ValueError("Got data without a sample that has a label; expected some of each label. Pass others.")
+        raise ValueError("Got data without a sample of any label; expected at least one. Pass data with labels.")
     counts.write()
     parent.config.relevance_source, parent.report = "exact", None
     note_unseen(parent, [index for index, count in enumerate(counts.labels.tolist()) if not count])
