@@ -72,7 +72,6 @@ class SavedConfig(PreTrainedConfig):
         try:
             base = config_dict.get("base_config")
             if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
-                base = {key: value for key, value in base.items() if key != "auto_map"}
                 config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
             is_base_read = True
             config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)

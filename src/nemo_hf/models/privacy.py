@@ -80,13 +80,13 @@ def downloaded_name(source: str | None) -> str | None:
 
 def clean_text(text: str) -> str:
     """Replaces tokens, passwords and absolute paths in a text; of a file's path its name stays."""
-    if WHOLE_PATH.fullmatch(text):
-        return _file_name(text)
-    text = QUOTED.sub(lambda found: _file_name(found[0]) if WHOLE_PATH.fullmatch(found[0]) else found[0], text)
+    if whole := WHOLE_PATH.fullmatch(text):
+        return _file_name(whole)
+    text = QUOTED.sub(lambda found: _file_name(found) if WHOLE_PATH.fullmatch(found[0]) else found[0], text)
     text = IN_HEADER.sub(lambda found: f"{found[1]}{found[2] or ''}{SECRET}", text)
     for option in (ASSIGNED, PASSED):
         text = option.sub(lambda f: f"{f[1]}{f[2]}{SECRET}" if _fits(SECRET_OPTION, f[1]) else f[0], text)
-    text = PATH.sub(lambda found: _file_name(found[0]), _without_tokens(text))
+    text = PATH.sub(_file_name, _without_tokens(text))
     home = str(Path.home())
     return text.replace(home, PLACE) if len(home) > 1 else text
 
@@ -95,8 +95,8 @@ def _without_tokens(text: str) -> str:
     return TOKENS.sub(SECRET, IN_ADDRESS.sub(f"{SECRET}@", text))
 
 
-def _file_name(path: str) -> str:
-    name = re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+def _file_name(path: re.Match[str]) -> str:
+    name = re.split(r"[\\/]", path[0].rstrip("\\/"))[-1]
     return TOKENS.sub(SECRET, name) if KEPT_NAME.fullmatch(name) else PLACE
 
 
@@ -159,7 +159,7 @@ def _clean_value(text: str, is_config: bool) -> str:
 
 def _clean_part(text: str) -> str:
     """Cleans a text of which a model may be built: only plain tokens, and paths in a home directory."""
-    return IN_HOME.sub(lambda found: _file_name(found[0]), _without_tokens(text))
+    return IN_HOME.sub(_file_name, _without_tokens(text))
 
 
 def clean_command(words: Sequence[str]) -> str:

@@ -9,8 +9,8 @@ from torch import Tensor
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
-RELEVANCE_SCALE = 255
 LARGEST_MULTIPLE = 100_000  # that widths are filled up to
+RELEVANCE_SCALE = 255
 """Relevance is stored as round(255 f), where f is the share of a group's samples that open a neuron, known to 1/510.
 
 A lower share, such as one sample of 10,000, counts as never open, and one above 1 - 1/510 as always open.
