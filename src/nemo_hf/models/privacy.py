@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SECRET_ENTRY = re.compile(r"(hub|hf|auth|access|api|private)_?(token|key)|secret
 NUMBERS = re.compile("token|key")  # in names whose numbers are counts, such as `max_token`
 TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{10,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
-    r"|sk-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16}|eyJ[\w-]{8,}\.[\w-]+\.)[\w-]*"
+    r"|sk-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16}|eyJ[\w-]{8,1000}\.[\w-]+\.)[\w-]*"
 )
 IN_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a user and a password, or a token
 IN_HEADER = re.compile(r"(?i)\b(authorization\W{1,4}|bearer\s+)((?:basic|bearer|token)\s+)?[^\s'\",;]+")
@@ -36,7 +37,7 @@ ASSIGNED = re.compile(r"(?<![\w-])(-{0,2}[\w.-]{1,80})(['\"]?\s*[=:]\s*['\"]?)(?
 PASSED = re.compile(r"(?<!\S)(--[\w-]+)(\s+)([^\s-]\S*)")  # --token abc
 # "/b/" is rather a word: at least two folders make a path.
 WHOLE_PATH = re.compile(
-    r"(?:~[\w.-]*/|(?i:file):|/+[^/\n]*[^/\s][^/\n]*/+|[A-Za-z]:[\\/]|\\\\[\w.$-]+\\)[^\s/][\s\S]*|file:/[\s\S]*"
+    r"(?:~[\w.-]*/|(?i:file):|/+(?=[^/\n]*[^/\s])[^/\n]+/+|[A-Za-z]:[\\/]|\\\\[\w.$-]+\\)[^\s/][\s\S]*|file:/[\s\S]*"
 )
 ROOT_PATH = re.compile(r"~|/[^\s/]+/?")
 QUOTED = re.compile(r"(?<=(['\"]))[^'\"\n]+(?=\1)")
@@ -132,12 +133,13 @@ def clean(value: Any, name: str = "", is_config: bool = False) -> Any:
 def _with_clean_keys(data: Mapping[Any, Any], is_config: bool) -> dict[Any, Any]:
     """Cleans the keys of a mapping, and numbers those that would be equal then."""
     cleaned: dict[Any, Any] = {}
+    counts: Counter[str] = Counter()
     for key, value in data.items():
         name = key if not isinstance(key, str) else _clean_part(key) if is_config else clean_text(key)
-        count, unique = 1, name
+        unique = name
         while unique in cleaned:
-            count += 1
-            unique = f"{name} #{count}"
+            counts[name] += 1
+            unique = f"{name} #{counts[name] + 1}"
         cleaned[unique] = value
     return cleaned
 
