@@ -23,30 +23,14 @@ from nemo_hf.models.config_checks import (
     check_report,
     check_training,
     holds,
-)
+)  # fmt: skip
 
 # Each would be markup at the start of a line, within one, in a table, in code or in the header.
 PIECES = [
-    *("<img src=x>", "[x](https://evil.example)", "https://evil.example", "www.evil.example", "me@evil.example"),
-    *(
-        "`",
-        "```",
-        "~~~",
-        "|",
-        "# h",
-        "---",
-        "===",
-        "- x",
-        "1. x",
-        "> x",
-        "**b**",
-        "$x$",
-        "&lt;",
-        "{{ 7*7 }}",
-        "{% if %}",
-    ),
-    *("<!-- x", KEPT_BELOW, "\\", "'", '"', ":", "\t", "é", "license: evil", "!", "_x_", "\u202e", "", "a"),
-]
+    "<img src=x>", "[x](https://evil.example)", "https://evil.example", "www.evil.example", "me@evil.example",
+    "`", "```", "~~~", "|", "# h", "---", "===", "- x", "1. x", "> x", "**b**", "$x$", "&lt;", "{{ 7*7 }}", "{% if %}",
+    "<!-- x", KEPT_BELOW, "\\", "'", '"', ":", "\t", "é", "license: evil", "!", "_x_", "\u202e", "", "a",
+]  # fmt: skip
 LINES = st.lists(st.sampled_from(PIECES), max_size=3).map(" ".join)
 WORDS = st.one_of(LINES, st.lists(LINES, max_size=3).map("\n".join))
 NUMBERS = st.one_of(st.integers(-5, 10**12), st.floats())

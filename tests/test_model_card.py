@@ -122,12 +122,16 @@ def test_commands_and_options_read_back():
         *("nemo-hf", "extract", "--parent", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
         *("--round-to", "8", "--output-dir", "cat-dog"),
     ]
-    code = card().split("```python\n")[2].split("```")[0]
+    options = {
+        "retention_target": 0.1,
+        "sites": [{"kind": "attention", "query": "q", "key": "k", "value": "v", "output": "o"}],
+    }
+    code = card(nemo_config=options).split("```python\n")[2].split("```")[0]
     auto = type("Auto", (), {"from_pretrained": lambda *given: given})
     names = {"NeMoTrainer": dict, "AutoModelForImageClassification": auto, "NeMoConfig": NeMoConfig}
     found = eval(code.replace(", ...)", ")"), {**names, "TrainingArguments": lambda directory, **given: given})
     assert found["args"] == TRAINING["arguments"]
-    assert found["nemo_config"] == NeMoConfig(retention_target=0.1)
+    assert found["nemo_config"] == NeMoConfig(**options)
 
 
 NASTY = ["a|b", "---", "[x](http://y)", "# h", "line\nbreak", "q: 'z'", "<b>", "été ✓", "```", "{{ x }}", "", " ", "\0"]

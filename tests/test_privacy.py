@@ -11,7 +11,7 @@ from conftest import build, image_processor, image_samples, tokenizer
 from hub_server import hub as hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForImageClassification, TrainingArguments
+from transformers import AutoModelForImageClassification, AutoTokenizer, TrainingArguments
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compose, evaluate_module, make_parent
 from nemo_hf.cli.main import main
@@ -151,7 +151,6 @@ def test_only_what_came_from_the_hub_is_credited(hub, private, vit):
 TEXTS = {
     "/home/me/x": "PATH",
     "~/x/ds.json": "ds.json",
-    "~": "PATH",
     "see '/tmp/a b/c' and /var/log/x, ok": "see 'PATH' and PATH, ok",
     r"C:\Users\me\f.json": "f.json",
     r"at D:\me and \\server\share\me": "at PATH and PATH",
@@ -162,9 +161,13 @@ TEXTS = {
     "https://host/x?token=abc&y=1": "https://host/x?token=TOKEN&y=1",
     "{'hub_token': 'abc'}": "{'hub_token': 'TOKEN'}",
     "export HF_TOKEN=abc; WANDB_API_KEY=x": "export HF_TOKEN=TOKEN; WANDB_API_KEY=TOKEN",
+    "run --api-key abc -p 1": "run --api-key TOKEN -p 1",
+    "cc -I/opt/x FILE:///a/b": "cc -IPATH PATH",
+    "s3://host/x?Signature=abc": "s3://host/x?Signature=TOKEN",
+    "eyJhbGciOiJIUzI1.eyJzdWIi.abc": "TOKEN",
 }
 KEPT = ["https://host/org/x", "a/b/c and/or 1/2/3", "</s> [/INST] <|/x|>", "org/model", "cpu (X, 1 thread)", "gelu"]
-KEPT += ["hf_transfer", "tokens: 3", "torch 2.13.0+cpu", "vit.layers.0.mlp:ffn", "a ~ b", "0.5/0.9"]
+KEPT += ["hf_transfer", "tokens: 3", "torch 2.13.0+cpu", "vit.layers.0.mlp:ffn", "a ~ b", "0.5/0.9", "/b/", "//"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [*TEXTS.items(), *((text, text) for text in KEPT)])
@@ -191,7 +194,29 @@ def test_nested_options_lose_secrets_by_their_names():
     assert clean(config, is_config=True) == {"sites": [{"key": "a.key:ffn"}], "mask_token": "[MASK]", "sub": {}}
 
 
+def test_keys_that_become_equal_stay_apart():
+    assert clean({"/a/b": 1, "/a/c": 2, "/b/": 3}) == {"PATH": 1, "PATH #2": 2, "/b/": 3}
+
+
+@pytest.mark.parametrize("is_config", [True, False])
+def test_json_in_texts_is_cleaned(is_config):
+    text = json.dumps({"a": json.dumps([{"hub_token": "x", "b": "/a/b"}])})
+    assert clean(text, "note", is_config) == json.dumps({"a": json.dumps([{"hub_token": "TOKEN", "b": "PATH"}])})
+    assert clean('{"a":  1}', "note", is_config) == '{"a":  1}'
+
+
+def test_a_configuration_loses_paths_in_home_directories_only():
+    config = {"note": "see /home/me/x", "/home/me/y": 1, "act": "a /b/c", "sep": "/b/", "x": ["/opt/x", "~"]}
+    cleaned = {"note": "see PATH", "PATH": 1, "act": "a /b/c", "sep": "/b/", "x": ["PATH", "~"]}
+    assert clean(config, is_config=True) == cleaned
+
+
+UNCHANGED = "--include_tokens_per_second --learning_rate 1e-3 --include_num_input_tokens_seen all"
 COMMANDS = [
+    (UNCHANGED.split(), UNCHANGED),
+    (["train", "--push-to-hub-token", "x", "--hub_token=x", "hf_ABCDEFGHIJKL"],
+     "train --push-to-hub-token TOKEN --hub_token=TOKEN TOKEN"),
+    (["--output_dir", "/home/me/out", "--dataset=/me/data"], "--output_dir PATH --dataset=PATH"),
     (["--x=/a b/c", "/me/y.json"], "--x=PATH y.json"),
     (["--d", '{"a": "/home/me/x", "api_key": "k", "n": 3}'], """--d '{"a": "PATH", "api_key": "TOKEN", "n": 3}'"""),
     (["HF_TOKEN=q", "nemo-hf", "--password", "p"], "HF_TOKEN=TOKEN nemo-hf --password TOKEN"),
@@ -217,6 +242,24 @@ def test_no_nesting_hides_a_path_or_a_token(data):
     cleaned = clean(data)
     assert not [word for word in (MARKER, TOKEN) if word in json.dumps(cleaned)]
     assert clean(cleaned) == cleaned
+
+
+def test_a_tokenizer_that_is_saved_reads_alike(tmp_path, bert):
+    """Also where its tokens look like paths and secrets."""
+    own = tokenizer()
+    special = {"pad_token": "~", "cls_token": "/b/", "sep_token": "//", "mask_token": "/a/c"}
+    own.add_special_tokens({**special, "additional_special_tokens": ["/INST", "C:\\x", TOKEN]})
+    own.chat_template = "/opt/x C:\\x https://a@b/{{ messages[0].content }}"
+    parent = make_parent(bert)
+    parent.attach_processor(own)
+    parent.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = f"~ /b/ a // /a/c /INST C:\\x {TOKEN} 1/2 and/or"
+    assert loaded(text).input_ids == own(text).input_ids
+    assert loaded.special_tokens_map == own.special_tokens_map
+    messages = [{"role": "user", "content": "a"}]
+    templates = [each.apply_chat_template(messages, tokenize=False) for each in (loaded, own)]
+    assert templates[0] == templates[1]
 
 
 def test_a_processor_s_files_lose_the_machine_s_paths(tmp_path, bert):

@@ -111,11 +111,7 @@ def test_processors_files_name_no_code_and_nothing_elsewhere(saved, tmp_path, na
 
 def test_vocabularies_keep_their_words(saved, tmp_path):
     words = json.dumps({"auto_map": 1, "a_file": 2, "/home/me": 3}).encode()
-    files = {
-        "vocab.json": words,
-        "entity_vocab.json": words,
-        "tokenizer.json": b'{"model": {"vocab": {"auto_map": 0}}}',
-    }
+    files = {"vocab.json": words, "entity_vocab.json": words, "tokenizer.json": b'{"vocab": {"auto_map": 0}}'}
     module = NeMoForImageClassification.from_pretrained(saved / "module")
     module.processor_files = files
     module.save_pretrained(tmp_path / "a")

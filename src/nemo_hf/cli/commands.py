@@ -19,7 +19,7 @@ from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
 from nemo_hf.models.files import find_file
-from nemo_hf.models.privacy import clean, hub_name
+from nemo_hf.models.privacy import clean, hub_name, is_repository
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.mask_hooks import GeneratedMask
 from nemo_hf.neurons.proposals import propose_sites
@@ -76,6 +76,7 @@ def train(options: Namespace) -> None:
 
 def extract(options: Namespace) -> None:
     """Cuts a module on load and saves it."""
+    _check_apart(options.parent, options.output_dir)
     labels = _labels(options.labels, _config(options.parent))
     module = _load(options.parent, labels=labels, threshold=options.threshold, round_to=options.round_to)
     module.save_pretrained(options.output_dir)
@@ -85,6 +86,7 @@ def extract(options: Namespace) -> None:
 
 def export(options: Namespace) -> None:
     """Writes a module in another format and prints what changed."""
+    _check_apart(options.module, options.output_dir)
     module = _load(options.module)
     if options.format == "plain":
         plain = module.save_plain(options.output_dir)
@@ -99,6 +101,8 @@ def evaluate(options: Namespace) -> None:
     """Measures modules and prints a table."""
     if options.output and Path(options.output).is_dir():
         raise IsADirectoryError(f"Got --output {options.output}, which is a directory; expected a file. Name one.")
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)  # now, and not after the measurements
     parent = _load(options.parent)
     parent.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     loader = _batches(options, options.split, parent)
@@ -126,6 +130,9 @@ def push(options: Namespace) -> None:
         raise ValueError(
             "Got no --dataset; expected one. Name it, or leave --calibration-split and --compare-formats out."
         )
+    for name in filter(None, (options.repo_id, options.parent_repo)):
+        if not is_repository(name):
+            raise ValueError(f"Got {name!r}; expected the name of a Hub repository, such as me/cat-dog. Correct it.")
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
     card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
     model = _load(options.path if is_alone else options.parent)
@@ -180,6 +187,14 @@ def inspect(options: Namespace) -> None:
         print(f"mask generators: {made}; equivalence check: {(model.config.equivalence or {}).get('status')}")
 
 
+def _check_apart(source: str, output: str) -> None:
+    if Path(source).resolve() == Path(output).resolve():
+        raise ValueError(
+            f"Got {source!r} to read from and as --output-dir; expected two places, since what is there would be "
+            "replaced. Name another --output-dir."
+        )
+
+
 def _read_config(source: str, **options: Any) -> PreTrainedConfig:
     """Reads the configuration of any model."""
     is_here = Path(source).is_dir()
@@ -213,7 +228,7 @@ def _load(source: str, **options: Any) -> NeMoClassifier:
 def _labels(words: Sequence[str], config: NeMoModelConfig) -> list[LabelLike]:
     """Reads labels as names if there are such names, and as ids otherwise."""
     known = {*config.names.values(), *config.groups}
-    return [int(word) if word.isdigit() and word not in known else word for word in words]
+    return [int(word) if word.isdecimal() and word not in known else word for word in words]
 
 
 def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoader[Any]:

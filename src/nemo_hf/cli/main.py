@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, TrainingArguments
 
 from nemo_hf.models.equivalence import EquivalenceError
@@ -21,10 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     parser = build_parser()
     try:
+        if empty := [word for word in words if re.fullmatch(r"--[\w-]+=", word)]:
+            raise ValueError(f"Got {empty[0]} without a value; expected one. Write it behind the equals sign.")
         options = parser.parse_args([_with_dashes(word) for word in words])
         options.command_line = clean_command(["nemo-hf", *words])
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError, EquivalenceError) as error:
+    except (ValueError, TypeError, OSError, ImportError, EquivalenceError, DatasetsError) as error:
         print(" ".join(["nemo-hf", *words[:1]]) + ":", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

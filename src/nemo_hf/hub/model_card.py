@@ -73,7 +73,7 @@ class CardFacts:
 
 def render_model_card(facts: CardFacts) -> str:
     """Renders a card: Markdown with a YAML header, whose last line is `KEPT_BELOW`; paths and tokens are replaced."""
-    facts = CardFacts(**{name: clean(value, name) for name, value in vars(facts).items()})
+    facts = CardFacts(**{name: clean(value, name, name == "nemo_config") for name, value in vars(facts).items()})
     report = facts.report or {}
     accuracies = {"module": report.get("accuracy"), "parent": report.get("parent_restricted_accuracy")}
     accuracies |= report.get("controls") or {}
@@ -98,9 +98,10 @@ def render_model_card(facts: CardFacts) -> str:
 
 def own_text(card: str) -> str:
     """Returns what an owner wrote: all below the line that says so, or the whole text of a card that lacks it."""
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     if found := re.search(rf"^{re.escape(KEPT_BELOW)}$", card, re.MULTILINE):
         return card[found.end() :].strip("\n")
-    return re.sub(r"\A---\n.*?\n---\n", "", card.replace("\r\n", "\n"), flags=re.DOTALL).strip("\n")
+    return re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL).strip("\n")
 
 
 def license_of(card: str) -> str | None:

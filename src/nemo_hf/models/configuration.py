@@ -13,6 +13,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
+from nemo_hf.pruning.plan import LARGEST_MULTIPLE
 
 from . import config_checks as checks
 from .label_options import check_label_options
@@ -71,7 +72,6 @@ class SavedConfig(PreTrainedConfig):
         try:
             base = config_dict.get("base_config")
             if isinstance(base, dict) and "model_type" in base:  # its own from_dict: timm's names labels in another way
-                base = {key: value for key, value in base.items() if key != "auto_map"}
                 config_dict["base_config"] = CONFIG_MAPPING[base["model_type"]].from_dict(base)
             is_base_read = True
             config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
@@ -157,7 +157,7 @@ class NeMoModelConfig(SavedConfig):
     base_model: str | None = validated_field(checks.check_repository, default=None)
     parent: str | None = validated_field(checks.check_repository, default=None)
     relevance_threshold: float | int | None = validated_field(checks.within(0, 1), default=None)
-    round_to: int | None = validated_field(checks.within(1, checks.LARGEST_COUNT), default=None)
+    round_to: int | None = validated_field(checks.within(1, LARGEST_MULTIPLE), default=None)
     retained_neurons: float | int | None = validated_field(checks.within(0, 1), default=None)
     equivalence: dict[str, Any] | None = validated_field(checks.holds(checks.EQUIVALENCE), default=None)
     rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,35 @@ SECRET, PLACE = "TOKEN", "PATH"  # what stands in place of one
 LOADERS = ("audio_tokenizer", "auto_map", "custom_pipelines", "gguf_file")
 ORIGINS = ("_commit_hash", "_name_or_path", "name_or_path", "repository")  # where this machine loaded a model from
 LABELS = ("groups", "id2label", "label2id", "label_groups", "labels")  # the user's words, whatever they look like
+TOKENIZED = re.compile(r".+_tokens?|content|chat_template")  # in a tokenizer's files: a token may look like a path
+# Texts of a tokenizer, which would read or write others if they were changed: "/b/" may be a token.
+TOKENIZED = re.compile(r".+_tokens?|content|chat_template")
 # `tokens_per_second` and `tokenizer` are no secrets; the entry `key` of a site and the text `pad_token` neither.
 SECRET_OPTION = re.compile(
-    r"token(?![a-z])|secret|passw|passphrase|credential|api_?key|authorization|(^|_)(key|pwd|auth|bearer|cookie)$"
+    r"token(?![a-z])|secret|passw|passphrase|credential|api_?key|authorization|signature|(^|_)(key|pwd|auth|bearer|cookie)$"
 )
 SECRET_ENTRY = re.compile(r"(hub|hf|auth|access|api|private)_?(token|key)|secret|passw|credential")
 NUMBERS = re.compile("token|key")  # in names whose numbers are counts, such as `max_token`
 TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{10,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
-    r"|sk-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})[\w-]*"
+    r"|sk-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16}|eyJ[\w-]{8,1000}\.[\w-]+\.)[\w-]*"
 )
 IN_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a user and a password, or a token
 IN_HEADER = re.compile(r"(?i)\b(authorization\W{1,4}|bearer\s+)((?:basic|bearer|token)\s+)?[^\s'\",;]+")
 ASSIGNED = re.compile(r"(?<![\w-])(-{0,2}[\w.-]{1,80})(['\"]?\s*[=:]\s*['\"]?)(?!//)([^\s'\",;&}\]]+)")
-ABSOLUTE = r"(?:~[\w.-]*/|/|[A-Za-z]:[\\/]|\\\\|file:)"
-WHOLE_PATH = re.compile(rf"~|{ABSOLUTE}\S[\s\S]*")
-QUOTED_PATH = re.compile(rf"(?<=(['\"]))(?={ABSOLUTE})[^'\"\n]{{2,}}(?=\1)")
+PASSED = re.compile(r"(?<!\S)(--[\w-]+)(\s+)([^\s-]\S*)")  # --token abc
+# "/b/" is rather a word: at least two folders make a path.
+WHOLE_PATH = re.compile(
+    r"(?:~[\w.-]*/|(?i:file):|/+(?=[^/\n]*[^/\s])[^/\n]+/+|[A-Za-z]:[\\/]|\\\\[\w.$-]+\\)[^\s/][\s\S]*|file:/[\s\S]*"
+)
+ROOT_PATH = re.compile(r"~|/[^\s/]+/?")
+QUOTED = re.compile(r"(?<=(['\"]))[^'\"\n]+(?=\1)")
 END = r"[^\s'\"|<>,;:()\[\]{}]*"
+HOMES = rf"(?i:file):/+{END}|/(?:home|Users|root)/{END}|(?<![A-Za-z0-9])[A-Za-z]:[\\/]Users[\\/]{END}"
+IN_HOME = re.compile(HOMES)
 PATH = re.compile(
-    rf"file:/+{END}|/(?:home|Users|root)/{END}|(?<![A-Za-z0-9])[A-Za-z]:[\\/]{END}|(?<![\\\w])\\\\[\w.$-]+\\{END}"
-    rf"|(?<![\w./:])//(?=[\w.-]+/){END}|(?<![\w.~%*\\/<&+-])(?:~[\w.-]*/|/(?=[\w.@+~-]+/)|/(?=(?:tmp|mnt|data)\b)){END}"
+    rf"{HOMES}|(?<![A-Za-z0-9])[A-Za-z]:[\\/]{END}|(?<![\\\w])\\\\[\w.$-]+\\{END}|(?<![\w./:])//(?=[\w.-]+/){END}"
+    rf"|(?:(?<![\w.~%*\\/<&+-])|(?<=(?<![\w-])-[A-Z]))(?:~[\w.-]*/|/(?=[\w.@+~-]+/[^\s/])|/(?=(?:tmp|mnt|data)\b)){END}"
 )
 KEPT_NAME = re.compile(
     r"(?i)[^\\/\s]+\.(json|jsonl|ya?ml|toml|py|txt|md|csv|tsv|parquet|arrow|zip|safetensors|onnx|bin|pt|model)"
@@ -71,19 +81,23 @@ def downloaded_name(source: str | None) -> str | None:
 
 def clean_text(text: str) -> str:
     """Replaces tokens, passwords and absolute paths in a text; of a file's path its name stays."""
-    if WHOLE_PATH.fullmatch(text):
-        return _file_name(text)
-    text = QUOTED_PATH.sub(lambda found: _file_name(found[0]), text)
+    if whole := WHOLE_PATH.fullmatch(text):
+        return _file_name(whole)
+    text = QUOTED.sub(lambda found: _file_name(found) if WHOLE_PATH.fullmatch(found[0]) else found[0], text)
     text = IN_HEADER.sub(lambda found: f"{found[1]}{found[2] or ''}{SECRET}", text)
-    text = ASSIGNED.sub(lambda f: f"{f[1]}{f[2]}{SECRET}" if _fits(SECRET_OPTION, f[1]) else f[0], text)
-    text = TOKENS.sub(SECRET, IN_ADDRESS.sub(f"{SECRET}@", text))
-    text = PATH.sub(lambda found: _file_name(found[0]), text)
+    for option in (ASSIGNED, PASSED):
+        text = option.sub(lambda f: f"{f[1]}{f[2]}{SECRET}" if _fits(SECRET_OPTION, f[1]) else f[0], text)
+    text = PATH.sub(_file_name, _without_tokens(text))
     home = str(Path.home())
     return text.replace(home, PLACE) if len(home) > 1 else text
 
 
-def _file_name(path: str) -> str:
-    name = re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+def _without_tokens(text: str) -> str:
+    return TOKENS.sub(SECRET, IN_ADDRESS.sub(f"{SECRET}@", text))
+
+
+def _file_name(path: re.Match[str]) -> str:
+    name = re.split(r"[\\/]", path[0].rstrip("\\/"))[-1]
     return TOKENS.sub(SECRET, name) if KEPT_NAME.fullmatch(name) else PLACE
 
 
@@ -97,7 +111,7 @@ def clean(value: Any, name: str = "", is_config: bool = False) -> Any:
     """A copy of nested JSON without tokens and absolute paths; the user's labels stay as they are.
 
     A configuration, apart from its record `training`, also loses `LOADERS` and `ORIGINS`; in it only texts that are
-    paths as a whole, and plain tokens, are replaced, since models are built from its other texts.
+    paths as a whole, paths in a home directory, and plain tokens are replaced: models are built from its other texts.
     """
     if name in LABELS or value is None or isinstance(value, (bool, float)):
         return value
@@ -107,14 +121,47 @@ def clean(value: Any, name: str = "", is_config: bool = False) -> Any:
     if isinstance(value, Mapping):
         kept = {key: each for key, each in value.items() if not (is_config and key in LOADERS + ORIGINS)}
         inner = {key: clean(each, str(key), is_config and key != "training") for key, each in kept.items()}
-        return {clean_text(key) if isinstance(key, str) and not is_config else key: each for key, each in inner.items()}
+        return _with_clean_keys(inner, is_config)
     if isinstance(value, (list, tuple)):
         are_words = not is_config and all(isinstance(each, str) for each in value)
-        return list(_clean_words(value)) if are_words else [clean(each, "", is_config) for each in value]
-    if isinstance(value, str):
-        is_free = not is_config or WHOLE_PATH.fullmatch(value)
-        return clean_text(value) if is_free else TOKENS.sub(SECRET, IN_ADDRESS.sub(f"{SECRET}@", value))
-    return value
+        return list(_clean_words(value)) if are_words else [clean(each, name, is_config) for each in value]
+    if not isinstance(value, str) or (is_config and TOKENIZED.fullmatch(name)):
+        return value
+    return _clean_value(value, is_config)
+
+
+def _with_clean_keys(data: Mapping[Any, Any], is_config: bool) -> dict[Any, Any]:
+    """Cleans the keys of a mapping, and numbers those that would be equal then."""
+    cleaned: dict[Any, Any] = {}
+    counts: Counter[str] = Counter()
+    for key, value in data.items():
+        name = key if not isinstance(key, str) else _clean_part(key) if is_config else clean_text(key)
+        unique = name
+        while unique in cleaned:
+            counts[name] += 1
+            unique = f"{name} #{counts[name] + 1}"
+        cleaned[unique] = value
+    return cleaned
+
+
+def _clean_value(text: str, is_config: bool) -> str:
+    """Cleans a text, which may itself be JSON."""
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            data = json.loads(text)
+            cleaned = clean(data, "", is_config)
+        except (ValueError, RecursionError):  # no JSON
+            pass
+        else:
+            return text if cleaned == data else json.dumps(cleaned, ensure_ascii=False)
+    if not is_config and ROOT_PATH.fullmatch(text):
+        return PLACE
+    return _clean_part(text) if is_config and not WHOLE_PATH.fullmatch(text) else clean_text(text)
+
+
+def _clean_part(text: str) -> str:
+    """Cleans a text of which a model may be built: only plain tokens, and paths in a home directory."""
+    return IN_HOME.sub(_file_name, _without_tokens(text))
 
 
 def clean_command(words: Sequence[str]) -> str:
@@ -131,12 +178,8 @@ def _clean_words(words: Sequence[str]) -> Iterator[str]:
 
 
 def _clean_word(word: str) -> str:
-    """Cleans a word of a command line, such as `--option=value`, `NAME=value` or JSON."""
+    """Cleans a word of a command line, such as `--option=value` or `NAME=value`."""
     name, equals, value = word.partition("=")
     if equals and re.fullmatch(r"-{0,2}[\w.-]+", name):
         return f"{name}={SECRET if _fits(SECRET_OPTION, name) else _clean_word(value)}"
-    try:
-        is_json = word.lstrip()[:1] in ("{", "[")
-        return json.dumps(clean(json.loads(word)), ensure_ascii=False) if is_json else clean_text(word)
-    except (ValueError, RecursionError):  # no JSON
-        return clean_text(word)
+    return _clean_value(word, is_config=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
+LARGEST_MULTIPLE = 100_000  # that widths are filled up to
 RELEVANCE_SCALE = 255
 """Relevance is stored as round(255 f), where f is the share of a group's samples that open a neuron, known to 1/510.
 
@@ -36,8 +37,10 @@ def plan_module(
     `relevance` maps site keys to uint8 of shape (groups, neurons). `round_to` fills widths up to multiples of it with
     the next most relevant neurons; empty sites and empty heads stay empty. Raises ValueError if no neuron is kept.
     """
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ValueError(f"Got round_to={round_to!r}; expected None or a positive integer such as 8 or 16.")
+    if round_to is not None and not (type(round_to) is int and 1 <= round_to <= LARGEST_MULTIPLE):
+        raise ValueError(
+            f"Got round_to={round_to!r}; expected None or a positive integer up to {LARGEST_MULTIPLE}, such as 8 or 16."
+        )
     plan = {}
     for site in sites:
         scores = relevance[site.key][list(groups)].amax(0).to("cpu", torch.int64)
