@@ -342,6 +342,9 @@ def test_flipped_bytes_are_found_if_asked_for(tmp_path, options):
             with pytest.raises((OSError, ValueError), match=r"^Got "):
                 NeMoForImageClassification.from_pretrained(tmp_path, verify_files=True)
         path.write_bytes(content)
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(OSError, match=r"^Got 'vocab\.txt' with the digest None"):
+        NeMoForImageClassification.from_pretrained(tmp_path, verify_files=True)
 
 
 def test_flipped_bytes_of_a_parent_are_found_before_a_cut(tmp_path):

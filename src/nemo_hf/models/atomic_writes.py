@@ -56,8 +56,13 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
     with _workplace(target) as place:
         new = place / "files"
         new.mkdir()
-        with _clear_write_errors(Path(directory)):
+        try:
             yield new
+        except SafetensorError as error:
+            raise OSError(
+                f"Could not write {str(directory)!r} ({error}). What was there is unchanged: free some space, or "
+                "choose another place, and save again."
+            ) from error
         for path in (*new.rglob("*"), new):
             _sync(path)
         if not target.exists():
@@ -70,18 +75,6 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
             with locked(target):
                 _replace(place, target, stale)
         _sync(target.parent)
-
-
-@contextmanager
-def _clear_write_errors(directory: Path) -> Iterator[None]:
-    """Turns what safetensors raises when a disk is full into an error that says so."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(
-            f"Could not write {str(directory)!r} ({error}). What was there is unchanged: free some space, or choose "
-            "another place, and save again."
-        ) from error
 
 
 @contextmanager

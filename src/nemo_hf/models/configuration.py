@@ -84,7 +84,7 @@ class SavedConfig(PreTrainedConfig):
             got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
             raise checks.damaged(got, f"that of {cls.describes}") from error
         given = {name: value for name, value in kwargs.items() if name not in unused}
-        config._as_read = (given, _entries(config))
+        config._as_read = (_text(said), given, _text(config.to_dict()))
         return (config, {**unused, **passed}) if wants_unused else config
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
@@ -256,16 +256,20 @@ class NeMoModelConfig(SavedConfig):
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def _entries(config: SavedConfig) -> str:
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+def _text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, default=str)
 
 
-def read_again(config: SavedConfig, source: Any, hub_options: Mapping[str, Any]) -> Any:
-    """Reads the configuration that is in `source` now, unless the given one was made or changed by its owner."""
-    given, entries = getattr(config, "_as_read", ({}, None))
-    if entries != _entries(config):
-        return config
-    return type(config).from_pretrained(source, **hub_options, **given)
+def read_again(config: SavedConfig, data: dict[str, Any]) -> Any:
+    """Reads a config.json like a configuration read from it before, unless its owner made or changed that one."""
+    _, given, entries = getattr(config, "_as_read", ("", {}, None))
+    return config if entries != _text(config.to_dict()) else type(config).from_dict(data, **given)
+
+
+def is_as_read(config: SavedConfig, data: Mapping[str, Any]) -> bool:
+    """Whether a configuration says what this content of a config.json says, and no more."""
+    said, given, entries = getattr(config, "_as_read", ("", {}, None))
+    return given.keys() <= {"name_or_path"} and said == _text(data) and entries == _text(config.to_dict())
 
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -1,10 +1,8 @@
-"""Checks a saved model while it is loaded: its configuration and weight headers first, then every tensor."""
+"""Checks a saved model while it is loaded: its structure on the meta device first, then every tensor."""
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,7 @@ from transformers.utils import logging as transformers_logging
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
 
 from .config_checks import damaged
-from .configuration import NeMoModelConfig, SavedConfig, read_again
-from .files import find_file, read_companions, read_json
-from .label_options import check_label_options
-from .save_identity import CONFIG_NAME, check_digests, check_identity, identity_of
+from .configuration import NeMoModelConfig
 from .weight_files import WeightFiles, other_shape, other_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -27,49 +22,6 @@ SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files:
 SPARE_ENTRIES, ENTRIES_PER_TENSOR = 10_000, 6
 # Held while a thread changes what all threads share: how transformers and torch build models, progress bars, precision.
 PROCESS_SETTINGS = threading.RLock()
-
-
-def open_model(
-    source: str | Path,
-    hub_options: Mapping[str, Any],
-    config: Any = None,
-    variant: str | None = None,
-    kind: type[SavedConfig] = NeMoModelConfig,
-    verify_files: bool = False,
-) -> tuple[Any, WeightFiles]:
-    """Reads a saved model's configuration, of the class `kind` (or copies it, if given), and its weights' headers.
-
-    All must be of one save. `verify_files` recomputes the digests of the files, those of the processor included.
-    """
-    path = find_file(source, CONFIG_NAME, hub_options)  # a link out is refused, whoever has read it
-    data = read_json(path) if path else {}
-    if config is None:
-        model_type = data.get("model_type") if path else kind.model_type
-        if model_type != kind.model_type:
-            raise ValueError(
-                f"Got {str(source)!r} of model type {model_type!r}; expected {kind.describes} of nemo_hf. Load it with "
-                "the Auto class for its task; a plain model is trained with NeMoTrainer first."
-            )
-        config = kind.from_pretrained(source, **hub_options)  # a missing file is an error that transformers explains
-    elif isinstance(config, NeMoModelConfig):
-        labels = config.label_ids or [label for members in config.groups.values() for label in members]
-        check_label_options({"id2label": config.id2label}, len(labels), config.role)
-    if find_file(source, "adapter_config.json", hub_options):
-        raise ValueError(
-            f"Got {str(source)!r} with adapter_config.json, by which transformers would load weights from elsewhere; "
-            "expected a parent or module alone. Remove that file."
-        )
-    folder = Path(source, hub_options.get("subfolder") or "")
-    if folder.is_dir() and any(folder.glob("shard-*-model-*.safetensors")):
-        raise damaged(f"{str(source)!r} with a distributed checkpoint", "model.safetensors")
-    weights = WeightFiles(source, hub_options, variant)
-    if identity_of(config) not in (None, identity_of(data)):  # replaced since an Auto class read the configuration
-        config = read_again(config, source, hub_options)
-    check_identity(str(source), data, config, weights.identities)
-    if verify_files:
-        companions, _ = read_companions(source, hub_options, config.processor_files)
-        check_digests(data, weights.paths, companions)
-    return copy.deepcopy(config), weights
 
 
 @contextmanager

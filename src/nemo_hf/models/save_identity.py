@@ -138,20 +138,20 @@ def _recorded(config: Any) -> dict[str, Any]:
 def check_digests(config: Mapping[str, Any], weights: Iterable[Path], companions: Mapping[str, bytes]) -> None:
     """Recomputes the digests of files that were saved, and compares them with those that config.json records."""
     recorded = _recorded(config)
-    digests = recorded.get("digests") if isinstance(recorded.get("digests"), dict) else {}
-    found = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
+    digests: dict[str, Any] = recorded["digests"] if isinstance(recorded.get("digests"), dict) else {}
+    found: dict[str, str] = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
     for path in weights:
         with path.open("rb") as file:
             digest = _digest_of(_read_header(file))
             while block := file.read(BLOCK):
                 digest.update(block)
         found[path.name] = digest.hexdigest()
-    found[CONFIG_NAME] = _identity_of(config, digests or {})
-    expected = {**(digests or {}), CONFIG_NAME: recorded.get("id")}
-    for name, digest in found.items():
-        if expected.get(name) != digest:
-            wanted = f"the digest {str(expected.get(name))[:12]}... that was saved"
-            raise damaged(f"{name!r} with the digest {digest[:12]}...", wanted, OSError)
+    found[CONFIG_NAME] = _identity_of(config, digests)
+    expected = {**digests, CONFIG_NAME: recorded.get("id")}
+    for name in [*found, *expected]:
+        if found.get(name) != expected.get(name):
+            got, wanted = (str(each.get(name))[:12] for each in (found, expected))
+            raise damaged(f"{name!r} with the digest {got}...", f"the digest {wanted}... that was saved", OSError)
 
 
 def own_report(

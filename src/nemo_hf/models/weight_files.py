@@ -38,7 +38,7 @@ class WeightFiles:
             try:
                 opened = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise damaged(f"a truncated file {str(path)!r} ({error})", "safetensors", OSError) from error
+                raise damaged(f"{str(path)!r}, which does not open ({error})", "safetensors", OSError) from error
             if repeated := sorted(set(opened.keys()) & set(self._files)):
                 got = f"the tensor {repeated[0]!r} in several weight files of {str(source)!r}"
                 raise damaged(got, "each in one", OSError)

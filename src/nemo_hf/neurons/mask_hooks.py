@@ -26,7 +26,8 @@ class MaskGenerator(nn.Module):
         super().__init__()
         self.down = nn.Linear(in_features, rank)
         self.up = nn.Linear(rank, neurons)
-        self.reset_parameters()
+        if not self.up.weight.is_meta:  # where drawing numbers takes long, and nothing keeps them
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws new weights; all neurons start open for inputs of ordinary size."""
