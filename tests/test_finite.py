@@ -78,7 +78,7 @@ OF_MODULES = {
     "calibrate": lambda p, m, b, d: quiet(calibrate_rejection)(m, b),
     "join": lambda p, m, b, d: compose(
         [m, p.extract_module(["car"])],
-        batches=[{**c, "labels": torch.where(c["labels"] < 0, -100, c["labels"] % 3)} for c in b],
+        batches=[{**c, "labels": c["labels"].where(c["labels"] < 0, c["labels"] % 3)} for c in b],
     ),
 }
 WITHOUT_DATA = {
