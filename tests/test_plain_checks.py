@@ -272,7 +272,7 @@ def test_a_model_in_half_precision_that_casts_no_images_is_cut_and_measured():
     batch = {"pixel_values": torch.randn(4, 3, 16, 16).bfloat16(), "labels": torch.arange(4)}
     assert evaluate_module(parent, [0, 1], [batch], show_progress=False).samples == 2
     with pytest.raises(ValueError, match="ForImageClassification does not support activation checkpointing"):
-        parent.gradient_checkpointing_enable()
+        parent.activation_checkpointing_enable()
 
 
 def watched(model):

@@ -211,8 +211,7 @@ def _collect_answers(
     wanted = torch.tensor(module.config.label_ids, device=parent.device)
     has_several, names = parent.config.has_several_labels, list(module.config.names.values())
     answers: dict[str, list[Tensor]] = {name: [] for name in ("module", "parent", *masks)}
-    right, energies = [], []
-    is_own: list[Tensor] = []
+    right, energies, is_own = [], [], []
     for inputs, labels, numbers in labelled_batches(parent, batches):
         logits = module(**inputs, return_dict=True).logits
         check_outputs(module, inputs, logits, names, numbers)

@@ -27,13 +27,7 @@ from nemo_hf.pruning.plan import static_masks
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .equivalence import (
-    EFFECT_FACTOR,
-    EQUIVALENCE_TOLERANCE,
-    EquivalenceError,
-    check_equivalence,
-    exact_float32,
-)
+from .equivalence import EFFECT_FACTOR, EQUIVALENCE_TOLERANCE, EquivalenceError, check_equivalence, exact_float32
 from .extraction import CutSource, ModulePlan, build_module, read_tensor
 from .finiteness import check_finite, check_outputs
 from .plain_checks import check_built, check_computed, check_plain
