@@ -178,10 +178,10 @@ def with_change(change, labels=None):
         (lambda m: compose([m[0], bart_modules()[1]]), ValueError, "Got modules of the tasks"),
         (with_change(lambda m: m.half()), ValueError, "Got modules of the precisions"),
         (with_change(lambda m: setattr(m.config, "problem_type", SEVERAL)), ValueError, "a multi-label module"),
-        (lambda m: compose(m, batches=[]), ValueError, "Got no batches to calibrate on"),
+        (lambda m: compose(m, batches=[]), ValueError, "Got no samples to calibrate on"),
         (on(None), ValueError, "expected 'labels' in it"),
         (on([0, 1, 2, 3]), ValueError, "expected places among the 3 joint labels"),
-        (on([0.0, 1.0, 2.0, 1.0]), ValueError, r"type torch\.float32 from 0\.0"),
+        (on([0.0, 1.0, 2.0, 1.0]), ValueError, r"type torch\.float32; expected integer ids"),
         (with_change(lambda m: m.model.deit.layernorm.weight.data.fill_(math.inf), [0, 1, 2, 1]), ValueError, "finite"),
     ],
 )

@@ -244,16 +244,18 @@ LOADING = [
 FOR_CUTS = {"not_an_option": "ValueError"}  # names what a cut takes
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("vit", "gpt2"))])
 @pytest.mark.parametrize(("options", "behaviour"), LOADING, ids=[str([*options]) for options, _ in LOADING])
-def test_options_at_loading_work_as_for_the_plain_model(saved, options, behaviour, family, kind):
+def test_options_at_loading_work_as_for_the_plain_model(saved, options, behaviour, family):
     options = {DROPOUT[family] if name == "dropout" else name: value for name, value in options.items()}
-    where, labels = ("parent", {"labels": ALL}) if kind == "cut" else (kind, {})
+
+    def loaded(model_class, where, **labels):
+        return outcome(lambda: behaviour(model_class.from_pretrained(saved(family) / where, **options, **labels)))
+
     for plain, own in ((auto(family),) * 2, (type(models(family)["plain"]), type(models(family)["parent"]))):
-        expected = outcome(lambda load=plain.from_pretrained: behaviour(load(saved(family) / "plain", **options)))
-        got = outcome(lambda load=own.from_pretrained: behaviour(load(saved(family) / where, **options, **labels)))
-        assert got == (FOR_CUTS.get(next(iter(options)), expected) if kind == "cut" else expected)
+        expected = loaded(plain, "plain")
+        assert [loaded(own, kind) for kind in ("parent", "module")] == [expected, expected]
+        assert loaded(own, "parent", labels=ALL) == FOR_CUTS.get(next(iter(options)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,16 +2,18 @@
 
 import copy
 import re
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, SIZES, hooks_of, logits_of, randomize, tiny
+from conftest import LABELS, NAMES, SIZES, fresh, hooks_of, logits_of, parent_of, randomize, tiny
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForSequenceClassification
 
-from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
+from nemo_hf import NeMoConfig, UnsupportedArchitectureError, evaluate_module, make_parent
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 UNITS = "bert.encoder.layer.0.intermediate.dense"
@@ -226,16 +228,51 @@ def test_a_model_that_computes_something_else_than_its_configuration_says_is_ref
     assert hooks_of(bert) == before
 
 
-def test_an_error_of_ones_own_hook_is_raised_as_it_is(bert):
-    class Own(Exception):
-        pass
-
+@pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError, RuntimeError])
+def test_an_error_of_ones_own_hook_is_raised_as_it_is(bert, kind):
     def hook(layer, inputs):
-        raise Own("of the hook")
+        raise kind("of the hook")
 
     bert.classifier.register_forward_pre_hook(hook)
-    with pytest.raises(Own, match="of the hook"):
+    with pytest.raises(kind, match="of the hook"):
         make_parent(bert, FEW)
+
+
+TOKENS = torch.randint(4, 100, (2, 6))
+NO_SAMPLES = r"^Got the inputs .*; expected tensors by name.* Pass what the model's tokenizer"
+NOT_RUN = r"^Got \w+, which does not run on \w+ of shape .*; expected inputs that it takes"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, NO_SAMPLES),
+        ([TOKENS], NO_SAMPLES),
+        ({"input_ids": TOKENS.tolist()}, NO_SAMPLES),
+        ({"input_ids": TOKENS[:0]}, NO_SAMPLES),
+        ({"input_ids": TOKENS, "return_dict": True}, NO_SAMPLES),
+        ({"input_ids": TOKENS + 500}, NOT_RUN),
+        ({"pixel_values": torch.zeros(2, 3, 4, 4)}, NOT_RUN),
+        ({"input_ids": TOKENS, "attention_mask": None, "labels": torch.zeros(2)}, None),
+    ],
+    ids=lambda value: str(value)[:20].replace("\n", ""),
+)
+def test_inputs_of_trials_are_samples_that_the_model_takes(inputs, message):
+    parent = parent_of("bert")
+    make, cut = partial(make_parent, fresh("bert"), FEW), partial(parent.extract_module, [0])
+    for use in (make, cut):
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            use(inputs=inputs)
+
+
+def test_a_model_in_half_precision_that_casts_no_images_is_cut_and_measured():
+    model = tiny("ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]).bfloat16()
+    parent = make_parent(model)
+    assert parent.config.equivalence["status"] == "verified"
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16).bfloat16(), "labels": torch.arange(4)}
+    assert evaluate_module(parent, [0, 1], [batch], show_progress=False).samples == 2
+    with pytest.raises(ValueError, match="ForImageClassification does not support activation checkpointing"):
+        parent.activation_checkpointing_enable()
 
 
 def watched(model):

@@ -170,12 +170,7 @@ class NeMoConfig:
                 raise TypeError(f"Got the group name {name!r}; expected a string.")
             if not _is_list(members) or not members:
                 raise ValueError(f"Got {members!r} for the group {name!r}; expected a list of labels.")
-        self.label_groups = {
-            name: [
-                int(label) if isinstance(label, Integral) and not isinstance(label, bool) else label for label in own
-            ]
-            for name, own in self.label_groups.items()
-        }
+        self.label_groups = {name: [_plain(label) for label in own] for name, own in self.label_groups.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain data that `from_dict` reads back."""
@@ -187,8 +182,7 @@ class NeMoConfig:
         if not isinstance(data, Mapping):
             raise TypeError(f"Got the options {data!r}; expected a mapping of options by name.")
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
+        if unknown := sorted(set(data) - known):
             raise ValueError(
                 f"Got unknown options {unknown}; expected some of {sorted(known)}. Correct the names, or update "
                 "nemo-hf if a newer version wrote the file."
@@ -284,8 +278,7 @@ def resolve_groups(
                 raise ValueError(f"Got the label {id2label[index]!r} in {where}; expected it once, in one group.")
             owner[index] = group
         resolved[group] = ids
-    missing = [id2label[index] for index in id2label if index not in owner]
-    if missing:
+    if missing := [name for index, name in id2label.items() if index not in owner]:
         raise ValueError(
             f"Got label groups without {_shortened(missing)}; expected each of the {len(id2label)} labels in a group. "
             "Add them, such as in a group of their own."
@@ -310,8 +303,7 @@ def resolve_labels(
     if len(labels) == 0:
         raise ValueError("Got an empty set of labels; expected at least one label or group. Name some.")
     ids = [index for label in labels for index in _label_or_group(label, groups, id2label)]
-    repeated = sorted({id2label[index] for index, count in Counter(ids).items() if count > 1})
-    if repeated:
+    if repeated := sorted({id2label[index] for index, count in Counter(ids).items() if count > 1}):
         raise ValueError(f"Got the labels {repeated} more than once; expected each label once. Remove the repeats.")
     asked = set(ids)
     return ids, [name for name, members in groups.items() if not asked.isdisjoint(members)]

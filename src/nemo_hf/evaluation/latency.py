@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
+from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Runners = Mapping[str, Callable[..., Any]]
@@ -74,7 +75,7 @@ class _NoTracker(nullcontext[None]):
 
 def count_macs(model: NeMoPreTrainedModel) -> int:
     """Multiply-accumulates of linear layers, convolutions and attention for a sample in eval mode, without masks."""
-    inputs = {name: value[:1].to(model.device) for name, value in random_inputs(model).items()}
+    inputs = on_device(model, random_inputs(model, samples=1))
     counter: Any = FlopCounterMode(display=False)
     counter.mod_tracker = _NoTracker()
     with as_saved(model) as (saved,), torch.no_grad():
@@ -87,7 +88,7 @@ def count_macs(model: NeMoPreTrainedModel) -> int:
 def measure_latency(parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel) -> Latency:
     """Times a module (`"module"`) and the plain model inside its parent (`"parent"`), both in eval mode."""
     runners = {"module": module.model, "parent": copy.deepcopy(parent).detach_masks().eval()}
-    return time_runs(runners, {n: v.to(parent.device) for n, v in random_inputs(module).items()}, LATENCY_BATCHES)
+    return time_runs(runners, on_device(module, random_inputs(module)), LATENCY_BATCHES)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.batches import labelled_batches
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.finiteness import check_finite, check_outputs
-from nemo_hf.models.labels import label_ids, label_targets
 from nemo_hf.models.rejection import energy, rejection_scores
 
 logger = logging.getLogger(__name__)
@@ -31,34 +31,6 @@ def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
             "those that the module has not."
         )
     return torch.isin(labels, own) if labels.ndim == 1 else labels[:, own].any(-1)
-
-
-def split_batch(model: NeMoPreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Moves a batch to a model's device and takes its labels out as they are."""
-    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    if (labels := inputs.pop("labels", None)) is None:
-        raise ValueError(
-            f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a label column to the data, or let the "
-            "data collator name it 'labels'."
-        )
-    return inputs, labels
-
-
-def inputs_and_labels(
-    model: NeMoPreTrainedModel, batch: Mapping[str, Any], keeps_all: bool = False
-) -> tuple[dict[str, Any], Tensor]:
-    """Moves a batch to a model's device and takes its labels out, checked, as `label_ids` returns them.
-
-    Samples whose label is -100 are left out unless the call `keeps_all`.
-    """
-    inputs, given = split_batch(model, batch)
-    names = model.config.names if model.is_parent else model.model.config.id2label  # a module's data have its parent's
-    count, has_several = len(names or ()) or None, model.config.has_several_labels
-    labels = label_ids(label_targets(given, count, has_several, checks_values=True), has_several).to(model.device)
-    if not keeps_all and labels.ndim == 1 and not bool((known := labels >= 0).all()):
-        inputs = {name: value[known] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        labels = labels[known]
-    return inputs, labels
 
 
 @torch.no_grad()
@@ -100,12 +72,9 @@ def calibrate_rejection(
     check_finite(module)
     found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     with as_saved(module) as (saved,):
-        for batch in tqdm(batches, desc="Rejection", disable=not show_progress):
-            inputs, labels = inputs_and_labels(module, batch)
-            if not len(labels):
-                continue
+        batches = tqdm(batches, desc="Rejection", disable=not show_progress)
+        for inputs, labels, numbers in labelled_batches(module, batches):
             logits = saved(**inputs, return_dict=True).logits
-            numbers = range(seen := sum(map(len, found)), seen + len(logits))
             check_outputs(module, inputs, logits, list(module.config.names.values()), numbers)
             found.append(energy(logits, module.config.has_several_labels).cpu())
             owned.append(own_samples(module, labels).cpu())

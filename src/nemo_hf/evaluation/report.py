@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
+from nemo_hf.models.batches import labelled_batches, select_samples
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
@@ -20,7 +21,7 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
 from .metrics import LibraryMetrics, MetricLike, cohesion_and_coupling
-from .rejection import auroc, inputs_and_labels, own_samples
+from .rejection import auroc, own_samples
 
 RANDOM_DRAWS = 5
 
@@ -210,16 +211,9 @@ def _collect_answers(
     wanted = torch.tensor(module.config.label_ids, device=parent.device)
     has_several, names = parent.config.has_several_labels, list(module.config.names.values())
     answers: dict[str, list[Tensor]] = {name: [] for name in ("module", "parent", *masks)}
-    right, energies = [], []
-    is_own: list[Tensor] = []
-    for batch in batches:
-        inputs, labels = inputs_and_labels(parent, batch)
-        if not len(labels):
-            continue
-        inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    right, energies, is_own = [], [], []
+    for inputs, labels, numbers in labelled_batches(parent, batches):
         logits = module(**inputs, return_dict=True).logits
-        seen = sum(len(part) for part in is_own)
-        numbers: Sequence[int] = range(seen, seen + len(logits))
         check_outputs(module, inputs, logits, names, numbers)
         own = own_samples(module, labels)
         energies.append(energy(logits, has_several).cpu())
@@ -227,7 +221,7 @@ def _collect_answers(
         chosen = torch.ones_like(own) if has_several else own
         if not chosen.any():
             continue
-        inputs, labels = {name: value[chosen] for name, value in inputs.items()}, labels[chosen]
+        inputs, labels = select_samples(inputs, chosen), labels[chosen]
         numbers = [number for number, is_chosen in zip(numbers, chosen.tolist(), strict=True) if is_chosen]
         found = labels[:, wanted] if has_several else (labels[:, None] == wanted).int().argmax(-1)
         right.append(found.long().cpu())
@@ -252,18 +246,15 @@ def measure_modularity(
     opened, groups, samples = [], [], 0
     group_of_label = group_indices(parent)
     with as_saved(parent) as (parent,):
-        for batch in batches:
-            if samples >= most:
-                break
-            inputs, labels = inputs_and_labels(parent, batch)
-            if not len(labels):
-                continue
+        for inputs, labels, numbers in labelled_batches(parent, batches):
             groups.append(sample_groups(labels, group_of_label, len(parent.config.groups)))
             outputs = parent(**inputs, output_neuron_masks=True, return_dict=True)
-            masks, numbers = outputs.neuron_masks, range(samples, samples + len(labels))
+            masks = outputs.neuron_masks
             check_outputs(parent, inputs, outputs.logits, list(parent.config.names.values()), numbers, masks)
             opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
             samples += len(labels)
+            if samples >= most:
+                break
     if not samples:
         raise ValueError("Got data without a sample that has a label; expected some. Pass data with labels.")
     cohesion, coupling = cohesion_and_coupling(torch.cat(opened), torch.cat(groups))

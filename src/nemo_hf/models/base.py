@@ -91,7 +91,8 @@ class NeMoPreTrainedModel(SavedModel):
         self.processor_files = {}
         # Attributes of the plain model that are changed while it has masks: owner, name and value before.
         self.changed_attributes: list[tuple[Any, str, Any]] = []
-        self.main_input_name, self.input_modalities = self.model.main_input_name, self.model.input_modalities
+        for name in ("main_input_name", "input_modalities", "supports_gradient_checkpointing"):
+            setattr(self, name, getattr(self.model, name))
         self.nemo_config = NeMoConfig.from_dict(config.nemo_config or {})
         self.sites = list(configured_sites(self.model, config) if sites is None else sites)
         self.heads = find_heads(self.model, self.model.config.num_labels or 0)

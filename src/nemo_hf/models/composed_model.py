@@ -142,7 +142,7 @@ class NeMoComposedModel(SavedModel):
     def _hand_on(self) -> None:
         """Sets attributes of the plain models' configurations that were set on the joint one."""
         added = {name: value for name, value in vars(self.config).items() if not hasattr(type(self.config), name)}
-        for part in self.parts if added else ():
+        for part in self.parts:
             for name, value in added.items():
                 if name[0] != "_" and getattr(part.config, name, value) != value:
                     setattr(part.config, name, value)

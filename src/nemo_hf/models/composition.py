@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import NeMoPreTrainedModel
+from .batches import labelled_batches
 from .composed_model import NeMoComposedConfig, NeMoComposedModel
 from .configuration import model_class
 from .finiteness import check_finite, check_outputs
@@ -114,23 +115,18 @@ def _calibrate(composed: NeMoComposedModel, batches: Iterable[Mapping[str, Any]]
     found: list[Tensor] = []
     rights: list[Tensor] = []
     names = [name for module in composed.parts for name in module.config.names.values()]
-    count = len(composed.config.label_order or [])
-    for batch in batches:
-        inputs = {k: v.to(composed.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if (labels := inputs.pop("labels", None)) is None:
-            raise ValueError(f"Got a batch with {sorted(inputs)}; expected 'labels' in it. Add a column of labels.")
-        if labels.ndim != 1 or labels.is_floating_point() or not bool(((labels >= 0) & (labels < count)).all()):
+    for inputs, labels, numbers in labelled_batches(composed, batches):
+        if bool((labels >= len(names)).any()):
             raise ValueError(
-                f"Got labels of shape {tuple(labels.shape)} and type {labels.dtype} from {labels.min().item()} to "
-                f"{labels.max().item()}; expected places among the {count} joint labels. Leave other samples out."
+                f"Got the label {labels.max().item()}; expected places among the {len(names)} joint labels. Leave "
+                "samples of other labels out, or give them the label -100."
             )
         logits = composed.part_logits(**inputs)
-        seen = sum(len(part) for part in found)
-        check_outputs(composed, inputs, logits, names, range(seen, seen + len(logits)))
+        check_outputs(composed, inputs, logits, names, numbers)
         found.append(logits.double().cpu())
-        rights.append(labels.long().cpu())
+        rights.append(labels.cpu())
     if not found:
-        raise ValueError("Got no batches to calibrate on; expected some. Pass validation data.")
+        raise ValueError("Got no samples to calibrate on; expected some. Pass validation data with labels.")
     sizes = [len(module.config.names) for module in composed.parts]
     fitted = fit_scales(torch.cat(found), torch.cat(rights), sizes, composed.config.label_order or [])
     composed.config.scales, composed.config.biases = fitted

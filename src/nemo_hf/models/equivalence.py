@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, evaluating, first_line, is_out_of_memory
-from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, evaluating, first_line, is_out_of_memory, on_device
+from nemo_hf.neurons.trial_inputs import trial_inputs
 
 from .base import NeMoPreTrainedModel
 from .finiteness import check_outputs
@@ -57,11 +57,10 @@ def check_equivalence(
     `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
     Logits that differ by more than the tolerance, or are not finite, are an `EquivalenceError`.
     """
-    inputs = random_inputs(parent) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    inputs = trial_inputs(parent, inputs)
     assert parent.masks is not None
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
-        batch = {name: value.to(exact_parent.device) for name, value in inputs.items()}
-        batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+        batch = on_device(exact_parent, inputs)
         opened, expected = (
             exact_parent(**batch, static_masks=masks, return_dict=True).logits[:, module.config.label_ids]
             for masks in (parent.masks.open_masks(), static)

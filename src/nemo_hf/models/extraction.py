@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
 from nemo_hf.neurons.patterns import find_heads
 from nemo_hf.neurons.sites import NeuronSite
+from nemo_hf.neurons.trial_calls import check_runs
+from nemo_hf.neurons.trial_inputs import trial_inputs
 from nemo_hf.pruning.layer_cuts import TensorCut, cut_tensor, site_cut, tensor_cuts
 from nemo_hf.pruning.plan import is_relevant, plan_module, retained_neurons, static_masks
 
@@ -135,6 +137,9 @@ def extract_module(
     source = CutSource.of_parent(parent)
     check_built(parent.model)  # layers may have been changed since it was made
     check_finite(parent)
+    if inputs is not None:
+        inputs = trial_inputs(parent, inputs)
+        check_runs(parent, inputs)
     state = parent.model.state_dict()
     plan = make_plan(source, labels, threshold, round_to)
     module = build_module(type(parent), source, plan, partial(read_tensor, state))

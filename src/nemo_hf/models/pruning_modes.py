@@ -20,20 +20,14 @@ from nemo_hf.config import TARGETS, LabelLike, NeMoConfig
 from nemo_hf.neurons.channel_tracing import ChannelSearch, find_channels
 from nemo_hf.neurons.patterns import check_found, find_heads, find_sites
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite, UnsupportedArchitectureError, with_pruning_modes
-from nemo_hf.neurons.trial_calls import check_runs, first_line, reached_sites, rectified_sites
-from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.trial_calls import check_runs, first_line, on_device, reached_sites, rectified_sites
+from nemo_hf.neurons.trial_inputs import trial_inputs
 from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.pruning.plan import static_masks
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .equivalence import (
-    EFFECT_FACTOR,
-    EQUIVALENCE_TOLERANCE,
-    EquivalenceError,
-    check_equivalence,
-    exact_float32,
-)
+from .equivalence import EFFECT_FACTOR, EQUIVALENCE_TOLERANCE, EquivalenceError, check_equivalence, exact_float32
 from .extraction import CutSource, ModulePlan, build_module, read_tensor
 from .finiteness import check_finite, check_outputs
 from .plain_checks import check_built, check_computed, check_plain
@@ -78,7 +72,7 @@ def make_parent(
     check_plain(model, nemo_config.hard_masks)
     check_built(model)
     find_heads(model, model.config.num_labels or 0)
-    inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    inputs = trial_inputs(model, inputs)
     check_finite(model)
     check_outputs(model, inputs, check_runs(model, inputs), list((model.config.id2label or {}).values()))
     channels = ChannelSearch()
@@ -304,7 +298,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
         if not (got - expected).abs().max().item() <= max(LARGEST_SHARE * effect, rounding):  # also NaN
             raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
     # Sites whose pooled input mixes samples: the mask of one then depends on the others.
-    given = {name: value.to(parent.device) for name, value in inputs.items()}
+    given = on_device(parent, inputs)
     others = {name: torch.cat([value[:1], value[1:].flip(0)]) for name, value in given.items()}
     masks, changed = (
         parent(**batch, output_neuron_masks=True, return_dict=True).neuron_masks for batch in (given, others)
@@ -320,8 +314,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
 
 def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
     with exact_float32(parent) as (exact,):
-        given = {name: value.to(exact.device) for name, value in inputs.items()}
-        batch = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+        batch = on_device(exact, inputs)
         return [exact(**batch, static_masks=static, return_dict=True).logits for static in masks]
 
 

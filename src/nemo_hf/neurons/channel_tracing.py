@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from .builders import ModelLayers, channel_site
 from .sites import CHANNEL_NORMS, NeuronSite, layer_features, neuron_dim
-from .trial_calls import SHAPE_ERRORS, evaluating, is_out_of_memory
-from .trial_inputs import random_inputs
+from .trial_calls import SHAPE_ERRORS, evaluating, is_out_of_memory, on_device
+from .trial_inputs import trial_inputs
 
 
 @dataclass
@@ -53,7 +53,7 @@ def find_channels(
     convolutions = {path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     if not convolutions:
         return ChannelSearch()
-    inputs = random_inputs(model) if inputs is None else inputs
+    inputs = trial_inputs(model, inputs)
     made_elsewhere = {rows.layer for site in others for rows, _ in site.produced()}
     read_elsewhere = {path for site in others for path in (site.layers if site.kind == "attention" else site.readers)}
     with _MarkedRuns(model, inputs, read_elsewhere).running() as runs:
@@ -111,7 +111,7 @@ class _MarkedRuns:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], taken: set[str]) -> None:
         self.model, self.taken = model, taken
         self.layers = dict(model.named_modules())
-        self.inputs = {name: value[:1].to(model.device) for name, value in inputs.items()}
+        self.inputs = on_device(model, {name: value[:1] for name, value in inputs.items()})
         self.order: list[str] = []
         self.results: dict[str, tuple[int, int]] = {}  # channels and dimensions of each layer's result
         self.found: Channels | None = None

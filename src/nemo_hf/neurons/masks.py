@@ -74,7 +74,7 @@ class NeuronMasks(nn.ModuleList):
     ) -> Iterator[dict[str, list[Tensor]]]:
         """Opens one forward call in this thread, and yields its soft masks: by site, one (batch, neurons) a call."""
         for mask in self.site_masks() if static_masks is not None else ():
-            static = static_masks.get(mask.site.key) if static_masks else None
+            static = (static_masks or {}).get(mask.site.key)
             if static is None or static.shape[-1] != mask.site.neurons:
                 got = "no static mask" if static is None else f"a static mask of shape {tuple(static.shape)}"
                 raise ValueError(

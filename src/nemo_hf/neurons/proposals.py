@@ -19,7 +19,7 @@ from nemo_hf.config import LAYOUTS
 
 from .builders import ModelLayers
 from .trial_calls import evaluating, on_device
-from .trial_inputs import random_inputs
+from .trial_inputs import trial_inputs
 from .user_sites import PATHS, build_user_sites, shared_parts, with_paths
 
 PERTURBATION = 3.0  # large, so that it shows behind a softmax
@@ -54,7 +54,7 @@ def propose_sites(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = 
         Descriptions of feed-forward and attention sites, one for all blocks of the same structure; none if
         nothing looks like one. `make_parent` checks them.
     """
-    inputs = random_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    inputs = trial_inputs(model, inputs)
     layers = ModelLayers(model)
     readers: dict[str, dict[str, list[tuple[str, Reading]]]] = {}
     with _Perturbed(model, layers, inputs).running() as perturbed:

@@ -1,6 +1,8 @@
 """Forward passes that try a plain model: whether it runs on some samples, and which of its layers are called."""
 
+import itertools
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,8 +36,9 @@ def evaluating(model: PreTrainedModel, handles: Sequence[RemovableHandle] = ()) 
 
 
 def on_device(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs on the model's device."""
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    """The inputs on the model's device, numbers with a point in its precision."""
+    given = {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in given.items()}
 
 
 def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -45,12 +48,12 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
             given = on_device(model, inputs)
             outputs, again = (model(**given, return_dict=True) for _ in range(2))
     except RUN_ERRORS as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or _is_of_hook(model, error):
             raise
         shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
         reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
         dtypes = {p.dtype: name for name, p in model.named_parameters() if p.is_floating_point()}
-        expected = "inputs that it takes. Pass a few samples: NeMoTrainer(make_parent(model, inputs=...), ...)."
+        expected = "inputs that it takes. Pass a few samples of your data, as in make_parent(model, inputs=...)."
         if len(dtypes) > 1:
             listed = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name!r})" for dtype, name in dtypes.items())
             expected = f"weights of one precision, not {listed}. Convert it: model.to({next(iter(dtypes))})."
@@ -107,6 +110,13 @@ def rectified_sites(
             "expected a network with ReLU. Choose another objective."
         )
     return found
+
+
+def _is_of_hook(model: nn.Module, error: Exception) -> bool:
+    """Whether an error was raised in a hook of a layer, and not by the model itself."""
+    hooks = [[*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()] for layer in model.modules()]
+    codes = {getattr(hook, "__code__", None) for hook in itertools.chain.from_iterable(hooks)}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def is_out_of_memory(error: Exception) -> bool:

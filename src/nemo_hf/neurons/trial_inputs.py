@@ -1,6 +1,7 @@
-"""Random inputs of the kind and shape that a model takes, for when no data are at hand."""
+"""Inputs of trial runs: those of a caller, or random ones of the kind and shape that a model takes."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 TEXT_TOKENS = 16
 WAVEFORM_SAMPLES = 4000
 FRAMES = 30
+
+
+def trial_inputs(model: PreTrainedModel, given: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The samples that a caller gave, checked and without labels; `None` draws random ones."""
+    if given is None:
+        return random_inputs(model)
+    entries = given.items() if isinstance(given, Mapping) else ()
+    inputs = {name: value for name, value in entries if name != "labels" and value is not None}
+    if not inputs or not all(isinstance(value, Tensor) and value.ndim and len(value) for value in inputs.values()):
+        shown = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in entries} or type(given).__name__
+        raise ValueError(
+            f"Got the inputs {str(shown)[:200]}; expected tensors by name, of one sample or more. Pass what the "
+            "model's tokenizer or image processor returns with return_tensors='pt'."
+        )
+    return inputs
 
 
 def random_inputs(model: PreTrainedModel, samples: int = 4) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, DefaultDataCollator, default_d
 from transformers.trainer_utils import has_length
 
 from nemo_hf.config import LabelLike
-from nemo_hf.evaluation.rejection import split_batch
+from nemo_hf.models.batches import split_batch
 from nemo_hf.models.configuration import SEVERAL_LABELS
 from nemo_hf.models.labels import IGNORED, is_settled, label_ids, label_targets, settle_problem_type
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.evaluation.rejection import inputs_and_labels
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.batches import checked_batch
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import group_indices, group_membership
 from nemo_hf.neurons.masks import NeuronMasks
@@ -191,7 +191,7 @@ def compute_relevance(
         with evaluating(parent):
             batches = tqdm(batches, desc="Relevance", disable=not show_progress)
             for batch, is_counted in in_step(batches, parent):
-                inputs, labels = inputs_and_labels(parent, batch, keeps_all=True)
+                inputs, labels = checked_batch(parent, batch)
                 outputs = parent(**inputs, output_neuron_masks=True, return_dict=True)
                 numbers = range(seen, seen + len(labels))
                 check_outputs(parent, inputs, outputs.logits, names, numbers, outputs.neuron_masks)
