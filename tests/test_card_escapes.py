@@ -28,24 +28,9 @@ from nemo_hf.models.config_checks import (
 # Each would be markup at the start of a line, within one, in a table, in code or in the header.
 PIECES = [
     *("<img src=x>", "[x](https://evil.example)", "https://evil.example", "www.evil.example", "me@evil.example"),
-    *(
-        "`",
-        "```",
-        "~~~",
-        "|",
-        "# h",
-        "---",
-        "===",
-        "- x",
-        "1. x",
-        "> x",
-        "**b**",
-        "$x$",
-        "&lt;",
-        "{{ 7*7 }}",
-        "{% if %}",
-    ),
-    *("<!-- x", KEPT_BELOW, "\\", "'", '"', ":", "\t", "é", "license: evil", "!", "_x_", "\u202e", "", "a"),
+    *("`", "```", "~~~", "|", "# h", "---", "===", "- x", "1. x", "> x", "**b**", "$x$", "&lt;", "{{ 7*7 }}"),
+    *("{% if %}", "!", "_x_", "\u202e", "", "a"),
+    *("<!-- x", KEPT_BELOW, "\\", "'", '"', ":", "\t", "é", "license: evil"),
 ]
 LINES = st.lists(st.sampled_from(PIECES), max_size=3).map(" ".join)
 WORDS = st.one_of(LINES, st.lists(LINES, max_size=3).map("\n".join))
@@ -110,8 +95,7 @@ MARKUP = re.compile(r"(?<!\\)(?:\\\\)*([<>*_#\[\]{}~$@&]|(?<=\w):(?=//)|(?<=www)
 @functools.cache
 def own_lines() -> set[str]:
     """Markup that is the template's: what cards of plain words have on their lines."""
-    plain = {"card": render_model_card(facts("a", "b", None, None))}
-    return set(plain["card"].splitlines())
+    return set(render_model_card(facts("a", "b", None, None)).splitlines())
 
 
 def facts(label, text, report, training, role="module", **changes) -> CardFacts:
@@ -131,7 +115,7 @@ FUZZING = {"deadline": None, "derandomize": True, "database": None}
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-@settings(max_examples=150, suppress_health_check=SLOW, **FUZZING)
+@settings(max_examples=80, suppress_health_check=SLOW, **FUZZING)
 @given(
     *(WORDS, WORDS, REPORTS | st.none(), RECORDS | st.none()),
     st.sampled_from(["module", "parent", "composed"]),

@@ -14,12 +14,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load
+from saving_helpers import without_drawing
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from nemo_hf import NeMoTrainer, compose, evaluate_module, make_parent
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions, module_repositories, push_modules, repository_name, settled_report
-from nemo_hf.models.privacy import clean_command, hub_name
 
 FORMATS = {"device": "cpu", "latency_ms": {"module": {"1": 1.0}, "onnx": {"1": 0.5}}}
 KINDS = ("parent", "module", "composed")
@@ -28,9 +28,9 @@ RECORD = {"arguments": {"seed": 1}, "processes": 1, "samples": 5, "base_model": 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request, monkeypatch):
-    """Drawing is most of the time of a push; one test does it."""
+    """One test draws."""
     if "arrives_whole" not in request.node.name:
-        monkeypatch.setattr("nemo_hf.hub.publish.draw_neurons", lambda model, path: path.write_bytes(b"drawn") > 0)
+        without_drawing(monkeypatch)
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_names_of_repositories_are_safe_and_differ():
             module_repositories("me", "p", modules)
 
 
-@pytest.mark.parametrize("strategy", ["end", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("strategy", [pytest.param("end", marks=pytest.mark.sweep), "checkpoint", "all_checkpoints"])
 def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, tmp_path, strategy):
     options = {"push_to_hub": True, "hub_strategy": strategy, "save_steps": 1, "hub_always_push": True}
     trainer = trainer_for(tmp_path, 2, **options)
@@ -288,19 +288,6 @@ def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, 
     state = loaded.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.parent.state_dict().items())
     assert loaded.config.training["arguments"]["seed"] == 42
-
-
-def test_no_token_and_no_path_is_recorded(tmp_path, monkeypatch):
-    words = ["nemo-hf", "train", "--push-to-hub-token", "x", "--hub_token=x", "hf_ABCDEFGHIJKL", "--model", "org/m"]
-    line = clean_command(words)
-    assert line == "nemo-hf train --push-to-hub-token TOKEN --hub_token=TOKEN TOKEN --model org/m"
-    words = ["--include_tokens_per_second", "--learning_rate", "1e-3", "--include_num_input_tokens_seen", "all"]
-    assert clean_command(words) == " ".join(words)
-    assert clean_command(["--output_dir", "/home/me/out", "--dataset=/me/data"]) == "--output_dir PATH --dataset=PATH"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert [hub_name(name) for name in (str(tmp_path), "models/mine", "./x", "/no/x", "a/b/c", "", None)] == [None] * 7
-    assert hub_name("org/model") == "org/model"
 
 
 def test_a_training_is_recorded_whole(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import fresh, hooks_of
+from saving_helpers import without_tracing
 from test_files import REPORT
 from test_hostile_files import INF, LOADS, NAN, RUN, config_of, damaged, kinds, load, refused, with_entry
 from test_hostile_files import saved as saved
@@ -135,7 +136,8 @@ def test_code_of_a_processor_is_not_attached(saved, caplog):
     assert "own.py" in caplog.text
 
 
-def test_no_code_is_named_by_what_is_written_from_a_stranger_s_configuration(saved, tmp_path):
+def test_no_code_is_named_by_what_is_written_from_a_stranger_s_configuration(saved, tmp_path, monkeypatch):
+    without_tracing(monkeypatch)
     config = config_of(saved / "module")
     config["auto_map"] = config["base_config"]["auto_map"] = EVIL
     config["base_config"]["custom_pipelines"] = {"x": {"impl": "evil.Own"}}
