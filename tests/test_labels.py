@@ -416,7 +416,7 @@ class TestBeforeTheFirstStep:
         ],
         ids=["no length", "a dictionary", "empty", "no labels", "other labels"],
     )
-    def test_so_are_relevance_data(self, data, words, tmp_path):
+    def test_relevance_data_that_can_not_be_counted_are_refused(self, data, words, tmp_path):
         parent = varied_parent("bert")
         given, before = {"train_dataset": text_samples(20), "relevance_dataset": data()}, state(parent)
         with pytest.raises(ValueError, match="Got") as error:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import LABELS, fresh, image_processor, image_samples, randomize_relevance
+from conftest import LABELS, fresh, image_processor, image_samples, parent_of
 from hub_server import hub as hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -34,9 +34,8 @@ def quick_pictures(request, monkeypatch):
 
 
 @pytest.fixture
-def parent(vit):
-    parent = make_parent(vit)
-    randomize_relevance(parent)
+def parent():
+    parent = parent_of("vit", relevance_threshold=0.5)
     parent.attach_processor(image_processor())
     return parent
 
