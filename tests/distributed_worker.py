@@ -3,14 +3,16 @@
 import os
 import signal
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, reduce
 from conftest import image_samples
-from training_helpers import arguments, batch_of, history, state, varied_parent
+from training_helpers import Spoiled, Stream, arguments, batch_of, history, state, varied_parent
 
 from nemo_hf import NeMoTrainer
 from nemo_hf.cli.demo import accuracy
@@ -59,32 +61,14 @@ def gradients_of(setting, splits, directory):
     return {"losses": torch.stack(losses), **found}
 
 
-class Spoiled(torch.utils.data.Dataset):
-    """Samples of which one can't be read."""
-
-    def __len__(self):
-        return 13
-
-    def __getitem__(self, index):
-        if index == 11:
-            raise OSError("no such image")
-        return image_samples(13)[index]
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """As many samples without a length."""
-
-    def __iter__(self):
-        return iter(image_samples(13))
-
-
 def counted(directory):
     """Where the relevance is from after training on spoiled data, and what it is after a stream was counted."""
     args = arguments(directory, max_steps=1, per_device_eval_batch_size=2, ddp_backend="gloo")
-    trainer = NeMoTrainer(varied_parent("vit"), args, train_dataset=image_samples(20), relevance_dataset=Spoiled())
+    spoiled = Spoiled(image_samples(13), OSError("no such image"))
+    trainer = NeMoTrainer(varied_parent("vit"), args, train_dataset=image_samples(20), relevance_dataset=spoiled)
     trainer.train()
     source = trainer.parent.config.relevance_source
-    trainer.update_relevance(Stream())
+    trainer.update_relevance(Stream(image_samples(13)))
     return {"source": source, "parent": state(trainer.parent)}
 
 
@@ -169,8 +153,24 @@ def dying(out):
     return trained(out / "dying", trainer_class=DyingTrainer, **SAVED)
 
 
-if __name__ == "__main__":
+def run(name, out):
+    """Runs a function by its name and writes what it found."""
     torch.distributed.init_process_group("gloo")
-    name, out = sys.argv[1], Path(sys.argv[2])
     torch.save(globals()[name](out), out / f"{name}-{RANK}.pt")
     torch.distributed.destroy_process_group()
+
+
+def forked(rank, name, out, port):
+    """The same in a copy of a process that has imported everything already."""
+    global RANK, PROCESSES
+    RANK, PROCESSES = rank, 2
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in places.items()}}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    warnings.simplefilter("ignore")  # which pytest made errors
+    run(name, out)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]))

@@ -80,7 +80,7 @@ def test_parents_and_modules_survive_files_and_a_cut_on_load_is_the_same(family,
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.sweep), "gpt2", "llama"])
 @pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated", "dense-heads-kept", "dense-heads-kept-gated"])
 def test_other_pruning_modes_compute_the_same(family, pruning_mode, hard, tmp_path):
     parent = attach_masks(fresh(family), NeMoConfig(hard_masks=hard))

@@ -1,4 +1,4 @@
-"""The demo, one epoch of it: its files, its report, and the modules that it writes."""
+"""The demo, five steps of it: its files, its report, and the modules that it writes."""
 
 import json
 import math
@@ -11,14 +11,21 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from nemo_hf.cli import main
-from nemo_hf.cli.demo import load_digits_split
+from nemo_hf.cli import demo, main
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo") / "out"
-    assert main(["demo", "--output-dir", str(directory), "--epochs", "1", "--seed", "3"]) == 0
+    split = demo.load_digits_split
+
+    def few(processor, seed):
+        train, test, indices = split(processor, seed)
+        return demo.Digits(train.pixel_values[:320], train.labels[:320]), test, indices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_digits_split", few)  # fewer to train on
+        assert main(["demo", "--output-dir", str(directory), "--epochs", "1", "--seed", "3"]) == 0
     return directory
 
 
@@ -46,7 +53,7 @@ def test_the_directory_and_the_report_are_as_documented(output, report):
 def test_reloaded_modules_reach_the_reported_accuracy(report):
     for module in report["modules"]:
         model = AutoModelForImageClassification.from_pretrained(module["path"])
-        _, test, _ = load_digits_split(ViTImageProcessorPil.from_pretrained(module["path"]), report["seed"])
+        _, test, _ = demo.load_digits_split(ViTImageProcessorPil.from_pretrained(module["path"]), report["seed"])
         chosen = [index for index, label in enumerate(test.labels) if label in module["labels"]]
         with torch.no_grad():
             answers = model(test.pixel_values[chosen]).logits.argmax(-1).tolist()

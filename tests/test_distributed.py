@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,13 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(one):
-    """What each of two processes computed."""
-    return launch("replicated", one[0])
+    """What each of two processes computed; they are forked where no device forbids it, since imports take longest."""
+    if torch.cuda.is_available():
+        return launch("replicated", one[0])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torch.multiprocessing.start_processes(worker.forked, ("replicated", one[0], port), nprocs=2, start_method="fork")
+    return [torch.load(one[0] / f"replicated-{rank}.pt") for rank in range(2)]
 
 
 def assert_close(got, expected, rtol=1e-4, atol=3e-6):

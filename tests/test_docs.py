@@ -11,6 +11,7 @@ import datasets
 import pytest
 from conftest import LABELS, image_processor, image_samples
 from hub_server import hub as hub
+from saving_helpers import without_drawing
 from stage import stage as stage
 from stage import template as template
 from transformers import AutoModelForImageClassification, TrainingArguments
@@ -80,6 +81,7 @@ def test_every_block_of_a_page_runs_and_links_lead_to_files(page, stage, monkeyp
     monkeypatch.setattr(commands, "format_demo", str)
     if "push" in text:
         request.getfixturevalue("hub")
+        without_drawing(monkeypatch)
     space = provided() if "```python" in text else {}
     for block in blocks:
         language, code = block.groups()

@@ -4,8 +4,10 @@ import copy
 import json
 from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from unittest.mock import Mock
 
+import onnx
 import pytest
 import torch
 from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
@@ -128,13 +130,20 @@ def test_onnx_gives_logits_and_rejection_scores_for_any_batch(tmp_path):
     module = cut_module("vit", "scatter")
     calibrate_rejection(module, DataLoader(image_samples(30), batch_size=15), show_progress=False)
     module.attach_processor(image_processor())
-    export = module.export_onnx(tmp_path)
+    samples = torch.stack([sample["pixel_values"] for sample in image_samples(2)]).bfloat16()
+    with pytest.raises(ValueError, match=r"Got one sample to trace with; expected at least 2\. Pass more"):
+        module.export_onnx(tmp_path, {"pixel_values": samples[:1]})
+    export = module.export_onnx(tmp_path, {"pixel_values": samples})  # of another precision than the module's
+    assert export.difference < 1e-4
     assert (export.inputs, export.outputs) == ({"pixel_values": ["batch", 3, 16, 16]}, ["logits", "rejection_scores"])
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.onnx", "preprocessor_config.json"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rejection"]["threshold"] == module.config.rejection["threshold"]
     assert config["id2label"] == {"0": "ship", "1": "dog"}
-    run = OnnxRunner(tmp_path / "model.onnx", 1)
+    graph = tmp_path / "model.onnx"
+    assert str(Path(__file__).parents[1]).encode() not in graph.read_bytes()  # nor where the code lies
+    assert not any(node.metadata_props for node in onnx.load(graph).graph.node)
+    run = OnnxRunner(graph, 1)
     for count in (1, 7):
         pixels = torch.stack([sample["pixel_values"] for sample in image_samples(count)])
         with torch.no_grad():
@@ -200,14 +209,6 @@ def test_inputs_that_a_module_does_not_take_are_not_blamed_on_the_format(tmp_pat
         getattr(cut_module("vit"), method)(tmp_path / "out", {"pixel_values": torch.zeros(2, 3, 20, 20)})
     assert not isinstance(raised.value, UnsupportedArchitectureError)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_onnx_takes_samples_of_any_precision_but_not_a_single_one(tmp_path):
-    module = cut_module("vit")
-    pixel_values = torch.stack([sample["pixel_values"] for sample in image_samples(2)]).bfloat16()
-    assert module.export_onnx(tmp_path / "onnx", {"pixel_values": pixel_values}).difference < 1e-4
-    with pytest.raises(ValueError, match=r"Got one sample to trace with; expected at least 2\. Pass more"):
-        module.export_onnx(tmp_path / "one", {"pixel_values": pixel_values[:1]})
 
 
 @pytest.mark.parametrize(("wrong", "samples"), [(0.0, 4), (float("nan"), 1)])

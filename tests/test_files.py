@@ -37,17 +37,6 @@ def test_a_new_directory_appears_at_once(tmp_path):
     assert (tmp_path / "deep" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_files_of_other_names_stay(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("a", "b", "shard-2"):
-        (out / name).write_text("old")
-    with replaced_directory(out, stale=("shard-*",)) as temporary:
-        (temporary / "a").write_text("new")
-        (temporary / "config.json").write_text("new")
-    assert contents(out) == {"a": "new", "b": "old", "config.json": "new"}
-
-
 @pytest.mark.parametrize("spoiled", [{"report": {"accuracy": {1, 2}}}, {"processor_files": {"no/folder.json": b""}}])
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_save_that_fails_leaves_the_directory_as_it_was(tmp_path, vit, spoiled, exists):

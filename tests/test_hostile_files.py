@@ -484,7 +484,7 @@ FUZZING = {"derandomize": True, "database": None, "deadline": None, "suppress_he
 
 
 @kinds
-@settings(max_examples=40, **FUZZING)
+@settings(max_examples=25, **FUZZING)  # fuzz_saved_files.py tries thousands
 @given(data=st.data())
 def test_garbage_in_a_configuration_or_header_is_loaded_or_refused(saved, tmp_path, kind, data):
     def mutated(config):

@@ -12,14 +12,26 @@ import torch
 from conftest import LABELS, fresh, parent_of, text_samples
 from test_relevance import assert_relevance, naive_relevance
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset, Subset
-from training_helpers import arguments, assert_same_state, batch_of, check_message, history, state, varied_parent
+from torch.utils.data import Subset
+from training_helpers import (
+    DOMAINS,
+    TASK_ALONE,
+    Spoiled,
+    Stream,
+    arguments,
+    assert_same_state,
+    batch_of,
+    check_message,
+    history,
+    state,
+    text_table,
+    varied_parent,
+)  # fmt: skip
 from transformers import AutoModelForSequenceClassification, Trainer, default_data_collator
 
 from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, compute_relevance, evaluate_module
 from nemo_hf.training.losses import mask_objective, specific_cross_entropy
 
-TASK_ALONE = {"rehearsal_probability": 0, "contrastive_weight": 0, "sparsity_weight": 0}
 SINGLE, SEVERAL = "single_label_classification", "multi_label_classification"
 
 
@@ -42,11 +54,6 @@ def collator(kind):
 
 def with_labels(make, samples):
     return [{**sample, "labels": make(sample["labels"])} for sample in samples]
-
-
-def table(labels=range(20), **columns):
-    data = {name: values.tolist() for name, values in batch_of(text_samples(20)).items() if name != "labels"}
-    return datasets.Dataset.from_dict({**data, "label": list(labels), **columns})
 
 
 IDS = [index % 5 for index in range(20)]
@@ -195,7 +202,7 @@ def test_a_batch_without_labels_leaves_the_weights_finite(tmp_path, caplog):
     trainer = NeMoTrainer(parent, arguments(tmp_path), collator(lambda ids: ids * 0 - 100), text_samples(20))
     with caplog.at_level(logging.WARNING, logger="nemo_hf"):
         assert trainer.train().training_loss is not None
-    assert "without a sample that has a label" in caplog.text
+    assert "Got data without a sample" in caplog.text
     assert all(bool(parameter.isfinite().all()) for parameter in parent.parameters())
 
 
@@ -264,7 +271,7 @@ REMEDIES = {
 @pytest.mark.parametrize("name", REMEDIES)
 def test_the_remedy_of_a_column_works(name, tmp_path):
     labels, word, remedy = REMEDIES[name]
-    model, data, args = fresh("bert"), table(labels), arguments(tmp_path, max_steps=1)
+    model, data, args = fresh("bert"), text_table(label=labels), arguments(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match=re.escape(word)) as error:
         NeMoTrainer(model, args, train_dataset=data)
     check_message(error, word)
@@ -277,34 +284,26 @@ def test_labels_that_a_transform_or_collator_makes(tmp_path):
     def tensors(batch):
         return {name: [torch.tensor(row) for row in batch[name]] for name in ("input_ids", "attention_mask")}
 
-    stars = table([label + 1 for label in IDS]).with_transform(
+    stars = text_table(label=[label + 1 for label in IDS]).with_transform(
         lambda b: tensors(b) | {"labels": [i - 1 for i in b["label"]]}
     )
-    names = table([LABELS[label] for label in IDS]).with_transform(
+    names = text_table(label=[LABELS[label] for label in IDS]).with_transform(
         lambda b: tensors(b) | {"labels": [LABELS.index(name) for name in b["label"]]}
     )
-    fine = table(fine_label=IDS).remove_columns("label")
-    both = table(IDS, fine_label=IDS).rename_column("label", "unused")
+    fine = text_table(fine_label=IDS).remove_columns("label")
+    both = text_table(fine_label=IDS).rename_column("label", "unused")
 
     def collate(rows):
         batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
         return {**batch, "labels": torch.tensor([row["fine_label"] for row in rows])}
 
     expected = None
-    for data, given in ((stars, None), (names, None), (fine, collate), (both, collate), (table(IDS), None)):
+    for data, given in ((stars, None), (names, None), (fine, collate), (both, collate), (text_table(), None)):
         args = arguments(tmp_path, remove_unused_columns=False)
         trainer = NeMoTrainer(varied_parent("bert"), args, given, data)
         trainer.train()
         expected = expected or state(trainer.parent)
         assert_same_state(state(trainer.parent), expected, rtol=0, atol=0)  # and no random state was used up
-
-
-class Stream(IterableDataset):
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __iter__(self):
-        return iter(self.samples)
 
 
 class WithoutLength:
@@ -389,19 +388,22 @@ class TestBeforeTheFirstStep:
         ("data", "words"),
         [
             (
-                lambda: datasets.DatasetDict(train=table(IDS), test=table(IDS)),
+                lambda: datasets.DatasetDict(train=text_table(), test=text_table()),
                 ["train", "test", "train_dataset=data['train']"],
             ),
             (lambda: {"a": text_samples(20)}, ["train_dataset=data['a']"]),
+            (lambda: text_table().remove_columns("label"), ["input_ids", "rename_column"]),
+            (lambda: text_table().to_iterable_dataset(), ["iterable", "relevance_dataset="]),
             (lambda: Stream(text_samples(20)), ["iterable", "relevance_dataset="]),
             (WithoutLength, ["without a length", "relevance_dataset="]),
         ],
-        ids=["splits", "a dictionary", "a stream", "no length"],
+        ids=["splits", "a dictionary", "no label", "a table read as a stream", "a stream", "no length"],
     )
     def test_data_that_can_not_be_counted_are_refused(self, data, words, tmp_path):
-        with pytest.raises(ValueError, match="Got") as error:
-            NeMoTrainer(varied_parent("bert"), arguments(tmp_path), train_dataset=data())
-        check_message(error, *words)
+        for model in (fresh("bert"), varied_parent("bert")):
+            with pytest.raises(ValueError, match="Got") as error:
+                NeMoTrainer(model, arguments(tmp_path), train_dataset=data())
+            check_message(error, *words)
 
     @pytest.mark.parametrize(
         ("data", "words"),
@@ -414,7 +416,7 @@ class TestBeforeTheFirstStep:
         ],
         ids=["no length", "a dictionary", "empty", "no labels", "other labels"],
     )
-    def test_so_are_relevance_data(self, data, words, tmp_path):
+    def test_relevance_data_that_can_not_be_counted_are_refused(self, data, words, tmp_path):
         parent = varied_parent("bert")
         given, before = {"train_dataset": text_samples(20), "relevance_dataset": data()}, state(parent)
         with pytest.raises(ValueError, match="Got") as error:
@@ -435,26 +437,11 @@ class TestBeforeTheFirstStep:
         with pytest.raises(ValueError, match="get_train_dataloader") as error:
             own(varied_parent("bert"), args).train()
         check_message(error, "relevance_dataset=")
-        finite = table(IDS).to_iterable_dataset().take(20)
+        finite = text_table().to_iterable_dataset().take(20)
         for counted in (text_samples(20), finite, Stream(text_samples(20))):
             trainer = own(varied_parent("bert"), args, relevance_dataset=counted)
             trainer.train()
             assert_relevance(trainer.parent, naive_relevance(trainer.parent, text_samples(20)))
-
-
-class Spoiled(torch.utils.data.Dataset):
-    """Samples of which the last is read with an error."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, index):
-        if index == 19:
-            raise self.error
-        return text_samples(20)[index]
 
 
 class TestAfterTheLastStep:
@@ -464,7 +451,9 @@ class TestAfterTheLastStep:
     def test_training_ends_well_if_relevance_can_not_be_counted(self, error, tmp_path, caplog):
         parent, reference = varied_parent("bert"), varied_parent("bert")
         args = arguments(tmp_path, save_strategy="steps", save_steps=2, per_device_eval_batch_size=4)
-        trainer = NeMoTrainer(parent, args, train_dataset=text_samples(20), relevance_dataset=Spoiled(error))
+        trainer = NeMoTrainer(
+            parent, args, train_dataset=text_samples(20), relevance_dataset=Spoiled(text_samples(20), error)
+        )
         with caplog.at_level(logging.WARNING, logger="nemo_hf"):
             assert trainer.train().global_step == 2
         assert type(error).__name__ in caplog.text
@@ -482,7 +471,7 @@ class TestAfterTheLastStep:
         parent = varied_parent("bert")
         trainer = NeMoTrainer(
             parent, arguments(tmp_path, per_device_eval_batch_size=4), train_dataset=text_samples(20),
-            relevance_dataset=Spoiled(KeyboardInterrupt()),
+            relevance_dataset=Spoiled(text_samples(20), KeyboardInterrupt()),
         )  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
@@ -510,11 +499,9 @@ def test_looking_at_data_uses_up_no_random_numbers(tmp_path):
 
 
 class TestGroupColumn:
-    groups = ["pet", "pet", "vehicle", "vehicle", "pet"]
-
     def test_of_labels_without_samples_and_samples_without_labels(self, tmp_path):
         labels = [label if label not in (1, 3) else -100 for label in IDS]
-        data = table(labels, domain=self.groups * 4)
+        data = text_table(label=labels, domain=DOMAINS * 4)
         trainer = NeMoTrainer(fresh("bert"), arguments(tmp_path, max_steps=1), train_dataset=data,
                               nemo_config=NeMoConfig(group_column="domain"))  # fmt: skip
         trainer.train()
@@ -527,7 +514,7 @@ class TestGroupColumn:
             made = {name: [torch.tensor(row) for row in batch[name]] for name in ("input_ids", "attention_mask")}
             return {**made, "labels": [(label + shift) % 5 for label in batch["label"]]}
 
-        data = table(IDS, domain=self.groups * 4).with_transform(transform)
+        data = text_table(domain=DOMAINS * 4).with_transform(transform)
         args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
         trainer = NeMoTrainer(fresh("bert"), args, train_dataset=data, nemo_config=NeMoConfig(group_column="domain"))
         if shift:

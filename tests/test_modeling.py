@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import TEXT, fresh, image_processor, image_samples, parent_of, randomize_relevance, tokenizer
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -19,18 +19,12 @@ from transformers import (
     pipeline,
 )
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, make_parent
+from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, make_parent
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 
-def parent_of(plain, **options):
-    parent = make_parent(plain, NeMoConfig(**options)).eval()
-    randomize_relevance(parent)
-    return parent
-
-
-def test_a_pipeline_runs_on_a_saved_image_module_with_nothing_else_given(vit, tmp_path):
-    parent = parent_of(vit)
+def test_a_pipeline_runs_on_a_saved_image_module_with_nothing_else_given(tmp_path):
+    parent = parent_of("vit")
     parent.attach_processor(image_processor())
     parent.extract_module(["frog", "cat"]).save_pretrained(tmp_path)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 20, 3), dtype=np.uint8))
@@ -45,7 +39,7 @@ def test_a_pipeline_runs_on_a_saved_image_module_with_nothing_else_given(vit, tm
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_processor_and_report_are_saved_restored_and_saved_alike(family, tmp_path):
-    parent = parent_of(fresh(family))
+    parent = parent_of(family)
     parent.attach_processor(image_processor() if family == "vit" else tokenizer())
     parent.report = {"metrics": {"eval_accuracy": 0.5}}
     parent.save_pretrained(tmp_path / "one")
@@ -70,8 +64,8 @@ class OddTokenizer:
             Path(directory, name).write_bytes(name.encode())
 
 
-def test_files_of_any_processor_come_back(vit, tmp_path):
-    parent = parent_of(vit)
+def test_files_of_any_processor_come_back(tmp_path):
+    parent = parent_of("vit")
     parent.save_pretrained(tmp_path / "none")
     config = json.loads((tmp_path / "none" / "config.json").read_text())
     assert (config["processor_files"], config["dtype"], config["model_type"]) == (None, "float32", "nemo_hf")
@@ -88,8 +82,8 @@ def test_files_of_any_processor_come_back(vit, tmp_path):
         assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").processor_files == expected
 
 
-def test_loading_as_another_dtype_keeps_the_relevance(vit, tmp_path):
-    parent = parent_of(vit)
+def test_loading_as_another_dtype_keeps_the_relevance(tmp_path):
+    parent = parent_of("vit")
     parent.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
@@ -97,9 +91,9 @@ def test_loading_as_another_dtype_keeps_the_relevance(vit, tmp_path):
     assert all(torch.equal(relevance, expected[key]) for key, relevance in loaded.masks.relevance().items())
 
 
-def test_eager_attention_can_be_asked_for(vit, tmp_path):
-    before = vit.config._attn_implementation
-    parent = parent_of(vit)
+def test_eager_attention_can_be_asked_for(tmp_path):
+    before = fresh("vit").config._attn_implementation
+    parent = parent_of("vit")
     assert parent.model.config._attn_implementation == before is not None
     parent.save_pretrained(tmp_path)
     eager = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
@@ -110,8 +104,8 @@ def test_eager_attention_can_be_asked_for(vit, tmp_path):
     assert len(outputs.attentions) == 2
 
 
-def test_outputs_are_those_of_transformers(vit):
-    parent = parent_of(vit)
+def test_outputs_are_those_of_transformers():
+    parent = parent_of("vit")
     inputs = random_inputs(parent)
     labels = torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
@@ -123,8 +117,8 @@ def test_outputs_are_those_of_transformers(vit):
     assert parent.train()(**inputs).neuron_masks.keys() == {site.key for site in parent.sites}
 
 
-def test_a_module_fine_tunes_under_a_plain_trainer(vit, tmp_path):
-    module = parent_of(vit).extract_module([0, 1, 2])
+def test_a_module_fine_tunes_under_a_plain_trainer(tmp_path):
+    module = parent_of("vit").extract_module([0, 1, 2])
     data = [sample for sample in image_samples(40) if sample["labels"] < 3]
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     options = {"max_steps": 12, "learning_rate": 3e-3, "report_to": [], "use_cpu": True, "disable_tqdm": True}
@@ -139,8 +133,8 @@ def test_a_module_fine_tunes_under_a_plain_trainer(vit, tmp_path):
     assert torch.equal(tuned.model.classifier.weight, module.model.classifier.weight)
 
 
-def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens(vit):
-    parent = parent_of(vit)
+def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens():
+    parent = parent_of("vit")
     masks = list(parent.masks.site_masks())
     for mask in masks:
         mask.relevance.fill_(1)
@@ -150,8 +144,8 @@ def test_the_share_of_dead_neurons_is_that_of_neurons_no_group_opens(vit):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, torch.float64])
-def test_a_cut_is_verified_before_it_is_converted(vit, tmp_path, dtype):
-    parent = parent_of(vit)
+def test_a_cut_is_verified_before_it_is_converted(tmp_path, dtype):
+    parent = parent_of("vit")
     parent.save_pretrained(tmp_path)
     options = {"labels": ["cat", "dog"], "verify": True}
     trusted = NeMoForImageClassification.from_pretrained(tmp_path, labels=["cat", "dog"])
@@ -171,7 +165,8 @@ def test_a_parent_in_half_precision_whose_cut_scales_weights_is_cut_exactly(tmp_
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(8 if parameter.ndim > 1 else 1)
-    parent = parent_of(plain.to(torch.bfloat16))
+    parent = make_parent(plain.to(torch.bfloat16)).eval()
+    randomize_relevance(parent)
     assert any("rescaled" in site.pruning_mode for site in parent.sites)
     module = parent.extract_module(["cat", "dog"])
     assert (module.dtype, module.config.equivalence["status"]) == (torch.bfloat16, "verified")
@@ -181,8 +176,8 @@ def test_a_parent_in_half_precision_whose_cut_scales_weights_is_cut_exactly(tmp_
     assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in module.named_parameters())
 
 
-def test_options_of_a_cut_and_labels_go_together(vit, tmp_path):
-    parent_of(vit).save_pretrained(tmp_path)
+def test_options_of_a_cut_and_labels_go_together(tmp_path):
+    parent_of("vit").save_pretrained(tmp_path)
     for options in ({"threshold": 0.9}, {"round_to": 8}, {"verify": True}):
         with pytest.raises(ValueError, match=r"without labels; expected labels.* Pass labels="):
             NeMoForImageClassification.from_pretrained(tmp_path, **options)

@@ -1,4 +1,4 @@
-"""The built wheel."""
+"""The built wheel holds all folders, the templates and the types."""
 
 import subprocess
 import sys

@@ -4,32 +4,28 @@ import json
 import re
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 from conftest import build, image_processor, image_samples, tokenizer
 from hub_server import hub as hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saving_helpers import contents, without_drawing, without_tracing
 from transformers import AutoModelForImageClassification, AutoTokenizer, TrainingArguments
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compose, evaluate_module, make_parent
 from nemo_hf.cli.main import main
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions, write_companions
-from nemo_hf.models.privacy import clean, clean_command, clean_text
+from nemo_hf.models.privacy import clean, clean_command, clean_text, hub_name
 
 MARKER = "private-marker"
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
 
-def found(contents: dict[str, bytes], words: list[str]) -> list[tuple[str, str]]:
+def found(files: dict[str, bytes], words: list[str]) -> list[tuple[str, str]]:
     """Names of files with some of the words in their names or contents."""
-    return [(name, word) for name, data in contents.items() for word in words if word.encode() in data or word in name]
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return [(name, word) for name, data in files.items() for word in words if word.encode() in data or word in name]
 
 
 @pytest.fixture
@@ -64,7 +60,8 @@ def trained(private: Path, **options) -> NeMoTrainer:
     return trainer
 
 
-def test_nothing_private_is_saved_or_exported(private):
+def test_nothing_private_is_saved_or_exported(private, monkeypatch):
+    without_tracing(monkeypatch)  # test_exporting.py looks into a graph
     trainer = trained(private)
     parent = trainer.parent
     command = ["nemo-hf", "train", "--model", str(private), f"--deepspeed={private}/a b/ds.json", "--hub-token", TOKEN]
@@ -83,26 +80,20 @@ def test_nothing_private_is_saved_or_exported(private):
     write_companions(joined, out / "joined", "me/x", CardOptions(), None)
     for name in ("parent", "module"):
         assert main(["push", str(out / name), "--repo-id", "me/x", "--dry-run"]) == 0
-    contents = files_of(out)
-    assert len(contents) > 20
-    assert found(contents, WORDS) == []
-    assert "--deepspeed=ds.json" in contents["parent/README.md"].decode()
-    for part in onnx.load(out / "onnx" / "model.onnx").graph.node:
-        assert not part.metadata_props
+    files = contents(out)
+    assert len(files) > 20
+    assert found(files, WORDS) == []
+    assert "--deepspeed=ds.json" in files["parent/README.md"].decode()
     assert parent.model.name_or_path == str(private / "base")  # in memory it stays
     assert loaded.config.base_model is None
     assert module.config.parent is None
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "end"])
-def test_nothing_private_is_pushed(hub, private, strategy):
-    options = {
-        "push_to_hub": True,
-        "hub_strategy": strategy,
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-    }
+@pytest.mark.parametrize("strategy", ["checkpoint", pytest.param("end", marks=pytest.mark.sweep)])
+def test_nothing_private_is_pushed(hub, private, strategy, monkeypatch):
+    without_drawing(monkeypatch)
+    options = {"push_to_hub": True, "hub_strategy": strategy, "eval_strategy": "steps"}
+    options |= {"save_steps": 1, "eval_steps": 1}
     options |= {"hub_always_push": True, "load_best_model_at_end": True, "hub_token": "hf_me", "hub_model_id": "me/p"}
     trainer = trained(private, **options)
     trainer.save_state()
@@ -111,16 +102,19 @@ def test_nothing_private_is_pushed(hub, private, strategy):
     events.write_bytes(MARKER.encode())
     trainer.push_to_hub()
     trainer.parent.extract_module(["cat", "dog"]).push_to_hub("me/m")
-    contents = {**hub.files("me/p"), **hub.files("me/m")}
-    assert found(contents, [*WORDS, "hf_me", "tfevents"]) == []
-    states = [name for name in contents if name.endswith("trainer_state.json")]
+    files = {**hub.files("me/p"), **hub.files("me/m")}
+    assert found(files, [*WORDS, "hf_me", "tfevents"]) == []
+    states = [name for name in files if name.endswith("trainer_state.json")]
     assert len(states) == (2 if strategy == "checkpoint" else 1)
     own = json.loads((private / "out" / "trainer_state.json").read_text())
     assert own["best_model_checkpoint"].startswith(str(private))  # where the trainer looks for it
     assert not [path for path in private.rglob("*") if path.name.startswith("tmp")]
 
 
-def test_only_what_came_from_the_hub_is_credited(hub, private, vit):
+def test_only_what_came_from_the_hub_is_credited(hub, private, vit, monkeypatch):
+    without_drawing(monkeypatch)
+    assert [hub_name(name) for name in (str(private), "./x", "/no/x", "a/b/c", "", None)] == [None] * 6
+    assert hub_name("org/model") == "org/model"
     make_parent(vit).push_to_hub("me/parent")
     build("vit").save_pretrained("me/base")
     build("vit").push_to_hub("me/real")
@@ -221,6 +215,15 @@ COMMANDS = [
     (["--d", '{"a": "/home/me/x", "api_key": "k", "n": 3}'], """--d '{"a": "PATH", "api_key": "TOKEN", "n": 3}'"""),
     (["HF_TOKEN=q", "nemo-hf", "--password", "p"], "HF_TOKEN=TOKEN nemo-hf --password TOKEN"),
     (["-H", "Authorization: Bearer qq"], "-H 'Authorization: TOKEN TOKEN'"),
+    (
+        ["nemo-hf", "train", "--push-to-hub-token", "x", "--hub_token=x", "hf_ABCDEFGHIJKL", "--model", "org/m"],
+        "nemo-hf train --push-to-hub-token TOKEN --hub_token=TOKEN TOKEN --model org/m",
+    ),
+    (
+        ["--include_tokens_per_second", "--learning_rate", "1e-3", "--include_num_input_tokens_seen", "all"],
+        "--include_tokens_per_second --learning_rate 1e-3 --include_num_input_tokens_seen all",
+    ),
+    (["--output_dir", "/home/me/out", "--dataset=/me/data"], "--output_dir PATH --dataset=PATH"),
     (["--nested", '["/a/b", {"token": "x"}]'], """--nested '["PATH", {"token": "TOKEN"}]'"""),
 ]  # fmt: skip
 
@@ -268,5 +271,5 @@ def test_a_processor_s_files_lose_the_machine_s_paths(tmp_path, bert):
     parent = make_parent(bert)
     parent.attach_processor(own)
     parent.save_pretrained(tmp_path)
-    assert found(files_of(tmp_path), [MARKER, TOKEN]) == []
+    assert found(contents(tmp_path), [MARKER, TOKEN]) == []
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "[PAD]"

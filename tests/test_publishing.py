@@ -8,12 +8,13 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import LABELS, fresh, image_processor, image_samples, randomize_relevance
+from conftest import LABELS, fresh, image_processor, image_samples, parent_of
 from hub_server import hub as hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load
+from saving_helpers import without_drawing
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from nemo_hf import NeMoTrainer, compose, evaluate_module, make_parent
@@ -28,15 +29,14 @@ RECORD = {"arguments": {"seed": 1}, "processes": 1, "samples": 5, "base_model": 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request, monkeypatch):
-    """Drawing is most of the time of a push; one test does it."""
+    """One test draws."""
     if "arrives_whole" not in request.node.name:
-        monkeypatch.setattr("nemo_hf.hub.publish.draw_neurons", lambda model, path: path.write_bytes(b"drawn") > 0)
+        without_drawing(monkeypatch)
 
 
 @pytest.fixture
-def parent(vit):
-    parent = make_parent(vit)
-    randomize_relevance(parent)
+def parent():
+    parent = parent_of("vit", relevance_threshold=0.5)
     parent.attach_processor(image_processor())
     return parent
 
@@ -266,7 +266,7 @@ def test_names_of_repositories_are_safe_and_differ():
             module_repositories("me", "p", modules)
 
 
-@pytest.mark.parametrize("strategy", ["end", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("strategy", [pytest.param("end", marks=pytest.mark.sweep), "checkpoint", "all_checkpoints"])
 def test_trainers_pushes_are_loadable_parents_without_pickles_of_arguments(hub, tmp_path, strategy):
     options = {"push_to_hub": True, "hub_strategy": strategy, "save_steps": 1, "hub_always_push": True}
     trainer = trainer_for(tmp_path, 2, **options)

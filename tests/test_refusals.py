@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, TEXT, fresh, logits_of, randomize_relevance
+from conftest import LABELS, TEXT, fresh, logits_of, parent_of, randomize_relevance
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -103,6 +103,20 @@ def parent():
     parent = attach_masks(fresh("vit"))
     randomize_relevance(parent)
     return parent
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved parent of five labels, a module of two and the three of joined modules."""
+    root, parent = tmp_path_factory.mktemp("saved"), parent_of("vit")
+    module = parent.extract_module(["cat", "dog"])
+    for name, model in {
+        "parent": parent,
+        "module": module,
+        "joined": compose([module, parent.extract_module(2)]),
+    }.items():
+        model.save_pretrained(root / name)
+    return root
 
 
 PIXELS = {"pixel_values": torch.zeros(2, 3, 16, 16)}
@@ -219,12 +233,13 @@ LABELS_ASKED_FOR = [  # what was asked for, and the names of the module's labels
 
 
 @pytest.mark.parametrize(("labels", "outcome"), LABELS_ASKED_FOR, ids=[repr(labels) for labels, _ in LABELS_ASKED_FOR])
-def test_labels_of_a_module_are_ids_or_names_in_a_list(parent, labels, outcome, tmp_path):
-    parent.save_pretrained(tmp_path)
+def test_labels_of_a_module_are_ids_or_names_in_a_list(parent, labels, outcome, saved):
     data = [{"pixel_values": torch.zeros(5, 3, 16, 16), "labels": torch.arange(5)}]
     requests = [
         lambda: list(parent.extract_module(labels).config.names.values()),
-        lambda: list(AutoModelForImageClassification.from_pretrained(tmp_path, labels=labels).config.names.values()),
+        lambda: list(
+            AutoModelForImageClassification.from_pretrained(saved / "parent", labels=labels).config.names.values()
+        ),
         lambda: evaluate_module(parent, labels, data, show_progress=False).labels,
     ]
     for request in requests:
@@ -250,19 +265,15 @@ NEW_NAMES, SEVEN_NAMES = dict(enumerate("abcde")), dict(enumerate("abcdefg"))
 
 @pytest.mark.parametrize("options", [SEVEN, {"num_labels": 7}, {"id2label": dict(enumerate("abcdefg"))}, "config"])
 @pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
-def test_a_head_of_other_labels_is_not_loaded(parent, options, kind, tmp_path):
-    module = parent.extract_module(["cat", "dog"])
-    for model, role, count, way in ((parent, "parent", 5, "detach_masks"), (module, "module", 2, "save_plain")):
-        model.save_pretrained(tmp_path / role)
+def test_a_head_of_other_labels_is_not_loaded(options, kind, saved):
+    for role, count, way in (("parent", 5, "detach_masks"), ("module", 2, "save_plain")):
+        asked = options
         if options == "config":
-            given = AutoConfig.from_pretrained(tmp_path / role)
-            given.num_labels = 7
-            asked = {"config": given}
-        else:
-            asked = options
+            asked = {"config": AutoConfig.from_pretrained(saved / role)}
+            asked["config"].num_labels = 7
         match = rf"^Got 7 .* for a {role} of {count} labels; expected {count}, .*{way}.*num_labels=7, ignore_mism"
         with pytest.raises(ValueError, match=match):
-            kind.from_pretrained(tmp_path / role, **asked)
+            kind.from_pretrained(saved / role, **asked)
 
 
 def test_a_head_of_other_labels_comes_from_the_plain_model(parent, tmp_path):
@@ -274,11 +285,10 @@ def test_a_head_of_other_labels_comes_from_the_plain_model(parent, tmp_path):
         assert make_parent(plain).config.num_labels == 7
 
 
-def test_joined_modules_keep_their_labels(parent, tmp_path):
-    compose([parent.extract_module("cat"), parent.extract_module(["car", "dog"])]).save_pretrained(tmp_path)
-    assert AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3).config.num_labels == 3
+def test_joined_modules_keep_their_labels(saved):
+    assert AutoModelForImageClassification.from_pretrained(saved / "joined", num_labels=3).config.num_labels == 3
     with pytest.raises(ValueError, match=r"^Got 7 as num_labels for modules that were joined of 3 labels; .* compose"):
-        AutoModelForImageClassification.from_pretrained(tmp_path, **SEVEN)
+        AutoModelForImageClassification.from_pretrained(saved / "joined", **SEVEN)
 
 
 @pytest.mark.parametrize(
@@ -293,18 +303,16 @@ def test_joined_modules_keep_their_labels(parent, tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
-def test_wrong_labels_at_loading_are_named(parent, options, message, kind, tmp_path):
-    parent.save_pretrained(tmp_path)
+def test_wrong_labels_at_loading_are_named(saved, options, message, kind):
     with pytest.raises(ValueError, match=f"^Got {message}"):
-        kind.from_pretrained(tmp_path, **options)
+        kind.from_pretrained(saved / "parent", **options)
 
 
 @pytest.mark.parametrize("kind", [AutoModelForImageClassification, NeMoForImageClassification])
-def test_labels_are_renamed_at_loading(parent, kind, tmp_path):
-    parent.save_pretrained(tmp_path)
+def test_labels_are_renamed_at_loading(saved, kind):
     for options in ({"num_labels": 5}, {"ignore_mismatched_sizes": True}):
-        assert list(kind.from_pretrained(tmp_path, **options).config.names.values()) == LABELS
-    loaded = kind.from_pretrained(tmp_path, id2label=NEW_NAMES)
+        assert list(kind.from_pretrained(saved / "parent", **options).config.names.values()) == LABELS
+    loaded = kind.from_pretrained(saved / "parent", id2label=NEW_NAMES)
     assert loaded.config.names == NEW_NAMES
     assert loaded.config.label2id == {name: index for index, name in NEW_NAMES.items()}
     assert list(loaded.extract_module([3, "a"]).config.names.values()) == ["d", "a"]

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import image_samples, randomize_relevance
+from conftest import image_samples, parent_of
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from nemo_hf import NeMoTrainer, calibrate_rejection, evaluate_module, make_parent
+from nemo_hf import NeMoTrainer, calibrate_rejection, evaluate_module
 from nemo_hf.evaluation.rejection import auroc, fit_rejection, own_samples
 from nemo_hf.models.rejection import energy, rejection_scores
 
@@ -19,10 +19,8 @@ def data(count=60, batch=16, labels=range(5)):
 
 
 @pytest.fixture
-def parent(vit):
-    parent = make_parent(vit).eval()
-    randomize_relevance(parent)
-    return parent
+def parent():
+    return parent_of("vit", relevance_threshold=0.5)
 
 
 @pytest.mark.parametrize("has_several", [False, True])

@@ -9,10 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, fresh, image_processor, image_samples, text_samples, tokenizer
+from conftest import fresh, image_processor, image_samples, text_samples, tokenizer
 from torch.nn import functional as F
 from training_helpers import (
+    DOMAINS,
+    REHEARSED,
     SAMPLES,
+    TASK_ALONE,
     arguments,
     assert_same_state,
     batch_of,
@@ -20,6 +23,7 @@ from training_helpers import (
     history,
     recorded,
     state,
+    text_table,
     varied_parent,
     without_dropout,
 )
@@ -35,14 +39,6 @@ from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
 from nemo_hf.cli.demo import accuracy
 from nemo_hf.evaluation.metrics import cohesion_and_coupling
 from nemo_hf.training.losses import flatten_masks, mask_objective, sparsity_loss
-
-DOMAINS = ["pet", "pet", "vehicle", "vehicle", "pet"]
-TASK_ALONE = {"rehearsal_probability": 0, "contrastive_weight": 0, "sparsity_weight": 0}
-
-
-def text_dataset(**columns):
-    data = {name: values.tolist() for name, values in batch_of(text_samples(20)).items()}
-    return datasets.Dataset.from_dict({"label": data.pop("labels"), **data, **columns})
 
 
 class TestSameAsTrainer:
@@ -233,15 +229,13 @@ def drawn_labels(call):
 
 
 class TestRehearsal:
-    config = {"rehearsal_probability": 1.0, "warmup_ratio": 0.0}
-
     def test_micro_batches_of_a_step_share_the_groups_with_all_their_labels(self, tmp_path):
         args = arguments(
             tmp_path, per_device_train_batch_size=10, gradient_accumulation_steps=4, max_steps=4,
             train_sampling_strategy="sequential",
         )  # fmt: skip
         groups = {"a": [0, 1], "b": [2, 3], "c": [4]}
-        parent = varied_parent("vit", label_groups=groups, **self.config)
+        parent = varied_parent("vit", label_groups=groups, **REHEARSED)
         _, recorder = recorded(parent, args, train_dataset=image_samples(40))
         drawn = [drawn_labels(call) for call in recorder.calls]
         assert len(drawn) == 16
@@ -279,14 +273,14 @@ class TestRehearsal:
         ],
     )
     def test_steps_without(self, options, expected, tmp_path):
-        args, options = arguments(tmp_path, max_steps=4), self.config | options
+        args, options = arguments(tmp_path, max_steps=4), REHEARSED | options
         _, recorder = recorded(varied_parent("vit", **options), args, train_dataset=image_samples())
         assert [call.get("static_masks") is not None for call in recorder.calls] == expected
 
     def test_task_loss_of_a_step_by_hand(self, tmp_path):
         samples = image_samples(15)
         batch = batch_of(samples)
-        parent = varied_parent("vit", relevance_threshold=0.5, **self.config)
+        parent = varied_parent("vit", relevance_threshold=0.5, **REHEARSED)
         before = copy.deepcopy(parent)
         args = arguments(tmp_path, max_steps=1, label_smoothing_factor=0.1)
         trainer, recorder = recorded(parent, args, train_dataset=samples)
@@ -304,7 +298,7 @@ class TestRehearsal:
 
 class TestGroupColumn:
     def test_names_the_groups(self, tmp_path):
-        strings = text_dataset(domain=DOMAINS * 4)
+        strings = text_table(domain=DOMAINS * 4)
         class_labels = strings.cast_column("domain", datasets.ClassLabel(names=["vehicle", "pet"]))
         for dataset in (strings, class_labels, strings.with_format("torch")):
             config = NeMoConfig(group_column="domain")
@@ -314,10 +308,10 @@ class TestGroupColumn:
 
     def test_is_refused(self, tmp_path):
         config, model = NeMoConfig(group_column="domain"), fresh("bert")
-        two_groups = text_dataset(domain=["vehicle", *(DOMAINS * 4)[1:]])
+        two_groups = text_table(domain=["vehicle", *(DOMAINS * 4)[1:]])
         for dataset, words in (
             (two_groups, ["'cat'", "'pet'", "'vehicle'", "'domain'"]),
-            (text_dataset(), ["'domain'", "input_ids"]),
+            (text_table(), ["'domain'", "input_ids"]),
             (text_samples(10), ["datasets.Dataset"]),
         ):
             with pytest.raises(ValueError, match="Got") as error:
@@ -326,7 +320,7 @@ class TestGroupColumn:
 
 
 def test_a_stream_is_not_read_before_training(tmp_path):
-    reads, samples, dataset = [], text_samples(20), text_dataset()
+    reads, samples, dataset = [], text_samples(20), text_table()
     stream = dataset.to_iterable_dataset().map(lambda sample: reads.append(1) or sample, features=dataset.features)
     trainer = NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=stream, relevance_dataset=samples)
     assert len(reads) == 0
@@ -336,27 +330,8 @@ def test_a_stream_is_not_read_before_training(tmp_path):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("make_dataset", "words"),
-        [
-            (lambda: text_dataset().remove_columns("label"), ["input_ids", "rename_column"]),
-            (lambda: text_dataset(label=[index % 7 for index in range(20)]), ["label 5", "num_labels"]),
-            (lambda: text_dataset(label=[0, 1, 2, 3, 4] * 3 + [-1] * 5), ["label -1", "samples without a label"]),
-            (lambda: text_dataset(label=[LABELS[index % 5] for index in range(20)]), ["'cat'"]),
-            (lambda: text_dataset().to_iterable_dataset(), ["iterable", "relevance_dataset="]),
-        ],
-    )
-    def test_of_training_data(self, make_dataset, words, tmp_path):
-        for model in (fresh("bert"), varied_parent("bert")):
-            with pytest.raises(ValueError, match="Got") as error:
-                NeMoTrainer(model, arguments(tmp_path), train_dataset=make_dataset())
-            check_message(error, *words)
-
-    def test_of_samples_without_labels_modules_and_loss_functions_with_a_specificity_weight(self, vit, tmp_path):
+    def test_of_modules_and_of_loss_functions_with_a_specificity_weight(self, vit, tmp_path):
         args, given = arguments(tmp_path), {"train_dataset": image_samples()}
-        with pytest.raises(ValueError, match=r"pixel_values.*'labels'") as error:
-            NeMoTrainer(fresh("vit"), args, train_dataset=[{"pixel_values": torch.zeros(3, 16, 16)}] * 10).train()
-        check_message(error)
         with pytest.raises(ValueError, match="module") as error:
             NeMoTrainer(varied_parent("vit").extract_module(["cat", "dog"]), args, **given)
         check_message(error, "transformers.Trainer")

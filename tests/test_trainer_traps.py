@@ -14,7 +14,9 @@ from conftest import image_samples, text_samples
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from training_helpers import (
+    REHEARSED,
     SAMPLES,
+    TASK_ALONE,
     Recorder,
     arguments,
     assert_same_state,
@@ -25,14 +27,12 @@ from training_helpers import (
     varied_parent,
     without_dropout,
 )
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance
 
 FAMILIES = pytest.mark.parametrize("family", ["bert", "vit"])
 SMOOTHING = pytest.mark.parametrize("smoothing", [0.0, 0.1])
-TASK_ALONE = {"contrastive_weight": 0, "sparsity_weight": 0, "rehearsal_probability": 0, "warmup_ratio": 0}
-REHEARSED = {"rehearsal_probability": 1.0, "warmup_ratio": 0.0}
 
 
 def all_labels_module(family):
@@ -64,7 +64,7 @@ class TestC1AccumulationAndC2Smoothing:
     )
     @FAMILIES
     def test_micro_batches_train_as_their_batch(self, family, kind, smoothing, tmp_path):
-        parent = varied_parent(family, **TASK_ALONE)
+        parent = varied_parent(family, warmup_ratio=0, **TASK_ALONE)
         model = parent if kind == "parent" else all_labels_module(family)
         trainer_class, samples = NeMoTrainer if kind == "parent" else Trainer, SAMPLES[family](16)
         with torch.no_grad():
@@ -213,24 +213,25 @@ class TestC8ResumeAndBestModel:
             assert history(resumed, name) == pytest.approx(history(whole, name), abs=1e-6), name
         assert_same_state(resumed.parent.state_dict(), whole.parent.state_dict(), rtol=0, atol=1e-6)
 
-    def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
-        scores = iter([1.0, 3.0, 2.0])
+    def test_the_best_model_is_loaded_at_the_end_and_after_an_early_stop(self, tmp_path):
+        scores = iter([1.0, 3.0, 2.0, 1.0, 0.0])
         args = arguments(
-            tmp_path, max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+            tmp_path, max_steps=9, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
             load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
         )  # fmt: skip
         trainer = NeMoTrainer(
             varied_parent("vit"), args, train_dataset=image_samples(), eval_dataset=image_samples(10),
-            compute_metrics=lambda prediction: {"score": next(scores)},
+            compute_metrics=lambda prediction: {"score": next(scores)}, callbacks=[EarlyStoppingCallback(2)],
         )  # fmt: skip
         trainer.train()
+        assert (trainer.state.global_step, trainer.parent.config.relevance_source) == (4, "exact")
         assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
         assert trainer.parent.report is None  # it was of the last model
         counted = NeMoForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
         compute_relevance(counted, [batch_of(image_samples())], show_progress=False)
         assert_same_state(trainer.parent.masks.relevance(), counted.masks.relevance(), rtol=0, atol=0)
         parameters = {name: tensor for name, tensor in state(trainer.parent).items() if "relevance" not in name}
-        best, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3))
+        best, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4))
         for name, tensor in parameters.items():
             assert torch.equal(tensor, best[name]), name
             assert not tensor.is_floating_point() or not torch.equal(tensor, last[name]), name

@@ -8,26 +8,27 @@ import pytest
 import torch
 from conftest import LABELS, TEXT, fresh, randomize, text_samples, tiny
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset
 from training_helpers import (
+    REHEARSED,
+    TASK_ALONE,
+    Stream,
     arguments,
     assert_same_state,
-    batch_of,
     check_message,
     history,
     recorded,
     state,
+    text_table,
     varied_parent,
     without_dropout,
 )
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.hyperparameter_search import HyperParamSearchBackendBase
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
-from nemo_hf import NeMoConfig, NeMoForSequenceClassification, NeMoTrainer, make_parent
+from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 
 WEIGHTS = torch.tensor([1.0, 2.0, 1.0, 0.5, 3.0])
-REHEARSED = {"rehearsal_probability": 1.0, "warmup_ratio": 0.0}
 
 
 def run(trainer_class, directory, model=None, options=None, **kwargs):
@@ -475,33 +476,11 @@ class TestCallbacks:
         expected = run(NeMoTrainer, tmp_path)
         assert_same_state(trainer.parent.state_dict(), expected.parent.state_dict(), rtol=0, atol=0)
 
-    def test_relevance_is_of_the_best_weights_after_an_early_stop(self, tmp_path):
-        scores = iter([1.0, 3.0, 2.0, 1.0, 0.0])
-        options = dict.fromkeys(("save_strategy", "eval_strategy"), "steps") | {"save_steps": 1, "eval_steps": 1}
-        best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
-        trainer = run(
-            NeMoTrainer, tmp_path, options={"max_steps": 9, **options, **best}, eval_dataset=text_samples(10),
-            compute_metrics=lambda prediction: {"score": next(scores)}, callbacks=[EarlyStoppingCallback(2)],
-        )  # fmt: skip
-        assert trainer.state.global_step == 4
-        assert trainer.parent.config.relevance_source == "exact"
-        relevance = {name: value.clone() for name, value in trainer.parent.masks.relevance().items()}
-        saved = NeMoForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
-        counting = NeMoTrainer(saved, arguments(tmp_path), train_dataset=text_samples())
-        counting.update_relevance()
-        assert_same_state(saved.masks.relevance(), relevance, rtol=0, atol=0)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from text_samples(20)
-
 
 @pytest.mark.parametrize("own_streams", [True, False])
 def test_streams_train_as_in_trainer(own_streams, tmp_path):
-    table = {name: values.tolist() for name, values in batch_of(text_samples(20)).items()}
-    stream = Stream() if own_streams else datasets.Dataset.from_dict(table).to_iterable_dataset()
-    config = NeMoConfig(rehearsal_probability=0, contrastive_weight=0, sparsity_weight=0, mask_learning_rate=0.0)
+    stream = Stream(text_samples(20)) if own_streams else text_table().to_iterable_dataset()
+    config = NeMoConfig(**TASK_ALONE, mask_learning_rate=0.0)
     args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=5, max_grad_norm=0, optim="sgd")
     given = {"nemo_config": config, "relevance_dataset": text_samples(20)}
     trainer = NeMoTrainer(without_dropout(fresh("bert")), args, train_dataset=stream, eval_dataset=stream, **given)

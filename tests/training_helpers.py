@@ -3,6 +3,7 @@
 import copy
 import re
 
+import datasets
 import torch
 from conftest import build, image_samples, randomize_relevance, text_samples
 from transformers import TrainerCallback, TrainingArguments
@@ -10,6 +11,9 @@ from transformers import TrainerCallback, TrainingArguments
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
 from nemo_hf.config import SHAPING_OPTIONS
 
+TASK_ALONE = {"contrastive_weight": 0, "sparsity_weight": 0, "rehearsal_probability": 0}
+REHEARSED = {"rehearsal_probability": 1.0, "warmup_ratio": 0.0}
+DOMAINS = ["pet", "pet", "vehicle", "vehicle", "pet"]
 SAMPLES = {"vit": image_samples, "bert": text_samples, "albert": text_samples}
 
 
@@ -49,6 +53,37 @@ def varied_parent(family, seed=0, **options):
 
 def batch_of(samples):
     return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+
+
+def text_table(**columns):
+    """Twenty text samples as a data set with the column `label`, and with other columns."""
+    data = {name: values.tolist() for name, values in batch_of(text_samples(20)).items()}
+    return datasets.Dataset.from_dict({"label": data.pop("labels"), **data, **columns})
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples without a length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+class Spoiled(torch.utils.data.Dataset):
+    """Samples of which the last but one is read with an error."""
+
+    def __init__(self, samples, error):
+        self.samples, self.error = samples, error
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if index == len(self.samples) - 2:
+            raise self.error
+        return self.samples[index]
 
 
 def history(trainer, name="loss"):
