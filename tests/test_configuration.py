@@ -6,7 +6,9 @@ import json
 import pytest
 import transformers
 from conftest import IMAGE, LABELS, TEXT, fresh, randomize_relevance
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -17,7 +19,7 @@ from transformers import (
 
 from nemo_hf import NeMoConfig, NeMoModelConfig, UnsupportedArchitectureError, compose, make_parent
 from nemo_hf.models.attach import attach_masks
-from nemo_hf.models.configuration import MODEL_OPTIONS, find_base_class, task_of
+from nemo_hf.models.configuration import MODEL_OPTIONS, TASKS, SavedConfig, find_base_class, task_of
 
 
 class OwnConfig(ViTConfig):
@@ -172,6 +174,28 @@ def test_options_of_a_cut_reach_it_through_the_auto_classes(parent, tmp_path, op
         assert cut.config.sites == expected.config.sites != usual.config.sites
         assert cut.config.round_to == options.get("round_to")
         assert cut.config.relevance_threshold == options.get("threshold", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["classifiers", pytest.param("all", marks=pytest.mark.sweep)])
+def test_default_configurations_of_all_families_are_read_as_they_were_written(tmp_path, kind):
+    found = CONFIG_MAPPING.values() if kind == "all" else {each for _, task in TASKS.values() for each in task}
+    unread = []
+    for config_class in found:
+        try:
+            base = config_class()
+        except (ValueError, StrictDataclassError):  # has no default
+            continue
+        if isinstance(base, SavedConfig):
+            continue
+        NeMoModelConfig(base_config=base).to_json_file(tmp_path / "config.json", use_diff=False)
+        try:
+            read = NeMoModelConfig.from_pretrained(tmp_path).base_config
+        except ValueError as error:
+            unread.append(f"{config_class.__name__}: {error}")
+        else:
+            assert read.to_dict() == config_class.from_dict(base.to_dict()).to_dict()
+    assert not unread
 
 
 def test_arguments_do_not_change_what_a_file_says_of_the_weights(parent, tmp_path):

@@ -24,14 +24,15 @@ LONGEST_LISTS = {
     **dict.fromkeys(("producers", "passing", "readers", "targets"), 1000),
 }
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-COUNTED = re.compile(r"layer|depth|block|stage|label|heads|expert|n_group")
-REPEATED = re.compile(r"layer|depth|block|stage|num_labels")
+COUNTED = re.compile(r"(?<!size_per_)layer|depth|block|stage|label|heads|expert|n_group")
+REPEATED = re.compile(r"(?<!size_per_)layer|depth|block|stage|num_labels")
 POSITIVE = re.compile(r"(image|patch)_size|num_channels")
 SMALL = re.compile(r"(^|_)(eps|epsilon)$")
 SURROGATE = re.compile("[\ud800-\udfff]")  # can't be written as UTF-8
 # Keys by which a file would choose what code or weights `transformers` loads; these are the caller's choice.
-LOADING_KEYS = ("adapter_config", "attn_implementation", "distributed_config", "experts_implementation",
-                "fusion_config", "quantization_config", "transformers_weights")  # fmt: skip
+LOADING_KEYS = ("attn_implementation", "distributed_config", "experts_implementation", "fusion_config",
+                "quantization_config", "transformers_weights")  # fmt: skip
+BUILT_IN = (None, "eager", "sdpa")  # values of them by which nothing is loaded
 # Types of entries that transformers (5.24) does not check, since it checks what a model's own class declares.
 SWITCHES = ("is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict")
 UNCHECKED = {"chunk_size_feed_forward": (int,), **dict.fromkeys(SWITCHES, (bool, NoneType))}
@@ -140,7 +141,7 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
     key, is_attribute = path[-1], "nemo_config" not in path[:-1]
     if is_attribute and (key.startswith("__") or callable(getattr(config_class, key, None))):
         raise _refused(path, value, "no entry with the name of a method")
-    if key.removeprefix("_").removesuffix("_internal") in LOADING_KEYS and value is not None:
+    if key.removeprefix("_").removesuffix("_internal") in LOADING_KEYS and value not in BUILT_IN:
         raise _refused(path, value, "none, since a file doesn't choose how it is loaded")
     if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:
         raise _refused(path, value, f"one of {list(DTYPES)}")
@@ -150,8 +151,8 @@ def _check_entry(path: tuple[str, ...], value: Any, config_class: type) -> None:
         raise _refused(path, value, " or ".join(kind.__name__ for kind in UNCHECKED[key]))
     if POSITIVE.fullmatch(key) and isinstance(value, int) and value < 1:
         raise _refused(path, value, "a number of 1 or more")
-    if SMALL.search(key) and isinstance(value, (int, float)) and not 0 <= value < 1:
-        raise _refused(path, value, "a number in [0, 1)")
+    if SMALL.search(key) and isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise _refused(path, value, "a number from 0 to 1")
     if isinstance(value, float) and math.isnan(value):
         raise _refused(path, value, "a number")
     most = LARGEST_COUNT if COUNTED.search(key) and not key.endswith("_id") else LARGEST_NUMBER

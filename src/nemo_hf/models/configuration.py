@@ -199,6 +199,15 @@ class NeMoModelConfig(SavedConfig):
         is_own = name in self.__dict__ or hasattr(type(self), name) or name in ("auto_map", *checks.LOADING_KEYS)
         return None if base is None or is_own or name.startswith("_") or not hasattr(base, name) else base
 
+    def validate_architecture(self) -> None:
+        """Checks nothing: the plain model's configuration, whose attributes are read here, checks itself."""
+
+    def validate_layer_type(self) -> None:
+        """Checks nothing, like `validate_architecture`."""
+
+    def validate_rope(self) -> None:
+        """Checks nothing, like `validate_architecture`."""
+
     def _get_generation_parameters(self) -> dict[str, Any]:
         base = self.base_config  # whose own fields may have such names (Whisper's do)
         return base._get_generation_parameters() if isinstance(base, PreTrainedConfig) else {}
@@ -253,7 +262,8 @@ class NeMoModelConfig(SavedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the plain model's configuration of text, so that special tokens are set where they count."""
         assert isinstance(self.base_config, PreTrainedConfig)
-        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+        asked = {name: value for name, value in (("decoder", decoder), ("encoder", encoder)) if value is not None}
+        return self.base_config.get_text_config(**asked)  # some have one of both only
 
 
 def _text(data: Mapping[str, Any]) -> str:

@@ -148,10 +148,10 @@ def check_digests(config: Mapping[str, Any], weights: Iterable[Path], companions
         found[path.name] = digest.hexdigest()
     found[CONFIG_NAME] = _identity_of(config, digests)
     expected = {**digests, CONFIG_NAME: recorded.get("id")}
-    for name in [*found, *expected]:
-        if found.get(name) != expected.get(name):
-            got, wanted = (str(each.get(name))[:12] for each in (found, expected))
-            raise damaged(f"{name!r} with the digest {got}...", f"the digest {wanted}... that was saved", OSError)
+    for name in sorted(expected.keys() | found.keys()):
+        if (digest := found.get(name)) != expected.get(name):
+            got = f"{name[:100]!r} with the digest {digest[:12]}..." if digest else f"no file {name[:100]!r}"
+            raise damaged(got, f"the digest {str(expected.get(name))[:12]}... that was saved", OSError)
 
 
 def own_report(

@@ -97,7 +97,8 @@ class SavedModel(PreTrainedModel):
     def check_config(self) -> None:
         """Reads the configuration as loading will; what it would refuse there can't be saved (`ValueError`)."""
         with _refusing("config"):
-            type(self.config).from_dict(json.loads(self.config.to_json_string()))
+            entries = json.loads(self.config.to_json_string())
+            type(self.config).from_dict(self.config._decode_special_floats(entries))  # infinity, as loading does
             for part in getattr(self, "parts", [self]):
                 check_labels(part.config, part.model.config.num_labels)
 
