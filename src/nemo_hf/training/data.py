@@ -82,21 +82,22 @@ def seen_labels(dataset: Any, collator: Any, batches: Callable[[Any], Any] | Non
 
     Behind a transform or collator of the user's own, `batches`, loaders of parts of the data, show whether they do.
     """
-    labels = column_values(dataset, LABEL_COLUMNS)
-    if not labels or _is_seen(dataset, collator) or batches is None:
-        return labels if _is_seen(dataset, collator) else None
+    labels, is_seen = column_values(dataset, LABEL_COLUMNS), _is_seen(dataset, collator)
+    if not labels or is_seen or batches is None:
+        return labels if is_seen else None
     first = list({str(label): index for index, label in reversed(list(enumerate(labels)))}.values())
     rows = first[:: -(-len(first) // PROBED)]
     try:
         with unchanged_random_state():
-            read = [torch.as_tensor(batch["labels"]) for batch in batches(_part(dataset, rows))]
+            read = [torch.as_tensor(batch["labels"]) for batch in batches(part_of(dataset, rows))]
         is_same = torch.equal(torch.cat(read).cpu(), torch.tensor([labels[row] for row in rows]))
     except Exception:  # whatever the user's code raises, here or in the first step
         return None
     return labels if is_same else None
 
 
-def _part(dataset: Any, rows: Sequence[int]) -> Any:
+def part_of(dataset: Any, rows: Sequence[int]) -> Any:
+    """Some samples of a data set."""
     return dataset.select(rows) if isinstance(dataset, datasets.Dataset) else Subset(dataset, rows)
 
 
@@ -266,7 +267,7 @@ def check_before_training(trainer: Any, counted: Any) -> None:
         )
     if counted is not data and has_length(counted):
         with unchanged_random_state():
-            batch = next(iter(sample_loader(trainer, _part(counted, range(min(len(counted), 2))), workers=0)))
+            batch = next(iter(sample_loader(trainer, part_of(counted, range(min(len(counted), 2))), workers=0)))
         read_batch(trainer, batch, is_watched=True)
     start_relevance(parent, unseen)
 
