@@ -190,6 +190,19 @@ def test_samples_without_a_label_count_in_no_loss(objective):
     torch.testing.assert_close(*specific)
 
 
+@pytest.mark.parametrize("problem", [None, SINGLE])
+def test_label_smoothing_of_lists_counts_or_is_warned_about(problem, tmp_path, caplog):
+    model = fresh("bert")
+    model.config.problem_type = problem
+    args, losses_of = arguments(tmp_path, max_steps=1), []
+    for args.label_smoothing_factor in (0.0, 0.3):
+        trainer = NeMoTrainer(copy.deepcopy(model), args, collator(mixed), text_samples(20))
+        trainer.train()
+        losses_of += history(trainer, "loss_task")
+    has_warned = "label_smoothing_factor has no effect" in caplog.text
+    assert (losses_of[0] == losses_of[1]) == (problem is None) == has_warned
+
+
 def test_a_batch_without_labels_leaves_the_weights_finite(tmp_path, caplog):
     parent = varied_parent("bert", warmup_ratio=0)
     trainer = NeMoTrainer(parent, arguments(tmp_path), collator(lambda ids: ids * 0 - 100), text_samples(20))

@@ -1,5 +1,6 @@
 """Checks of training data before the first step, and the label groups that one of its columns names."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from transformers.trainer_utils import has_length
 from nemo_hf.config import LabelLike
 from nemo_hf.evaluation.rejection import split_batch
 from nemo_hf.models.configuration import SEVERAL_LABELS
-from nemo_hf.models.labels import IGNORED, is_settled, label_ids, label_targets, settle_problem_type
+from nemo_hf.models.labels import IGNORED, SINGLE_LABEL, is_settled, label_ids, label_targets, settle_problem_type
 
 from .model_calls import check_own_loss
 from .relevance import start_relevance
+
+logger = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("label", "labels", "label_ids")
 PROBED = 64  # most samples that are read to see whether a column holds the labels that batches have
@@ -250,7 +253,7 @@ def check_before_training(trainer: Any, counted: Any) -> None:
     unseen: set[int] = set()
     if labels is not None:
         if (targets := check_labels(labels, parent)) is None:
-            settle_problem_type(parent, torch.tensor(labels), trainer.compute_loss_func is not None)
+            _settle(trainer, torch.tensor(labels))
             targets = check_labels(labels, parent)
         assert targets is not None
         ids = label_ids(targets, parent.config.has_several_labels)
@@ -272,6 +275,18 @@ def check_before_training(trainer: Any, counted: Any) -> None:
     start_relevance(parent, unseen)
 
 
+def _settle(trainer: Any, labels: Any) -> None:
+    parent = trainer.parent
+    if is_settled(parent):
+        return
+    settle_problem_type(parent, labels, trainer.compute_loss_func is not None)
+    if parent.config.has_several_labels and trainer.args.label_smoothing_factor:
+        logger.warning(
+            "label_smoothing_factor has no effect: by its lists of floats, a sample may have several labels. For the "
+            "chances of one label, load the model with problem_type='%s'.", SINGLE_LABEL,
+        )  # fmt: skip
+
+
 def read_batch(trainer: Any, batch: dict[str, Any], is_watched: bool) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
     """Takes a batch apart: model inputs, labels as they are, `label_targets`, and `label_ids` of these.
 
@@ -279,7 +294,7 @@ def read_batch(trainer: Any, batch: dict[str, Any], is_watched: bool) -> tuple[d
     """
     parent = trainer.parent
     inputs, given = split_batch(parent, batch)
-    settle_problem_type(parent, given, trainer.compute_loss_func is not None)
+    _settle(trainer, given)
     has_several = parent.config.has_several_labels
     targets = label_targets(given, len(parent.config.names), has_several, is_watched or None).to(parent.device)
     if trainer.compute_loss_func is not None:
