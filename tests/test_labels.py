@@ -197,12 +197,25 @@ def test_samples_without_a_label_count_in_no_loss(objective):
     torch.testing.assert_close(*specific)
 
 
+@pytest.mark.parametrize("problem", [None, SINGLE])
+def test_label_smoothing_of_lists_counts_or_is_warned_about(problem, tmp_path, caplog):
+    model = fresh("bert")
+    model.config.problem_type = problem
+    args, losses_of = arguments(tmp_path, max_steps=1), []
+    for args.label_smoothing_factor in (0.0, 0.3):
+        trainer = NeMoTrainer(copy.deepcopy(model), args, collator(mixed), text_samples(20))
+        trainer.train()
+        losses_of += history(trainer, "loss_task")
+    has_warned = "label_smoothing_factor has no effect" in caplog.text
+    assert (losses_of[0] == losses_of[1]) == (problem is None) == has_warned
+
+
 def test_a_batch_without_labels_leaves_the_weights_finite(tmp_path, caplog):
     parent = varied_parent("bert", warmup_ratio=0)
     trainer = NeMoTrainer(parent, arguments(tmp_path), collator(lambda ids: ids * 0 - 100), text_samples(20))
     with caplog.at_level(logging.WARNING, logger="nemo_hf"):
         assert trainer.train().training_loss is not None
-    assert "Got data without a sample" in caplog.text
+    assert "without a sample of any label" in caplog.text
     assert all(bool(parameter.isfinite().all()) for parameter in parent.parameters())
 
 
@@ -241,8 +254,19 @@ def test_other_labels_are_refused_before_the_first_step(name, tmp_path):
 # Columns of labels, what the message names, and what its remedy makes of data and model.
 REMEDIES = {
     "names": (
-        [LABELS[label] for label in IDS], "model.config.label2id[sample['label']]",
-        lambda data, model: data.map(lambda sample: {"label": model.config.label2id[sample["label"]]}),
+        [LABELS[label] for label in IDS], "{'label': model.config.label2id.get(sample['label'])}",
+        lambda data, model: data.map(lambda sample: {"label": model.config.label2id.get(sample["label"])}),
+    ),
+    "numbers as texts": (
+        [str(label) for label in IDS], "dataset.map(lambda sample: {'label': int(sample['label'])})",
+        lambda data, model: data.map(lambda sample: {"label": int(sample["label"])}),
+    ),
+    "NaN": (
+        [float("nan"), *map(float, IDS[1:])], f"label is NaN {-100}",
+        lambda data, model: data.map(
+            lambda sample: {"number": -100 if sample["label"] != sample["label"] else int(sample["label"])},
+            remove_columns="label",
+        ).rename_column("number", "label"),
     ),
     "other names": (
         ["abcde"[label] for label in IDS], "class_encode_column('label')",
@@ -280,6 +304,18 @@ def test_the_remedy_of_a_column_works(name, tmp_path):
     assert trainer.parent.config.relevance_source == "exact"
 
 
+def test_class_labels_in_another_order_are_refused_in_training_and_evaluation(tmp_path):
+    model, args = fresh("bert"), arguments(tmp_path, max_steps=1)
+    data = text_table(label=IDS).cast_column("label", datasets.ClassLabel(names=LABELS[::-1]))
+    trainer = NeMoTrainer(model, args, train_dataset=data.align_labels_with_mapping(model.config.label2id, "label"))
+    assert trainer.train_dataset["label"][:] == [4 - label for label in IDS]
+    for run in (lambda: NeMoTrainer(fresh("bert"), args, train_dataset=data),
+                lambda: trainer.evaluate_module("cat", data), lambda: trainer.update_relevance(data)):  # fmt: skip
+        with pytest.raises(ValueError, match="calls the label 0 'frog', which is 4 in the model") as error:
+            run()
+        check_message(error, "dataset.align_labels_with_mapping(model.config.label2id, 'label')")
+
+
 def test_labels_that_a_transform_or_collator_makes(tmp_path):
     def tensors(batch):
         return {name: [torch.tensor(row) for row in batch[name]] for name in ("input_ids", "attention_mask")}
@@ -304,6 +340,26 @@ def test_labels_that_a_transform_or_collator_makes(tmp_path):
         trainer.train()
         expected = expected or state(trainer.parent)
         assert_same_state(state(trainer.parent), expected, rtol=0, atol=0)  # and no random state was used up
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Stream([]), ["iterable", "relevance_dataset"]),
+        (datasets.DatasetDict(train=text_table(label=IDS)), ["DatasetDict", "data['train']"]),
+        (text_table(label=[-100] * 20), ["without a sample of any label"]),
+        (text_table(label=[*IDS[1:], 5]), ["label 5"]),
+        (text_table(label=[*IDS[1:], None]), ["None"]),
+    ],
+    ids=["stream", "several", "ignored", "wrong", "null"],
+)
+def test_data_that_take_the_place_of_others_are_checked_before_the_first_step(data, words, tmp_path):
+    trainer = NeMoTrainer(varied_parent("bert"), arguments(tmp_path), train_dataset=text_table(label=IDS))
+    trainer.train_dataset, before = data, state(trainer.parent)
+    with pytest.raises(ValueError, match="Got") as error:
+        trainer.train()
+    check_message(error, *words)
+    assert_same_state(state(trainer.parent), before, rtol=0, atol=0)
 
 
 class WithoutLength:
@@ -526,6 +582,21 @@ class TestGroupColumn:
             assert trainer.parent.config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
             again = collator(lambda ids: 4 - ids)  # the parent has its groups, whatever the column of other data says
             NeMoTrainer(trainer.parent, args, again, text_samples(20)).train()
+
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        [
+            (text_table(label=IDS, domain=[None, *DOMAINS[1:]] * 4), ["without a group", "'domain'"]),
+            (text_table(label=IDS, domain=[*"\0\0", "", *"\0\0"] * 4), ["without a group", "'domain'"]),
+            (text_table(label=IDS, domain=DOMAINS * 4).to_iterable_dataset(), ["a stream", "label_groups={...}"]),
+        ],
+        ids=["null", "empty", "stream"],
+    )
+    def test_without_groups_is_refused(self, data, words, tmp_path):
+        config, more = NeMoConfig(group_column="domain"), {"relevance_dataset": text_table(label=IDS)}
+        with pytest.raises(ValueError, match="Got") as error:
+            NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=data, nemo_config=config, **more)
+        check_message(error, *words)
 
 
 def test_modules_and_composed_models_take_labels_of_every_width():

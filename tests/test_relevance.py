@@ -94,7 +94,7 @@ class TestExactPass:
         for given, word in (
             ([known, pixels], "'labels'"),
             ([known, {**pixels, "labels": torch.tensor([0, 5])}], "label 5"),
-            ([{**pixels, "labels": torch.tensor([-100, -100])}], "without a sample that has a label"),
+            ([{**pixels, "labels": torch.tensor([-100, -100])}], "without a sample of any label"),
         ):
             with pytest.raises(ValueError, match=word) as error:
                 compute_relevance(parent, given, show_progress=False)

@@ -45,10 +45,13 @@ def label_targets(labels: Any, count: int | None, has_several: bool, checks_valu
             f"problem_type says for {count or 'its'} labels. {do}, load the model with problem_type='{problem}'."
         )
     if is_float and not is_list:
-        raise ValueError(
-            f"Got labels of type {values.dtype}; expected integer ids. Cast ids that are stored as numbers "
-            "with a point: dataset.cast_column('label', datasets.Value('int64')); regression is not supported."
+        do = (
+            "Cast ids that are stored as numbers with a point: dataset.cast_column('label', datasets.Value('int64')); "
+            "regression is not supported."
         )
+        if bool(values.isnan().any()):
+            do = f"Give samples whose label is NaN {IGNORED}, which counts nowhere, and store all as integers."
+        raise ValueError(f"Got labels of type {values.dtype}; expected integer ids. {do}")
     if not torch.compiler.is_compiling() and (checks_values or is_list or values.device.type == "cpu"):
         if is_list:
             _check_shares(values, has_several)

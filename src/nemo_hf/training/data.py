@@ -1,7 +1,8 @@
 """Checks of training data before the first step, and the label groups that one of its columns names."""
 
+import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -17,10 +18,12 @@ from transformers.trainer_utils import has_length
 from nemo_hf.config import LabelLike
 from nemo_hf.models.batches import split_batch
 from nemo_hf.models.configuration import SEVERAL_LABELS
-from nemo_hf.models.labels import IGNORED, is_settled, label_ids, label_targets, settle_problem_type
+from nemo_hf.models.labels import IGNORED, SINGLE_LABEL, is_settled, label_ids, label_targets, settle_problem_type
 
 from .model_calls import check_own_loss
 from .relevance import start_relevance
+
+logger = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("label", "labels", "label_ids")
 PROBED = 64  # most samples that are read to see whether a column holds the labels that batches have
@@ -34,6 +37,8 @@ def check_data_sets(trained: Any, counted: Any, collator: Any) -> None:
                 f"Got a {type(data).__name__} with {list(data)} as {name}; expected one data set. Pass one of them: "
                 f"{name}=data[{next(iter(data), 'train')!r}]."
             )
+        if isinstance(data, Sized) and not len(data):
+            raise ValueError(f"Got an empty {name}; expected samples. Pass {name}=... with some.")
     if trained is not None and counted is None and not has_length(trained):
         kind = "an iterable data set" if isinstance(trained, IterableDataset) else "a data set without a length"
         raise ValueError(
@@ -80,21 +85,22 @@ def seen_labels(dataset: Any, collator: Any, batches: Callable[[Any], Any] | Non
 
     Behind a transform or collator of the user's own, `batches`, loaders of parts of the data, show whether they do.
     """
-    labels = column_values(dataset, LABEL_COLUMNS)
-    if not labels or _is_seen(dataset, collator) or batches is None:
-        return labels if _is_seen(dataset, collator) else None
+    labels, is_seen = column_values(dataset, LABEL_COLUMNS), _is_seen(dataset, collator)
+    if not labels or is_seen or batches is None:
+        return labels if is_seen else None
     first = list({str(label): index for index, label in reversed(list(enumerate(labels)))}.values())
     rows = first[:: -(-len(first) // PROBED)]
     try:
         with unchanged_random_state():
-            read = [torch.as_tensor(batch["labels"]) for batch in batches(_part(dataset, rows))]
+            read = [torch.as_tensor(batch["labels"]) for batch in batches(part_of(dataset, rows))]
         is_same = torch.equal(torch.cat(read).cpu(), torch.tensor([labels[row] for row in rows]))
     except Exception:  # whatever the user's code raises, here or in the first step
         return None
     return labels if is_same else None
 
 
-def _part(dataset: Any, rows: Sequence[int]) -> Any:
+def part_of(dataset: Any, rows: Sequence[int]) -> Any:
+    """Some samples of a data set."""
     return dataset.select(rows) if isinstance(dataset, datasets.Dataset) else Subset(dataset, rows)
 
 
@@ -123,6 +129,7 @@ class _Share(IterableDataset[Any]):
 def sample_loader(trainer: Any, dataset: Any, is_shared: bool = False, workers: int | None = None) -> DataLoader[Any]:
     """Each sample of a data set, or of this process's share of it, once; unlike `get_eval_dataloader`."""
     args, collator = trainer.args, trainer.data_collator
+    check_label_names(dataset, collator, trainer.parent)
     if isinstance(dataset, datasets.Dataset):
         dataset = trainer._remove_unused_columns(dataset, description="evaluation")
     else:
@@ -140,11 +147,10 @@ def sample_loader(trainer: Any, dataset: Any, is_shared: bool = False, workers: 
 def groups_from_column(dataset: Any, column: str, model: Any) -> dict[str, list[LabelLike]]:
     """Reads label groups, name to label ids, from a column of the groups' names or of a `ClassLabel`'s integers."""
     id2label = {int(index): str(name) for index, name in model.config.id2label.items()}
-    if model.config.problem_type == SEVERAL_LABELS:
-        raise ValueError(
-            "Got group_column for a model whose samples have several labels; expected label_groups. Pass "
-            "NeMoConfig(label_groups={...})."
-        )
+    several = model.config.problem_type == SEVERAL_LABELS
+    if several or not has_length(dataset):
+        kind = "a model whose samples have several labels" if several else "a stream, which only training reads"
+        raise ValueError(f"Got group_column for {kind}; expected label_groups. Pass NeMoConfig(label_groups={{...}}).")
     values, labels = column_values(dataset, (column,)), column_values(dataset, LABEL_COLUMNS)
     if values is None or labels is None:
         raise ValueError(
@@ -152,7 +158,6 @@ def groups_from_column(dataset: Any, column: str, model: Any) -> dict[str, list[
             f"{getattr(dataset, 'column_names', 'no columns')}. Name one of them, or pass label_groups."
         )
     names = getattr(getattr(dataset, "features", {}).get(column), "names", None)
-    groups: dict[str, list[LabelLike]] = {}
     owner: dict[int, str] = {}
     for label, value in zip(labels, values, strict=True):
         if label == IGNORED:
@@ -162,17 +167,46 @@ def groups_from_column(dataset: Any, column: str, model: Any) -> dict[str, list[
                 f"Got group_column={column!r} beside the label {label!r}; expected ids from 0 to {len(id2label) - 1}. "
                 "Store ids in the column of labels, or pass label_groups."
             )
-        group = str(names[value]) if names and isinstance(value, int) else str(value)
+        group = _group_name(value, names, column)
         if owner.setdefault(label, group) != group:
             raise ValueError(
                 f"Got the label {id2label[label]!r} in the groups {owner[label]!r} and {group!r} of the column "
                 f"{column!r}; expected one group per label. Correct the data, or pass label_groups."
             )
+    groups: dict[str, list[LabelLike]] = {}
     for label in sorted(owner):
         groups.setdefault(owner[label], []).append(label)
     for label in sorted(set(id2label) - set(owner)):  # without a sample
         groups[id2label[label] if id2label[label] not in groups else f"{id2label[label]} ({label})"] = [label]
     return groups
+
+
+def _group_name(value: Any, names: Sequence[str] | None, column: str) -> str:
+    if value is None or value != value or value == "":  # NaN is what pandas makes of a missing value
+        raise ValueError(
+            f"Got a sample without a group in the column {column!r}; expected a name for each. Fill the column, or "
+            "pass label_groups."
+        )
+    return str(names[value]) if names and isinstance(value, int) else str(value)
+
+
+def check_label_names(dataset: Any, collator: Any, model: Any) -> None:
+    """Refuses a column of labels whose `ClassLabel` gives the model's names other ids than the model does."""
+    features = getattr(dataset, "features", None) or {}
+    column = next((name for name in LABEL_COLUMNS if name in features), None)
+    if column is None or not _is_seen(dataset, collator):
+        return
+    known = {str(name): int(index) for index, name in (model.config.id2label or {}).items()}
+    names = getattr(features[column], "names", None) or []
+    for index, name in enumerate(names):
+        if known.get(name, index) != index:
+            do = f"Use dataset.align_labels_with_mapping(model.config.label2id, {column!r})."
+            if not set(names) <= set(known):
+                do = "Load the model with id2label=dict(enumerate(names)) of the data's own names."
+            raise ValueError(
+                f"Got data whose column {column!r} calls the label {index} {name!r}, which is {known[name]} in the "
+                f"model; expected the same ids in both. {do}"
+            )
 
 
 def check_labels(labels: Sequence[Any], model: Any) -> Tensor | None:
@@ -181,20 +215,19 @@ def check_labels(labels: Sequence[Any], model: Any) -> Tensor | None:
     `None` if they are lists that only training can tell to be of several labels or chances.
     """
     names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
-    wrong = next((label for label in labels if label is None or isinstance(label, str)), 0)
-    if wrong is None or isinstance(wrong, str):
+    texts = [label for label in labels if isinstance(label, str)]
+    if texts or None in labels:
         do = f"Remove samples without a label, or give them the label {IGNORED}, which counts nowhere."
-        if wrong is not None:
+        if texts:
             do = "Use dataset.class_encode_column('label'), and load the model with as many num_labels."
-            if {label for label in labels if isinstance(label, str)} <= set(names.values()):
-                do = (  # class_encode_column would number them by the alphabet
-                    "Turn names into the model's ids: dataset.map(lambda sample: {'label': "
-                    "model.config.label2id[sample['label']]})."
-                )
+        for known, number in ((map(str, names), "int"), (names.values(), "model.config.label2id.get")):
+            if texts and set(texts) <= set(known):  # class_encode_column would number them by the alphabet
+                do = f"Turn texts into ids: dataset.map(lambda sample: {{'label': {number}(sample['label'])}})."
+        wrong = texts[0] if texts else None
         raise ValueError(f"Got the label {wrong!r} in the training data; expected ids from 0 to {len(names) - 1}. {do}")
     try:
         values = torch.tensor(labels)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of unequal lengths, None or texts within lists
         raise ValueError(
             f"Got labels of different lengths or kinds in the training data ({error}); expected one id for each "
             f"sample, or where one may have several labels a list of {len(names)} zeros and ones. Correct the data."
@@ -210,6 +243,7 @@ def check_before_training(trainer: Any, counted: Any) -> None:
     `counted` is what the relevance will be counted on.
     """
     parent, data = trainer.parent, trainer.train_dataset
+    check_data_sets(data, trainer._relevance_dataset, trainer.data_collator)  # which may be others by now
     if counted is None:
         raise ValueError(
             "Got no data to count the relevance on after training; expected some beside an own get_train_dataloader. "
@@ -219,12 +253,16 @@ def check_before_training(trainer: Any, counted: Any) -> None:
     unseen: set[int] = set()
     if labels is not None:
         if (targets := check_labels(labels, parent)) is None:
-            settle_problem_type(parent, torch.tensor(labels), trainer.compute_loss_func is not None)
+            _settle(trainer, torch.tensor(labels))
             targets = check_labels(labels, parent)
         assert targets is not None
         ids = label_ids(targets, parent.config.has_several_labels)
         seen = ids.any(0).nonzero() if ids.ndim == 2 else ids.unique()
         unseen = set(parent.config.names) - set(seen.flatten().tolist())
+        if len(unseen) == len(parent.config.names):
+            raise ValueError(
+                "Got training data without a sample of any label; expected some of each. Correct the column of labels."
+            )
     elif trainer._reads_groups:
         raise ValueError(
             "Got group_column with labels that a transform or data collator makes; expected label_groups. Pass "
@@ -232,11 +270,21 @@ def check_before_training(trainer: Any, counted: Any) -> None:
         )
     if counted is not data and has_length(counted):
         with unchanged_random_state():
-            batch = next(iter(sample_loader(trainer, _part(counted, range(min(len(counted), 2))), workers=0)), None)
-        if batch is None:
-            raise ValueError("Got an empty relevance_dataset; expected samples of all labels. Pass some.")
+            batch = next(iter(sample_loader(trainer, part_of(counted, range(min(len(counted), 2))), workers=0)))
         read_batch(trainer, batch, is_watched=True)
     start_relevance(parent, unseen)
+
+
+def _settle(trainer: Any, labels: Any) -> None:
+    parent = trainer.parent
+    if is_settled(parent):
+        return
+    settle_problem_type(parent, labels, trainer.compute_loss_func is not None)
+    if parent.config.has_several_labels and trainer.args.label_smoothing_factor:
+        logger.warning(
+            "label_smoothing_factor has no effect: by its lists of floats, a sample may have several labels. For the "
+            "chances of one label, load the model with problem_type='%s'.", SINGLE_LABEL,
+        )  # fmt: skip
 
 
 def read_batch(trainer: Any, batch: dict[str, Any], is_watched: bool) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
@@ -246,7 +294,7 @@ def read_batch(trainer: Any, batch: dict[str, Any], is_watched: bool) -> tuple[d
     """
     parent = trainer.parent
     inputs, given = split_batch(parent, batch)
-    settle_problem_type(parent, given, trainer.compute_loss_func is not None)
+    _settle(trainer, given)
     has_several = parent.config.has_several_labels
     targets = label_targets(given, len(parent.config.names), has_several, is_watched or None).to(parent.device)
     if trainer.compute_loss_func is not None:

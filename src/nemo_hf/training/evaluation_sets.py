@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import datasets
-from torch.utils.data import Subset
+from .data import part_of
 
 
 def one_dataset(given: Any, known: Any) -> Any:
@@ -30,5 +29,4 @@ def spread_samples(dataset: Any, most: int) -> Any:
     """At most so many samples, spread over the data set, since data are often sorted by label; streams stay whole."""
     if not hasattr(dataset, "__len__"):
         return dataset
-    indices = range(0, len(dataset), -(-len(dataset) // most))
-    return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+    return part_of(dataset, range(0, len(dataset), -(-len(dataset) // most)))

@@ -3,84 +3,38 @@
 import inspect
 import logging
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
-from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions
 from nemo_hf.models.finiteness import check_finite, check_training
-from nemo_hf.models.labels import group_indices, label_ids, sample_groups, shares_group
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.masks import NeuronMasks
-from nemo_hf.pruning.plan import module_masks
 
-from . import data, distributed, hub_pushes, losses
+from . import data, distributed, hub_pushes
+from .callbacks import TrainingChecks
 from .evaluation_sets import one_dataset, spread_samples
-from .model_calls import MicroBatch, calls_of, check_own_loss, check_scaling, neuron_masks_of, replaced_method
+from .model_calls import check_own_loss, check_scaling, replaced_method
 from .optimizers import check_optimizer, split_mask_parameters
-from .relevance import OpenCounts, compute_relevance, sparsity_pressure, steer_size, warn_of_one_core
+from .relevance import compute_relevance, warn_of_one_core
 from .resuming import check_checkpoint, whole_checkpoint
 from .search import training_arguments, trial_config
+from .step_loss import StepLoss, counted_items
 
 logger = logging.getLogger(__name__)
 
-WATCHED_STEPS = 10  # first steps in which batches are searched for pairs of a group: the host has to wait for it
 MODULARITY_SAMPLES = 1000  # most samples over which cohesion and coupling are measured
-
-
-@dataclass
-class TrainingState:
-    """What training steps collect; each training starts with a new one, and evaluation leaves it alone."""
-
-    sums: dict[str, Any] = field(default_factory=dict)  # of logged terms, since the last log
-    steps: int = 0  # micro-batches in `sums`
-    open_counts: OpenCounts | None = None  # of the current optimizer step
-    group_of_label: Tensor | None = None  # (labels,)
-    has_warned: bool = False  # of a batch without two samples of a group
-    is_counted: bool = False  # whether the training step of this optimizer step moved the relevance
-    micro_batch: MicroBatch | None = None  # while its loss is computed
-
-
-def _items(labels: Tensor) -> Tensor:
-    """Number of labels that count, as `Trainer` passes it to loss functions, of one micro-batch."""
-    return labels.ne(-100).sum()
-
-
-class _TrainingStart(TrainerCallback):
-    """Starts a new state and records how the parent is trained, once model and arguments are final (in trials, too)."""
-
-    def __init__(self, trainer: "NeMoTrainer") -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        self.trainer._run = TrainingState()
-        parent, samples = self.trainer.parent, self.trainer.train_dataset
-        check_finite(parent)
-        check_optimizer(self.trainer.optimizer, parent)
-        base_model = (parent.config.training or {}).get("base_model") or parent.config.base_model
-        parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
-        parent.report = None
-        data.check_before_training(self.trainer, self.trainer._counted_data)
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if not self.trainer._run.is_counted:
-            raise ValueError(
-                "Got a training_step of a subclass that leaves out the one of NeMoTrainer, by which masks are trained; "
-                "expected super().training_step(...) in it. Call it, or override compute_loss alone."
-            )
-        self.trainer._run.is_counted = False
 
 
 class NeMoTrainer(Trainer):
@@ -126,7 +80,7 @@ class NeMoTrainer(Trainer):
         data.check_data_sets(train_dataset, relevance_dataset, data_collator)
         self._training_data, self._given_collator = train_dataset, data_collator
         self._relevance_dataset, self._reads_groups = relevance_dataset, False
-        self._run = TrainingState()
+        self._step_loss = StepLoss(self)
         set_seed(args.seed if args is not None else TrainingArguments.seed)  # the generators' weights are drawn here
         parent = None if model is None else self._as_parent(model)
         super().__init__(parent, args, data_collator, train_dataset, *trainer_args, **trainer_kwargs)
@@ -138,7 +92,7 @@ class NeMoTrainer(Trainer):
             if self.nemo_config.mask_learning_rate is not None:
                 logger.warning("mask_learning_rate has no effect: the optimizer that you pass has rates of its own.")
         self._attach_processor(self.parent)
-        self.add_callback(_TrainingStart(self))
+        self.add_callback(TrainingChecks(self))
 
     @property
     def parent(self) -> NeMoClassifier:
@@ -168,12 +122,6 @@ class NeMoTrainer(Trainer):
     def _counted_data(self) -> Any:
         """What the relevance is counted on after training."""
         return self.train_dataset if self._relevance_dataset is None else self._relevance_dataset
-
-    @property
-    def _group_of_label(self) -> Tensor:
-        if self._run.group_of_label is None:
-            self._run.group_of_label = group_indices(self.parent)
-        return self._run.group_of_label
 
     def _attach_processor(self, parent: NeMoClassifier) -> None:
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -208,6 +156,7 @@ class NeMoTrainer(Trainer):
                 "Got a module to train with masks; expected a plain model or a parent. "
                 "Fine-tune the module with transformers.Trainer."
             )
+        data.check_label_names(self._training_data, self._given_collator, model)
         if (labels := data.seen_labels(self._training_data, self._given_collator)) is not None:
             data.check_labels(labels, model)
         if isinstance(model, NeMoClassifier):
@@ -278,16 +227,10 @@ class NeMoTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs a micro-batch; the last one of an optimizer step moves the running relevance."""
         # Trainer goes backward from what compute_loss returns, maybe that of a subclass, so the terms are added there.
-        with replaced_method(self, "compute_loss", partial(self._whole_loss, self.compute_loss)):
+        with replaced_method(self, "compute_loss", partial(self._step_loss.whole, self.compute_loss)):
             loss: Tensor = super().training_step(*args, **kwargs)
-        counts = self._run.open_counts
-        if self.accelerator.sync_gradients and counts is not None:
-            counts.reduce(self.accelerator)
-            counts.blend(self.state.global_step)
-            self._run.open_counts, self._run.is_counted = None, True
-            if self.nemo_config.retention_target is not None and self._warmup() >= 1:
-                steer_size(self._masks, self.nemo_config, self.state.max_steps)
-            self.parent.config.relevance_source, self.parent.report = "running", None
+        if self.accelerator.sync_gradients:
+            self._step_loss.finish_step()
         return loss
 
     def compute_loss(
@@ -297,150 +240,32 @@ class NeMoTrainer(Trainer):
 
         That of a subclass computes the task loss from `model(**inputs)`: the training step adds the terms of the masks.
         """
-        current = self._run.micro_batch
-        if current is None and model.training:
-            return self._whole_loss(
-                partial(NeMoTrainer.compute_loss, self), model, inputs, return_outputs=return_outputs
-            )
-        inputs, given, targets, labels = self._read_batch(model, inputs)
-        if current is None:
-            current = MicroBatch(self._real_samples(labels, is_last=True))
-        current.has_own_loss = False
-        outputs = model(**inputs, return_dict=True)
-        task = self._task_loss(outputs, targets, given, current.in_module, current.real)
-        loss = current.labelled_share * task
+        if self._step_loss.micro_batch is None and model.training:
+            own = partial(NeMoTrainer.compute_loss, self)
+            return self._step_loss.whole(own, model, inputs, return_outputs=return_outputs)
+        loss, outputs = self._step_loss.task(model, inputs)
         return (loss, outputs) if return_outputs else loss
-
-    def _read_batch(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
-        is_watched = not model.training or self.state.global_step < WATCHED_STEPS
-        return data.read_batch(self, inputs, is_watched)
-
-    def _whole_loss(
-        self, compute_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], **kwargs: Any
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Adds the terms of the masks to what `compute_loss` returns for a micro-batch."""
-        inputs, given, _, labels = self._read_batch(model, inputs)
-        real = self._real_samples(labels, is_last=self.accelerator.gradient_state.sync_gradients)
-        in_module, static = self._rehearsal(labels)
-        share, labelled = distributed.sample_weights(labels[:real], self.args, self._mean_over_processes)
-        current = self._run.micro_batch = MicroBatch(real, share, labelled, in_module)
-        try:
-            with calls_of(model, static) as outputs:
-                kwargs["num_items_in_batch"] = _items(labels)
-                found = compute_loss(model, {**inputs, "labels": given}, **kwargs)
-        finally:
-            self._run.micro_batch = None
-        task, *others = found if isinstance(found, tuple) else (found,)
-        if current.has_own_loss:
-            check_own_loss("a compute_loss of your own", self.parent)
-        loss = task + self._mask_terms(neuron_masks_of(outputs, len(labels)), labels[:real], current)
-        self._run.sums["loss_task"] = self._run.sums.get("loss_task", 0) + task.detach()
-        self._run.steps += 1
-        return (loss, *others) if others else loss
-
-    def _mask_terms(self, neuron_masks: dict[str, Tensor], labels: Tensor, current: MicroBatch) -> Tensor:
-        """The weighted contrastive and sparsity term of a micro-batch, whose samples are counted for the relevance."""
-        run, config = self._run, self.nemo_config
-        run.open_counts = run.open_counts or OpenCounts(self._masks, self._group_of_label)
-        run.open_counts.add(neuron_masks, labels)
-        masks, widths = losses.flatten_masks(neuron_masks)  # (batch, neurons)
-        masks = masks[: len(labels)]
-        groups = sample_groups(labels, self._group_of_label, len(self.parent.config.groups))
-        contrast = self._contrast(masks, widths, groups)
-        sparsity = current.share * losses.sparsity_loss(masks, widths)
-        retained = current.share * losses.sparsity_loss(masks > 0, widths)
-        for name, value in {"loss_contrastive": contrast, "neuron_retention_rate": retained}.items():
-            run.sums[name] = run.sums.get(name, 0) + value.detach()
-        return self._warmup() * (
-            config.contrastive_weight * contrast + sparsity_pressure(self._masks, config) * sparsity
-        )
-
-    def _real_samples(self, labels: Tensor, is_last: bool) -> int:
-        """Number of samples that are no fillers; all micro-batches of a step are read before its first one."""
-        args, state = self.args, self.accelerator.gradient_state
-        count = len(labels)
-        return distributed.real_samples(count, state, args.process_index, args.world_size) if is_last else count
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         # Losses are means over a micro-batch here; in training its own number replaces this one.
         labels = batch_samples[-1].get("labels") if batch_samples else None
-        return _items(labels) if isinstance(labels, Tensor) else None
-
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        mean: Tensor = self.accelerator.reduce(values.detach(), reduction="mean")
-        return mean
-
-    def _task_loss(self, outputs: Any, targets: Tensor, given: Any, in_module: Tensor | None, real: int) -> Tensor:
-        """Mean loss of the first `real` answers; `in_module` marks the labels of the module that is rehearsed, if any.
-
-        `given` are the labels as the batch holds them, for a loss function of the user's own. A batch without real
-        samples weighs nothing, but the mean over none would be NaN: one sample stands in.
-        """
-        if real < len(targets):
-            outputs, first = type(outputs)(logits=outputs.logits[: max(1, real)]), slice(max(1, real))
-            targets, given = targets[first], given[first]
-        if self.compute_loss_func is not None:
-            items = _items(label_ids(targets, self.parent.config.has_several_labels))
-            return self.compute_loss_func(outputs, given, num_items_in_batch=items)  # type: ignore[no-any-return]
-        if self.parent.config.has_several_labels:
-            return losses.restricted_binary_cross_entropy(outputs.logits, targets, in_module)
-        smoothing, weight = self.args.label_smoothing_factor, self.nemo_config.specificity_weight
-        if in_module is None or weight == 0:
-            return losses.labelled_cross_entropy(outputs.logits, targets, smoothing)
-        return losses.specific_cross_entropy(outputs.logits, targets, in_module, weight, smoothing)
-
-    def _warmup(self) -> float:
-        """Share of the mask terms' weights that counts at this step."""
-        steps = self.nemo_config.warmup_ratio * self.state.max_steps
-        return min(1.0, (self.state.global_step + 1) / (steps + 1))
+        return counted_items(labels) if isinstance(labels, Tensor) else None
 
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws some but not all groups for this optimizer step, equal in its micro-batches and processes, or none."""
         unseen = set(self.parent.config.unseen_labels or ())
         groups = [index for index, own in enumerate(self.parent.config.groups.values()) if not unseen >= set(own)]
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
-        if self._warmup() < 1 or draw.random() >= self.nemo_config.rehearsal_probability or len(groups) < 2:
+        if self._step_loss.warmup < 1 or draw.random() >= self.nemo_config.rehearsal_probability or len(groups) < 2:
             return None
         chosen = sorted(draw.sample(groups, draw.randint(1, len(groups) - 1)))
         return torch.tensor(chosen, device=self.parent.device)
 
-    def _rehearsal(self, labels: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """Marks the labels of the module that this step rehearses, (labels,), and gives its static masks as inputs."""
-        groups = self._rehearsed_groups()
-        if groups is None:
-            return None, {}
-        in_module = torch.isin(self._group_of_label, groups)
-        threshold = self.nemo_config.relevance_threshold
-        given: dict[str, Any] = {"static_masks": module_masks(self._masks, groups, threshold)}
-        # With several labels a module must say no to samples of none of its own, so it sees all of them.
-        if labels.ndim == 1 and self.nemo_config.specificity_weight == 0:
-            given["static_samples"] = in_module[labels.clamp(min=0)] & (labels >= 0)
-        return in_module, given
-
-    def _contrast(self, masks: Tensor, widths: Sequence[int], groups: Tensor) -> Tensor:
-        """The objective over masks of shape (batch, neurons), compared over all processes if the options say so."""
-        config, is_alone, gathered = self.nemo_config, self.args.world_size == 1, None
-        if config.gather_across_devices and not is_alone:
-            gathered = distributed.gather_masks(masks, groups, self._train_batch_size)
-        if self.state.global_step < WATCHED_STEPS and not self._run.has_warned:
-            everyone = groups if gathered is None else gathered.groups[gathered.is_sample]
-            self._run.has_warned = not bool(shares_group(everyone).triu(1).any())
-            if self._run.has_warned:
-                logger.warning(
-                    "No two of the %d samples of a batch are of one label group, so the contrastive loss is 0. Raise "
-                    "per_device_train_batch_size, or use larger label groups.", len(everyone),
-                )  # fmt: skip
-        options = (config.objective, config.temperature, config.coupling_weight, gathered)
-        mean_counts = None if is_alone else self._mean_over_processes
-        return losses.mask_objective(masks, widths, groups, *options, mean_counts)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
-        if "loss" in logs and self._run.steps and self.model is not None:
-            for name, total in self._run.sums.items():
-                logs[name] = round(self._mean_over_processes(total / self._run.steps).item(), 6)
-            logs["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
-            self._run.sums, self._run.steps = {}, 0
+        terms = self._step_loss.take_means() if "loss" in logs and self.model is not None else {}
+        if terms:
+            logs.update(terms, dead_neuron_rate=round(self._masks.dead_share(), 6))
             check_training(self.parent, logs)
         super().log(logs, start_time)
 

@@ -1,0 +1,41 @@
+"""What a trainer does when a training begins and before each optimizer step."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from nemo_hf.hub.provenance import training_record
+from nemo_hf.models.finiteness import check_finite
+
+from .data import check_before_training
+from .optimizers import check_optimizer
+from .step_loss import StepLoss
+
+
+class TrainingChecks(TrainerCallback):
+    """Starts and records a training once model and arguments are final (in trials, too), or refuses it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Checks the model and its data, and records how it is trained."""
+        trainer = self._trainer
+        parent, samples = trainer.parent, trainer.train_dataset
+        trainer._step_loss = StepLoss(trainer)
+        check_finite(parent)
+        check_optimizer(trainer.optimizer, parent)
+        base_model = (parent.config.training or {}).get("base_model") or parent.config.base_model
+        parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
+        parent.report = None
+        check_before_training(trainer, trainer._counted_data)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Checks that the masks have been trained."""
+        if not self._trainer._step_loss.is_counted:
+            raise ValueError(
+                "Got a training_step of a subclass that leaves out the one of NeMoTrainer, by which masks are trained; "
+                "expected super().training_step(...) in it. Call it, or override compute_loss alone."
+            )
+        self._trainer._step_loss.is_counted = False
