@@ -255,7 +255,7 @@ NOT_RUN = r"^Got \w+, which does not run on \w+ of shape .*; expected inputs tha
         ({"pixel_values": torch.zeros(2, 3, 4, 4)}, NOT_RUN),
         ({"input_ids": TOKENS, "attention_mask": None, "labels": torch.zeros(2)}, None),
     ],
-    ids=lambda value: str(value)[:20].replace("\n", ""),
+    ids=["nothing", "list", "lists", "no samples", "option", "unknown tokens", "images", "with labels"],
 )
 def test_inputs_of_trials_are_samples_that_the_model_takes(inputs, message):
     parent = parent_of("bert")
