@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nemo_hf import NeMoConfig, NeMoModelConfig, compose, make_parent
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoModelConfig, compose, make_parent
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -507,3 +507,18 @@ def test_exports_are_of_what_was_set(tmp_path):
     assert (plain.config.pad_token_id, plain.config.output_hidden_states) == (4, True)
     parent = make_parent(plain)
     assert (parent.config.pad_token_id, parent.config.output_hidden_states) == (4, True)
+
+
+@pytest.mark.parametrize("place", ["id2label", "label2id"])
+def test_labels_renamed_in_one_place_of_a_file_are_renamed_in_all(place, tmp_path):
+    parent_of("vit").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    data = json.loads(path.read_text())
+    names = {int(index): name for index, name in data["id2label"].items()} | {3: "boat"}
+    data[place] = names if place == "id2label" else {name: index for index, name in names.items()}
+    path.write_text(json.dumps(data))
+    loaded = NeMoForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.id2label == loaded.model.config.id2label == names
+    assert loaded.config.label2id == {name: index for index, name in names.items()}
+    loaded.save_pretrained(tmp_path)
+    assert NeMoForImageClassification.from_pretrained(tmp_path, labels=["boat"]).config.id2label == {0: "boat"}

@@ -18,6 +18,7 @@ from .config_checks import REMEDY, check_companion_files, check_companions, chec
 from .configuration import MODEL_OPTIONS
 from .files import REPORT_NAME, clean_companion, read_companions, recorded_names
 from .finiteness import check_finite
+from .labels import settle_labels
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, PROCESS_SETTINGS, build_on_meta, check_labels, check_loaded, check_values
 from .privacy import clean, hub_name
@@ -162,6 +163,7 @@ class SavedModel(PreTrainedModel):
         check_loaded(str(source), info)
         for part in getattr(model, "parts", [model]):
             check_values(part)
+            settle_labels(part.config)  # a file or an argument may have renamed them in one place alone
         if source is not None:
             model.config.repository = hub_name(source)
             model.processor_files, report = read_companions(source, hub_options, model.config.processor_files)
