@@ -115,8 +115,10 @@ def judge(directory: Path, family: str, options: dict, right: dict, kind: str) -
         return "loads without it" if is_gone else "FAULT not found by verify_files", str(differing)
     except (ValueError, OSError, TypeError, ImportError, EquivalenceError, RecursionError) as error:
         is_clear = CLEAR.match(str(error)) and len(str(error)) < LONGEST
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if last.filename.endswith("configuration_auto.py") or last.name == "_decode_special_floats":
+        frames = traceback.extract_tb(error.__traceback__)[-2:]
+        if frames[-1].filename.endswith("configuration_auto.py") or "_decode_special_floats" in {
+            f.name for f in frames
+        }:
             return "refused by transformers", str(error)  # whose Auto classes read config.json before we do
         return (word, str(error)) if is_clear else ("FAULT unclear", traceback.format_exc(limit=-4)[-LONGEST:])
     except BaseException:

@@ -271,6 +271,16 @@ def test_another_labels_huge_bias_does_not_loosen_the_equivalence_check(bias):
             check_equivalence(parent, module, static)
 
 
+def test_logits_that_overflow_with_all_neurons_open_fail_the_equivalence_check(parent):
+    parent = copy.deepcopy(parent)
+    site = next(site for site in parent.sites if site.kind == "ffn")
+    closed = make_plan(parent, LABELS).static[site.key] == 0
+    with torch.no_grad():
+        parent.model.get_submodule(site.readers[0]).weight[:, closed] = 3e38
+    with pytest.raises(EquivalenceError, match=r"^Got NaN or infinite logits of .*, from finite weights"):
+        parent.extract_module(LABELS)
+
+
 def test_the_tolerance_goes_with_the_largest_logit_of_the_own_labels(parent):
     inputs = {"pixel_values": batch_of(image_samples(6))["pixel_values"]}
     scaled = copy.deepcopy(parent)

@@ -146,7 +146,7 @@ WRONG = {
         [f"file{index}" for index in range(33)],
     ),
     "round_to": ("8", -1, 0, 2.5, True),
-    "role": (3, None, "both"),
+    "role": (3, None, "both", ["parent"]),
     "nemo_config": (3, [], {"temperature": NAN}),
     "nemo_config.targets": ([{}, "ffn"], [["ffn"]], "ffn", ["x" * 10**5]),
     "label_groups": (3, [3], [{}], [{"name": "a", "labels": []}], [{"name": 3, "labels": [0]}],

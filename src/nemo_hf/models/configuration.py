@@ -64,7 +64,8 @@ class SavedConfig(PreTrainedConfig):
         cls._check(config_dict)
         names = config_dict.get("id2label")
         if isinstance(names, dict):
-            check_label_options(kwargs, len(names), config_dict.get("role", cls.describes))
+            role = config_dict.get("role")
+            check_label_options(kwargs, len(names), role if isinstance(role, str) else cls.describes)
         if isinstance(given := kwargs.get("id2label"), dict) and "label2id" not in kwargs:
             kwargs["label2id"] = {name: int(index) for index, name in given.items()}
         config_dict = _without(LOADERS + ORIGINS, said)  # no code is loaded
