@@ -209,7 +209,7 @@ def test_checkpoints_of_before_stay_and_training_goes_on_from_them(tmp_path):
             return super().training_step(*args, **kwargs)
 
     trainer = Spoils(fresh("vit"), args, train_dataset=samples)
-    with pytest.raises(ValueError, match=r"torch\.save\(model\.state_dict\(\), path\)"):
+    with pytest.raises(ValueError, match=r"safetensors\.torch\.save_model\(model, path\)"):
         trainer.train()
     assert infinite_tensors(NeMoForImageClassification.from_pretrained(tmp_path / "checkpoint-3")) == []
     trainer.is_spoiled = False

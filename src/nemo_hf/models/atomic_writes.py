@@ -26,7 +26,7 @@ except ImportError:  # Windows, where an open file can't be removed
 
 logger = logging.getLogger(__name__)
 
-WORKPLACE = ".nemo_hf-"  # how the names of hidden directories begin
+HIDDEN = ".nemo_hf-"  # how the names of hidden directories begin
 LOCK_NAME = "nemo_hf.lock"
 KEY_NAMES = ("README.md", "model.onnx", "config.json")  # without which a reader refuses the other files
 STALE_WEIGHTS = (
@@ -53,7 +53,7 @@ def replaced_directory(directory: str | Path, stale: Sequence[str] = ()) -> Iter
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"Got {str(directory)!r}, which is a file; expected a directory. Pass another path.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _workplace(target) as place:
+    with _hidden_directory(target) as place:
         new = place / "files"
         new.mkdir()
         try:
@@ -85,7 +85,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _workplace(path) as place:
+    with _hidden_directory(path) as place:
         yield place / path.name
         _sync(place / path.name)
         (place / path.name).replace(path)
@@ -106,7 +106,7 @@ def write_text(path: str | Path, text: str) -> None:
 @contextmanager
 def linked_copy(directory: Path, beside: Path, ignored: Sequence[str] = ()) -> Iterator[Path]:
     """Yields a hidden copy of a directory as it is now, for a slow reader; names that match `ignored` are left out."""
-    with _workplace(beside) as place:
+    with _hidden_directory(beside) as place:
         copied = place / "files"
         try:
             link: Any = partial(os.link, follow_symlinks=False)
@@ -121,26 +121,26 @@ def linked_copy(directory: Path, beside: Path, ignored: Sequence[str] = ()) -> I
 def scratch_directory() -> Iterator[Path]:
     """Yields an empty temporary directory; if this process is killed, a later one of the same user removes it."""
     name = f"nemo_hf-{getattr(os, 'getuid', int)()}"
-    with _workplace(Path(tempfile.gettempdir(), name)) as place:
+    with _hidden_directory(Path(tempfile.gettempdir(), name)) as place:
         (place / "files").mkdir()
         yield place / "files"
 
 
 @contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
+def _hidden_directory(target: Path) -> Iterator[Path]:
     """A hidden directory on the target's file system, locked while it is used; removes those of killed processes."""
-    home = target.parent
-    if target.is_dir() and (target.stat().st_dev != home.stat().st_dev or not os.access(home, os.W_OK)):
-        home = target
-    prefix = f"{WORKPLACE}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}-"
-    _remove_abandoned(home, prefix, target, with_old_files=False)
+    parent = target.parent
+    if target.is_dir() and (target.stat().st_dev != parent.stat().st_dev or not os.access(parent, os.W_OK)):
+        parent = target
+    prefix = f"{HIDDEN}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}-"
+    _remove_abandoned(parent, prefix, target, with_old_files=False)
     lock = None
     while lock is None:  # until it is locked before another process took it for an abandoned one
-        place = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+        place = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = _lock_file(place, os.O_CREAT)
     try:
         yield place
-        _remove_abandoned(home, prefix, target, with_old_files=True)
+        _remove_abandoned(parent, prefix, target, with_old_files=True)
     finally:
         if not _holds_old_files(place, _record(lock)):
             shutil.rmtree(place, ignore_errors=True)
@@ -148,7 +148,7 @@ def _workplace(target: Path) -> Iterator[Path]:
 
 
 def _lock_file(place: Path, flags: int = 0) -> int | None:
-    """Opens and locks the lock file of a workplace; `None` if it is not there or locked by another process."""
+    """Opens and locks the lock file of a hidden directory; `None` if it is not there or locked by another process."""
     try:
         lock = os.open(place / LOCK_NAME, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
     except OSError as error:
@@ -162,7 +162,7 @@ def _lock_file(place: Path, flags: int = 0) -> int | None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 is_ours = os.path.samestat(os.fstat(lock), (place / LOCK_NAME).stat())
             except OSError as error:
-                # On a file system without locks a workplace can be made, but is never taken for abandoned.
+                # On a file system without locks a hidden directory can be made, but is never taken for abandoned.
                 is_ours = bool(flags) and error.errno not in (errno.EWOULDBLOCK, errno.ENOENT)
     if not is_ours:
         os.close(lock)
@@ -170,12 +170,12 @@ def _lock_file(place: Path, flags: int = 0) -> int | None:
     return lock
 
 
-def _remove_abandoned(home: Path, prefix: str, target: Path, with_old_files: bool) -> None:
-    """Removes workplaces of killed processes; what only a replaced directory holds goes to the new one before.
+def _remove_abandoned(parent: Path, prefix: str, target: Path, with_old_files: bool) -> None:
+    """Removes hidden directories of killed processes; what only a replaced directory holds goes to the new one before.
 
     Old files that were moved there one by one may be the only whole ones, until a save here has ended.
     """
-    for place in home.glob(f"{prefix}????????"):
+    for place in parent.glob(f"{prefix}????????"):
         with suppress(OSError):
             if hasattr(os, "getuid") and place.lstat().st_uid != os.getuid():
                 continue
@@ -210,7 +210,7 @@ def _inode(path: Path) -> int:
 
 
 def _holds_old_files(place: Path, record: dict[str, Any]) -> bool:
-    """Whether an error left files of the old directory in a workplace, which the next save here takes care of."""
+    """Whether an error left files of the old directory in a hidden directory, which the next save here takes care of."""
     return record.get("inode") == _inode(place / "files") or (place / "old").exists()
 
 
@@ -231,7 +231,7 @@ def locked(directory: Path, is_shared: bool = False) -> Iterator[None]:
 
 
 def _replace(place: Path, target: Path, stale: Sequence[str]) -> None:
-    """Puts the files of a workplace in place of those of a directory."""
+    """Puts the files of a hidden directory in place of those of a directory."""
     new = place / "files"
     written = {path.name for path in new.iterdir()}
     there = {entry.name: entry.is_dir(follow_symlinks=False) for entry in list(os.scandir(target))}
@@ -293,7 +293,7 @@ def _works_inside(directory: Path) -> bool:
 def _link_others(old: Path, new: Path, left_out: Collection[str], linked: list[int]) -> None:
     """Links the files of a directory into a new one, and notes the inode of each."""
     for entry in list(os.scandir(old)):
-        if entry.name in left_out or entry.name.startswith(WORKPLACE):
+        if entry.name in left_out or entry.name.startswith(HIDDEN):
             continue
         if len(linked) > MOST_LINKS:
             raise OSError(errno.E2BIG, "too many files")

@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from safetensors import SafetensorError
+
 from .atomic_writes import locked
 from .config_checks import damaged
 from .files import REPORT_NAME, find_file
@@ -37,7 +39,7 @@ def write_identity(
     config.pop(FIELD, None)
     weights = sorted(directory.glob("*.safetensors"))
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
-    placed = {file.name: _with_room(file) for file in weights}
+    placed = {file.name: _with_placeholder(file) for file in weights}
     digests |= {name: digest for name, (digest, _) in placed.items()}
     identity = _identity_of(config, digests)
     for file in weights:
@@ -77,8 +79,8 @@ def _identity_of(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _with_room(path: Path) -> tuple[str, int]:
-    """Writes a weight file anew with room for an identity; returns the digest of its tensors and the room's place."""
+def _with_placeholder(path: Path) -> tuple[str, int]:
+    """Writes a weight file anew with a placeholder for the identity; returns the tensors' digest and its offset."""
     rewritten = path.with_suffix(".new")
     with path.open("rb") as before, rewritten.open("wb") as after:
         header = _read_header(before)
@@ -173,22 +175,24 @@ def own_report(
 def load_whole(source: str | Path | None, hub_options: Mapping[str, Any], load: Callable[[], Result]) -> Result:
     """Calls `load`, and calls it again if the local directory that it reads was replaced meanwhile."""
     path = Path(source or "", hub_options.get("subfolder") or "", CONFIG_NAME)
+    failure: Exception | None = None
     for attempt in range(ATTEMPTS):
         # A writer that is faster than this reader has to wait for it.
         with locked(path.parent, is_shared=True) if attempt > 1 and path.parent.is_dir() else nullcontext():
             before = _stamp(path)
             try:
                 result = load()
-            except Exception:
+            except (OSError, SafetensorError, ValueError) as error:  # as files of two saves cause them
                 if _stamp(path) == before:
                     raise
+                failure = error
             else:
                 if _stamp(path) == before:
                     return result
     raise OSError(
         f"Got {str(source)!r}, which was replaced while it was loaded, {ATTEMPTS} times; expected one save for as long "
         "as loading takes. Load again when it is not written."
-    )
+    ) from failure
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PUSH_OPTIONS = ("parent", "license", "datasets", "tags", "commit_message", "commit_description", "private", "revision",
                 "create_pr")  # fmt: skip
 # Saved all the same, a checkpoint of NaN would drive out the good ones that `save_total_limit` keeps.
-KEEP_OTHERWISE = " To look into these weights, write them with torch.save(model.state_dict(), path)."
+KEEP_OTHERWISE = " To look into these weights, write them with safetensors.torch.save_model(model, path)."
 
 
 class SavedModel(PreTrainedModel):
