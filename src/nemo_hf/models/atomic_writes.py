@@ -210,7 +210,7 @@ def _inode(path: Path) -> int:
 
 
 def _holds_old_files(place: Path, record: dict[str, Any]) -> bool:
-    """Whether an error left files of the old directory in a hidden directory, which the next save here takes care of."""
+    """Whether an error left files of the old directory in a hidden one, which the next save here takes care of."""
     return record.get("inode") == _inode(place / "files") or (place / "old").exists()
 
 
