@@ -18,8 +18,18 @@ SITE_KEYS = {  # of a description of a site: required keys, and optional ones
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
 LAYER_LISTS = ("producers", "passing", "readers")  # keys of a description that name several layers
+MASKS = ("generated", "static")
 OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling", "moda")
-SHAPING_OPTIONS = ("targets", "sites", "generator_rank", "hard_masks", "label_groups", "group_column", "has_generators")
+SHAPING_OPTIONS = (
+    "targets",
+    "masks",
+    "sites",
+    "generator_rank",
+    "hard_masks",
+    "label_groups",
+    "group_column",
+    "has_generators",
+)
 """Options that decide the shape of a parent's masks."""
 LAYOUTS = ("one after another", "by key/value head")
 RANGES = {  # interval of each number among the options
@@ -39,6 +49,8 @@ class NeMoConfig:
     The symbols in brackets are those of the NeMo paper (arXiv 2508.11348) and of module rehearsal.
 
     Args:
+        masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`) or `"static"` (only those
+            that a call brings: what cutting a plain model needs).
         targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
             stay within 10 % of the base model's parameters (6 % from hidden size 384 up).
@@ -92,6 +104,7 @@ class NeMoConfig:
     """
 
     targets: Sequence[str] = TARGETS
+    masks: str = "generated"
     generator_rank: int | None = None
     objective: str = "contrastive"
     contrastive_weight: float = 0.5
@@ -122,7 +135,7 @@ class NeMoConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
         if not self.has_generators and not self.hard_masks:
-            raise ValueError("Got hard_masks=False with objective='moda'; expected True: activity is no soft mask.")
+            raise ValueError("Got hard_masks=False without mask generators; expected True: only these make soft masks.")
         self._check_groups()
         if self.sites is not None:
             if not _is_list(self.sites) or not self.sites:
@@ -132,7 +145,7 @@ class NeMoConfig:
     @property
     def has_generators(self) -> bool:
         """Whether networks make the masks; under `"moda"` the units' own activity takes their place."""
-        return self.objective != "moda"
+        return self.masks == "generated" and self.objective != "moda"
 
     def _check_masks(self) -> None:
         if not _is_list(self.targets):
@@ -140,6 +153,8 @@ class NeMoConfig:
         self.targets = tuple(self.targets)
         if not self.targets or any(target not in TARGETS for target in self.targets):
             raise ValueError(f"Got targets={list(self.targets)}; expected at least one of {list(TARGETS)}.")
+        if self.masks not in MASKS:
+            raise ValueError(f"Got masks={self.masks!r}; expected one of {list(MASKS)}.")
         rank = self.generator_rank
         if rank is not None and not _is_count(rank):
             raise ValueError(f"Got generator_rank={rank!r}; expected None or an integer of 1 or more.")

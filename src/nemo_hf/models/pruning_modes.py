@@ -125,7 +125,7 @@ def _try_sites(
             f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
             "without calling these layers. Choose another architecture."
         )
-    if not nemo_config.has_generators:
+    if nemo_config.objective == "moda" and nemo_config.masks != "static":
         reached = rectified_sites(model, reached, inputs)
     parent = attach_masks(model, nemo_config, label_groups, reached)
     try:
@@ -303,7 +303,7 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     masks, changed = (
         parent(**batch, output_neuron_masks=True, return_dict=True).neuron_masks for batch in (given, others)
     )
-    for site in parent.sites:
+    for site in parent.sites if masks else ():
         own = masks[site.key][0]
         if not (own - changed[site.key][0]).abs().max().item() <= POOLED_TOLERANCE * max(1.0, own.max().item()):
             raise _refusal(parent, site, "the mask of one sample depends on the others that it is pooled with")

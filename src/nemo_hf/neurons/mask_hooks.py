@@ -191,7 +191,16 @@ class GeneratedMask(SiteMask):
         return call.current[self.site.key]
 
 
-class ActivityMask(SiteMask):
+class StaticMask(SiteMask):
+    """Leaves all neurons open unless a call brings static masks."""
+
+    def _current(self, call: MaskedCall) -> Tensor | None:
+        if call.static_masks is None:
+            return None
+        return self._with_static(call, torch.ones(call.batch_size, self.site.neurons, device=self.relevance.device))
+
+
+class ActivityMask(StaticMask):
     """Collects the mean activity of rectified units, as MODA (arXiv 2411.01074) does; static masks alone close them."""
 
     def _read_mask(self, hidden_states: Tensor, dim: int) -> Tensor | None:
@@ -201,11 +210,6 @@ class ActivityMask(SiteMask):
             activity = self._pool(call, magnitudes).unflatten(-1, (self.site.neurons, -1)).mean(-1)
             self._collect(call, activity)
         return super()._read_mask(hidden_states, dim)
-
-    def _current(self, call: MaskedCall) -> Tensor | None:
-        if call.static_masks is None:
-            return None
-        return self._with_static(call, torch.ones(call.batch_size, self.site.neurons, device=self.relevance.device))
 
 
 def _fit_attention_mask(call: MaskedCall, attention_mask: Tensor, tokens: int) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from nemo_hf.config import NeMoConfig
 
 from .calls import Calls, FrameMask, MaskedCall, running_backward
-from .mask_hooks import ActivityMask, GeneratedMask, HookHandle, SiteMask
+from .mask_hooks import ActivityMask, GeneratedMask, HookHandle, SiteMask, StaticMask
 from .sites import NeuronSite
 
 LARGEST_RANK = 64
@@ -133,5 +133,6 @@ def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters
         rank = config.generator_rank or default_rank(sites, base_parameters)
         masks = [GeneratedMask(site, groups, not config.hard_masks, rank) for site in sites]
     else:
-        masks = [ActivityMask(site, groups, keeps_mean=False) for site in sites]
+        kind = StaticMask if config.masks == "static" else ActivityMask
+        masks = [kind(site, groups, keeps_mean=False) for site in sites]
     return NeuronMasks(masks, config.hard_masks, config.detach_pooled)
