@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, evaluating, first_line, is_out_of_memory, on_device
 from nemo_hf.neurons.trial_inputs import trial_inputs
@@ -27,6 +28,9 @@ OTHER_CUTS = (
     "This architecture can't be cut exactly here: mask less of it, such as NeMoConfig(targets=['ffn']), and report the "
     "model type."
 )
+
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class EquivalenceError(RuntimeError):
@@ -98,7 +102,7 @@ def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> 
     return logits
 
 
-def _sharing_copy(model: NeMoPreTrainedModel) -> NeMoPreTrainedModel:
+def sharing_copy(model: Model) -> Model:
     """A copy that shares all tensors, and has no autocast around its forward."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = memo[id(model)] = copy.copy(model)
@@ -124,7 +128,7 @@ def as_saved(*models: NeMoPreTrainedModel) -> Iterator[list[NeMoPreTrainedModel]
                 if (forward := model.__dict__.pop("forward", None)) is not None:
                     stack.callback(model.__dict__.update, forward=forward)
                 is_ready = True
-            ready.append(model if is_ready else _sharing_copy(model).eval())
+            ready.append(model if is_ready else sharing_copy(model).eval())
         yield ready
 
 

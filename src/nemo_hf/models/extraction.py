@@ -76,7 +76,7 @@ class ModulePlan:
     groups: list[str]
     keep: dict[str, dict[str, Tensor]]
     static: dict[str, Tensor]
-    threshold: float
+    threshold: float | None
     round_to: int | None
     retained: float
     counts: dict[str, list[int]]
@@ -144,13 +144,13 @@ def extract_module(
     plan = make_plan(source, labels, threshold, round_to)
     module = build_module(type(parent), source, plan, partial(read_tensor, state))
     module.to(parent.device)  # type: ignore[arg-type]
-    _check(parent, module, plan, inputs)
-    _restore_dtypes(module, {name: tensor.dtype for name, tensor in state.items()})
+    check_module(parent, module, plan, inputs)
+    restore_dtypes(module, {name: tensor.dtype for name, tensor in state.items()})
     module.processor_files = dict(parent.processor_files)
     return module
 
 
-def _check(parent: Model, module: Model, plan: ModulePlan, inputs: Mapping[str, Tensor] | None = None) -> None:
+def check_module(parent: Model, module: Model, plan: ModulePlan, inputs: Mapping[str, Tensor] | None = None) -> None:
     """Compares a module that is still in float32 with its parent, and records the result in its configuration."""
     check = check_equivalence(parent, module, plan.static, inputs)
     if check.status == "unverified":
@@ -187,7 +187,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _restore_dtypes(module: NeMoPreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+def restore_dtypes(module: NeMoPreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
     """Gives a module's tensors the precision of the parent's."""
     for name, tensor in module.model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
@@ -251,8 +251,8 @@ def cut_on_load(
     # Checked when the parent was made, on another cut of the same structure.
     module.config.equivalence = {**config.equivalence, "source": "parent"} if config.equivalence else None
     if verify:
-        _check(cls.from_pretrained(source, **hub_options), module, plan)
-    _restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
+        check_module(cls.from_pretrained(source, **hub_options), module, plan)
+    restore_dtypes(module, {name: dtype for name, dtype in stored.items() if dtype is not None})
     dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
     if dtype not in (None, "auto"):
         module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
