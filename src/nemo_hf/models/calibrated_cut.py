@@ -201,13 +201,16 @@ def distance(module: NeMoPreTrainedModel, source: Source, label_ids: Sequence[in
     return total / numbers if math.isfinite(total) else math.inf
 
 
-def reconstruct_module(module: NeMoPreTrainedModel, source: Source, task: "Task", advance: Advance) -> dict[str, Any]:
+def reconstruct_module(
+    module: NeMoPreTrainedModel, source: Source, task: "Task", keep: Keep, advance: Advance
+) -> dict[str, Any]:
     """Reconstructs a module in place, unless that makes its answers worse; returns what was done."""
     raw = distance(module, source, task.label_ids)
     state = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
-    cut = [site for site in source.sites]
     batches = list(enumerate(source.batches))
-    errors = Reconstruction(source.plain, module.model, cut, batches).run(on_layer=lambda path: advance("Reconstructing"))
+    heads = dict.fromkeys(module.heads, torch.tensor(task.label_ids))
+    reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
+    errors = reconstruction.run(on_layer=lambda path: advance("Reconstructing"))
     after = distance(module, source, task.label_ids)
     report: dict[str, Any] = {"distance": after, "raw_distance": raw, "layers": {p: asdict(e) for p, e in errors.items()}}
     if not after <= raw:
@@ -280,7 +283,7 @@ def extract_module(
             for each in retentions:
                 keep = plan_budget(source.plain, source.sites, source.scores, each)
                 module = cut_module(model, source, task, keep)
-                report = reconstruct_module(module, source, task, advance) if reconstruct else {}
+                report = reconstruct_module(module, source, task, keep, advance) if reconstruct else {}
                 weights = masked_weights(source.plain, source.sites, keep) / masked_weights(source.plain, source.sites)
                 module.extraction = {"weights": weights, "seconds": time.perf_counter() - start, **report}
                 modules.append(module)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from nemo_hf.neurons.sites import NeuronSite
+from nemo_hf.neurons.sites import PAD, NeuronSite
 
+from .layer_cuts import site_cut
 from .partial_runs import PartialRuns, enclosing_blocks, stop
+from .plan import Plan
 from .resize import ScatterLinear
 from .statistics import admitted_tokens
 from .stream_points import StreamPoint, find_stream_points, tensors_of
@@ -123,10 +125,22 @@ def _watching(model: nn.Module, reader: str, point: StreamPoint, calls: int, wit
 class Reconstruction:
     """Reconstructs the layers of a module that read neurons; source and module are in eval mode and in float32.
 
-    `batches` are model inputs with their numbers; `sites` those of which neurons were cut.
+    `batches` are model inputs with their numbers; `plan` says which neurons of the sites the module keeps, and `heads`
+    which outputs of the layers that make the logits.
     """
 
-    def __init__(self, source: nn.Module, module: nn.Module, sites: Sequence[NeuronSite], batches: Batches) -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        module: nn.Module,
+        sites: Sequence[NeuronSite],
+        plan: Plan,
+        heads: Mapping[str, Tensor],
+        batches: Batches,
+    ) -> None:
+        layers = [layer for site in sites for layer in site_cut(site, plan[site.key]).layers.items()]
+        kept = {path: cut.outputs for path, cut in layers if cut.outputs is not None and not cut.is_scattered}
+        self.kept = {**kept, **heads}
         self.source, self.module, self.batches = source, module, batches
         self.samples = sum(len(next(iter(inputs.values()))) for _, inputs in batches)
         readers = {path: site for site in sites for path in site.readers}
@@ -170,7 +184,8 @@ class Reconstruction:
                         runs.run(index, inputs, final)
                 for call, stream in enumerate(of_module[0].stream):
                     read, result = of_module[0].read[call], of_module[0].results[call]
-                    wanted, factors = _wanted(stream, of_source[0].stream[call], result)
+                    target = _same_outputs(of_source[0].stream[call], stream, self.kept.get(path))
+                    wanted, factors = _wanted(stream, target, result)
                     rows = _rows(layer, read, wanted, result.detach(), factors, admitted_tokens(inputs),
                                  generator, self.samples, has_bias)  # fmt: skip
                     if equations is None:
@@ -191,6 +206,17 @@ def _called(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -
             stack.callback(layer.register_forward_hook(lambda *_, path=path: called.append(path)).remove)
         model(**inputs, return_dict=True)
     return called
+
+
+def _same_outputs(target: Tensor, stream: Tensor, kept: Tensor | None) -> Tensor:
+    """The source's stream, without the outputs that the layer itself has no more in the module."""
+    other = [dim for dim, size in enumerate(target.shape) if stream.shape[dim] != size]
+    if not other or kept is None:
+        return target
+    (dim,) = other
+    found = target.index_select(dim, kept.clamp(min=0).to(target.device))
+    is_padding = (kept == PAD).to(target.device).view(-1, *(1,) * (target.ndim - 1 - dim))
+    return found.masked_fill(is_padding, 0.0)
 
 
 def _wanted(stream: Tensor, target: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +265,9 @@ def _rows(
 
 def _patches(layer: nn.Conv2d, read: Tensor, chosen: Tensor) -> Tensor:
     """What a convolution reads at some of its output positions, counted over all images: (positions, weights)."""
-    size = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+    size = {"dilation": layer.dilation, "stride": layer.stride}
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    read = F.pad(read, layer._reversed_padding_repeated_twice, mode)
     found, start, step = [], 0, 1
     while start < len(read):
         columns = F.unfold(read[start : start + step], layer.kernel_size, **size).mT  # (images, positions, weights)
