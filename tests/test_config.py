@@ -115,7 +115,7 @@ def test_a_module_is_asked_for_by_labels_and_groups(labels, ids, groups):
     assert resolve_labels(labels, GROUPS, NAMES) == (ids, groups)
 
 
-UNKNOWN = r"the unknown label '{}'; expected one of 'cat', 'dog'.*Or a group: 'animals', 'vehicles'"
+UNKNOWN = r"the unknown label '{}'; expected one of 'cat', 'dog'.*, or a group: 'animals', 'vehicles'"
 WRONG_LABELS = [
     *(([name], ValueError, UNKNOWN.format(name)) for name in ("cow", "Cat", "", "0")),
     *(([index], ValueError, f"the label id {index}; expected 0 to 4") for index in (5, -1)),
@@ -136,6 +136,25 @@ WRONG_LABELS = [
 def test_labels_that_are_unknown_repeated_or_of_another_type_are_refused(labels, error, message):
     with pytest.raises(error, match=f"^Got {message}"):
         resolve_labels(labels, GROUPS, NAMES)
+
+
+INTENTS = {0: "change_pin", 1: "pin_change", 2: "balance", 3: "What's up?"}
+
+
+@pytest.mark.parametrize(
+    ("label", "meant"),
+    [
+        ("change pin", "Did you mean 'change_pin'?"),
+        ("Change_PIN", "Did you mean 'change_pin'?"),
+        ("pin", "See model.config.id2label for all names."),
+        ("balances", "Did you mean 'balance'?"),
+        ("bankng", "Did you mean 'banking'?"),
+        ("xyz", "See model.config.id2label for all names."),
+    ],
+)
+def test_an_unknown_label_brings_up_the_names_that_are_like_it(label, meant):
+    with pytest.raises(ValueError, match=f" {re.escape(meant)}$"):
+        resolve_labels([label], {"banking": [0, 1, 2], "rest": [3]}, INTENTS)
 
 
 def test_an_ambiguous_name_is_refused():

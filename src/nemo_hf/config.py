@@ -1,5 +1,6 @@
 """Options of training with neuron masks, and how labels, groups and ids are named."""
 
+import difflib
 import itertools
 import json
 import math
@@ -258,8 +259,8 @@ def checked_site(site: Any) -> dict[str, Any]:
     return {**site, **{key: list(layers) for key, layers in lists.items()}}
 
 
-def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
-    """Finds the id of a label that is given by id (int) or name (str)."""
+def label_id(label: LabelLike, id2label: Mapping[int, str], groups: Sequence[str] = ()) -> int:
+    """Finds the id of a label that is given by id (int) or name (str); an error lists what `groups` there are, too."""
     label = _plain(label)
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise TypeError(f"Got the label {label!r}; expected a label id (int) or name (str).")
@@ -269,7 +270,11 @@ def label_id(label: LabelLike, id2label: Mapping[int, str]) -> int:
         raise ValueError(f"Got the label id {label}; expected 0 to {len(id2label) - 1}. Pass an id of the parent.")
     matches = [index for index, name in id2label.items() if name == label]
     if not matches:
-        raise ValueError(f"Got the unknown label {label!r}; expected one of {_shortened(list(id2label.values()))}.")
+        names = list(id2label.values())
+        groups = [name for name in groups if name not in names]
+        expected = _shortened(names) + (f", or a group: {_shortened(groups)}" if groups else "")
+        do = _meant(label, [*names, *groups])
+        raise ValueError(f"Got the unknown label {label!r}; expected one of {expected}. {do}")
     if len(matches) > 1:
         raise ValueError(f"Got the label name {label!r}, which the labels {matches} share; expected one. Pass an id.")
     return matches[0]
@@ -326,12 +331,7 @@ def resolve_labels(
 
 def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2label: Mapping[int, str]) -> list[int]:
     if not isinstance(label, str) or label not in groups:
-        try:
-            return [label_id(label, id2label)]
-        except ValueError as error:
-            if isinstance(label, str) and groups:
-                raise ValueError(f"{error} Or a group: {_shortened(list(groups))}.") from None
-            raise
+        return [label_id(label, id2label, list(groups))]
     members = list(groups[label])
     same_name = [index for index, name in id2label.items() if name == label]
     if same_name and same_name != members:
@@ -340,6 +340,13 @@ def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2la
             "a name of one. Pass label ids."
         )
     return members
+
+
+def _meant(label: str, names: Sequence[str]) -> str:
+    """Asks for the name that is most like an unknown one, or says where they all are."""
+    by_letters = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(label.casefold(), by_letters, n=1)
+    return f"Did you mean {by_letters[close[0]]!r}?" if close else "See model.config.id2label for all names."
 
 
 def _shortened(names: Sequence[str], most: int = 12) -> str:

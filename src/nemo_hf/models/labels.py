@@ -1,6 +1,6 @@
 """What the labels of a batch say: targets of the loss, ids of labels, and the groups that samples belong to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from .configuration import SEVERAL_LABELS
 
 IGNORED = -100  # label of samples that count nowhere, as in torch's cross_entropy
 SINGLE_LABEL = "single_label_classification"
+LABEL_COLUMNS = ("label", "labels", "label_ids")  # in which data sets hold labels
 
 
 def label_targets(labels: Any, count: int | None, has_several: bool, checks_values: bool | None = None) -> Tensor:
@@ -103,6 +104,20 @@ def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
         return F.cross_entropy(logits, targets.to(logits.dtype))
     loss: Tensor = model.loss_function(targets, logits, model.config)
     return loss
+
+
+def check_label_numbers(names: Sequence[str], column: str, id2label: Mapping[int, str] | None) -> None:
+    """Refuses a column of labels whose `names`, in order, have other ids than the same names have in a model."""
+    known = {str(name): int(index) for index, name in (id2label or {}).items()}
+    for index, name in enumerate(names):
+        if known.get(name, index) != index:
+            do = f"Use dataset.align_labels_with_mapping(model.config.label2id, {column!r})."
+            if not set(names) <= set(known):
+                do = "Load the model with id2label=dict(enumerate(names)) of the data's own names."
+            raise ValueError(
+                f"Got data whose column {column!r} calls the label {index} {name!r}, which is {known[name]} in the "
+                f"model; expected the same ids in both. {do}"
+            )
 
 
 def settle_labels(config: Any) -> None:

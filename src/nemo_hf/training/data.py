@@ -18,14 +18,22 @@ from transformers.trainer_utils import has_length
 from nemo_hf.config import LabelLike
 from nemo_hf.models.batches import split_batch
 from nemo_hf.models.configuration import SEVERAL_LABELS
-from nemo_hf.models.labels import IGNORED, SINGLE_LABEL, is_settled, label_ids, label_targets, settle_problem_type
+from nemo_hf.models.labels import (
+    IGNORED,
+    LABEL_COLUMNS,
+    SINGLE_LABEL,
+    check_label_numbers,
+    is_settled,
+    label_ids,
+    label_targets,
+    settle_problem_type,
+)
 
 from .model_calls import check_own_loss
 from .relevance import start_relevance
 
 logger = logging.getLogger(__name__)
 
-LABEL_COLUMNS = ("label", "labels", "label_ids")
 PROBED = 64  # most samples that are read to see whether a column holds the labels that batches have
 
 
@@ -196,17 +204,7 @@ def check_label_names(dataset: Any, collator: Any, model: Any) -> None:
     column = next((name for name in LABEL_COLUMNS if name in features), None)
     if column is None or not _is_seen(dataset, collator):
         return
-    known = {str(name): int(index) for index, name in (model.config.id2label or {}).items()}
-    names = getattr(features[column], "names", None) or []
-    for index, name in enumerate(names):
-        if known.get(name, index) != index:
-            do = f"Use dataset.align_labels_with_mapping(model.config.label2id, {column!r})."
-            if not set(names) <= set(known):
-                do = "Load the model with id2label=dict(enumerate(names)) of the data's own names."
-            raise ValueError(
-                f"Got data whose column {column!r} calls the label {index} {name!r}, which is {known[name]} in the "
-                f"model; expected the same ids in both. {do}"
-            )
+    check_label_numbers(getattr(features[column], "names", None) or [], column, model.config.id2label)
 
 
 def check_labels(labels: Sequence[Any], model: Any) -> Tensor | None:
