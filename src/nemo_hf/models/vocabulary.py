@@ -1,0 +1,358 @@
+"""Makes a text module's tables smaller: the tokens and the positions that its inputs use stay."""
+
+import copy
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from nemo_hf.pruning.tokenizer_cut import check_kind, cut_tokenizer, kept_tokens, vocabulary_of
+
+from .atomic_writes import scratch_directory
+from .base import NeMoPreTrainedModel
+from .loading import hidden_progress
+
+TOKENIZER_JSON = "tokenizer.json"
+NOT_OF_TOKENIZERS = ("preprocessor_config.json", "processor_config.json")  # stay beside a new tokenizer
+IDS = "input_ids"
+TOKEN_ID = re.compile(r".*_token_(id|ids|index)")  # entries of configurations
+POSITIONS = re.compile(r".*(position|wpe)[^.]*")  # names of the layers that hold position tables
+CHECKED_SAMPLES, CHECKED_TEXTS = 8, 200
+TOLERANCE = 1e-5  # of logits, times the largest one if that is over 1
+
+Batches = Iterable[Any]
+
+
+def shrink_vocabulary(
+    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, keep_characters: bool = True
+) -> dict[str, int]:
+    """Reduces the vocabulary of a text module to the tokens of some batches, in place.
+
+    Kept are the tokens that the batches have, special and added tokens, single characters or bytes, and what BPE merges
+    need. So these texts have the same tokens and the same logits as before, and any other text still encodes, in more
+    tokens perhaps. The module carries the new tokenizer, and what it measured before is dropped: calibrate its
+    rejection, and evaluate it, afterwards.
+
+    Args:
+        module: A module, whose inputs are token ids.
+        tokenizer: The fast tokenizer that made the batches, of kind WordPiece, BPE or Unigram.
+        batches: Batches of model inputs by name, alone or as the first entry of a pair; `input_ids` have shape
+            (batch, tokens). They are read once.
+        keep_characters: Whether characters stay that the batches lack. `False` keeps ASCII alone of these: words with
+            others become unknown tokens, unless the tokenizer has bytes for them.
+
+    Returns:
+        A report: `tokens_before`, `tokens` (rows of the embedding), `seen_tokens` (of the batches), and the bytes that
+        are saved: `weight_bytes_saved` and `tokenizer_bytes_saved`.
+
+    Raises:
+        TypeError: If the module is a parent or a plain model.
+        ValueError: If the tokenizer is slow, of another kind or of another model, if the model doesn't look its tokens
+            up in one table, or if the reduced module has other answers. The module is unchanged then.
+    """
+    data = _tokenizer_data(module, tokenizer)
+    table = _embedding(module).weight
+    rows = len(table)
+    seen, first, texts = _read(batches, tokenizer)
+    _check_ids(seen, rows, data)
+    named = {index for _, _, ids in _token_ids(module.config) for index in ids if 0 <= index < rows}
+    kept = kept_tokens(data, {*seen, *named, *tokenizer.all_special_ids}, keep_characters)
+    chosen = torch.tensor([index for index in kept if index < rows], device=table.device)
+    reduced = _reloaded(tokenizer, cut_tokenizer(data, kept))
+    _check_tokens(tokenizer, reduced, texts)
+    config = _renumbered(module.config, kept, rows, len(chosen))
+    state = module.state_dict(keep_vars=True)
+    state = {name: value[chosen] if value is table else value for name, value in state.items()}
+    lookup = torch.full((kept[-1] + 1,), -1).scatter(0, torch.tensor(kept), torch.arange(len(kept)))
+    after = {name: lookup[value.cpu()] if name.endswith(IDS) else value for name, value in first.items()}
+    saved = _replace(module, config, state, [(first, after)])
+    return {
+        "tokens_before": rows,
+        "tokens": len(chosen),
+        "seen_tokens": len(seen),
+        "weight_bytes_saved": saved,
+        "tokenizer_bytes_saved": _carry(module, tokenizer, reduced),
+    }
+
+
+def shorten_positions(
+    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, max_positions: int
+) -> dict[str, int]:
+    """Cuts a text module's table of absolute positions to the longest input that is to come, in place.
+
+    Inputs up to that length have the same logits as before; longer ones need `truncation=True`, which goes by the
+    `model_max_length` of the tokenizer that the module carries then.
+
+    Args:
+        module: A module with a table of positions, such as one of BERT, RoBERTa or GPT-2.
+        tokenizer: Its fast tokenizer.
+        batches: Batches as `shrink_vocabulary` takes them.
+        max_positions: Tokens of the longest input, special ones included: at least those of the longest batch.
+
+    Returns:
+        A report: `positions_before` and `positions` (tokens of the longest input), and `weight_bytes_saved`.
+
+    Raises:
+        TypeError: If the module is a parent or a plain model.
+        ValueError: If it has no such table, if inputs are longer, or if the shorter table changes answers. The module
+            is unchanged then.
+    """
+    data = _tokenizer_data(module, tokenizer)
+    inputs = list(_inputs_of(batches))
+    longest = max(value.shape[1] for batch in inputs for name, value in batch.items() if name.endswith(IDS))
+    table = _position_table(module)
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # where RoBERTa counts from
+    before = module.config.max_position_embeddings - offset
+    if type(max_positions) is not int or not longest <= max_positions <= before:
+        raise ValueError(
+            f"Got max_positions={max_positions!r}; expected from {longest}, the tokens of the longest batch, to "
+            f"{before}. Pass such a number, or batches with truncation=True, max_length={max_positions!r}."
+        )
+    config = copy.deepcopy(module.config)
+    for inner in _configs(config):
+        if getattr(inner, "max_position_embeddings", None) == before + offset:
+            inner.max_position_embeddings = max_positions + offset
+    state = dict(module.state_dict(keep_vars=True))
+    rows = table.num_embeddings - before + max_positions
+    state = {name: value[:rows] if value is table.weight else value for name, value in state.items()}
+    ids = torch.cat([value.flatten() for value in (batch[IDS] for batch in inputs)])
+    full = {IDS: ids.repeat(-(-max_positions // len(ids)))[:max_positions][None]}
+    full["attention_mask"] = torch.ones_like(full[IDS])
+    saved = _replace(module, config, state, [(inputs[0], inputs[0]), (full, full)])
+    _carry(module, tokenizer, _reloaded(tokenizer, data, model_max_length=max_positions))
+    return {"positions_before": before, "positions": max_positions, "weight_bytes_saved": saved}
+
+
+def unseen_share(tokenizer: Any, kept: Collection[str], data: Iterable[Any]) -> float:
+    """Share of the tokens of test data that a reduced vocabulary doesn't have as they were.
+
+    Args:
+        tokenizer: The tokenizer from before `shrink_vocabulary`.
+        kept: The tokens that were kept: `get_vocab()` of the reduced tokenizer.
+        data: Texts, or batches that this tokenizer made. Special tokens don't count.
+
+    Returns:
+        A number in [0, 1], 0 where there are no tokens.
+    """
+    unseen = total = 0
+    special = set(tokenizer.all_special_ids)
+    for entry in data:
+        if isinstance(entry, str):
+            ids = tokenizer(entry, add_special_tokens=False, verbose=False)[IDS]
+        else:
+            ids = next(_inputs_of([entry]))[IDS].flatten().tolist()
+        tokens = tokenizer.convert_ids_to_tokens([index for index in ids if index not in special])
+        unseen += sum(token not in kept for token in tokens)
+        total += len(tokens)
+    return unseen / total if total else 0.0
+
+
+def _tokenizer_data(module: NeMoPreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+    """The content of a tokenizer.json, once module and tokenizer are known to be of the right kinds."""
+    if not isinstance(module, NeMoPreTrainedModel) or module.is_parent:
+        kind = "parent" if isinstance(module, NeMoPreTrainedModel) else type(module).__name__
+        raise TypeError(f"Got a {kind}; expected a module. Cut one with extract_module(...) first.")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"Got a {type(tokenizer).__name__}; expected a fast tokenizer, whose vocabulary is in tokenizer.json. Pass "
+            "one that AutoTokenizer makes with backend='tokenizers', or leave the vocabulary as it is."
+        )
+    data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    check_kind(data)
+    return data
+
+
+def _embedding(module: NeMoPreTrainedModel) -> nn.Embedding:
+    """The table of a module's tokens, as large as its configuration says."""
+    try:
+        layer = module.get_input_embeddings()
+    except NotImplementedError:  # of models that hash characters
+        layer = None
+    sizes = [getattr(inner, "vocab_size", None) for inner in _configs(module.config)]
+    if not isinstance(layer, nn.Embedding) or layer.num_embeddings not in sizes:
+        raise ValueError(
+            f"Got a module of {module.config.base_class}, whose input layer is {layer}; expected one table with a row "
+            "for each token. Leave the vocabulary as it is."
+        )
+    return layer
+
+
+def _position_table(module: NeMoPreTrainedModel) -> nn.Embedding:
+    """The table of absolute positions."""
+    size = getattr(module.config, "max_position_embeddings", None)
+    layers = {name: layer for name, layer in module.model.named_modules() if isinstance(layer, nn.Embedding)}
+    found = [(name, layer) for name, layer in layers.items() if POSITIONS.fullmatch(name)]
+    if len(found) != 1 or size is None or found[0][1].num_embeddings - size not in (0, 2):  # BART's has two more
+        raise ValueError(
+            f"Got a module of {module.config.base_class} with the position tables {[name for name, _ in found]}; "
+            "expected one, as long as max_position_embeddings says. Leave the positions as they are."
+        )
+    return found[0][1]
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """The plain model's configuration in that of a module, and those inside it."""
+    for inner in list(vars(config).values()):
+        if isinstance(inner, PreTrainedConfig):
+            yield inner
+            yield from _configs(inner)
+
+
+def _token_ids(config: Any) -> Iterator[tuple[Any, str, list[int]]]:
+    """The entries of configurations that hold ids of tokens: configuration, name and ids."""
+    for inner in _configs(config):
+        for name, value in list(vars(inner).items()):
+            ids = value if isinstance(value, list) else [value]
+            if TOKEN_ID.fullmatch(name) and ids and all(type(index) is int for index in ids):
+                yield inner, name, ids
+
+
+def _inputs_of(batches: Batches) -> Iterator[dict[str, Any]]:
+    """The model inputs of batches, which may come with labels; there must be some, of token ids."""
+    is_empty = True
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if not isinstance(inputs, Mapping) or IDS not in inputs:
+            got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+            raise ValueError(f"Got a batch with {got}; expected token ids, named input_ids. Pass batches of texts.")
+        is_empty = False
+        yield {name: value for name, value in inputs.items() if name != "labels"}
+    if is_empty:
+        raise ValueError("Got no batches; expected some that have the tokens to keep. Pass calibration samples.")
+
+
+def _read(batches: Batches, tokenizer: Any) -> tuple[set[int], dict[str, Any], list[str]]:
+    """The tokens that batches have, the first samples, and some texts."""
+    seen: set[int] = set()
+    first: dict[str, Any] = {}
+    texts: list[str] = []
+    for inputs in _inputs_of(batches):
+        for name, value in inputs.items():
+            if name.endswith(IDS):
+                seen.update(value.unique().tolist())
+        first = first or {name: value[:CHECKED_SAMPLES] for name, value in inputs.items() if isinstance(value, Tensor)}
+        rows = inputs[IDS][: CHECKED_TEXTS - len(texts)]
+        texts.extend(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    return seen, first, texts
+
+
+def _renumbered(config: Any, kept: Sequence[int], rows: int, tokens: int) -> Any:
+    """A copy of a module's configuration with so many tokens in place of `rows`, and their new ids."""
+    places = {index: place for place, index in enumerate(kept)}
+    config = copy.deepcopy(config)
+    for inner, name, ids in _token_ids(config):
+        new = [places.get(index, index) for index in ids]
+        setattr(inner, name, new if isinstance(getattr(inner, name), list) else new[0])
+    for inner in _configs(config):
+        if getattr(inner, "vocab_size", None) == rows:
+            inner.vocab_size = tokens
+    return config
+
+
+def _check_ids(seen: Collection[int], rows: int, data: Mapping[str, Any]) -> None:
+    known = {index for index in vocabulary_of(data).values() if index < rows}
+    if strange := sorted(set(seen) - known):
+        raise ValueError(
+            f"Got the token ids {strange[:12]} in the batches, which the tokenizer or the model doesn't have; expected "
+            f"those of both, of which there are {len(known)}. Pass the tokenizer that made the batches."
+        )
+
+
+def _reloaded(tokenizer: Any, data: Mapping[str, Any], **options: Any) -> Any:
+    """A tokenizer as it will be read from its files, with this content of its tokenizer.json."""
+    with scratch_directory() as directory:
+        tokenizer.save_pretrained(directory)
+        (directory / TOKENIZER_JSON).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        return type(tokenizer).from_pretrained(directory, **options)
+
+
+def _check_tokens(tokenizer: Any, reduced: Any, texts: list[str]) -> None:
+    """Refuses a reduced tokenizer that splits texts otherwise though it has their tokens: its class rebuilds itself."""
+    kept = reduced.get_vocab().keys()
+    split = [
+        [each.convert_ids_to_tokens(ids) for ids in each(texts, verbose=False)[IDS]] if texts else []
+        for each in (tokenizer, reduced)
+    ]
+    for text, before, after in zip(texts, *split, strict=True):
+        if before != after and kept >= set(before):
+            raise ValueError(
+                f"Got a {type(tokenizer).__name__} that splits {text[:80]!r} into {after[:12]} once its vocabulary is "
+                f"reduced; expected {before[:12]}. Leave the vocabulary as it is."
+            )
+
+
+def _replace(
+    module: NeMoPreTrainedModel,
+    config: Any,
+    state: Mapping[str, Tensor],
+    checks: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
+) -> int:
+    """Builds a module anew with another configuration and state, as loading does, and lets it take a module's place.
+
+    `checks` are pairs of inputs, for the module as it is and for the new one, that must have the same logits. Returns
+    how many bytes of weights are saved.
+    """
+    config.save_identity = config.rejection = None
+    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in state.values()} else torch.float32
+    with hidden_progress():
+        values = {name: tensor.detach() for name, tensor in state.items()}
+        kwargs: dict[str, Any] = {"config": config, "state_dict": values, "dtype": dtype}
+        try:
+            new = type(module).from_pretrained(None, None, module.sites, **kwargs)
+        except (OSError, ValueError) as error:  # tensors that don't fit
+            raise ValueError(
+                f"Got a module of {config.base_class} with other tensors of the size of its tables ({error}); expected "
+                "none. Leave the tables as they are."
+            ) from error
+    new.config.name_or_path = module.config.name_or_path
+    for name, tensor in new.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(state[name])  # its precision and device
+        tensor.requires_grad_(state[name].requires_grad)
+    new.to(module.device)  # type: ignore[arg-type]
+    for before, after in checks:
+        expected, got = _logits(module, before), _logits(new, after)
+        difference = float((got - expected).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise ValueError(
+                f"Got logits that change by {difference:.1e} with smaller tables; expected the same: this "
+                f"{config.base_class} uses them in another way. Leave them as they are."
+            )
+    saved = _size(module) - _size(new)
+    new.train(module.training)
+    module.model, module.config, module.heads = new.model, new.config, new.heads
+    module._report = module._weight_versions = module._weight_hashes = None
+    module.drop_stale_results()  # from here on changes of the weights count
+    return saved
+
+
+@torch.no_grad()
+def _logits(module: NeMoPreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits in eval mode, on the CPU."""
+    was_training = module.training
+    module.eval()
+    moved = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    logits: Tensor = module(**moved).logits
+    module.train(was_training)
+    return logits.float().cpu()
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of the weights, of which those that share memory count once."""
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _carry(module: NeMoPreTrainedModel, tokenizer: Any, new: Any) -> int:
+    """Lets a module carry another tokenizer; returns by how many bytes its files are smaller than those before."""
+    before = module.processor_files
+    if TOKENIZER_JSON not in before:
+        module.attach_processor(tokenizer)
+        before = {**before, **module.processor_files}
+    others = {name: content for name, content in before.items() if name in NOT_OF_TOKENIZERS}
+    module.attach_processor(new)
+    module.processor_files = {**others, **module.processor_files}
+    return sum(map(len, before.values())) - sum(map(len, module.processor_files.values()))
