@@ -93,9 +93,8 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> dict[str, int]:
     """
     outputs = {name: (layer_features(layer) or (0, 0))[1] for name, layer in model.named_modules()}
     fitting = [name for name, count in outputs.items() if count == num_labels]
-    heads = _named_heads(
-        [*fitting, *(n for n, c in outputs.items() if c == num_labels + 1 and NO_OBJECT_HEAD.search(n))]
-    )
+    wider = [name for name, count in outputs.items() if count == num_labels + 1 and NO_OBJECT_HEAD.search(name)]
+    heads = _named_heads([*fitting, *wider])
     if not heads:
         convolutions = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
         heads = _named_heads([n for n, c in convolutions.items() if c.out_channels == num_labels and c.groups == 1])
@@ -110,8 +109,8 @@ def find_heads(model: PreTrainedModel, num_labels: int) -> dict[str, int]:
     if any(head.endswith(f"{HEAD_LIST}.{getattr(model.config, 'decoder_layers', None)}") for head in heads):
         raise UnsupportedArchitectureError(
             f"Got model type {model.config.model_type!r} with two_stage=True, whose heads over all labels also choose "
-            "the queries; expected heads that only answer. Choose such a model without two_stage, or RT-DETR, which has "
-            "a layer of its own for this."
+            "the queries; expected heads that only answer. Choose such a model without two_stage, or RT-DETR, which "
+            "has a layer of its own for this."
         )
     return {head: max(0, outputs[head] - num_labels) for head in heads}
 
