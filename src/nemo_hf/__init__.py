@@ -3,7 +3,14 @@
 Importing it registers parents and modules with the Auto classes of `transformers`.
 """
 
-from .auto_classes import NeMoForAudioClassification, NeMoForImageClassification, NeMoForSequenceClassification
+from .auto_classes import (
+    NeMoForAudioClassification,
+    NeMoForImageClassification,
+    NeMoForObjectDetection,
+    NeMoForSemanticSegmentation,
+    NeMoForSequenceClassification,
+    NeMoForTokenClassification,
+)
 from .config import NeMoConfig
 from .evaluation.rejection import calibrate_rejection
 from .evaluation.report import ModuleReport, evaluate_module
@@ -23,7 +30,10 @@ __all__ = [
     "NeMoConfig",
     "NeMoForAudioClassification",
     "NeMoForImageClassification",
+    "NeMoForObjectDetection",
+    "NeMoForSemanticSegmentation",
     "NeMoForSequenceClassification",
+    "NeMoForTokenClassification",
     "NeMoModelConfig",
     "NeMoTrainer",
     "UnsupportedArchitectureError",

@@ -11,7 +11,10 @@ from transformers import (
     AutoConfig,
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from .config import LabelLike
@@ -28,6 +31,9 @@ AUTO_CLASSES: dict[str, Any] = {
     "image-classification": AutoModelForImageClassification,
     "text-classification": AutoModelForSequenceClassification,
     "audio-classification": AutoModelForAudioClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "image-segmentation": AutoModelForSemanticSegmentation,
+    "object-detection": AutoModelForObjectDetection,
 }
 
 
@@ -151,11 +157,10 @@ class NeMoClassifier(NeMoPreTrainedModel):
         return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
 
 
-class NeMoForImageClassification(NeMoClassifier):
-    """Parent or module that classifies images."""
+class _OfImages(NeMoClassifier):
+    """A parent or a module whose inputs are images."""
 
     main_input_name = "pixel_values"
-    task = "image-classification"
 
     @positional_as_plain
     def forward(
@@ -163,11 +168,12 @@ class NeMoForImageClassification(NeMoClassifier):
         static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
         output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies images.
+        """Runs the model on images.
 
         Args:
             pixel_values: Shape (batch, channels, height, width).
-            labels: Label ids, shape (batch,); adds the loss to the output.
+            labels: Label ids, shape (batch,), or of pixels (batch, height, width); adds the loss to the output.
+                Detectors take none.
             static_masks: Parents: site key to masks of shape (neurons,) or (batch, neurons), values in [0, 1], in place
                 of the generated ones.
             static_samples: Samples that take the static masks, boolean, shape (batch,); `None`: all.
@@ -182,11 +188,28 @@ class NeMoForImageClassification(NeMoClassifier):
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
 
 
-class NeMoForSequenceClassification(NeMoClassifier):
-    """Parent or module that classifies texts."""
+class NeMoForImageClassification(_OfImages):
+    """Parent or module that classifies images."""
+
+    task = "image-classification"
+
+
+class NeMoForSemanticSegmentation(_OfImages):
+    """Parent (with static masks) or module that labels pixels; logits have shape (batch, labels, height, width)."""
+
+    task = "image-segmentation"
+
+
+class NeMoForObjectDetection(_OfImages):
+    """Parent (with static masks) or module that detects objects; its output has `pred_boxes` beside the logits."""
+
+    task = "object-detection"
+
+
+class _OfTexts(NeMoClassifier):
+    """A parent or a module whose inputs are texts."""
 
     main_input_name = "input_ids"
-    task = "text-classification"
 
     @positional_as_plain
     def forward(
@@ -195,7 +218,7 @@ class NeMoForSequenceClassification(NeMoClassifier):
         static_masks: Mapping[str, Tensor] | None = None, static_samples: Tensor | None = None,
         output_neuron_masks: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
     ) -> NeMoOutput | tuple[Any, ...]:  # fmt: skip
-        """Classifies texts.
+        """Runs the model on texts.
 
         Args:
             input_ids: Token ids, shape (batch, tokens).
@@ -203,7 +226,8 @@ class NeMoForSequenceClassification(NeMoClassifier):
             token_type_ids: Shape (batch, tokens); left out where the plain model takes none. It and `bbox` are named
                 here since `Trainer` drops columns that the signature does not name.
             bbox: Boxes of the tokens, shape (batch, tokens, 4); left out likewise.
-            labels: This and all below as in `NeMoForImageClassification.forward`.
+            labels: Label ids, shape (batch,), or of tokens (batch, tokens). All below as in
+                `NeMoForImageClassification.forward`.
             static_masks: Parents: masks in place of the generated ones.
             static_samples: Samples that take the static masks.
             output_neuron_masks: Parents: whether to return the soft masks.
@@ -218,6 +242,18 @@ class NeMoForSequenceClassification(NeMoClassifier):
         extras = {name: value for name, value in extras.items() if name in known}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
         return self._run(inputs, labels, static_masks, static_samples, output_neuron_masks, return_dict, kwargs)
+
+
+class NeMoForSequenceClassification(_OfTexts):
+    """Parent or module that classifies texts."""
+
+    task = "text-classification"
+
+
+class NeMoForTokenClassification(_OfTexts):
+    """Parent (with static masks) or module that labels tokens; logits have shape (batch, tokens, labels)."""
+
+    task = "token-classification"
 
 
 class NeMoForAudioClassification(NeMoClassifier):
@@ -308,6 +344,7 @@ for base in (NeMoClassifier, NeMoComposedClassifier):
     AutoConfig.register(base.config_class.model_type, base.config_class)
 for model_class in (
     NeMoForImageClassification, NeMoForSequenceClassification, NeMoForAudioClassification,
+    NeMoForTokenClassification, NeMoForSemanticSegmentation, NeMoForObjectDetection,
     NeMoComposedForImageClassification, NeMoComposedForSequenceClassification, NeMoComposedForAudioClassification,
 ):  # fmt: skip
     AUTO_CLASSES[model_class.task].register(model_class.config_class, model_class)

@@ -15,7 +15,7 @@ from nemo_hf.models.batches import labelled_batches, select_samples
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
-from nemo_hf.models.labels import group_indices, sample_groups
+from nemo_hf.models.labels import check_answers_once, group_indices, sample_groups
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
 
@@ -120,6 +120,7 @@ def evaluate_module(
         ImportError: If `metrics` are given without the package `evaluate`, or one that a metric needs.
         OSError: If a metric can't be loaded.
     """
+    check_answers_once(parent, "evaluate")
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)

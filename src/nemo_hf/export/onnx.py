@@ -21,6 +21,7 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.finiteness import check_finite, check_outputs
+from nemo_hf.models.head_outputs import answers
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.models.privacy import clean
@@ -44,7 +45,7 @@ class OnnxExport:
     """What `export_onnx` wrote."""
 
     inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
-    outputs: list[str]  # "logits", shape (batch, labels), and of calibrated modules "rejection_scores", shape (batch,)
+    outputs: list[str]  # "logits", of detectors "pred_boxes", and of calibrated modules "rejection_scores", (batch,)
     difference: float  # largest between onnxruntime's outputs and the module's, in float32
     tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
 
@@ -129,7 +130,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
         )
     with torch.no_grad():
         exact(**inputs, return_dict=True)  # inputs that it doesn't take are no fault of the exporter
-    outputs = ["logits", *(["rejection_scores"] if module.config.rejection else [])]
+    boxes = ["pred_boxes"] if module.task == "object-detection" else []
+    outputs = ["logits", *boxes, *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
     config = plain_config(module)
     _check_place(Path(directory), config)
@@ -252,10 +254,10 @@ def _check_onnx(
     worst = 0.0, ONNX_TOLERANCE
     for batch in _batches(inputs, free):
         with torch.no_grad():
-            logits = module(**batch).logits
-        check_outputs(module, batch, logits, list(module.config.names.values()))
+            answered = module(**batch)
+        check_outputs(module, batch, answers(answered), list(module.config.names.values()))
         got = dict(zip(outputs, runner(**batch), strict=True))
-        expected = {"logits": logits}
+        expected = {name: answered[name] for name in outputs if name != "rejection_scores"}
         if "rejection_scores" in got:  # of the file's logits, since a steep fit magnifies how these differ
             energies = energy(got["logits"], module.config.has_several_labels)
             expected["rejection_scores"] = rejection_scores(energies, module.config.rejection or {})

@@ -18,6 +18,7 @@ from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scra
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
 from nemo_hf.models.finiteness import check_finite, check_outputs
+from nemo_hf.models.head_outputs import answers, difference
 from nemo_hf.models.loading import PROCESS_SETTINGS, hidden_progress
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
@@ -71,7 +72,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
             f"Got a module of {plain_class.__name__}, which is registered but no class of transformers; expected one "
             f"of its classes. {onnx.OTHER_WAYS.format('export_onnx')}"
         )
-    widths, plain, difference, tolerance = _smallest_plain(module, inputs)
+    widths, plain, largest, tolerance = _smallest_plain(module, inputs)
     full = _built(module, onnx.plain_config(module))
     stored = {name: tensor.dtype for name, tensor in module.model.state_dict().items()}
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
@@ -83,7 +84,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
         onnx.write_processor(module, temporary)
         _check_files(plain, temporary)
     sizes = (plain.num_parameters(), base_parameters(module), full.num_parameters())
-    return PlainExport(*sizes, changes=widths.changes, difference=difference, tolerance=tolerance)
+    return PlainExport(*sizes, changes=widths.changes, difference=largest, tolerance=tolerance)
 
 
 def _built(module: NeMoPreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -110,22 +111,22 @@ def _smallest_plain(
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
     state = zero_padded_state(full, module.sites, site_widths, module.model.state_dict())
     with torch.no_grad(), exact_float32(module) as (exact,):
-        expected = exact(**batch, return_dict=True).logits
+        expected = answers(exact(**batch, return_dict=True))
         check_outputs(exact, batch, expected, list(module.config.names.values()))
         tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
         for widths in uniform_widths(full, module.sites, state, shapes_of):  # the full width is the last
             try:
                 plain = _filled(full, widths, state)
                 plain.to(module.device)  # type: ignore[arg-type]
-                difference = (plain(**batch, return_dict=True).logits - expected).abs().max().item()
+                found = difference(answers(plain(**batch, return_dict=True)), expected, module.task)
             except SHAPE_ERRORS as error:
                 if is_out_of_memory(error):
                     raise
                 reason = first_line(error)
                 continue
-            if difference <= tolerance:
-                return widths, plain, difference, tolerance
-            reason = f"even at full width its logits differ by {difference:.2e}, over {tolerance:.2e}"
+            if found <= tolerance:
+                return widths, plain, found, tolerance
+            reason = f"even at full width its logits differ by {found:.2e}, over {tolerance:.2e}"
     raise UnsupportedArchitectureError(
         f"Got a module of {module.config.base_class} that the plain class can't hold exactly: {reason}. "
         f"{onnx.OTHER_WAYS.format('export_onnx')}"

@@ -31,6 +31,9 @@ TASKS = {  # Auto class and an example of an input
     "image-classification": ("AutoModelForImageClassification", "picture.png"),
     "text-classification": ("AutoModelForSequenceClassification", "What does it say?"),
     "audio-classification": ("AutoModelForAudioClassification", "sound.wav"),
+    "token-classification": ("AutoModelForTokenClassification", "Who said it, and where?"),
+    "image-segmentation": ("AutoModelForSemanticSegmentation", "picture.png"),
+    "object-detection": ("AutoModelForObjectDetection", "picture.png"),
 }
 UNSHOWN_METRICS = re.compile("epoch|.*(runtime|per_second).*")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups
 from nemo_hf.neurons.sites import NeuronSite
@@ -23,7 +23,7 @@ def attach_masks(
 ) -> NeMoPreTrainedModel:
     """Attaches masks to a plain model, at all sites that are found or at these; the parent shares its weights."""
     nemo_config = nemo_config or NeMoConfig()
-    check_plain(model, nemo_config.hard_masks)
+    check_plain(model, nemo_config)
     names = label_names(model)
     groups = resolve_groups(label_groups or nemo_config.label_groups, names)
     sites = model_sites(model, nemo_config) if sites is None else sites
@@ -57,7 +57,7 @@ def _parent(
         return_dict=base_config.return_dict,
         problem_type=base_config.problem_type or "single_label_classification",  # type: ignore[arg-type]
         # A new composite configuration resets this in its parts (transformers 5.23, PreTrainedConfig).
-        attn_implementation=base_config._attn_implementation,  # type: ignore[call-arg]
+        attn_implementation={"": base_config._attn_implementation, "base_config": _attention(base_config)},  # type: ignore[call-arg]
     )
     parent: NeMoPreTrainedModel = model_class(task_of(type(model)), NeMoModelConfig)(config, model, sites)
     try:
@@ -69,6 +69,13 @@ def _parent(
         raise
     parent.train(model.training)
     return parent
+
+
+def _attention(config: PreTrainedConfig) -> dict[str, Any]:
+    """The attention implementations of a configuration and its parts, such as a backbone that knows only one."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    inside = {name: _attention(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return {"": config._attn_implementation, **inside}
 
 
 def _stop_cache_and_layer_drop(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:

@@ -22,8 +22,8 @@ from nemo_hf.pruning.plan import module_masks
 from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
 
 from .config_checks import damaged
-from .configuration import NeMoModelConfig, task_of
-from .labels import settle_labels, task_loss
+from .configuration import PLACE_TASKS, NeMoModelConfig, task_of
+from .labels import place_labels, settle_labels, task_loss
 from .rejection import energy, rejection_scores
 from .saved_model import SavedModel
 
@@ -34,7 +34,9 @@ _RESULTS = threading.RLock()  # held while results are compared with the weights
 class NeMoOutput(ModelOutput):
     """Output of a parent or a module.
 
-    `logits` have shape (batch, labels); `loss`, `hidden_states` and `attentions` are as in `transformers`.
+    `logits` have shape (batch, labels), as in `transformers`, or of tokens (batch, tokens, labels), of segmentation
+    (batch, labels, height, width), and of detectors (batch, queries, labels), where many have one more for "no object".
+    `loss`, `hidden_states` and `attentions` are as in `transformers`, and so is what detectors add, as `pred_boxes`.
     `neuron_masks`, of parents in training or on request, maps site keys to soft masks, shape (batch, calls, neurons).
     `rejection_scores`, of modules that `calibrate_rejection` prepared, are the chances that the inputs have none of the
     module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected.
@@ -183,8 +185,8 @@ class NeMoPreTrainedModel(SavedModel):
             is_empty = isinstance(kept, list) and kept[-1:] == [0]
             if site.kind == "attention" and is_empty and not self.config.is_tuned:
                 close_attention(self.model, site)
-        for head in self.heads:
-            resize_layer(self.model, head, outputs=self.config.num_labels or 0)
+        for head, others in self.heads.items():
+            resize_layer(self.model, head, outputs=(self.config.num_labels or 0) + others)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -325,6 +327,9 @@ class NeMoPreTrainedModel(SavedModel):
             )
         self._watch_weights()
         given = {name: value for name, value in inputs.items() if value is not None}
+        labels = place_labels(self, labels) if labels is not None and self.task in PLACE_TASKS else labels
+        if self.task == "image-segmentation":  # where the plain model enlarges its logits and weighs other heads
+            kwargs = {**kwargs, "labels": labels}
         collected: dict[str, list[Tensor]] = {}
         if static_masks is not None or static_samples is not None or output_neuron_masks:
             self.parent_masks()  # a module has none
@@ -346,25 +351,30 @@ class NeMoPreTrainedModel(SavedModel):
             with self.masks.call(len(tensors[0]), attention_mask, static_masks, static_samples, frames) as collected:
                 outputs = self.model(**given, **kwargs, return_dict=True)
         wanted = self.training if output_neuron_masks is None else output_neuron_masks
-        masks = {key: torch.stack(calls, 1) for key, calls in collected.items()} if wanted else {}
+        result = self._output(outputs, labels, collected if wanted else {})
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _output(self, outputs: Any, labels: Tensor | None, collected: Mapping[str, list[Tensor]]) -> NeMoOutput:
         result = NeMoOutput(
-            loss=None if labels is None else self._task_loss(outputs.logits, labels),
+            loss=None if labels is None else self._task_loss(outputs, labels),
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
-        # Those of encoders and decoders, and of stages, have names of their own.
-        for name in [name for name in outputs if name.endswith(("_hidden_states", "_attentions"))]:
+        # Those of encoders and decoders, and of stages, have names of their own; post-processing needs boxes.
+        is_detector = self.task == "object-detection"
+        for name in [name for name in outputs if is_detector or name.endswith(("_hidden_states", "_attentions"))]:
             result[name] = outputs[name]
-        result.neuron_masks = masks or None
+        result.neuron_masks = {key: torch.stack(calls, 1) for key, calls in collected.items()} or None
         if fit := self.config.rejection:  # read once: another thread may find that it is stale
             result.rejection_scores = rejection_scores(energy(outputs.logits, self.config.has_several_labels), fit)
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        return result
 
-    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
         if self.config.num_labels == 1 and not self.config.has_several_labels:
             raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
-        return task_loss(self, logits, labels)
+        loss: Tensor | None = outputs.get("loss")
+        return task_loss(self, outputs.logits, labels) if loss is None else loss
 
     def _prepare_to_save(self) -> None:
         self.drop_stale_results()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .configuration import SEVERAL_LABELS
-from .labels import label_ids, label_targets
+from .labels import check_answers_once, label_ids, label_targets
 from .saved_model import SavedModel
 
 
@@ -32,6 +32,7 @@ def checked_batch(model: SavedModel, batch: Mapping[str, Any]) -> tuple[dict[str
 
     Labels are ids of the parent, also for modules; of composed models, whose labels may be fewer, they have no limit.
     """
+    check_answers_once(model, "measure with labels")
     inputs, given = split_batch(model, batch)
     if isinstance(given, Number) or getattr(given, "ndim", 1) == 0:
         raise ValueError("Got a sample with one label; expected batches. Pass DataLoader(dataset, batch_size=8).")

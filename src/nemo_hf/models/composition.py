@@ -13,6 +13,7 @@ from .batches import labelled_batches
 from .composed_model import NeMoComposedConfig, NeMoComposedModel
 from .configuration import model_class
 from .finiteness import check_finite, check_outputs
+from .labels import check_answers_once
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def _check_modules(modules: Sequence[Any]) -> None:
             raise TypeError(
                 f"Got a {kind} to join; expected modules. Cut one: make_parent(...).extract_module(labels)."
             )
+        check_answers_once(module, "join")
         check_finite(module)
     names = [name for module in modules for name in module.config.names.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):

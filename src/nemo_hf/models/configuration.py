@@ -24,7 +24,12 @@ TASKS = {
     "image-classification": ("ForImageClassification", transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
     "text-classification": ("ForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "audio-classification": ("ForAudioClassification", transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
+    "token-classification": ("ForTokenClassification", transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    "image-segmentation": ("ForSemanticSegmentation", transformers.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING),
+    "object-detection": ("ForObjectDetection", transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING),
 }
+PLACE_TASKS = ("token-classification", "image-segmentation", "object-detection")
+"""Tasks whose models answer at many places of a sample: tokens, pixels, queries."""
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 LOADING_OPTIONS = MODEL_OPTIONS | {"verify_files"}
@@ -317,6 +322,6 @@ def task_of(base_class: type[PreTrainedModel]) -> str:
         if name in base_class.__name__:
             return task
     raise TypeError(
-        f"Got a {base_class.__name__}; expected a class for image, sequence or audio classification: a mask is of a "
-        "whole sample. Load the model with the Auto class for its task."
+        f"Got a {base_class.__name__}; expected a class for one of the tasks {list(TASKS)}, whose head has labels. "
+        "Load the model with the Auto class for its task."
     )

@@ -1,4 +1,4 @@
-"""The equivalence check: a module's logits equal the parent's under the same static mask.
+"""The equivalence check: a module's logits (and boxes) equal the parent's under the same static mask.
 
 It holds because a closed neuron adds exactly nothing to what reads it, attention keeps its scale, and the residual
 stream its width. Families in which one of these fails would fail silently, so every extraction is checked.
@@ -20,6 +20,7 @@ from nemo_hf.neurons.trial_inputs import trial_inputs
 
 from .base import NeMoPreTrainedModel
 from .finiteness import check_outputs
+from .head_outputs import answers, difference
 from .loading import PROCESS_SETTINGS
 
 EQUIVALENCE_TOLERANCE = 1e-5
@@ -62,19 +63,19 @@ def check_equivalence(
     `static` maps site keys to masks of shape (neurons,); `inputs` are model inputs, `None` draws a few random ones.
     Logits that differ by more than the tolerance, or are not finite, are an `EquivalenceError`.
     """
-    inputs = trial_inputs(parent, inputs)
+    inputs, count = trial_inputs(parent, inputs), len(parent.config.names)
     assert parent.masks is not None
     with torch.no_grad(), exact_float32(parent, module) as (exact_parent, exact_module):
         batch = on_device(exact_parent, inputs)
         opened, expected = (
-            exact_parent(**batch, static_masks=masks, return_dict=True).logits[:, module.config.label_ids]
+            answers(exact_parent(**batch, static_masks=masks, return_dict=True), module.config.label_ids, count)
             for masks in (parent.masks.open_masks(), static)
         )
-        got = _module_logits(exact_module, batch)
-    difference = (got - expected).abs().max().item()
+        got = _module_answers(exact_module, batch)
+    found = difference(got, expected, parent.task)
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
-    effect = (opened - expected).abs().max().item()
-    if not (difference <= tolerance and math.isfinite(effect)):  # also when they are not numbers
+    effect = difference(opened, expected, parent.task)
+    if not (found <= tolerance and math.isfinite(effect)):  # also when they are not numbers
         try:
             for logits in (opened, expected):
                 check_outputs(exact_parent, batch, logits, list(module.config.names.values()))
@@ -82,16 +83,16 @@ def check_equivalence(
             raise EquivalenceError(str(error)) from error
         raise EquivalenceError(
             f"Got a module of {parent.config.base_class} whose logits differ from the parent's under the same mask by "
-            f"{difference:.2e}; expected at most {tolerance:.2e}. {OTHER_CUTS}"
+            f"{found:.2e}; expected at most {tolerance:.2e}. {OTHER_CUTS}"
         )
     status = "verified" if effect > EFFECT_FACTOR * tolerance else "unverified"
-    return EquivalenceCheck(status, difference, tolerance, effect, len(next(iter(batch.values()))))
+    return EquivalenceCheck(status, found, tolerance, effect, len(next(iter(batch.values()))))
 
 
-def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """A module's logits on inputs that its parent takes; where it doesn't run on these, its shapes don't fit."""
+def _module_answers(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a module answers to inputs that its parent takes; where it doesn't run on these, its shapes don't fit."""
     try:
-        logits: Tensor = module(**batch, return_dict=True).logits
+        return answers(module(**batch, return_dict=True))
     except SHAPE_ERRORS as error:
         if is_out_of_memory(error):
             raise
@@ -99,7 +100,6 @@ def _module_logits(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) -> 
             f"Got a module of {module.config.base_class} that does not run where its parent does "
             f"({type(error).__name__}: {first_line(error)}); expected the parent's logits. {OTHER_CUTS}"
         ) from error
-    return logits
 
 
 def sharing_copy(model: Model) -> Model:

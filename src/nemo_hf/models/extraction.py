@@ -21,11 +21,11 @@ from nemo_hf.pruning.layer_cuts import TensorCut, cut_tensor, site_cut, tensor_c
 from nemo_hf.pruning.plan import is_relevant, plan_module, retained_neurons, static_masks
 
 from .base import NeMoPreTrainedModel, configured_sites
-from .configuration import NeMoModelConfig
+from .configuration import NeMoModelConfig, task_of
 from .equivalence import EFFECT_FACTOR, check_equivalence
 from .files import read_companions
 from .finiteness import check_finite
-from .labels import settle_labels
+from .labels import settle_labels, warn_of_no_rest
 from .load_options import open_configured
 from .loading import HUB_OPTIONS, build_on_meta, check_labels, check_mean_masks, hidden_progress
 from .plain_checks import check_built
@@ -98,6 +98,7 @@ def make_plan(
             f"Got the label groups {unknown[:12]}, of which the data of the relevance had no sample; expected others. "
             "Leave them out, or call compute_relevance(parent, batches) first, with samples of all labels."
         )
+    warn_of_no_rest(config, task_of(type(source.plain)), label_ids)
     threshold = source.options.relevance_threshold if threshold is None else threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"Got threshold={threshold!r}; expected a number above 0, up to 1.")
@@ -170,7 +171,9 @@ def build_module(
     cuts = [site_cut(site, plan.keep[site.key], plan.static[site.key] if has_means else None) for site in source.sites]
     config = _module_config(source, plan, [cut.widths for cut in cuts])
     heads = find_heads(source.plain, source.plain.config.num_labels or 0)
-    by_name = tensor_cuts(source.plain, cuts, dict.fromkeys(heads, torch.tensor(plan.label_ids)))
+    count = len(source.config.names)  # of parents
+    kept = {head: torch.tensor([*plan.label_ids, *range(count, count + others)]) for head, others in heads.items()}
+    by_name = tensor_cuts(source.plain, cuts, kept)
     names = [*source.plain.state_dict(), *(name for name, cut in by_name.items() if cut.constant is not None)]
     state = {f"model.{name}": _at_least_float32(read(name, by_name.get(name))) for name in names}
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())

@@ -81,12 +81,12 @@ def check_outputs(
     numbers: Sequence[int] | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Refuses logits (batch, labels), or soft masks, that are NaN or infinite, with a `ValueError` that says why.
+    """Refuses logits (batch, ..., labels), or soft masks, that are NaN or infinite, with a `ValueError` that says why.
 
     It blames the model's weights, the inputs or half precision, whichever it finds; `numbers` are those of the samples.
     """
     finite = logits.isfinite()
-    of_sample = finite.all(-1)
+    of_sample = finite.flatten(1).all(-1)
     for mask in (masks or {}).values():  # (batch, calls, neurons)
         of_sample = of_sample & mask.isfinite().flatten(1).all(-1)
     if bool(of_sample.all()):
@@ -94,7 +94,9 @@ def check_outputs(
     check_finite(model)
     wrong = (~of_sample).nonzero().flatten()
     samples = _listed([numbers[index] if numbers else index for index in wrong.tolist()])
-    names = [name for name, is_finite in zip(labels, finite.all(0).tolist(), strict=True) if not is_finite]
+    columns = [*labels, *["no object, or boxes"] * (logits.shape[-1] - len(labels))]  # of detectors
+    by_column = finite.flatten(0, -2).all(0).tolist()
+    names = [name for name, is_finite in zip(columns, by_column, strict=True) if not is_finite]
     what = f"logits of {_listed(list(dict.fromkeys(names)))}" if names else "masks"
     got = f"NaN or infinite {what} for the samples {samples} (counted from 0)"
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}

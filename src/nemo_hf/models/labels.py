@@ -1,5 +1,6 @@
 """What the labels of a batch say: targets of the loss, ids of labels, and the groups that samples belong to."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .configuration import SEVERAL_LABELS
+from .configuration import PLACE_TASKS, SEVERAL_LABELS
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of samples that count nowhere, as in torch's cross_entropy
 SINGLE_LABEL = "single_label_classification"
 LABEL_COLUMNS = ("label", "labels", "label_ids")  # in which data sets hold labels
+REST_LABELS = ("o", "background", "_background_", "outside", "other", "none", "void")  # for all that has no other label
 
 
 def label_targets(labels: Any, count: int | None, has_several: bool, checks_values: bool | None = None) -> Tensor:
@@ -96,8 +100,31 @@ def label_ids(targets: Tensor, has_several: bool) -> Tensor:
     return targets.argmax(-1) if targets.ndim == 2 else targets
 
 
+def place_labels(model: Any, labels: Any) -> Tensor:
+    """Checks labels of tokens or pixels, the model's ids or the one that its loss ignores; refuses those of boxes."""
+    if model.task == "object-detection":
+        raise ValueError(
+            "Got labels for a parent or module that detects objects; expected none: its loss is that of the plain "
+            "model. Train the plain model before the cut, or save_plain(...) a module and train that."
+        )
+    ids, count = torch.as_tensor(labels), len(model.config.names)
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")  # of segmentation
+    ignored = next((getattr(model.config, name) for name in names if hasattr(model.config, name)), IGNORED)
+    if not torch.compiler.is_compiling() and ids.device.type == "cpu":
+        is_known = (ids >= 0) & (ids < count) | (ids == ignored)
+        if ids.is_floating_point() or not bool(is_known.all()):
+            got = f"numbers of type {ids.dtype}" if ids.is_floating_point() else f"the label {ids[~is_known][0]}"
+            raise ValueError(
+                f"Got {got} for a {model.config.role} of {count} labels; expected ids from 0 to {count - 1}, in the "
+                f"order of config.id2label, or {ignored}, which counts nowhere. Map the labels."
+            )
+    return ids.long()
+
+
 def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
     """The loss of a plain model of the same `problem_type`, for labels of every kind that `label_targets` takes."""
+    if logits.ndim == 3:  # of tokens, checked by `place_labels`
+        return F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), ignore_index=IGNORED)
     several = model.config.problem_type == SEVERAL_LABELS
     targets = label_targets(labels, len(model.config.id2label or ()), several).to(logits.device)
     if targets.ndim == 2 and not several:
@@ -118,6 +145,29 @@ def check_label_numbers(names: Sequence[str], column: str, id2label: Mapping[int
                 f"Got data whose column {column!r} calls the label {index} {name!r}, which is {known[name]} in the "
                 f"model; expected the same ids in both. {do}"
             )
+def check_answers_once(model: Any, what: str) -> None:
+    """Refuses models that answer at many places of a sample where one answer a sample is counted (`ValueError`)."""
+    task = model.task
+    if task in PLACE_TASKS:
+        raise ValueError(
+            f"Got a model for {task} to {what}, which counts one answer a sample; expected a classifier of whole "
+            "samples. Run the task's own evaluation on the module and on its source, with the answers of the latter "
+            "restricted to the module's labels."
+        )
+
+
+def warn_of_no_rest(config: Any, task: str, label_ids: Sequence[int]) -> None:
+    """Warns of a module that can't say that a token or pixel has none of its labels, and names the call that helps."""
+    if task not in ("token-classification", "image-segmentation"):
+        return
+    rest = [index for index, name in config.names.items() if name.lower() in REST_LABELS]
+    if set(rest) & set(label_ids):
+        return
+    where = "token" if task == "token-classification" else "pixel"
+    do = "Look at the scores, or train a source that has one such label."
+    if rest:
+        do = f"Add it: labels={[config.names[index] for index in (*rest, *label_ids)]}."
+    logger.warning("Got labels without one for all else: the module gives each %s one of its labels. %s", where, do)
 
 
 def settle_labels(config: Any) -> None:

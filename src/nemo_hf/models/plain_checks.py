@@ -14,13 +14,15 @@ from torch.nn.utils import prune
 from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
+from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.mask_hooks import SiteMask
 from nemo_hf.neurons.patterns import HEAD_NAMES
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import evaluating, on_device
 
 from .base import NeMoPreTrainedModel
-from .configuration import SEVERAL_LABELS, find_base_class, task_of
+from .configuration import PLACE_TASKS, SEVERAL_LABELS, find_base_class, task_of
+from .head_outputs import answers, difference
 from .label_options import check_label_ids
 from .loading import PROCESS_SETTINGS
 
@@ -29,7 +31,7 @@ MOST_NAMED = 3
 COMPUTED_SHARE, HALF_SHARE = 1e-5, 1e-2  # of the largest logit: larger differences are no rounding
 
 
-def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
+def check_plain(model: PreTrainedModel, nemo_config: NeMoConfig) -> None:
     """Refuses models to which masks can't be attached: of another kind or head, with masks, adapters or quantized."""
     _check_kind(model)
     registered = find_base_class(type(model).__name__, model.config)
@@ -39,7 +41,13 @@ def check_plain(model: PreTrainedModel, hard_masks: bool) -> None:
             "which config.json files mean by this name. Give your class another name."
         )
     _check_memory(model)
-    if not hard_masks and model.dtype != torch.float32:
+    if nemo_config.masks != "static" and task_of(type(model)) in PLACE_TASKS:
+        raise ValueError(
+            f"Got a {type(model).__name__} to train with masks, which are of a whole sample, while its labels are of "
+            "tokens, pixels or boxes; expected a classifier of whole samples. Train it with transformers.Trainer, and "
+            "then cut it: make_parent(model, NeMoConfig(masks='static')).extract_module(labels)."
+        )
+    if not nemo_config.hard_masks and model.dtype != torch.float32:
         raise ValueError(
             f"Got soft masks with weights in {model.dtype}; expected float32. Load the model with dtype=torch.float32, "
             "or keep hard_masks=True."
@@ -143,11 +151,11 @@ def check_computed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None
     built.to(model.device)  # type: ignore[arg-type]
     batch = on_device(model, inputs)
     with evaluating(model), evaluating(built):
-        logits, others = (each(**batch, return_dict=True).logits for each in (model, built))
-    if not bool(logits.isfinite().all()):
+        found, others = (answers(each(**batch, return_dict=True)) for each in (model, built))
+    if not bool(found.isfinite().all()):
         return  # nothing that a comparison could tell
-    share = COMPUTED_SHARE if logits.dtype in (torch.float32, torch.float64) else HALF_SHARE
-    if (logits - others).abs().max().item() <= share * max(1.0, logits.abs().max().item()):
+    share = COMPUTED_SHARE if found.dtype in (torch.float32, torch.float64) else HALF_SHARE
+    if difference(found, others, task_of(type(model))) <= share * max(1.0, found.abs().max().item()):
         return
     named = [f"{path or 'the model'!r} ({what})" for path, what in _strange_layers(model, built)]
     raise ValueError(

@@ -30,6 +30,7 @@ from .base import NeMoPreTrainedModel
 from .equivalence import EFFECT_FACTOR, EQUIVALENCE_TOLERANCE, EquivalenceError, check_equivalence, exact_float32
 from .extraction import CutSource, ModulePlan, build_module, read_tensor
 from .finiteness import check_finite, check_outputs
+from .head_outputs import answers, difference, labels_last
 from .plain_checks import check_built, check_computed, check_plain
 
 logger = logging.getLogger(__name__)
@@ -69,12 +70,13 @@ def make_parent(
         UnsupportedArchitectureError: If it has no sites, or one that no pruning mode cuts exactly.
     """
     nemo_config = nemo_config or NeMoConfig()
-    check_plain(model, nemo_config.hard_masks)
+    check_plain(model, nemo_config)
     check_built(model)
     find_heads(model, model.config.num_labels or 0)
     inputs = trial_inputs(model, inputs)
     check_finite(model)
-    check_outputs(model, inputs, check_runs(model, inputs), list((model.config.id2label or {}).values()))
+    logits = labels_last(check_runs(model, inputs))
+    check_outputs(model, inputs, logits, list((model.config.id2label or {}).values()))
     channels = ChannelSearch()
     if nemo_config.sites is not None:
         found = model_sites(model, nemo_config)
@@ -187,9 +189,9 @@ def _half_closed(parent: NeMoPreTrainedModel) -> Iterator[tuple[str, dict[str, T
 def _smallest_effect(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """Least that closing half of a part does to the logits, in tolerances of the equivalence check."""
     masks = [parent.parent_masks().open_masks(), *(static for _, static in _half_closed(parent))]
-    opened, *masked = _logits(parent, inputs, *masks)
+    opened, *masked = _answers(parent, inputs, *masks)
     tolerance = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
-    effects = [(logits - opened).abs().max().item() / tolerance for logits in masked]
+    effects = [difference(found, opened, parent.task) / tolerance for found in masked]
     return min(effect if math.isfinite(effect) else 0.0 for effect in effects)
 
 
@@ -290,12 +292,12 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
     effects: dict[str, float] = {}
     for kind, static in _half_closed(parent):
         mixed = {key: torch.where(is_masked[:, None], mask, 1.0) for key, mask in static.items()}
-        masked, opened, got = _logits(parent, inputs, static, parent.parent_masks().open_masks(), mixed)
+        masked, opened, got = _answers(parent, inputs, static, parent.parent_masks().open_masks(), mixed)
         expected = torch.cat([masked[:1], opened[1:]])
-        effect = (masked - opened).abs().max().item()
+        effect = difference(masked, opened, parent.task)
         effects[kind] = max(effects.get(kind, 0.0), effect)
         rounding = EQUIVALENCE_TOLERANCE * max(1.0, opened.abs().max().item())
-        if not (got - expected).abs().max().item() <= max(LARGEST_SHARE * effect, rounding):  # also NaN
+        if not difference(got, expected, parent.task) <= max(LARGEST_SHARE * effect, rounding):  # also NaN
             raise _refusal(parent, first[kind], "the mask of one sample reaches the logits of another")
     # Sites whose pooled input mixes samples: the mask of one then depends on the others.
     given = on_device(parent, inputs)
@@ -312,10 +314,10 @@ def _check_samples(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor]) ->
             raise _refusal(parent, first[kind], "closing half of them leaves all logits as they are")
 
 
-def _logits(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
+def _answers(parent: NeMoPreTrainedModel, inputs: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> list[Tensor]:
     with exact_float32(parent) as (exact,):
         batch = on_device(exact, inputs)
-        return [exact(**batch, static_masks=static, return_dict=True).logits for static in masks]
+        return [answers(exact(**batch, static_masks=static, return_dict=True)) for static in masks]
 
 
 def _refusal(parent: NeMoPreTrainedModel, site: NeuronSite, reason: str) -> UnsupportedArchitectureError:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -209,6 +210,11 @@ def _head_tensors(name: str, layer: nn.Module, projections: set[str], heads: int
 def _rotation(config: PreTrainedConfig, layer: nn.Module) -> str:
     """Which dimensions of q and k are rotated, judged by names: "none", the "whole" head or a "partial" one."""
     if "position_embeddings" not in inspect.signature(layer.forward).parameters:
+        return "none"
+    # Detectors add what they call so; where q and k are rotated, something is named for it.
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    names = {*vars(sys.modules[type(layer).__module__]), *(code.co_names if code else ())}
+    if not any("rota" in name.lower() for name in names):
         return "none"
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from nemo_hf.config import TARGETS
@@ -47,10 +48,14 @@ CALLED_IN_CHUNKS = {"lin1": "", "intermediate.dense": "attention", "ffn": "atten
 """Feed-forward parts that see a share of the sequence at a time, and the layer to pool at: its output, or for ""
 the input of the layer around them."""
 HEAD_NAMES = re.compile(
-    r"(^|\.)((?!pre_)\w*classifier\w*|score|\w*head|fc|logits_proj|sequence_summary|final_layer)"
-    r"(\.(out_proj|linear_out|dense|summary|linear|\d+))?$"
+    r"(^|\.)((?!pre_)\w*classifier\w*|score|(?!enc_)\w*head|fc|logits_proj|sequence_summary|final_layer|class_embed)"
+    r"(\.(out_proj|linear_out|dense|summary|linear|convolution|(layers\.)?\d+))?$"
 )
-"""Heads of transformers' classification models: `classifier`, `score`, `distillation_classifier`, ..."""
+"""Heads of transformers' models: `classifier`, `score`, `distillation_classifier`, ...; not those that choose queries
+(`enc_score_head`), which need all labels to choose as before."""
+HEAD_LIST = "class_embed"  # of detectors with a head for each layer of their decoder
+NO_OBJECT_HEAD = re.compile(r"(^|\.)class_labels_classifier(\.|$)")
+"""Heads of detectors of which some have a last output for "no object"."""
 
 
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = TARGETS) -> list[NeuronSite]:
@@ -81,22 +86,42 @@ def check_found(
     return sites
 
 
-def find_heads(model: PreTrainedModel, num_labels: int) -> list[str]:
-    """Paths of the linear layers whose outputs are the logits (two for a DeiT with a distillation head)."""
-    fitting = [name for name, layer in model.named_modules() if (layer_features(layer) or (0, 0))[1] == num_labels]
-    heads = [name for name in fitting if HEAD_NAMES.search(name)]
-    # A projection before the head, which has as many outputs by chance.
-    heads = [h for h in heads if not (h.endswith(".dense") and h.removesuffix("dense") + "out_proj" in heads)]
-    last = {h.rpartition(".")[0]: h for h in heads if h.rpartition(".")[2].isdigit()}
-    heads = [h for h in heads if last.get(h.rpartition(".")[0], h) == h]
+def find_heads(model: PreTrainedModel, num_labels: int) -> dict[str, int]:
+    """Paths of the layers whose outputs are the logits, each with its number of outputs after those of the labels.
+
+    They are linear layers (two for a DeiT with a distillation head), or else convolutions.
+    """
+    outputs = {name: (layer_features(layer) or (0, 0))[1] for name, layer in model.named_modules()}
+    fitting = [name for name, count in outputs.items() if count == num_labels]
+    wider = [name for name, count in outputs.items() if count == num_labels + 1 and NO_OBJECT_HEAD.search(name)]
+    heads = _named_heads([*fitting, *wider])
+    if not heads:
+        convolutions = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+        heads = _named_heads([n for n, c in convolutions.items() if c.out_channels == num_labels and c.groups == 1])
     if not heads and len(fitting) == 1:  # a head of another name, if only one layer can be it
         heads = fitting
     if not heads:
         raise UnsupportedArchitectureError(
-            f"Got model type {model.config.model_type!r} without a linear head of {num_labels} outputs named like "
-            "'classifier' or 'score'. Choose a *ForImageClassification or *ForSequenceClassification model."
+            f"Got model type {model.config.model_type!r} without a linear head of {num_labels} outputs, or a "
+            "convolution, named like 'classifier', 'score' or 'class_embed'. Choose a model of transformers for "
+            "classification, token classification, semantic segmentation or object detection."
         )
-    return heads
+    if any(head.endswith(f"{HEAD_LIST}.{getattr(model.config, 'decoder_layers', None)}") for head in heads):
+        raise UnsupportedArchitectureError(
+            f"Got model type {model.config.model_type!r} with two_stage=True, whose heads over all labels also choose "
+            "the queries; expected heads that only answer. Choose such a model without two_stage, or RT-DETR, which "
+            "has a layer of its own for this."
+        )
+    return {head: max(0, outputs[head] - num_labels) for head in heads}
+
+
+def _named_heads(fitting: Sequence[str]) -> list[str]:
+    """The layers of the right number of outputs that have names of heads."""
+    heads = [name for name in fitting if HEAD_NAMES.search(name)]
+    # A projection before the head, which has as many outputs by chance.
+    heads = [h for h in heads if not (h.endswith(".dense") and h.removesuffix("dense") + "out_proj" in heads)]
+    last = {h.rpartition(".")[0]: h for h in heads if h.rpartition(".")[2].isdigit() and HEAD_LIST not in h}
+    return [h for h in heads if last.get(h.rpartition(".")[0], h) == h]
 
 
 def _linear_paths(layers: ModelLayers, name: str, relatives: Sequence[str]) -> list[str] | None:
@@ -114,7 +139,7 @@ def _path(name: str, relative: str) -> str:
 def _feed_forward_site(layers: ModelLayers, name: str) -> FeedForwardSite | None:
     for producers, output in FEED_FORWARD_LAYERS.items():
         paths = _linear_paths(layers, name, (*producers, output))
-        if paths is None:
+        if paths is None or (producers == ("0",) and _path(name, "1") in layers.linear):  # of three layers in a row
             continue
         around = CALLED_IN_CHUNKS.get(producers[0])
         pooled = None if around is None or _path(name, around) not in layers.by_path else _path(name, around)

@@ -60,7 +60,7 @@ def random_inputs(model: PreTrainedModel, samples: int = 4) -> dict[str, Tensor]
 def _images(config: PreTrainedConfig, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
     vision = getattr(config, "vision_config", None) or config
     channels = _first(vision, ("num_channels", "stem_num_channels"), 3)
-    size = _first(vision, ("image_size", "input_size"), None)
+    size = _first(vision, ("image_size", "input_size", "anchor_image_size", "eval_size"), None)
     patches = _first(vision, ("num_patches",), None)
     if size is None and patches is not None:  # images cut into patches beforehand (SigLIP 2)
         side = math.isqrt(patches)
