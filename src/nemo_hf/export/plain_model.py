@@ -65,6 +65,11 @@ def save_plain(  # noqa: D417 - a method of parents and modules
     """
     onnx.check_is_module(module)
     check_finite(module)
+    if module.config.rejection:
+        logger.warning(
+            "Left the calibrated rejection out: a plain model answers with one of the module's labels, whatever it is "
+            "given. Use save_pretrained or export_onnx where it is needed."
+        )
     plain_class = module.config.plain_class
     if getattr(transformers, plain_class.__name__, None) is not plain_class:
         raise UnsupportedArchitectureError(
@@ -110,7 +115,7 @@ def _smallest_plain(
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
     state = zero_padded_state(full, module.sites, site_widths, module.model.state_dict())
     with torch.no_grad(), exact_float32(module) as (exact,):
-        expected = exact(**batch, return_dict=True).logits
+        expected = exact.own_logits(**batch)
         check_outputs(exact, batch, expected, list(module.config.names.values()))
         tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
         for widths in uniform_widths(full, module.sites, state, shapes_of):  # the full width is the last

@@ -1,6 +1,7 @@
 """What the labels of a batch say: targets of the loss, ids of labels, and the groups that samples belong to."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,10 +99,12 @@ def label_ids(targets: Tensor, has_several: bool) -> Tensor:
 def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
     """The loss of a plain model of the same `problem_type`, for labels of every kind that `label_targets` takes."""
     several = model.config.problem_type == SEVERAL_LABELS
-    targets = label_targets(labels, len(model.config.id2label or ()), several).to(logits.device)
+    count = logits.shape[-1]  # a module's configuration may name one more, for inputs that it rejects
+    targets = label_targets(labels, count, several).to(logits.device)
     if targets.ndim == 2 and not several:
         return F.cross_entropy(logits, targets.to(logits.dtype))
-    loss: Tensor = model.loss_function(targets, logits, model.config)
+    about = SimpleNamespace(num_labels=count, problem_type=model.config.problem_type)
+    loss: Tensor = model.loss_function(targets, logits, about)
     return loss
 
 
@@ -115,7 +118,8 @@ def settle_labels(config: Any) -> None:
     ids = sorted(ids) if is_parent else list(ids or [])
     known = base.id2label or {}
     before = {index: str(known.get(label, f"LABEL_{label}")) for index, label in enumerate(ids)}
-    names, by_name = config.names, {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    by_name = {str(name): int(index) for name, index in (vars(config).get("label2id") or {}).items()}
+    names = config.names
     if names == before and by_name not in ({}, _inverse(before)):  # `label2id` alone was changed
         names = {index: name for name, index in by_name.items()}
     if sorted(names) != list(range(len(ids))):
