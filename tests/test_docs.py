@@ -11,6 +11,7 @@ import datasets
 import pytest
 from conftest import LABELS, image_processor, image_samples
 from hub_server import hub as hub
+from PIL import Image
 from saving_helpers import without_drawing
 from stage import stage as stage
 from stage import template as template
@@ -38,7 +39,7 @@ def provided():
         "names": LABELS, "id2label": dict(enumerate(LABELS)), "args": args, "processor": image_processor(),
         "validation_batches": [batch], "inputs": {"pixel_values": batch["pixel_values"]},
         "trainer": nemo_hf.NeMoTrainer(parent, args, eval_dataset=test, processing_class=image_processor()),
-        "module": parent.extract_module(["cat", "dog"]),
+        "module": parent.extract_module(["cat", "dog"]), "images": [Image.new("RGB", (16, 16))],
     }  # fmt: skip
 
 

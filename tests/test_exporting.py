@@ -139,7 +139,7 @@ def test_onnx_gives_logits_and_rejection_scores_for_any_batch(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.onnx", "preprocessor_config.json"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rejection"]["threshold"] == module.config.rejection["threshold"]
-    assert config["id2label"] == {"0": "ship", "1": "dog"}
+    assert config["id2label"] == {"0": "ship", "1": "dog", "2": "none of these"}
     graph = tmp_path / "model.onnx"
     assert str(Path(__file__).parents[1]).encode() not in graph.read_bytes()  # nor where the code lies
     assert not any(node.metadata_props for node in onnx.load(graph).graph.node)

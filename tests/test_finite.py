@@ -21,11 +21,11 @@ from nemo_hf import (
     make_parent,
 )
 from nemo_hf.evaluation.metrics import cohesion_and_coupling
-from nemo_hf.evaluation.rejection import auroc, fit_rejection
 from nemo_hf.evaluation.report import evaluate_module, measure_modularity
 from nemo_hf.models.equivalence import EquivalenceError, check_equivalence
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.models.finiteness import infinite_tensors
+from nemo_hf.models.rejection_calibration import auroc, fit_rejection
 
 NAN, INF = float("nan"), float("inf")
 LABELS = ["cat", "dog"]

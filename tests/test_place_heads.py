@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from conftest import (
     SIZES,
     TEXT,
     logits_of,
-    random_static,
     randomize,
     randomize_relevance,
     tiny,
@@ -22,13 +20,10 @@ from conftest import (
     without,
 )
 from PIL import Image
-from torch.nn import functional as F
-from training_helpers import arguments
 from transformers import (
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     AutoModelForTokenClassification,
-    Trainer,
     pipeline,
 )
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
@@ -38,12 +33,7 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 
 from nemo_hf import (
     NeMoConfig,
-    NeMoTrainer,
     UnsupportedArchitectureError,
-    calibrate_rejection,
-    compose,
-    compute_relevance,
-    evaluate_module,
     make_parent,
 )
 
@@ -59,16 +49,36 @@ BACKBONE = {
 HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 DETR = {**BACKBONE, **HEADS, "encoder_layers": 1, "decoder_layers": 2}
 RT_DETR = {
-    **{**HEADS, "encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "encoder_hidden_dim": 32, "num_queries": 9},
-    **{"encoder_in_channels": [16] * 3, "decoder_in_channels": [32] * 3, "decoder_n_points": 2, "num_denoising": 0},
+    **HEADS,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "num_queries": 9,
+    "encoder_in_channels": [16] * 3,
+    "decoder_in_channels": [32] * 3,
+    "decoder_n_points": 2,
+    "num_denoising": 0,
 }
 SEGFORMER = {
-    **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [3, 3]},
-    **{"strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "decoder_hidden_size": 24},
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [16, 32],
+    "patch_sizes": [3, 3],
+    "strides": [4, 2],
+    "num_attention_heads": [2, 4],
+    "mlp_ratios": [2, 2],
+    "decoder_hidden_size": 24,
 }
 MOBILEVIT = {
-    **{"image_size": 32, "patch_size": 2, "hidden_sizes": [16] * 3, "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 24]},
-    **{"num_attention_heads": 2, "aspp_out_channels": 16, "atrous_rates": [2, 2, 2]},
+    "image_size": 32,
+    "patch_size": 2,
+    "hidden_sizes": [16] * 3,
+    "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 24],
+    "num_attention_heads": 2,
+    "aspp_out_channels": 16,
+    "atrous_rates": [2, 2, 2],
 }
 BEIT = {**IMAGE, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": [1, 2], "auxiliary_channels": 8}
 DISTILBERT = {"vocab_size": 120, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from nemo_hf import NeMoTrainer, calibrate_rejection, evaluate_module
-from nemo_hf.evaluation.rejection import auroc, fit_rejection, own_samples
 from nemo_hf.models.rejection import energy, rejection_scores
+from nemo_hf.models.rejection_calibration import auroc, fit_rejection, own_samples
 
 
 def data(count=60, batch=16, labels=range(5)):
@@ -117,14 +117,16 @@ def test_a_calibrated_module_has_scores_that_survive_files_and_a_report(parent, 
     assert module.config.rejection == found
     output = module(batch["pixel_values"])
     scores = output.rejection_scores
-    assert torch.allclose(scores, rejection_scores(energy(output.logits), found))
+    assert torch.allclose(scores, rejection_scores(energy(output.logits[:, : len(labels)]), found))
     module.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded(batch["pixel_values"]).rejection_scores, scores)
     after = evaluate_module(parent, labels, data(), module, show_progress=False).rejection
     own = own_samples(module, batch["labels"])
     assert before == {"auroc": after["auroc"], "accepted": None, "rejected": None}
-    assert after["auroc"] == pytest.approx(auroc(energy(output.logits), own), abs=1e-6)
+    assert after["auroc"] == pytest.approx(
+        auroc(energy(module.own_logits(pixel_values=batch["pixel_values"])), own), abs=1e-6
+    )
     assert after["accepted"] == pytest.approx((scores <= found["threshold"])[own].float().mean().item())
     assert after["rejected"] == pytest.approx((scores > found["threshold"])[~own].float().mean().item())
 
@@ -138,7 +140,7 @@ def test_trainers_of_modules_ignore_the_scores_and_fine_tuning_drops_them(parent
     trainer = Trainer(module, args, train_dataset=own, eval_dataset=own,
                       compute_metrics=lambda p: shapes.append(p.predictions.shape) or {})  # fmt: skip
     trainer.evaluate()
-    assert shapes == [(16, 2)]
+    assert shapes == [(16, 3)]  # with the answer to inputs that are rejected
     assert module.config.rejection is not None
     trainer.train()
     trainer.save_model(str(tmp_path))

@@ -12,12 +12,12 @@ from .auto_classes import (
     NeMoForTokenClassification,
 )
 from .config import NeMoConfig
-from .evaluation.rejection import calibrate_rejection
 from .evaluation.report import ModuleReport, evaluate_module
 from .models.composition import compose
 from .models.configuration import NeMoModelConfig
 from .models.equivalence import EquivalenceError
 from .models.pruning_modes import make_parent
+from .models.rejection_calibration import calibrate_rejection
 from .neurons.proposals import propose_sites
 from .neurons.sites import UnsupportedArchitectureError
 from .training.losses import nemo_loss

@@ -1,1 +1,1 @@
-"""Measures modules: report, metrics, latency, rejection."""
+"""Measures modules: report, metrics, latency."""

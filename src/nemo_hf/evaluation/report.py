@@ -17,11 +17,11 @@ from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import check_answers_once, group_indices, sample_groups
 from nemo_hf.models.rejection import energy, rejection_scores
+from nemo_hf.models.rejection_calibration import auroc, own_samples
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
 from .metrics import LibraryMetrics, MetricLike, cohesion_and_coupling
-from .rejection import auroc, own_samples
 
 RANDOM_DRAWS = 5
 
@@ -214,7 +214,7 @@ def _collect_answers(
     answers: dict[str, list[Tensor]] = {name: [] for name in ("module", "parent", *masks)}
     right, energies, is_own = [], [], []
     for inputs, labels, numbers in labelled_batches(parent, batches):
-        logits = module(**inputs, return_dict=True).logits
+        logits = module.own_logits(**inputs)
         check_outputs(module, inputs, logits, names, numbers)
         own = own_samples(module, labels)
         energies.append(energy(logits, has_several).cpu())

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nemo_hf.models.atomic_writes import replaced_directory
-from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.base import NeMoOutput, NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.finiteness import check_finite, check_outputs
@@ -25,7 +25,7 @@ from nemo_hf.models.head_outputs import answers
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.models.privacy import clean
-from nemo_hf.models.rejection import energy, rejection_scores
+from nemo_hf.models.rejection import add_rejection
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -45,7 +45,7 @@ class OnnxExport:
     """What `export_onnx` wrote."""
 
     inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
-    outputs: list[str]  # "logits", of detectors "pred_boxes", and of calibrated modules "rejection_scores", (batch,)
+    outputs: list[str]  # "logits", of detectors "pred_boxes", and of calibrated modules "rejection_scores"
     difference: float  # largest between onnxruntime's outputs and the module's, in float32
     tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
 
@@ -90,8 +90,9 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
     """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
 
     The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in float32.
-    A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold. Torch traces
-    the model for the whole process: other threads must not call any model meanwhile, but may export too.
+    A calibrated module gives `rejection_scores` too, and `rejection` in `config.json` holds the threshold; with a
+    `rejected_label`, logits and labels have one more. Torch traces the model for the whole process: other threads must
+    not call any model meanwhile, but may export too.
 
     Args:
         directory: Where to; appears whole or not at all.
@@ -137,6 +138,9 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
     _check_place(Path(directory), config)
     if module.config.rejection:
         config.rejection = dict(module.config.rejection)
+        config.id2label, config.label2id = module.config.id2label, module.config.label2id
+        if "num_labels" in config.to_dict():
+            config.num_labels = len(config.id2label)
     with replaced_directory(directory, stale=(f"{ONNX_NAME}*",)) as temporary:
         _trace(exact, inputs, free, outputs, temporary / ONNX_NAME)
         difference, tolerance = _check_onnx(exact, inputs, free, outputs, temporary / ONNX_NAME)
@@ -255,12 +259,16 @@ def _check_onnx(
     for batch in _batches(inputs, free):
         with torch.no_grad():
             answered = module(**batch)
-        check_outputs(module, batch, answers(answered), list(module.config.names.values()))
+        check_outputs(module, batch, answers(answered), list(module.config.id2label.values()))
         got = dict(zip(outputs, runner(**batch), strict=True))
         expected = {name: answered[name] for name in outputs if name != "rejection_scores"}
         if "rejection_scores" in got:  # of the file's logits, since a steep fit magnifies how these differ
-            energies = energy(got["logits"], module.config.has_several_labels)
-            expected["rejection_scores"] = rejection_scores(energies, module.config.rejection or {})
+            own: Any = NeMoOutput(logits=got["logits"][:, : module.num_labels])
+            add_rejection(own, module.config, is_in_eval=True)
+            expected["rejection_scores"] = own.rejection_scores
+            expected["logits"] = torch.cat(
+                [answered.logits[:, : module.num_labels], own.logits[:, module.num_labels :]], -1
+            )
         for name, right in expected.items():
             difference = (got[name] - right).abs().max().item()
             tolerance = ONNX_TOLERANCE * max(1.0, right.abs().max().item())

@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, time_runs
 from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
+from nemo_hf.models.configuration import PLACE_TASKS
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_float32
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.head_outputs import answers, difference
@@ -66,6 +67,11 @@ def save_plain(  # noqa: D417 - a method of parents and modules
     """
     onnx.check_is_module(module)
     check_finite(module)
+    if module.config.rejection:
+        logger.warning(
+            "Left the calibrated rejection out: a plain model answers with one of the module's labels, whatever it is "
+            "given. Use save_pretrained or export_onnx where it is needed."
+        )
     plain_class = module.config.plain_class
     if getattr(transformers, plain_class.__name__, None) is not plain_class:
         raise UnsupportedArchitectureError(
@@ -111,7 +117,7 @@ def _smallest_plain(
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
     state = zero_padded_state(full, module.sites, site_widths, module.model.state_dict())
     with torch.no_grad(), exact_float32(module) as (exact,):
-        expected = answers(exact(**batch, return_dict=True))
+        expected = answers(exact(**batch, return_dict=True)) if exact.task in PLACE_TASKS else exact.own_logits(**batch)
         check_outputs(exact, batch, expected, list(module.config.names.values()))
         tolerance = EQUIVALENCE_TOLERANCE * max(1.0, expected.abs().max().item())
         for widths in uniform_widths(full, module.sites, state, shapes_of):  # the full width is the last

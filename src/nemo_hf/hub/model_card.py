@@ -66,6 +66,7 @@ class CardFacts:
     round_to: int | None = None  # module: widths were filled up to multiples of it
     equivalence: Mapping[str, Any] | None = None  # result of the equivalence check
     rejection: Mapping[str, Any] | None = None  # module: what `calibrate_rejection` found
+    rejected_label: str | None = None  # module: name of the output that stands for none of its labels
     is_tuned: bool = False  # module: whether it was trained further since it was cut
     report: Mapping[str, Any] | None = None  # module: of `ModuleReport.to_dict`; otherwise `metrics` by name
     training: Mapping[str, Any] | None = None  # of `provenance.training_record`

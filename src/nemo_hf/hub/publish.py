@@ -16,7 +16,6 @@ from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import evaluate_module
 from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.models.atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
@@ -25,6 +24,7 @@ from nemo_hf.models.composed_model import NeMoComposedModel
 from nemo_hf.models.extraction import extract_module, make_plan
 from nemo_hf.models.files import REPORT_NAME
 from nemo_hf.models.privacy import clean, is_repository
+from nemo_hf.models.rejection_calibration import calibrate_rejection
 from nemo_hf.models.save_identity import bare_report, write_report
 
 from .model_card import CardFacts, license_of, own_text, render_model_card
@@ -37,7 +37,8 @@ NAME_LENGTH = 60  # of a module's repository
 STALE = [*STALE_WEIGHTS, "training_args.bin", REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]
 """Files of an older push that are deleted unless they are pushed again; the last is code that version 0.1.0 wrote."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
-TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "is_tuned", "training")
+TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "rejected_label",
+              "is_tuned", "training")  # fmt: skip
 """Entries of a configuration that are facts of the card by the same name."""
 
 Publishable = NeMoPreTrainedModel | NeMoComposedModel

@@ -24,7 +24,7 @@ from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resiz
 from .config_checks import damaged
 from .configuration import PLACE_TASKS, NeMoModelConfig, task_of
 from .labels import place_labels, settle_labels, task_loss
-from .rejection import energy, rejection_scores
+from .rejection import add_rejection
 from .saved_model import SavedModel
 
 _RESULTS = threading.RLock()  # held while results are compared with the weights that they belong to
@@ -39,7 +39,8 @@ class NeMoOutput(ModelOutput):
     `loss`, `hidden_states` and `attentions` are as in `transformers`, and so is what detectors add, as `pred_boxes`.
     `neuron_masks`, of parents in training or on request, maps site keys to soft masks, shape (batch, calls, neurons).
     `rejection_scores`, of modules that `calibrate_rejection` prepared, are the chances that the inputs have none of the
-    module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected.
+    module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected. In eval mode the
+    logits of these modules end with one for `config.rejected_label`, unless that is `None`: see docs/rejection.md.
     """
 
     loss: Tensor | None = None
@@ -186,7 +187,7 @@ class NeMoPreTrainedModel(SavedModel):
             if site.kind == "attention" and is_empty and not self.config.is_tuned:
                 close_attention(self.model, site)
         for head, others in self.heads.items():
-            resize_layer(self.model, head, outputs=(self.config.num_labels or 0) + others)
+            resize_layer(self.model, head, outputs=self.num_labels + others)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -211,7 +212,7 @@ class NeMoPreTrainedModel(SavedModel):
 
     @property
     def num_labels(self) -> int:
-        """Number of logits."""
+        """Number of labels, without a `rejected_label`."""
         return len(self.config.names)
 
     @property
@@ -366,12 +367,16 @@ class NeMoPreTrainedModel(SavedModel):
         for name in [name for name in outputs if is_detector or name.endswith(("_hidden_states", "_attentions"))]:
             result[name] = outputs[name]
         result.neuron_masks = {key: torch.stack(calls, 1) for key, calls in collected.items()} or None
-        if fit := self.config.rejection:  # read once: another thread may find that it is stale
-            result.rejection_scores = rejection_scores(energy(outputs.logits, self.config.has_several_labels), fit)
+        add_rejection(result, self.config, not self.training)
         return result
 
+    def own_logits(self, **inputs: Any) -> Tensor:
+        """Logits of the model's own labels, without that of a `rejected_label`: (batch, labels)."""
+        logits: Tensor = self(**inputs, return_dict=True).logits
+        return logits[..., : self.num_labels]
+
     def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        if self.config.num_labels == 1 and not self.config.has_several_labels:
+        if self.num_labels == 1 and not self.config.has_several_labels:
             raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
         loss: Tensor | None = outputs.get("loss")
         return task_loss(self, outputs.logits, labels) if loss is None else loss

@@ -4,8 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups, resolve_labels
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
-from nemo_hf.neurons.trial_calls import evaluating, on_device
+from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.pruning.budget import masked_weights, plan_budget
 from nemo_hf.pruning.head_bases import change_query_key, change_value, query_key_basis, value_basis
 from nemo_hf.pruning.layer_edits import layer_weight, scale_inputs, scale_rows
@@ -28,11 +27,10 @@ from nemo_hf.pruning.scores import activity_scores
 from nemo_hf.pruning.statistics import SiteStatistics, measure_sites
 
 from .attach import attach_masks
-from .calibration import read_calibration
 from .base import NeMoPreTrainedModel
-from .equivalence import EQUIVALENCE_TOLERANCE, exact_float32, sharing_copy
-from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
-from .loading import PROCESS_SETTINGS
+from .calibration import read_calibration
+from .equivalence import sharing_copy
+from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor
 from .plain_checks import label_names
 from .pruning_modes import make_parent
 
@@ -212,10 +210,16 @@ def reconstruct_module(
     reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
     errors = reconstruction.run(on_layer=lambda path: advance("Reconstructing"))
     after = distance(module, source, task.label_ids)
-    report: dict[str, Any] = {"distance": after, "raw_distance": raw, "layers": {p: asdict(e) for p, e in errors.items()}}
+    report: dict[str, Any] = {
+        "distance": after,
+        "raw_distance": raw,
+        "layers": {p: asdict(e) for p, e in errors.items()},
+    }
     if not after <= raw:
         module.model.load_state_dict(state)
-        report |= {"refused": f"the module's answers would differ from the source's by {after:.2g} instead of {raw:.2g}"}
+        report |= {
+            "refused": f"the module's answers would differ from the source's by {after:.2g} instead of {raw:.2g}"
+        }
         logger.warning("The module is not reconstructed: %s. Pass more calibration samples.", report["refused"])
     return report
 
@@ -273,6 +277,7 @@ def extract_module(
                 part.append({name: value[chosen] for name, value in inputs.items()})
     retentions = list(retention) if isinstance(retention, Sequence) else [retention]
     with tqdm(disable=not show_progress) as bar:
+
         def advance(phase: str) -> None:
             bar.set_description(phase)
             bar.update()

@@ -117,7 +117,7 @@ class NeMoComposedModel(SavedModel):
 
     def part_logits(self, **inputs: Any) -> Tensor:
         """Returns the modules' own logits one after another, as they are: shape (batch, labels)."""
-        return torch.cat([part(**inputs, return_dict=True).logits for part in self.parts], -1)
+        return torch.cat([part.own_logits(**inputs) for part in self.parts], -1)
 
     def join(self, logits: Tensor) -> Tensor:
         """Scales and orders what `part_logits` returned, in float32."""

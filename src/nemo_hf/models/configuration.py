@@ -16,7 +16,7 @@ from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.pruning.plan import LARGEST_MULTIPLE
 
 from . import config_checks as checks
-from .label_options import check_label_options
+from .label_options import check_label_options, check_rejected_label
 from .privacy import LOADERS, ORIGINS, clean
 
 # For each task, what names of its classes have in them, and the classes that its Auto class knows.
@@ -33,6 +33,7 @@ PLACE_TASKS = ("token-classification", "image-segmentation", "object-detection")
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
 LOADING_OPTIONS = MODEL_OPTIONS | {"verify_files"}
+NAMED_LABELS = ("id2label", "label2id")
 # Attributes of any configuration that the plain model's alone holds, with their defaults.
 BASE_ATTRIBUTES = {"output_hidden_states": False, "_output_attentions": False, "chunk_size_feed_forward": 0,
                    "is_encoder_decoder": False}  # fmt: skip
@@ -57,6 +58,7 @@ class SavedConfig(PreTrainedConfig):
         for what is unused, they are refused, except beside `labels`, which a pipeline passes here as well.
         """
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        chosen = {n: kwargs.pop(n) for n in ("rejected_label",) if n in kwargs and n in own}
         passed = {name: kwargs.pop(name) for name in (own - {"base_config"}) | LOADING_OPTIONS if name in kwargs}
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         if not wants_unused and (refused := sorted(passed.keys() - (LOADING_OPTIONS if "labels" in passed else set()))):
@@ -89,7 +91,9 @@ class SavedConfig(PreTrainedConfig):
                 raise
             got = f"a config.json that makes no configuration ({type(error).__name__}: {str(error)[:500]})"
             raise checks.damaged(got, f"that of {cls.describes}") from error
-        given = {name: value for name, value in kwargs.items() if name not in unused}
+        if chosen:
+            config.set_rejected_label(chosen["rejected_label"])
+        given = chosen | {name: value for name, value in kwargs.items() if name not in unused}
         config._as_read = (_text(said), given, _text(config.to_dict()))
         return (config, {**unused, **passed}) if wants_unused else config
 
@@ -138,6 +142,8 @@ class NeMoModelConfig(SavedConfig):
         equivalence: Result of the last equivalence check, or `None`.
         id2label: Label names by id; `label2id` and `problem_type` likewise as in `transformers`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
+        rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
+            `id2label` and `label2id` then show after its own; `None` for no such label.
         is_tuned: Module: whether it was trained further since it was cut.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
@@ -167,6 +173,7 @@ class NeMoModelConfig(SavedConfig):
     retained_neurons: float | int | None = validated_field(checks.within(0, 1), default=None)
     equivalence: dict[str, Any] | None = validated_field(checks.holds(checks.EQUIVALENCE), default=None)
     rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
+    rejected_label: str | None = None
     is_tuned: bool = False
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
@@ -183,7 +190,11 @@ class NeMoModelConfig(SavedConfig):
     def __getattribute__(self, name: str) -> Any:
         if name in BASE_ATTRIBUTES and (base := super().__getattribute__("_base_with")(name)) is not None:
             return getattr(base, name)
-        return super().__getattribute__(name)
+        value = super().__getattribute__(name)
+        if name in NAMED_LABELS and value and self.shows_rejected:
+            added = (len(value), self.rejected_label)
+            return {**value, **dict([added if name == "id2label" else added[::-1]])}
+        return value
 
     def __getattr__(self, name: str) -> Any:
         if (base := self._base_with(name)) is not None:
@@ -191,6 +202,8 @@ class NeMoModelConfig(SavedConfig):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in NAMED_LABELS and value and self.shows_rejected:
+            value = self._without_rejected(name, value)
         if (base := self._base_with(name)) is not None:
             setattr(base, name, value)
         else:
@@ -204,6 +217,30 @@ class NeMoModelConfig(SavedConfig):
         # What chooses code or weights to load is nothing that a file hands on.
         is_own = name in self.__dict__ or hasattr(type(self), name) or name in ("auto_map", *checks.LOADING_KEYS)
         return None if base is None or is_own or name.startswith("_") or not hasattr(base, name) else base
+
+    @property
+    def shows_rejected(self) -> bool:
+        """Whether `id2label` has a last name, for inputs that the module rejects."""
+        own = self.__dict__
+        return own.get("rejected_label") is not None and bool(own.get("rejection")) and "_post_init_done" in own
+
+    def _without_rejected(self, name: str, value: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """Takes the last label out of names and ids like those that are shown; `id2label` may rename it."""
+        last = str(len(self.names))
+        if len(value) == len(self.names) + 1 and name == "id2label":
+            self.rejected_label = next((str(label) for index, label in value.items() if str(index) == last), None)
+        places = {key: str(key if name == "id2label" else entry) for key, entry in value.items()}
+        return {key: entry for key, entry in value.items() if places[key] != last}
+
+    def set_rejected_label(self, label: str | None) -> None:
+        """Names the answer to inputs that a calibrated module rejects; `None` for no such label."""
+        if label is not None and not self.rejection:
+            raise ValueError(
+                f"Got rejected_label={label!r} for a {self.role} without calibrated rejection; expected a "
+                "calibrated module. Call nemo_hf.calibrate_rejection(module, batches) with validation data first."
+            )
+        check_rejected_label(label, self.names.values())
+        self.rejected_label = label
 
     def validate_architecture(self) -> None:
         """Checks nothing: the plain model's configuration, whose attributes are read here, checks itself."""
@@ -225,8 +262,8 @@ class NeMoModelConfig(SavedConfig):
 
     @property
     def names(self) -> dict[int, str]:
-        """Label names by id."""
-        return {int(index): str(name) for index, name in (self.id2label or {}).items()}
+        """Label names by id, without the `rejected_label`."""
+        return {int(index): str(name) for index, name in (self.__dict__.get("id2label") or {}).items()}
 
     @property
     def groups(self) -> dict[str, list[int]]:
@@ -254,6 +291,8 @@ class NeMoModelConfig(SavedConfig):
                 f"registered. Run before: AutoConfig.register({base['model_type']!r}, ...) and the register of its "
                 "Auto class, such as AutoModelForImageClassification.register(...)."
             )
+        names = config_dict.get("id2label")
+        check_rejected_label(config_dict.get("rejected_label"), list(names.values()) if isinstance(names, dict) else [])
         options = config_dict.get("nemo_config")
         try:
             NeMoConfig.from_dict(options if isinstance(options, Mapping) else {})

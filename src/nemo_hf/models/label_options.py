@@ -1,6 +1,6 @@
 """Checks of the labels that are asked for while a model is loaded: they rename those that it has."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
@@ -40,4 +40,14 @@ def check_label_ids(id2label: Any) -> None:
         raise ValueError(
             f"Got id2label with {got}; expected names by the ids 0 to {last}, the places of the logits. Number them "
             "from 0, in id2label, label2id and the data alike."
+        )
+
+
+def check_rejected_label(label: Any, names: Collection[str]) -> None:
+    """Refuses what can't name the answer to inputs with none of a module's labels, which are called `names`."""
+    is_name = isinstance(label, str) and label.strip() and label.isprintable() and label not in names
+    if label is not None and not is_name:
+        raise ValueError(
+            f"Got rejected_label={str(label)[:120]!r} for a module of {list(names)[:12]}; expected another name of one "
+            "line, such as 'none of these', or None for no such label. Choose one that no label has."
         )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -126,10 +127,12 @@ def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
     if logits.ndim == 3:  # of tokens, checked by `place_labels`
         return F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), ignore_index=IGNORED)
     several = model.config.problem_type == SEVERAL_LABELS
-    targets = label_targets(labels, len(model.config.id2label or ()), several).to(logits.device)
+    count = logits.shape[-1]  # a module's configuration may name one more, for inputs that it rejects
+    targets = label_targets(labels, count, several).to(logits.device)
     if targets.ndim == 2 and not several:
         return F.cross_entropy(logits, targets.to(logits.dtype))
-    loss: Tensor = model.loss_function(targets, logits, model.config)
+    about = SimpleNamespace(num_labels=count, problem_type=model.config.problem_type)
+    loss: Tensor = model.loss_function(targets, logits, about)
     return loss
 
 
@@ -145,6 +148,8 @@ def check_label_numbers(names: Sequence[str], column: str, id2label: Mapping[int
                 f"Got data whose column {column!r} calls the label {index} {name!r}, which is {known[name]} in the "
                 f"model; expected the same ids in both. {do}"
             )
+
+
 def check_answers_once(model: Any, what: str) -> None:
     """Refuses models that answer at many places of a sample where one answer a sample is counted (`ValueError`)."""
     task = model.task
@@ -180,7 +185,8 @@ def settle_labels(config: Any) -> None:
     ids = sorted(ids) if is_parent else list(ids or [])
     known = base.id2label or {}
     before = {index: str(known.get(label, f"LABEL_{label}")) for index, label in enumerate(ids)}
-    names, by_name = config.names, {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    by_name = {str(name): int(index) for name, index in (vars(config).get("label2id") or {}).items()}
+    names = config.names
     if names == before and by_name not in ({}, _inverse(before)):  # `label2id` alone was changed
         names = {index: name for name, index in by_name.items()}
     if sorted(names) != list(range(len(ids))):

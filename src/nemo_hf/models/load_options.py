@@ -41,6 +41,8 @@ def open_configured(
     if isinstance(given, kind):
         config = _given_config(given, said)
         saved = config if is_as_read(config, said) else kind.from_dict(said)
+        if "rejected_label" in kwargs and isinstance(config, NeMoModelConfig):  # a pipeline passes it here as well
+            config.set_rejected_label(kwargs.pop("rejected_label"))
     elif isinstance(given, PreTrainedConfig):
         raise TypeError(
             f"Got a {type(given).__name__} as config; expected a {kind.__name__}. Load it with "
@@ -87,7 +89,7 @@ def _given_config(given: SavedConfig, data: dict[str, Any]) -> Any:
         given = read_again(given, data)
     if isinstance(given, NeMoModelConfig):
         labels = given.label_ids or [label for members in given.groups.values() for label in members]
-        check_label_options({"id2label": given.id2label}, len(labels), given.role)
+        check_label_options({"id2label": vars(given)["id2label"]}, len(labels), given.role)
     return deepcopy(given)
 
 

@@ -15,11 +15,12 @@ from transformers.trainer_utils import TrainOutput
 
 from nemo_hf.auto_classes import NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.rejection import calibrate_rejection
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.publish import CardOptions
 from nemo_hf.models.finiteness import check_finite, check_training
 from nemo_hf.models.pruning_modes import make_parent
+from nemo_hf.models.rejection import REJECTED_LABEL
+from nemo_hf.models.rejection_calibration import calibrate_rejection
 from nemo_hf.neurons.masks import NeuronMasks
 
 from . import data, distributed, hub_pushes
@@ -328,11 +329,15 @@ class NeMoTrainer(Trainer):
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
-        self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95
+        self,
+        module: NeMoClassifier,
+        eval_dataset: Any = None,
+        accepted: float = 0.95,
+        rejected_label: str | None = REJECTED_LABEL,
     ) -> dict[str, float]:
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
         batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
-        return calibrate_rejection(module, batches, accepted, show_progress=not self.args.disable_tqdm)
+        return calibrate_rejection(module, batches, accepted, not self.args.disable_tqdm, rejected_label)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

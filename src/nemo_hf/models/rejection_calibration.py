@@ -2,19 +2,24 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.batches import labelled_batches
-from nemo_hf.models.equivalence import as_saved
-from nemo_hf.models.finiteness import check_finite, check_outputs
-from nemo_hf.models.rejection import energy, rejection_scores
+from nemo_hf.neurons.trial_calls import evaluating, on_device
+
+from .base import NeMoPreTrainedModel
+from .batches import labelled_batches
+from .configuration import SEVERAL_LABELS
+from .equivalence import as_saved
+from .finiteness import check_finite, check_outputs
+from .label_options import check_rejected_label
+from .rejection import REJECTED_LABEL, energy, rejection_scores
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +38,19 @@ def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
     return torch.isin(labels, own) if labels.ndim == 1 else labels[:, own].any(-1)
 
 
-@torch.no_grad()
 def calibrate_rejection(
     module: NeMoPreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
     accepted: float = 0.95,
     show_progress: bool = True,
+    rejected_label: str | None = REJECTED_LABEL,
 ) -> dict[str, float]:
     """Calibrates how likely an input has none of a module's labels, and chooses the score above which it is rejected.
 
-    From then on the module's output has `rejection_scores`; `config.rejection` holds the fit and is saved with
-    the module. The scores come from the energy of the logits, so that a module of one label has them too.
+    From then on the module's output has `rejection_scores`, and in eval mode its logits have one more, which is the
+    largest just where the score is over the threshold: so pipelines, and all else that takes the largest logit, answer
+    `rejected_label`. `config.rejection` and `config.rejected_label` hold this and are saved with the module. The scores
+    come from the energy of the logits, so that a module of one label has them too.
 
     Args:
         module: The module.
@@ -51,14 +58,15 @@ def calibrate_rejection(
             module's labels and of others.
         accepted: Share of the module's own samples, in (0, 1), that is to be accepted.
         show_progress: Whether to show a progress bar.
+        rejected_label: Name of the answer to inputs that are rejected; `None` leaves logits and labels as they are.
 
     Returns:
         `weight` and `bias` of the score, its `threshold`, and the shares of own samples `accepted` and of others
         `rejected` at that threshold on these data.
 
     Raises:
-        ValueError: If `module` is a parent, `accepted` is out of range, samples of one kind are missing, a label is
-            none of the parent's, or weights or logits are not finite.
+        ValueError: If `module` is a parent, `accepted` is out of range, `rejected_label` is one of its labels, samples
+            of one kind are missing, a label is none of the parent's, or weights or logits are not finite.
 
     References:
         Energy as in arXiv 2010.03759, calibrated by logistic regression.
@@ -69,29 +77,75 @@ def calibrate_rejection(
         raise ValueError(
             f"Got accepted={accepted!r}; expected a share of the module's samples in (0, 1), such as 0.95."
         )
-    check_finite(module)
-    found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-    with as_saved(module) as (saved,):
-        batches = tqdm(batches, desc="Rejection", disable=not show_progress)
-        for inputs, labels, numbers in labelled_batches(module, batches):
-            logits = saved(**inputs, return_dict=True).logits
-            check_outputs(module, inputs, logits, list(module.config.names.values()), numbers)
-            found.append(energy(logits, module.config.has_several_labels).cpu())
-            owned.append(own_samples(module, labels).cpu())
-    energies, is_own = torch.cat(found), torch.cat(owned)
+    check_rejected_label(rejected_label, module.config.names.values())
+    energies, is_own = _energies(module, tqdm(batches, desc="Rejection", disable=not show_progress))
     if not bool(is_own.any()) or bool(is_own.all()):
         raise ValueError(
             f"Got {int(is_own.sum())} samples with the module's labels {module.config.label_ids} and "
             f"{int((~is_own).sum())} others; expected some of both. Pass the parent's whole validation data."
         )
-    module.config.rejection = fit_rejection(energies, is_own, accepted)
-    if module.config.rejection["weight"] <= 0:
+    return _calibrated(module, energies, is_own, accepted, rejected_label)
+
+
+def calibrate_on_samples(
+    module: NeMoPreTrainedModel,
+    samples: Iterable[tuple[Mapping[str, Any], Tensor | None]],
+    source: PreTrainedModel | None = None,
+    accepted: float = 0.95,
+    rejected_label: str | None = REJECTED_LABEL,
+) -> dict[str, float] | None:
+    """Does what `calibrate_rejection` does on calibration samples, where some have the module's labels and others not.
+
+    `samples` are pairs of model inputs and labels, ids of the source's; where a pair has none, those that `source`
+    answers count. Returns `None`, and changes nothing, where own or other samples are missing, or there are no labels.
+    """
+    energies, is_own = _energies(module, _labelled(samples, source))
+    is_possible = bool(is_own.any()) and not bool(is_own.all())
+    return _calibrated(module, energies, is_own, accepted, rejected_label) if is_possible else None
+
+
+def _labelled(
+    samples: Iterable[tuple[Mapping[str, Any], Tensor | None]], source: PreTrainedModel | None
+) -> Iterator[dict[str, Any]]:
+    """Batches with labels, those that the source answers where none are given; without a source such are left out."""
+    for inputs, labels in samples:
+        if labels is None and source is not None:
+            with evaluating(source):
+                logits = source(**on_device(source, inputs), return_dict=True).logits
+            has_several = source.config.problem_type == SEVERAL_LABELS
+            labels = (logits > 0).long() if has_several else logits.argmax(-1)
+        if labels is not None:
+            yield {**inputs, "labels": labels}
+
+
+@torch.no_grad()
+def _energies(module: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Energies of samples that have a label, and which of them have one of the module's: both (samples,)."""
+    check_finite(module)
+    found, owned = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    with as_saved(module) as (saved,):
+        for inputs, labels, numbers in labelled_batches(module, batches):
+            logits = saved.own_logits(**inputs)
+            check_outputs(module, inputs, logits, list(module.config.names.values()), numbers)
+            found.append(energy(logits, module.config.has_several_labels).cpu())
+            owned.append(own_samples(module, labels).cpu())
+    return torch.cat(found), torch.cat(owned)
+
+
+def _calibrated(
+    module: NeMoPreTrainedModel, energies: Tensor, is_own: Tensor, accepted: float, rejected_label: str | None
+) -> dict[str, float]:
+    """Fits a module's rejection and keeps it in the configuration."""
+    found = fit_rejection(energies, is_own, accepted)
+    module.config.rejection = found
+    module.config.set_rejected_label(rejected_label)
+    if found["weight"] <= 0:
         logger.warning(
             "Got samples with the module's labels %s whose energies are no higher than those of others (AUROC %.2f), "
             "so rejection_scores don't tell them apart as they should. Check the labels of the data, or train longer.",
             *(module.config.label_ids, auroc(energies, is_own)),
         )
-    return module.config.rejection
+    return found
 
 
 def fit_rejection(energies: Tensor, is_own: Tensor, accepted: float) -> dict[str, float]:
