@@ -1,184 +1,280 @@
 """Cuts modules of any classifier on calibration samples: scores of its neurons, a cut, and reconstruction."""
 
-import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups, resolve_labels
-from nemo_hf.neurons.sites import AttentionSite, NeuronSite
+from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.pruning.budget import masked_weights, plan_budget
-from nemo_hf.pruning.head_bases import change_query_key, change_value, query_key_basis, value_basis
-from nemo_hf.pruning.layer_edits import layer_weight, scale_inputs, scale_rows
-from nemo_hf.pruning.plan import module_masks, retained_neurons, static_masks
+from nemo_hf.pruning.plan import retained_neurons, static_masks
 from nemo_hf.pruning.reconstruct import Reconstruction
-from nemo_hf.pruning.scores import activity_scores
-from nemo_hf.pruning.statistics import SiteStatistics, measure_sites
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .calibration import read_calibration
-from .equivalence import sharing_copy
-from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor
-from .plain_checks import label_names
-from .pruning_modes import make_parent
+from .calibration import Calibration, read_calibration
+from .cut_source import Advance, CutTask, Inputs, Score, Source, check_calibrated, plain_source, prepare_source
+from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
+from .extraction import extract_module as cut_by_relevance
+from .finiteness import check_finite
+from .head_outputs import answers, labels_last
+from .plain_checks import check_built
+from .processors import own_processor
+from .refine import refine_module
+from .rejection_calibration import calibrate_on_samples
+from .vocabulary import shorten_positions, shrink_vocabulary
 
 logger = logging.getLogger(__name__)
 
 Keep = Mapping[str, Mapping[str, Tensor]]
-Inputs = dict[str, Any]
-Advance = Callable[[str], None]  # says which phase a step belonged to
-Score = Literal["activity", "fisher", "magnitude", "relevance"]
+Pair = tuple[Inputs, Tensor | None]
 TRIAL_SAMPLES = 4
-BASIS_TOLERANCE = 1e-4  # of the largest logit: weights are rounded once more
+RETENTION = 0.2
+SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
+HELD_OUT = 3  # one sample of so many measures the loss, where no others are given for that
 
-_SITES: "WeakKeyDictionary[PreTrainedModel, tuple[Any, list[NeuronSite]]]" = WeakKeyDictionary()
+
+def extract_module(
+    model: PreTrainedModel,
+    labels: LabelLike | Sequence[LabelLike],
+    calibration: Any = None,
+    retention: float | Sequence[float] | None = None,
+    *,
+    processing_class: Any = None,
+    max_loss: float | None = None,
+    validation: Any = None,
+    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
+    nemo_config: NeMoConfig | None = None,
+    scores: Score = "activity",
+    reconstruct: bool = True,
+    refine_epochs: int = 0,
+    vocabulary: str | None = None,
+    max_positions: int | None = None,
+    rejection: bool = True,
+    max_samples: int = 1000,
+    batch_size: int = 32,
+    show_progress: bool = True,
+) -> Any:
+    """Cuts a small stand-alone module for some labels out of a trained classifier, without training.
+
+    Neurons are scored by what they do on calibration samples; those of the highest scores stay. The cut is checked: the
+    module's logits equal the model's with the other neurons closed. Then the layers are reconstructed by least squares,
+    one after another, so that the module's hidden states come near those of the whole model. The model stays as it is.
+
+    Args:
+        model: A plain classifier of `transformers`, or a parent.
+        labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
+        calibration: A few hundred samples, best with the module's labels: a data set, a `DataLoader` or another
+            iterable of batches, or a list of texts, images or recordings. Labels are not needed; where there are, other
+            labels' samples are not used for the cut but to calibrate rejection.
+        retention: Share of the weights of attention, feed-forward layers and convolutions, in (0, 1], that the module
+            keeps; `None` is 0.2. A list gives a module for each.
+        processing_class: Tokenizer, image processor or feature extractor for texts, images or audio, which the module
+            carries from then on.
+        max_loss: In place of `retention`: points of accuracy, from 0 to 100, that the module may lose against the model
+            restricted to the labels, on labelled samples. The smallest module within it is searched.
+        validation: Labelled samples for `max_loss`, as `calibration`; `None` holds back a third of the latter.
+        label_groups: Groups that `labels` may name, a partition of the labels of a plain model.
+        nemo_config: Which neurons may be cut: its `targets`, and `sites` for architectures of your own.
+        scores: `"activity"` (what a neuron adds to the layers behind it), `"fisher"` (gradients of masks), `"magnitude"`
+            (weights alone), or of parents `"relevance"` (what training with masks found).
+        reconstruct: Whether to reconstruct the layers after the cut.
+        refine_epochs: Passes over the calibration samples in which the module is then trained towards the model's
+            answers; 0 trains nothing.
+        vocabulary: `"calibration"` keeps only those tokens of a text module that these samples have, with all single
+            characters or bytes.
+        max_positions: Tokens of the longest text to come; cuts the table of positions to it.
+        rejection: Whether to calibrate rejection where the samples have other labels as well: the module then has a
+            last label for inputs that it rejects (see docs/rejection.md).
+        max_samples: Most samples with the module's labels that are used.
+        batch_size: Samples of a forward pass.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        The module, or a list of modules for a list of retentions. Its `config.extraction` tells how it was cut.
+
+    Raises:
+        TypeError: If the model or the samples are of the wrong kind.
+        ValueError: If labels are unknown, an argument is out of range, samples are missing or can't be read, or the model
+            can't be cut as it is (quantized, with adapters, on the meta device, with NaN).
+        UnsupportedArchitectureError: If no neurons of the model can be cut exactly.
+        EquivalenceError: If the module before reconstruction is not exact.
+
+    References:
+        Scores as in Wanda (arXiv 2306.11695) for whole neurons, Fisher scores as in Kwon et al. (arXiv 2204.09656).
+    """
+    if calibration is None and retention is None and max_loss is None and isinstance(model, NeMoPreTrainedModel):
+        return cut_by_relevance(model, labels)
+    start = time.perf_counter()
+    retentions = _checked(retention, max_loss, refine_epochs, vocabulary)
+    check_calibrated(model, calibration)
+    task = CutTask.of(model, labels, label_groups, nemo_config)
+    samples = _Samples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
+    options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores)
+    with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad():
+
+        def advance(phase: str) -> None:
+            bar.set_description(phase)
+            bar.update()
+
+        source = prepare_source(model, [inputs for inputs, _ in samples.own], task, scores, advance)
+        cut = partial(_module, model, source, task, samples, options, advance)
+        modules = [_smallest(cut, model, task, samples, max_loss)] if max_loss is not None else [*map(cut, retentions)]
+        for module, asked in zip(modules, retentions, strict=True):
+            _finish(module, model, task, samples, options, advance)
+            module.config.extraction["seconds"] = round(time.perf_counter() - start, 3)  # type: ignore[index]
+            module.config.extraction["retention"] = asked if max_loss is None else None  # type: ignore[index]
+    return modules if isinstance(retention, Sequence) else modules[0]
 
 
-def restricted(logits: Tensor, label_ids: Sequence[int]) -> Tensor:
-    """Logits of some labels."""
-    return logits[..., list(label_ids)]
+def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any) -> list[float]:
+    """The retentions that are asked for; arguments out of range are a `ValueError`."""
+    if retention is not None and max_loss is not None:
+        raise ValueError(f"Got retention={retention!r} and max_loss={max_loss!r}; expected one of them. Leave one out.")
+    given = list(retention) if isinstance(retention, Sequence) and not isinstance(retention, str) else [retention]
+    retentions = [RETENTION if each is None else each for each in given]
+    for each in retentions:
+        if isinstance(each, bool) or not isinstance(each, (int, float)) or not 0 < each <= 1:
+            raise ValueError(f"Got retention={each!r}; expected a share of the weights in (0, 1], such as 0.2.")
+    if not retentions:
+        raise ValueError("Got no retention; expected one or more shares of the weights, such as [0.3, 0.2, 0.1].")
+    is_number = isinstance(max_loss, (int, float)) and not isinstance(max_loss, bool)
+    if max_loss is not None and not (is_number and 0 <= max_loss <= 100):
+        raise ValueError(f"Got max_loss={max_loss!r}; expected points of accuracy from 0 to 100, such as 1.0.")
+    if isinstance(refine_epochs, bool) or not isinstance(refine_epochs, int) or refine_epochs < 0:
+        raise ValueError(f"Got refine_epochs={refine_epochs!r}; expected a whole number of passes, 0 for none.")
+    if vocabulary not in (None, "calibration"):
+        raise ValueError(f"Got vocabulary={vocabulary!r}; expected 'calibration', or None to keep all tokens.")
+    return retentions
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is done with a module after the cut."""
+
+    reconstruct: bool
+    refine_epochs: int
+    vocabulary: str | None
+    max_positions: int | None
+    rejection: bool
+    processing_class: Any
+    scores: str
 
 
 @dataclass
-class Source:
-    """A copy of a model, in float32 and eval mode, that shares its tensors, with what was measured of it."""
+class _Samples:
+    """Batches of calibration samples: with the module's labels, of others, and those that are held back."""
 
-    plain: PreTrainedModel
-    sites: list[NeuronSite]
-    batches: list[Inputs]
-    logits: list[Tensor]
-    scores: dict[str, dict[str, Tensor]]
+    own: list[Pair] = field(default_factory=list)
+    others: list[Pair] = field(default_factory=list)
+    held_out: list[Pair] = field(default_factory=list)
 
+    @property
+    def count(self) -> int:
+        """Number of own samples."""
+        return sum(_rows(inputs) for inputs, _ in self.own)
 
-def find_static_sites(model: PreTrainedModel, plain: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[NeuronSite]:
-    """The sites of a plain model with their pruning modes; those of a model that was cut before are known."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
-    known = _SITES.get(model)
-    if known is not None and known[0] == shapes:
-        return known[1]
-    parent = make_parent(plain, NeMoConfig(masks="static"), inputs=inputs)
-    sites = list(parent.sites)
-    parent.detach_masks()
-    _SITES[model] = (shapes, sites)
-    return sites
+    @classmethod
+    def read(
+        cls, model: PreTrainedModel, task: CutTask, calibration: Any, validation: Any, max_loss: float | None,
+        processing_class: Any, max_samples: int, batch_size: int,
+    ) -> "_Samples":  # fmt: skip
+        """Reads the samples and sorts them by their labels."""
+        read = partial(read_calibration, model, processing_class=processing_class, batch_size=batch_size,
+                       max_samples=max_samples, labels_wanted=task.label_ids)  # fmt: skip
+        found = cls()
+        found._sort(read(calibration), task.label_ids)
+        if not found.own:
+            logger.warning(
+                "Got calibration samples of other labels only: the module is cut on samples that it is not for. Pass "
+                "samples with the labels %s.",
+                task.label_ids[:12],
+            )
+            found.own, found.others = found.others, []
+        if max_loss is not None:
+            found._hold_back(None if validation is None else read(validation), task.label_ids)
+        return found
 
+    def _sort(self, calibration: Calibration, label_ids: Sequence[int]) -> None:
+        for inputs, labels in calibration:
+            is_own = own_rows(labels, label_ids, _rows(inputs))
+            for chosen, part in ((is_own, self.own), (~is_own, self.others)):
+                if bool(chosen.any()):
+                    part.append(_chosen((inputs, labels), chosen))
 
-def change_head_bases(
-    source: PreTrainedModel,
-    sites: Sequence[NeuronSite],
-    statistics: Mapping[str, SiteStatistics],
-    scores: dict[str, dict[str, Tensor]],
-    inputs: Inputs,
-) -> None:
-    """Gives heads the bases of `head_bases`, for v and for q.k, if the logits stay what they are; updates the scores."""
-    expected = source(**inputs, return_dict=True).logits
-    tolerance = BASIS_TOLERANCE * max(1.0, expected.abs().max().item())
-    for part, change in (("value", _change_value), ("query_key", _change_query_key)):
-        own = [site for site in sites if isinstance(site, AttentionSite) and (part == "value" or _has_free_keys(site))]
-        before = {path: dict(source.get_submodule(path)._parameters) for site in own for path in site.layers}
-        energies = {site.key: change(source, site, statistics[site.key]) for site in own}
-        if (source(**inputs, return_dict=True).logits - expected).abs().max().item() <= tolerance:
-            for key, energy in energies.items():
-                scores[key][part] = energy.flatten().cpu()
-        else:  # something else looks at single dimensions
-            for path, parameters in before.items():
-                source.get_submodule(path)._parameters.update(parameters)
-
-
-def _has_free_keys(site: AttentionSite) -> bool:
-    """Whether nothing between q, k and their product looks at single dimensions."""
-    return not (site.is_rotary or site.is_gated_only or site.cut_by.is_gated)
-
-
-def _change_value(source: PreTrainedModel, site: AttentionSite, statistics: SiteStatistics) -> Tensor:
-    layer = source.get_submodule(site.output)
-    of_value, of_output, energies = value_basis(site, statistics, layer_weight(layer))
-    change_value(source, site, of_value, of_output)
-    return energies
-
-
-def _change_query_key(source: PreTrainedModel, site: AttentionSite, statistics: SiteStatistics) -> Tensor:
-    of_query, of_key, energies = query_key_basis(site, statistics)
-    change_query_key(source, site, of_query, of_key)
-    return energies
+    def _hold_back(self, validation: Calibration | None, label_ids: Sequence[int]) -> None:
+        if validation is not None:
+            other = _Samples()
+            other._sort(validation, label_ids)
+            self.held_out = other.own
+        else:
+            places = [torch.arange(_rows(inputs)) % HELD_OUT == HELD_OUT - 1 for inputs, _ in self.own]
+            self.held_out = [_chosen(pair, place) for pair, place in zip(self.own, places, strict=True) if place.any()]
+            self.own = [_chosen(pair, ~place) for pair, place in zip(self.own, places, strict=True)]
+        if not self.held_out or any(labels is None for _, labels in self.held_out):
+            raise ValueError(
+                "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "
+                "Pass validation= with labels, or retention= in place of max_loss."
+            )
 
 
-def plain_source(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain model that computes in eval mode what a plain model or parent does; it shares the tensors that it can."""
-    if not isinstance(model, NeMoPreTrainedModel):
-        plain = sharing_copy(model).eval()
-        return plain if plain.dtype == torch.float32 else copy.deepcopy(plain).float()
-    masks = model.parent_masks()
-    options = model.nemo_config
-    if options.has_generators and not (options.static_evaluation and options.hard_masks):
-        raise ValueError(
-            "Got a parent whose every input opens its own neurons, and calibration samples; expected one mask for all "
-            "inputs. Leave calibration out, or set static_evaluation=True in the parent's nemo_config."
-        )
-    closed = module_masks(masks, slice(None), model.config.relevance_threshold or options.relevance_threshold)
-    copied = sharing_copy(model).eval()
-    plain = copied.detach_masks()
-    plain = plain if plain.dtype == torch.float32 else copy.deepcopy(plain).float()
-    if options.has_generators:
-        for site in model.sites:
-            _close(plain, site, closed[site.key])
-    return plain
+def _rows(inputs: Mapping[str, Tensor]) -> int:
+    return len(next(iter(inputs.values())))
 
 
-def _close(plain: PreTrainedModel, site: NeuronSite, mask: Tensor) -> None:
-    """Closes the neurons of a mask (neurons,) for good."""
-    for rows, part in site.produced():
-        if part == "query" or site.cut_by.is_gated:
-            scale_rows(plain.get_submodule(rows.layer), rows, site.part_mask(part, mask))
-    for path in site.readers:
-        scale_inputs(plain.get_submodule(path), site.input_scale(path, mask))
+def _chosen(pair: Pair, chosen: Tensor) -> Pair:
+    inputs, labels = pair
+    return {name: value[chosen] for name, value in inputs.items()}, None if labels is None else labels[chosen]
 
 
-def prepare_source(
-    model: PreTrainedModel, batches: Sequence[Inputs], label_ids: Sequence[int], score: Score, advance: Advance
-) -> Source:
-    """Measures a model on calibration batches and scores its neurons; the model stays as it is."""
-    plain = plain_source(model)
-    first = {name: value[:TRIAL_SAMPLES] for name, value in batches[0].items()}
-    sites = list(model.sites) if isinstance(model, NeMoPreTrainedModel) else find_static_sites(model, plain, first)
-    batches = [on_device(plain, batch) for batch in batches]
-    logits: list[Tensor] = []
-
-    def keep(outputs: Any) -> None:
-        logits.append(outputs.logits.cpu())
-        advance("Measuring")
-
-    statistics = measure_sites(plain, sites, batches, keep)
-    scores = activity_scores(plain, sites, statistics)
-    if score == "activity":
-        change_head_bases(plain, sites, statistics, scores, batches[0])
-    else:
-        scores = SCORES[score](plain, sites, batches, label_ids)
-    return Source(plain, sites, batches, logits, scores)
+def own_rows(labels: Tensor | None, label_ids: Sequence[int], samples: int) -> Tensor:
+    """Which samples have one of some labels, (batch,); all, where that is not known or labels are of places in them."""
+    if labels is not None and labels.dtype == torch.bool and labels.ndim == 2:
+        return labels[:, list(label_ids)].any(-1)
+    if labels is None or labels.ndim != 1:
+        return torch.ones(samples, dtype=torch.bool)
+    return torch.isin(labels, torch.tensor(label_ids))
 
 
-def cut_module(model: PreTrainedModel, source: Source, task: "Task", keep: Keep) -> NeMoPreTrainedModel:
-    """Cuts a module, in float32, of a source with the bases that its heads have now, and checks that it is exact."""
+def _module(
+    model: PreTrainedModel, source: Source, task: CutTask, samples: _Samples, options: _Options, advance: Advance,
+    retention: float,
+) -> NeMoPreTrainedModel:  # fmt: skip
+    """Cuts one module, checks and reconstructs it, and records how; it is in float32."""
+    keep = plan_budget(source.plain, source.sites, source.scores, retention)
+    module = _cut(model, source, task, keep)
+    whole = masked_weights(source.plain, source.sites)
+    done: dict[str, Any] = {
+        "scores": options.scores,
+        "samples": samples.count,
+        "weights": masked_weights(source.plain, source.sites, keep) / whole,
+        "neurons": retained_neurons(source.sites, keep),
+    }
+    if options.reconstruct:
+        done |= _reconstruct(module, source, task, keep, advance)
+    module.config.extraction = done
+    return module
+
+
+def _cut(model: PreTrainedModel, source: Source, task: CutTask, keep: Keep) -> NeMoPreTrainedModel:
+    """Cuts a module of a source with the bases that its heads have now, and checks that it is exact."""
     parent = attach_masks(source.plain, task.options, task.groups, source.sites)
     try:
         if isinstance(model, NeMoPreTrainedModel):
-            parent.config.base_model, parent.config.repository = model.config.base_model, model.config.repository
+            parent.config.base_model, parent.config.repository = model.config.base_model, model.config.repository  # type: ignore[misc]
         static = static_masks(source.sites, keep)
         counts = {key: [sum(len(index) for index in parts.values())] for key, parts in keep.items()}
         retained = retained_neurons(source.sites, keep)
-        plan = ModulePlan(task.label_ids, task.names, keep, static, None, None, retained, counts)
+        plan = ModulePlan(task.label_ids, task.names, dict(keep), static, None, None, retained, counts)  # type: ignore[arg-type]
         read = partial(read_tensor, source.plain.state_dict())
         module = build_module(type(parent), CutSource.of_parent(parent), plan, read)
         module.to(source.plain.device)  # type: ignore[arg-type]
@@ -188,115 +284,132 @@ def cut_module(model: PreTrainedModel, source: Source, task: "Task", keep: Keep)
     return module
 
 
-@torch.no_grad()
-def distance(module: NeMoPreTrainedModel, source: Source, label_ids: Sequence[int]) -> float:
-    """Mean square by which a module's logits differ from the source's of the same labels, on the calibration samples."""
+def _distance(module: NeMoPreTrainedModel, source: Source) -> float:
+    """Mean square by which a module's answers differ from the source's of the same labels, on calibration samples."""
     total, numbers = 0.0, 0
-    for batch, logits in zip(source.batches, source.logits, strict=True):
-        got = module.model(**batch, return_dict=True).logits.cpu()
-        difference = got - restricted(logits, label_ids)
-        total, numbers = total + difference.double().square().sum().item(), numbers + difference.numel()
+    for batch, expected in zip(source.batches, source.answers, strict=True):
+        got = answers(module.model(**batch, return_dict=True)).cpu()
+        total, numbers = total + (got - expected).double().square().sum().item(), numbers + got.numel()
     return total / numbers if math.isfinite(total) else math.inf
 
 
-def reconstruct_module(
-    module: NeMoPreTrainedModel, source: Source, task: "Task", keep: Keep, advance: Advance
+def _reconstruct(
+    module: NeMoPreTrainedModel, source: Source, task: CutTask, keep: Keep, advance: Advance
 ) -> dict[str, Any]:
     """Reconstructs a module in place, unless that makes its answers worse; returns what was done."""
-    raw = distance(module, source, task.label_ids)
+    raw = _distance(module, source)
     state = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    heads = {
+        head: torch.tensor([*task.label_ids, *range(task.count, task.count + others)])
+        for head, others in module.heads.items()
+    }
     batches = list(enumerate(source.batches))
-    heads = dict.fromkeys(module.heads, torch.tensor(task.label_ids))
     reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
     errors = reconstruction.run(on_layer=lambda path: advance("Reconstructing"))
-    after = distance(module, source, task.label_ids)
-    report: dict[str, Any] = {
-        "distance": after,
-        "raw_distance": raw,
-        "layers": {p: asdict(e) for p, e in errors.items()},
+    found = _distance(module, source)
+    done: dict[str, Any] = {
+        "cut_distance": raw,
+        "distance": found,
+        "layers": {path: [error.before, error.after] for path, error in errors.items()},
+        "scarce_layers": sum(error.is_scarce for error in errors.values()),
     }
-    if not after <= raw:
+    if done["scarce_layers"]:
+        logger.warning(
+            "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
+            "more, some hundreds.",
+            done["scarce_layers"],
+        )
+    if not found <= raw:
         module.model.load_state_dict(state)
-        report |= {
-            "refused": f"the module's answers would differ from the source's by {after:.2g} instead of {raw:.2g}"
-        }
-        logger.warning("The module is not reconstructed: %s. Pass more calibration samples.", report["refused"])
-    return report
+        done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
+        logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
+    return done
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a module is for: label ids, names of their groups, the source's groups, and the options of its sites."""
-
-    label_ids: list[int]
-    names: list[str]
-    groups: dict[str, list[int]]
-    options: NeMoConfig
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, labels: LabelLike | Sequence[LabelLike],
-        label_groups: Mapping[str, Sequence[LabelLike]] | None, options: NeMoConfig | None,
-    ) -> "Task":  # fmt: skip
-        """Finds the labels and groups that are asked for."""
-        if isinstance(model, NeMoPreTrainedModel):
-            options, groups, known = model.nemo_config, model.config.groups, model.config.names
+def _smallest(
+    cut: Callable[[float], NeMoPreTrainedModel], model: PreTrainedModel, task: CutTask, samples: _Samples,
+    max_loss: float,
+) -> NeMoPreTrainedModel:  # fmt: skip
+    """The smallest module that loses at most so many points of accuracy on the samples that are held back."""
+    plain = plain_source(model)
+    needed = _accuracy(plain, task, samples.held_out, task.label_ids) - max_loss / 100
+    low, high, best = math.log(SMALLEST_RETENTION), 0.0, None
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        module = cut(math.exp(middle))
+        if _accuracy(module.model, task, samples.held_out, None) >= needed:
+            high, best = middle, module
         else:
-            known = label_names(model)
-            options = options or NeMoConfig()
-            groups = resolve_groups(label_groups or options.label_groups, known)
-        options = replace(options, masks="static", hard_masks=True, objective="contrastive")
-        label_ids, names = resolve_labels(labels, groups, known)
-        return cls(label_ids, names, groups, options)
+            low = middle
+    return cut(1.0) if best is None else best
 
 
-def extract_module(
-    model: PreTrainedModel,
-    labels: LabelLike | Sequence[LabelLike],
-    calibration: Any = None,
-    retention: float | Sequence[float] = 0.2,
-    *,
-    processing_class: Any = None,
-    label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
-    nemo_config: NeMoConfig | None = None,
-    scores: Score = "activity",
-    reconstruct: bool = True,
-    max_samples: int = 1000,
-    batch_size: int = 32,
-    show_progress: bool = True,
-) -> Any:
-    """TODO"""
-    start = time.perf_counter()
-    task = Task.of(model, labels, label_groups, nemo_config)
-    samples = read_calibration(model, calibration, processing_class, batch_size, max_samples, task.label_ids)
-    own, others = [], []
-    for inputs, given in samples:
-        is_own = own_rows(given, task.label_ids, len(next(iter(inputs.values()))))
-        for chosen, part in ((is_own, own), (~is_own, others)):
-            if bool(chosen.any()):
-                part.append({name: value[chosen] for name, value in inputs.items()})
-    retentions = list(retention) if isinstance(retention, Sequence) else [retention]
-    with tqdm(disable=not show_progress) as bar:
-
-        def advance(phase: str) -> None:
-            bar.set_description(phase)
-            bar.update()
-
-        with torch.no_grad():
-            source = prepare_source(model, own, task.label_ids, scores, advance)
-            modules = []
-            for each in retentions:
-                keep = plan_budget(source.plain, source.sites, source.scores, each)
-                module = cut_module(model, source, task, keep)
-                report = reconstruct_module(module, source, task, keep, advance) if reconstruct else {}
-                weights = masked_weights(source.plain, source.sites, keep) / masked_weights(source.plain, source.sites)
-                module.extraction = {"weights": weights, "seconds": time.perf_counter() - start, **report}
-                modules.append(module)
-    return modules if isinstance(retention, Sequence) else modules[0]
+def _accuracy(model: PreTrainedModel, task: CutTask, samples: Sequence[Pair], label_ids: Sequence[int] | None) -> float:
+    """Share of right answers among the task's labels."""
+    right = total = 0
+    for inputs, labels in samples:
+        assert labels is not None
+        logits = labels_last(model(**on_device(model, inputs), return_dict=True).logits).cpu()
+        logits = logits[..., : len(task.label_ids)] if label_ids is None else logits[..., list(label_ids)]
+        if labels.dtype == torch.bool:
+            hits = (logits > 0) == labels[:, task.label_ids]
+        else:
+            answered = torch.tensor(task.label_ids)[logits.argmax(-1)]
+            if answered.shape != labels.shape:
+                raise ValueError(
+                    f"Got labels of shape {tuple(labels.shape)} and answers of {tuple(answered.shape)}; expected the "
+                    "same, to measure max_loss. Pass retention= in place of max_loss."
+                )
+            hits = (answered == labels)[torch.isin(labels, torch.tensor(task.label_ids))]
+        right, total = right + int(hits.sum()), total + hits.numel()
+    return right / max(1, total)
 
 
-def own_rows(labels: Tensor | None, label_ids: Sequence[int], samples: int) -> Tensor:
-    """Which samples have one of some labels, (batch,); all, where that is not known."""
-    if labels is None or labels.ndim != 1:
-        return torch.ones(samples, dtype=torch.bool)
-    return torch.isin(labels, torch.tensor(label_ids))
+def _finish(
+    module: NeMoPreTrainedModel, model: PreTrainedModel, task: CutTask, samples: _Samples, options: _Options,
+    advance: Advance,
+) -> None:  # fmt: skip
+    """What comes after the cut: precision, processor, refinement, vocabulary and rejection."""
+    restore_dtypes(module, {name: tensor.dtype for name, tensor in _plain_state(model).items()})
+    module.drop_stale_results()
+    check_finite(module)
+    if isinstance(model, NeMoPreTrainedModel):
+        module.processor_files = dict(model.processor_files)
+    if options.processing_class is not None:
+        module.attach_processor(options.processing_class)
+    done = dict(module.config.extraction or {})
+    if options.refine_epochs:
+        advance("Refining")
+        refine_module(model, module, samples.own, options.refine_epochs, show_progress=False)
+        done["refine_epochs"] = options.refine_epochs
+    others = samples.others
+    if options.vocabulary or options.max_positions:
+        advance("Vocabulary")
+        done["vocabulary"] = {}
+        tokenizer = own_processor(module, "text")
+        batches = [inputs for inputs, _ in samples.own]
+        if options.max_positions:
+            done["vocabulary"] |= shorten_positions(module, tokenizer, batches, options.max_positions)
+        if options.vocabulary:
+            done["vocabulary"] |= shrink_vocabulary(module, tokenizer, batches)
+            others = list(_encoded_again(others, tokenizer, own_processor(module, "text")))
+    if options.rejection and others:
+        advance("Rejection")
+        own = samples.own if not options.vocabulary else list(_encoded_again(samples.own, tokenizer, own_processor(module, "text")))
+        calibrate_on_samples(module, [*own, *others])
+    sizes = [sum(t.numel() * t.element_size() for t in state.values()) for state in (module.state_dict(), _plain_state(model))]
+    done |= {"bytes": sizes[0], "source_bytes": sizes[1]}
+    module.config.extraction = done
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    plain = model.model if isinstance(model, NeMoPreTrainedModel) else model
+    return dict(plain.state_dict())
+
+
+def _encoded_again(samples: Sequence[Pair], before: Any, after: Any) -> Iterator[Pair]:
+    """Texts of batches in the tokens of a reduced vocabulary."""
+    for inputs, labels in samples:
+        texts = before.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        encoded = after(texts, padding=True, truncation=True, return_tensors="pt")
+        yield {name: encoded[name] for name in inputs if name in encoded}, labels

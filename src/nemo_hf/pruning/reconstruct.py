@@ -5,6 +5,7 @@ has not, its weights become W + D, where D minimises |X D - d|^2 + ridge |D|^2. 
 the stream, each layer also mends their damage.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from nemo_hf.neurons.sites import PAD, NeuronSite
+from nemo_hf.neurons.sites import PAD, NeuronSite, layer_features
 
-from .layer_cuts import site_cut
+from .layer_cuts import LayerCut, site_cut
 from .partial_runs import PartialRuns, enclosing_blocks, stop
 from .plan import Plan
 from .resize import ScatterLinear
@@ -39,7 +40,7 @@ class LayerError:
     before: float
     after: float
     ridge: float
-    rows: int
+    is_scarce: bool  # fewer rows than weights of an output
 
 
 class NormalEquations:
@@ -70,7 +71,7 @@ class NormalEquations:
         variance = (self.reached - self.total.square() / max(1, self.rows)).sum().clamp(min=1e-30)
         after = self.square.sum() - 2 * (change * self.cross).sum() + (change * (self.gram @ change)).sum()
         before, after = (value.clamp(min=0).div(variance).item() for value in (self.square.sum(), after))
-        return change, LayerError(before, after, strength, self.rows)
+        return change, LayerError(before, after, strength, self.rows < len(self.gram))
 
 
 @dataclass
@@ -122,10 +123,12 @@ def _watching(model: nn.Module, reader: str, point: StreamPoint, calls: int, wit
 
 
 class Reconstruction:
-    """Reconstructs the layers of a module that read neurons; source and module are in eval mode and in float32.
+    """Reconstructs the linear layers and convolutions of a module from the first one that reads neurons on.
 
-    `batches` are model inputs with their numbers; `plan` says which neurons of the sites the module keeps, and `heads`
-    which outputs of the layers that make the logits.
+    Those that read neurons are fitted to the source's stream behind them, the others to what the same layer of the
+    source says; only projections to q, k and v stay. Source and module are in eval mode and in float32. `batches` are
+    numbered model inputs; `plan` says which neurons of the sites the module keeps, and `heads` which outputs of the
+    layers that make the logits.
     """
 
     def __init__(
@@ -137,20 +140,23 @@ class Reconstruction:
         heads: Mapping[str, Tensor],
         batches: Batches,
     ) -> None:
-        layers = [layer for site in sites for layer in site_cut(site, plan[site.key]).layers.items()]
-        kept = {path: cut.outputs for path, cut in layers if cut.outputs is not None and not cut.is_scattered}
-        self.kept = {**kept, **heads}
         self.source, self.module, self.batches = source, module, batches
         self.samples = sum(len(next(iter(inputs.values()))) for _, inputs in batches)
-        readers = {path: site for site in sites for path in site.readers}
-        order = _called(source, [*readers], batches[0][1])
-        self.calls = {path: order.count(path) for path in dict.fromkeys(order)}
-        self.readers = {path: readers[path] for path in self.calls}
-        self.points = find_stream_points(source, [*self.readers], batches[0][1])
-        self.around = enclosing_blocks(source, sites)
-        blocks = [path for path in self.around.values() if path is not None]
-        called = _called(source, list(dict.fromkeys(blocks)), batches[0][1])
-        once = [path for path in called if called.count(path) == 1]
+        cuts = [layer for site in sites for layer in site_cut(site, plan[site.key]).layers.items()]
+        self.cuts = {path: cut for path, cut in cuts if cut.outputs is not None and not cut.is_scattered}
+        self.cuts.update({path: LayerCut(outputs=kept) for path, kept in heads.items()})
+        readers = {path for site in sites for path in site.readers}
+        attention = {rows.layer for site in sites if site.kind == "attention" for rows, _ in site.produced()}
+        linear = {path for path, layer in source.named_modules() if _is_linear(layer)}
+        called = _called(source, sorted(readers | (linear - attention)), batches[0][1])
+        first = next((place for place, path in enumerate(called) if path in readers), len(called))
+        self.calls = Counter(called[first:])
+        own = {path: StreamPoint(path, True, 0, 0) for path in self.calls}
+        found = find_stream_points(source, [path for path in self.calls if path in readers], batches[0][1])
+        self.points = {**own, **found}
+        blocks = list(dict.fromkeys(path for path in enclosing_blocks(source, sites).values() if path is not None))
+        times = Counter(_called(source, blocks, batches[0][1]))
+        once = [path for path, count in times.items() if count == 1]
         self.blocks = [path for path in once if not any(other.startswith(f"{path}.") for other in once)]
         self.runs = [PartialRuns(model, self.blocks) for model in (source, module)]
 
@@ -159,16 +165,17 @@ class Reconstruction:
         """Changes the module's weights; returns the errors of its layers by path, in the order in which they run."""
         for runs in self.runs:
             runs.try_out(self.batches[0][1])
-        errors = {}
+        errors: dict[str, LayerError] = {}
+        paths = list(self.calls)
         with self.runs[0].attached(), self.runs[1].attached():
-            for number, path in enumerate(self.readers):
-                left = {self.around[site.key] for site in [*self.readers.values()][number:]}
-                final = next((i for i, block in enumerate(self.blocks) if block in left), len(self.blocks))
-                errors[path] = self._reconstruct(path, final, ridge)
+            for number, path in enumerate(paths):
+                open_blocks = [any(later.startswith(f"{block}.") for later in paths[number:]) for block in self.blocks]
+                error = self._reconstruct(path, [*open_blocks, True].index(True), ridge)
+                errors |= {} if error is None else {path: error}
                 on_layer(path)
         return errors
 
-    def _reconstruct(self, path: str, final: int, ridge: float) -> LayerError:
+    def _reconstruct(self, path: str, final: int, ridge: float) -> LayerError | None:
         layer, point = self.module.get_submodule(path), self.points[path]
         norm = None if point.norm is None else self.module.get_submodule(point.norm)
         has_bias = layer.bias is not None or norm is not None
@@ -181,38 +188,39 @@ class Reconstruction:
                     seen[0] = _Seen()
                     with torch.no_grad():
                         runs.run(index, inputs, final)
-                for call, stream in enumerate(of_module[0].stream):
-                    read, result = of_module[0].read[call], of_module[0].results[call]
-                    target = _same_outputs(of_source[0].stream[call], stream, self.kept.get(path))
+                calls = zip(of_module[0].stream, of_source[0].stream, of_module[0].read, of_module[0].results, strict=False)
+                for stream, target, read, result in calls:
+                    target = _same_outputs(target, stream, self.cuts.get(path))
+                    if target.shape != stream.shape:  # as in experts, which see other tokens
+                        return None
                     wanted, factors = _wanted(stream, target, result)
                     rows = _rows(layer, read, wanted, result.detach(), factors, admitted_tokens(inputs),
                                  generator, self.samples, has_bias)  # fmt: skip
                     if equations is None:
                         equations = NormalEquations(rows[0].shape[1], rows[1].shape[1], rows[0].device)
                     equations.add(*rows)
-        assert equations is not None
+        if equations is None:
+            return None
         change, error = equations.solve(ridge)
         _apply(layer, norm, change, has_bias)
         return error
 
 
-def _called(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> list[str]:
-    """Those of some layers that a forward pass calls, in order."""
-    called: list[str] = []
-    with ExitStack() as stack, torch.no_grad():
-        for path in paths:
-            layer = model.get_submodule(path)
-            stack.callback(layer.register_forward_hook(lambda *_, path=path: called.append(path)).remove)
-        model(**inputs, return_dict=True)
-    return called
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear in patches or tokens, with nothing of its own around that."""
+    is_plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and type(layer).forward is nn.Conv2d.forward
+    return is_plain or layer_features(layer) is not None
 
 
-def _same_outputs(target: Tensor, stream: Tensor, kept: Tensor | None) -> Tensor:
+def _same_outputs(target: Tensor, stream: Tensor, cut: LayerCut | None) -> Tensor:
     """The source's stream, without the outputs that the layer itself has no more in the module."""
-    other = [dim for dim, size in enumerate(target.shape) if stream.shape[dim] != size]
-    if not other or kept is None:
+    same = target.ndim == stream.ndim
+    other = [dim for dim, size in enumerate(target.shape) if same and stream.shape[dim] != size]
+    if len(other) != 1 or cut is None or cut.outputs is None:
         return target
-    (dim,) = other
+    (dim,), kept = other, cut.outputs
+    if stream.shape[dim] != len(kept):
+        return target
     found = target.index_select(dim, kept.clamp(min=0).to(target.device))
     is_padding = (kept == PAD).to(target.device).view(-1, *(1,) * (target.ndim - 1 - dim))
     return found.masked_fill(is_padding, 0.0)

@@ -4,16 +4,21 @@ Scores of one part of a site can be compared with each other: dimensions of q an
 attention scores, all others by the mean square of what they add to the layers that read them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nemo_hf.neurons.sites import AttentionSite, NeuronSite
+from nemo_hf.neurons.sites import AttentionSite, NeuronSite, neuron_dim
 
 from .layer_edits import layer_weight
 from .statistics import SiteStatistics
 
+TIE = 0.5  # of one step of relevance, which is stored in whole numbers
 Scores = dict[str, dict[str, Tensor]]  # site key to part to scores of its neurons, float64
 
 
@@ -41,6 +46,72 @@ def magnitude_scores(model: nn.Module, sites: Sequence[NeuronSite]) -> Scores:
         else:
             scores[site.key] = {name: own["units"] * values for name, values in read.items()}
     return scores
+
+
+def relevance_scores(sites: Sequence[NeuronSite], relevance: Mapping[str, Tensor], activity: Scores) -> Scores:
+    """The relevance that training with masks gave each neuron, (neurons,) by site key; ties go by activity."""
+    scores: Scores = {}
+    for site in sites:
+        parts = _by_part(site, relevance[site.key].double().cpu())
+        ties = {name: score / (score.amax() + 1e-30) for name, score in activity[site.key].items()}
+        scores[site.key] = {name: part + TIE * ties[name] for name, part in parts.items()}
+    return scores
+
+
+def fisher_scores(
+    model: nn.Module, sites: Sequence[NeuronSite], batches: Iterable[Mapping[str, Any]], label_ids: Sequence[int]
+) -> Scores:
+    """Mean squared gradient of the loss with respect to a mask on each neuron, as in Kwon et al. (arXiv 2204.09656).
+
+    The loss is the cross-entropy of the model's own answers among some labels, a batch at a time.
+    """
+    totals = {site.key: torch.zeros(site.neurons, dtype=torch.float64) for site in sites}
+    with ExitStack() as stack, torch.enable_grad():
+        seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+        def on_read(key: str, path: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            zeros = torch.zeros_like(args[0], requires_grad=True)
+            seen[key, path] = (args[0].detach(), zeros)
+            return (args[0] + zeros, *args[1:])
+
+        def on_query(key: str, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            zeros = torch.zeros_like(output, requires_grad=True)
+            seen[key, ""] = (output.detach(), zeros)
+            return output + zeros
+
+        for site in sites:
+            for path in site.readers:
+                hook = model.get_submodule(path).register_forward_pre_hook(partial(on_read, site.key, path))
+                stack.callback(hook.remove)
+            if isinstance(site, AttentionSite):
+                hook = model.get_submodule(site.query.layer).register_forward_hook(partial(on_query, site.key))
+                stack.callback(hook.remove)
+        for inputs in batches:
+            logits = model(**inputs, return_dict=True).logits
+            logits = (logits.movedim(1, -1) if logits.ndim == 4 else logits)[..., list(label_ids)].flatten(0, -2)
+            loss = F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
+            gradients = torch.autograd.grad(loss, [zeros for _, zeros in seen.values()])
+            samples = len(next(iter(inputs.values())))
+            for site in sites:
+                found = {k: (v[0], g) for (k, v), g in zip(seen.items(), gradients, strict=True) if k[0] == site.key}
+                for (_, path), (values, gradient) in found.items():
+                    totals[site.key] += _mask_gradients(model, site, path, values * gradient, samples)
+    return {site.key: _by_part(site, totals[site.key]) for site in sites}
+
+
+def _mask_gradients(model: nn.Module, site: NeuronSite, path: str, product: Tensor, samples: int) -> Tensor:
+    """Sum over samples of the squared gradient of each neuron's mask, from values times their gradients."""
+    is_image = path != "" and neuron_dim(model.get_submodule(path)) == 1
+    by_sample = (product.movedim(1, -1) if is_image else product).reshape(samples, -1, product.shape[1 if is_image else -1])
+    summed = by_sample.double().sum(1).cpu()
+    places = torch.arange(site.neurons, dtype=torch.float64)
+    if path == "":
+        assert isinstance(site, AttentionSite)
+        summed = summed[:, site.query.indices(torch.arange(site.query.size))]
+        owners = site.part_mask("query", places).long()
+    else:
+        owners = site.input_scale(path, places).long()
+    return torch.zeros(samples, site.neurons, dtype=torch.float64).index_add_(1, owners, summed).square().sum(0)
 
 
 def _of_site(model: nn.Module, site: NeuronSite, statistics: SiteStatistics) -> dict[str, Tensor]:
