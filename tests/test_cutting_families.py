@@ -106,13 +106,31 @@ def test_other_pruning_modes_compute_the_same(family, pruning_mode, hard, tmp_pa
     assert hooks_of(parent) == hooks
 
 
-def test_half_precision_parents_are_cut_unless_masks_are_soft(bert):
-    parent = make_parent(bert.to(torch.bfloat16), NeMoConfig(relevance_threshold=0.6)).eval()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parents_are_cut_unless_masks_are_soft(bert, dtype):
+    parent = make_parent(bert.to(dtype), NeMoConfig(relevance_threshold=0.6)).eval()
     randomize_relevance(parent)
     assert {p.dtype for p in parent.masks.parameters()} == {torch.float32}
-    assert parent.extract_module(LABELS_CUT).dtype == torch.bfloat16
+    module = parent.extract_module(LABELS_CUT)
+    assert (module.dtype, module.config.equivalence["status"]) == (dtype, "verified")
     with pytest.raises(ValueError, match="expected float32"):  # soft masks would be rounded
         make_parent(parent.detach_masks(), NeMoConfig(hard_masks=False))
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "swin"])
+def test_activation_checkpointing_changes_no_cut_and_stays_on(family):
+    modules = []
+    for is_on in (False, True):
+        model = fresh(family)
+        if is_on:
+            model.activation_checkpointing_enable()
+        parent = make_parent(model, NeMoConfig(relevance_threshold=0.6)).eval()
+        randomize_relevance(parent)
+        modules.append(parent.extract_module(LABELS_CUT))
+        assert parent.detach_masks().is_activation_checkpointing is is_on
+        assert not modules[-1].is_activation_checkpointing
+    for name, tensor in modules[0].state_dict().items():
+        assert torch.equal(modules[1].state_dict()[name], tensor), name
 
 
 def test_a_softmax_scale_that_follows_the_head_width_is_made_up_for():

@@ -77,8 +77,8 @@ def test_adapters_and_quantized_weights_are_refused(vit):
     with refused(ValueError, "a quantized model", "plain weights", "without quantization_config"):
         make_parent(vit)
     vit.peft_config = {}
-    for model in (vit, SimpleNamespace(peft_config={})):
-        with refused(ValueError, "PEFT", "a plain one", "merge_and_unload"):
+    for model, call in ((vit, r"PeftModel.from_pretrained\(.*\)"), (SimpleNamespace(peft_config={}), "= model")):
+        with refused(ValueError, "PEFT", "a plain one", rf"{call}.merge_and_unload\(\)"):
             make_parent(model)
 
 

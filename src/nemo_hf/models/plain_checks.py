@@ -79,9 +79,15 @@ def _check_kind(model: Any) -> None:
                 "compile or wrap the parent or the module, or leave that to the trainer."
             )
     if hasattr(model, "peft_config") or type(model).__name__.startswith("Peft"):
-        raise ValueError("Got a PEFT model; expected a plain one. Call merge_and_unload() on it first.")
+        do = "Merge its adapters first: model = model.merge_and_unload()."
+        if isinstance(model, PreTrainedModel):  # adapters that transformers itself loaded, which it can't merge
+            do = "Merge its adapters first: model = peft.PeftModel.from_pretrained(plain, adapters).merge_and_unload()."
+        raise ValueError(f"Got a PEFT model; expected a plain one. {do}")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("Got a quantized model; expected plain weights. Load it without quantization_config.")
+        raise ValueError(
+            "Got a quantized model; expected plain weights. Load it without quantization_config, or if it was saved "
+            "quantized, run: model = model.dequantize()."
+        )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Got a {type(model).__name__}; expected a model of transformers (PreTrainedModel).")
     if isinstance(model, NeMoPreTrainedModel):
