@@ -13,6 +13,7 @@ from .auto_classes import (
 )
 from .config import NeMoConfig
 from .evaluation.report import ModuleReport, evaluate_module
+from .models.calibrated_cut import extract_module
 from .models.composition import compose
 from .models.configuration import NeMoModelConfig
 from .models.equivalence import EquivalenceError
@@ -41,6 +42,7 @@ __all__ = [
     "compose",
     "compute_relevance",
     "evaluate_module",
+    "extract_module",
     "make_parent",
     "nemo_loss",
     "propose_sites",

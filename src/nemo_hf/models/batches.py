@@ -1,9 +1,12 @@
 """Batches of labelled samples: checked, on a model's device, and numbered as in the data."""
 
+import random
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,3 +69,15 @@ def labelled_batches(
 def select_samples(inputs: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
     """The inputs of some samples: `chosen` is boolean, (batch,)."""
     return {name: value[chosen] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Restores the generators of random numbers at the end, so that a look at data does not change the training."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - that of transforms and collators
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002

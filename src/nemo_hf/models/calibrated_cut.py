@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,12 @@ from nemo_hf.pruning.reconstruct import Reconstruction
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .calibration import Calibration, read_calibration
-from .cut_source import Advance, CutTask, Inputs, Score, Source, check_calibrated, plain_source, prepare_source
+from .cut_samples import CutSamples, Pair
+from .cut_source import Advance, CutTask, Score, Source, check_calibrated, plain_source, prepare_source
 from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
 from .extraction import extract_module as cut_by_relevance
 from .finiteness import check_finite
 from .head_outputs import answers, labels_last
-from .plain_checks import check_built
 from .processors import own_processor
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
@@ -36,11 +35,10 @@ from .vocabulary import shorten_positions, shrink_vocabulary
 logger = logging.getLogger(__name__)
 
 Keep = Mapping[str, Mapping[str, Tensor]]
-Pair = tuple[Inputs, Tensor | None]
+Found = tuple[NeMoPreTrainedModel, dict[str, Any]]  # a module, and what `config.extraction` is to say of it
 TRIAL_SAMPLES = 4
 RETENTION = 0.2
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
-HELD_OUT = 3  # one sample of so many measures the loss, where no others are given for that
 
 
 def extract_module(
@@ -118,7 +116,7 @@ def extract_module(
     retentions = _checked(retention, max_loss, refine_epochs, vocabulary)
     check_calibrated(model, calibration)
     task = CutTask.of(model, labels, label_groups, nemo_config)
-    samples = _Samples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
+    samples = CutSamples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
     options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores)
     with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad():
 
@@ -129,11 +127,12 @@ def extract_module(
         source = prepare_source(model, [inputs for inputs, _ in samples.own], task, scores, advance)
         cut = partial(_module, model, source, task, samples, options, advance)
         modules = [_smallest(cut, model, task, samples, max_loss)] if max_loss is not None else [*map(cut, retentions)]
-        for module, asked in zip(modules, retentions, strict=True):
-            _finish(module, model, task, samples, options, advance)
-            module.config.extraction["seconds"] = round(time.perf_counter() - start, 3)  # type: ignore[index]
-            module.config.extraction["retention"] = asked if max_loss is None else None  # type: ignore[index]
-    return modules if isinstance(retention, Sequence) else modules[0]
+        for (module, done), asked in zip(modules, retentions, strict=True):
+            done["retention"] = asked if max_loss is None else None
+            _finish(module, model, done, samples, options, advance)
+            module.config.extraction = {**done, "seconds": round(time.perf_counter() - start, 3)}
+    found = [module for module, _ in modules]
+    return found if isinstance(retention, Sequence) else found[0]
 
 
 def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any) -> list[float]:
@@ -170,86 +169,11 @@ class _Options:
     scores: str
 
 
-@dataclass
-class _Samples:
-    """Batches of calibration samples: with the module's labels, of others, and those that are held back."""
-
-    own: list[Pair] = field(default_factory=list)
-    others: list[Pair] = field(default_factory=list)
-    held_out: list[Pair] = field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        """Number of own samples."""
-        return sum(_rows(inputs) for inputs, _ in self.own)
-
-    @classmethod
-    def read(
-        cls, model: PreTrainedModel, task: CutTask, calibration: Any, validation: Any, max_loss: float | None,
-        processing_class: Any, max_samples: int, batch_size: int,
-    ) -> "_Samples":  # fmt: skip
-        """Reads the samples and sorts them by their labels."""
-        read = partial(read_calibration, model, processing_class=processing_class, batch_size=batch_size,
-                       max_samples=max_samples, labels_wanted=task.label_ids)  # fmt: skip
-        found = cls()
-        found._sort(read(calibration), task.label_ids)
-        if not found.own:
-            logger.warning(
-                "Got calibration samples of other labels only: the module is cut on samples that it is not for. Pass "
-                "samples with the labels %s.",
-                task.label_ids[:12],
-            )
-            found.own, found.others = found.others, []
-        if max_loss is not None:
-            found._hold_back(None if validation is None else read(validation), task.label_ids)
-        return found
-
-    def _sort(self, calibration: Calibration, label_ids: Sequence[int]) -> None:
-        for inputs, labels in calibration:
-            is_own = own_rows(labels, label_ids, _rows(inputs))
-            for chosen, part in ((is_own, self.own), (~is_own, self.others)):
-                if bool(chosen.any()):
-                    part.append(_chosen((inputs, labels), chosen))
-
-    def _hold_back(self, validation: Calibration | None, label_ids: Sequence[int]) -> None:
-        if validation is not None:
-            other = _Samples()
-            other._sort(validation, label_ids)
-            self.held_out = other.own
-        else:
-            places = [torch.arange(_rows(inputs)) % HELD_OUT == HELD_OUT - 1 for inputs, _ in self.own]
-            self.held_out = [_chosen(pair, place) for pair, place in zip(self.own, places, strict=True) if place.any()]
-            self.own = [_chosen(pair, ~place) for pair, place in zip(self.own, places, strict=True)]
-        if not self.held_out or any(labels is None for _, labels in self.held_out):
-            raise ValueError(
-                "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "
-                "Pass validation= with labels, or retention= in place of max_loss."
-            )
-
-
-def _rows(inputs: Mapping[str, Tensor]) -> int:
-    return len(next(iter(inputs.values())))
-
-
-def _chosen(pair: Pair, chosen: Tensor) -> Pair:
-    inputs, labels = pair
-    return {name: value[chosen] for name, value in inputs.items()}, None if labels is None else labels[chosen]
-
-
-def own_rows(labels: Tensor | None, label_ids: Sequence[int], samples: int) -> Tensor:
-    """Which samples have one of some labels, (batch,); all, where that is not known or labels are of places in them."""
-    if labels is not None and labels.dtype == torch.bool and labels.ndim == 2:
-        return labels[:, list(label_ids)].any(-1)
-    if labels is None or labels.ndim != 1:
-        return torch.ones(samples, dtype=torch.bool)
-    return torch.isin(labels, torch.tensor(label_ids))
-
-
 def _module(
-    model: PreTrainedModel, source: Source, task: CutTask, samples: _Samples, options: _Options, advance: Advance,
+    model: PreTrainedModel, source: Source, task: CutTask, samples: CutSamples, options: _Options, advance: Advance,
     retention: float,
-) -> NeMoPreTrainedModel:  # fmt: skip
-    """Cuts one module, checks and reconstructs it, and records how; it is in float32."""
+) -> Found:  # fmt: skip
+    """Cuts one module, checks and reconstructs it, and says how; it is in float32."""
     keep = plan_budget(source.plain, source.sites, source.scores, retention)
     module = _cut(model, source, task, keep)
     whole = masked_weights(source.plain, source.sites)
@@ -261,8 +185,7 @@ def _module(
     }
     if options.reconstruct:
         done |= _reconstruct(module, source, task, keep, advance)
-    module.config.extraction = done
-    return module
+    return module, done
 
 
 def _cut(model: PreTrainedModel, source: Source, task: CutTask, keep: Keep) -> NeMoPreTrainedModel:
@@ -327,18 +250,17 @@ def _reconstruct(
 
 
 def _smallest(
-    cut: Callable[[float], NeMoPreTrainedModel], model: PreTrainedModel, task: CutTask, samples: _Samples,
-    max_loss: float,
-) -> NeMoPreTrainedModel:  # fmt: skip
+    cut: Callable[[float], Found], model: PreTrainedModel, task: CutTask, samples: CutSamples, max_loss: float
+) -> Found:
     """The smallest module that loses at most so many points of accuracy on the samples that are held back."""
     plain = plain_source(model)
     needed = _accuracy(plain, task, samples.held_out, task.label_ids) - max_loss / 100
     low, high, best = math.log(SMALLEST_RETENTION), 0.0, None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        module = cut(math.exp(middle))
-        if _accuracy(module.model, task, samples.held_out, None) >= needed:
-            high, best = middle, module
+        found = cut(math.exp(middle))
+        if _accuracy(found[0].model, task, samples.held_out, None) >= needed:
+            high, best = middle, found
         else:
             low = middle
     return cut(1.0) if best is None else best
@@ -366,10 +288,10 @@ def _accuracy(model: PreTrainedModel, task: CutTask, samples: Sequence[Pair], la
 
 
 def _finish(
-    module: NeMoPreTrainedModel, model: PreTrainedModel, task: CutTask, samples: _Samples, options: _Options,
+    module: NeMoPreTrainedModel, model: PreTrainedModel, done: dict[str, Any], samples: CutSamples, options: _Options,
     advance: Advance,
 ) -> None:  # fmt: skip
-    """What comes after the cut: precision, processor, refinement, vocabulary and rejection."""
+    """What comes after the cut: precision, processor, refinement, vocabulary and rejection, recorded in `done`."""
     restore_dtypes(module, {name: tensor.dtype for name, tensor in _plain_state(model).items()})
     module.drop_stale_results()
     check_finite(module)
@@ -377,29 +299,29 @@ def _finish(
         module.processor_files = dict(model.processor_files)
     if options.processing_class is not None:
         module.attach_processor(options.processing_class)
-    done = dict(module.config.extraction or {})
     if options.refine_epochs:
         advance("Refining")
         refine_module(model, module, samples.own, options.refine_epochs, show_progress=False)
         done["refine_epochs"] = options.refine_epochs
-    others = samples.others
+    own, others = samples.own, samples.others
     if options.vocabulary or options.max_positions:
         advance("Vocabulary")
-        done["vocabulary"] = {}
-        tokenizer = own_processor(module, "text")
-        batches = [inputs for inputs, _ in samples.own]
+        done["vocabulary"], tokenizer = {}, own_processor(module, "text")
+        batches = [inputs for inputs, _ in own]
         if options.max_positions:
             done["vocabulary"] |= shorten_positions(module, tokenizer, batches, options.max_positions)
         if options.vocabulary:
             done["vocabulary"] |= shrink_vocabulary(module, tokenizer, batches)
-            others = list(_encoded_again(others, tokenizer, own_processor(module, "text")))
+            reduced = own_processor(module, "text")
+            own, others = (list(_encoded_again(part, tokenizer, reduced)) for part in (own, others))
     if options.rejection and others:
         advance("Rejection")
-        own = samples.own if not options.vocabulary else list(_encoded_again(samples.own, tokenizer, own_processor(module, "text")))
         calibrate_on_samples(module, [*own, *others])
-    sizes = [sum(t.numel() * t.element_size() for t in state.values()) for state in (module.state_dict(), _plain_state(model))]
-    done |= {"bytes": sizes[0], "source_bytes": sizes[1]}
-    module.config.extraction = done
+    done |= {"bytes": _bytes(module.state_dict()), "source_bytes": _bytes(_plain_state(model))}
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:

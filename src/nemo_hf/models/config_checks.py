@@ -57,6 +57,16 @@ EQUIVALENCE = {
     **dict.fromkeys(("effect", "samples"), Number | None),
     "source": Literal["parent"] | None,
 }
+EXTRACTION = {
+    "scores": str,
+    **dict.fromkeys(("samples", "bytes", "source_bytes"), int),
+    **dict.fromkeys(("weights", "neurons", "seconds"), Number),
+    **dict.fromkeys(("retention", "cut_distance", "distance"), Number | None),
+    **dict.fromkeys(("refine_epochs", "scarce_layers"), int | None),
+    "layers": dict[str, list[Number]] | None,
+    "refused": str | None,
+    "vocabulary": dict[str, int] | None,
+}
 REJECTION = dict.fromkeys(("weight", "bias", "threshold"), Number)
 TRAINING = {
     "arguments": dict[str, Any],

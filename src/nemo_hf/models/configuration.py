@@ -141,6 +141,11 @@ class NeMoModelConfig(SavedConfig):
         retained_neurons: Module: its neuron retention rate.
         equivalence: Result of the last equivalence check, or `None`.
         id2label: Label names by id; `label2id` and `problem_type` likewise as in `transformers`.
+        extraction: Module: how `extract_module` cut it on calibration samples: `scores`, `samples`, the `retention` that
+            was asked for, shares of `weights` (of attention, feed-forward layers and convolutions) and `neurons` kept;
+            by path of its `layers` the error of the hidden states behind each, relative to their variance, before and
+            after reconstruction; mean squared differences of the answers from the source's (`cut_distance` and
+            `distance`); `bytes`, `source_bytes`, `seconds`, and what `vocabulary` and `refine_epochs` did.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.
@@ -172,6 +177,7 @@ class NeMoModelConfig(SavedConfig):
     round_to: int | None = validated_field(checks.within(1, LARGEST_MULTIPLE), default=None)
     retained_neurons: float | int | None = validated_field(checks.within(0, 1), default=None)
     equivalence: dict[str, Any] | None = validated_field(checks.holds(checks.EQUIVALENCE), default=None)
+    extraction: dict[str, Any] | None = validated_field(checks.holds(checks.EXTRACTION), default=None)
     rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
     rejected_label: str | None = None
     is_tuned: bool = False

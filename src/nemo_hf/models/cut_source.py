@@ -21,9 +21,9 @@ from nemo_hf.pruning.statistics import SiteStatistics, measure_sites
 
 from .base import NeMoPreTrainedModel
 from .equivalence import sharing_copy
-from .finiteness import check_outputs
+from .finiteness import check_finite, check_outputs
 from .head_outputs import answers
-from .plain_checks import label_names
+from .plain_checks import check_built, check_plain, label_names
 from .pruning_modes import make_parent
 
 Inputs = dict[str, Any]
@@ -74,6 +74,22 @@ class Source:
     batches: list[Inputs]
     answers: list[Tensor]
     scores: dict[str, dict[str, Tensor]]
+
+
+def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
+    """Refuses models that can't be cut on calibration samples, before any sample is read."""
+    if isinstance(model, NeMoPreTrainedModel):
+        model.parent_masks()
+        check_built(model.model)
+    else:
+        check_plain(model, NeMoConfig(masks="static"))
+        check_built(model)
+    if calibration is None:
+        raise ValueError(
+            "Got no calibration samples; expected some hundreds, which need no labels. Pass calibration=, such as a data "
+            "set, batches, or a list of texts with processing_class=tokenizer."
+        )
+    check_finite(model)
 
 
 def find_static_sites(

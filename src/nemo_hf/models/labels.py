@@ -136,6 +136,15 @@ def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
     return loss
 
 
+def labelled_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, float32, mean over the samples with a label, 0 without any; `targets` as of `label_targets`."""
+    if targets.ndim == 2:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    is_any = (targets != IGNORED).any()  # the mean over none would be NaN, and the host does not wait to know
+    found = F.cross_entropy(logits.float(), targets.masked_fill(~is_any, 0), label_smoothing=label_smoothing)
+    return found * is_any
+
+
 def check_label_numbers(names: Sequence[str], column: str, id2label: Mapping[int, str] | None) -> None:
     """Refuses a column of labels whose `names`, in order, have other ids than the same names have in a model."""
     known = {str(name): int(index) for index, name in (id2label or {}).items()}

@@ -188,7 +188,9 @@ class Reconstruction:
                     seen[0] = _Seen()
                     with torch.no_grad():
                         runs.run(index, inputs, final)
-                calls = zip(of_module[0].stream, of_source[0].stream, of_module[0].read, of_module[0].results, strict=False)
+                calls = zip(
+                    of_module[0].stream, of_source[0].stream, of_module[0].read, of_module[0].results, strict=False
+                )
                 for stream, target, read, result in calls:
                     target = _same_outputs(target, stream, self.cuts.get(path))
                     if target.shape != stream.shape:  # as in experts, which see other tokens
@@ -210,6 +212,17 @@ def _is_linear(layer: nn.Module) -> bool:
     """Whether a layer is linear in patches or tokens, with nothing of its own around that."""
     is_plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and type(layer).forward is nn.Conv2d.forward
     return is_plain or layer_features(layer) is not None
+
+
+def _called(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> list[str]:
+    """Those of some layers that a forward pass calls, in order."""
+    called: list[str] = []
+    with ExitStack() as stack, torch.no_grad():
+        for path in paths:
+            layer = model.get_submodule(path)
+            stack.callback(layer.register_forward_hook(lambda *_, path=path: called.append(path)).remove)
+        model(**inputs, return_dict=True)
+    return called
 
 
 def _same_outputs(target: Tensor, stream: Tensor, cut: LayerCut | None) -> Tensor:

@@ -102,7 +102,9 @@ def fisher_scores(
 def _mask_gradients(model: nn.Module, site: NeuronSite, path: str, product: Tensor, samples: int) -> Tensor:
     """Sum over samples of the squared gradient of each neuron's mask, from values times their gradients."""
     is_image = path != "" and neuron_dim(model.get_submodule(path)) == 1
-    by_sample = (product.movedim(1, -1) if is_image else product).reshape(samples, -1, product.shape[1 if is_image else -1])
+    by_sample = (product.movedim(1, -1) if is_image else product).reshape(
+        samples, -1, product.shape[1 if is_image else -1]
+    )
     summed = by_sample.double().sum(1).cpu()
     places = torch.arange(site.neurons, dtype=torch.float64)
     if path == "":

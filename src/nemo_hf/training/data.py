@@ -1,9 +1,7 @@
 """Checks of training data before the first step, and the label groups that one of its columns names."""
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -16,7 +14,7 @@ from transformers import DataCollatorWithPadding, DefaultDataCollator, default_d
 from transformers.trainer_utils import has_length
 
 from nemo_hf.config import LabelLike
-from nemo_hf.models.batches import split_batch
+from nemo_hf.models.batches import split_batch, unchanged_random_state
 from nemo_hf.models.configuration import SEVERAL_LABELS
 from nemo_hf.models.labels import (
     IGNORED,
@@ -110,18 +108,6 @@ def seen_labels(dataset: Any, collator: Any, batches: Callable[[Any], Any] | Non
 def part_of(dataset: Any, rows: Sequence[int]) -> Any:
     """Some samples of a data set."""
     return dataset.select(rows) if isinstance(dataset, datasets.Dataset) else Subset(dataset, rows)
-
-
-@contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """Restores the generators of random numbers at the end, so that a look at data does not change the training."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - that of transforms and collators
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 class _Share(IterableDataset[Any]):

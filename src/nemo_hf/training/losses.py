@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_hf.models.labels import IGNORED, label_ids, shares_group
+from nemo_hf.models.labels import label_ids, labelled_cross_entropy, shares_group
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,6 @@ def sparsity_loss(masks: Tensor, widths: Sequence[int]) -> Tensor:
     """Mean mask value of each site, averaged over sites: a float32 scalar in [0, 1), 0 without samples."""
     sites = masks.float().sum(0).split(list(widths))
     return torch.stack([site.mean() for site in sites]).mean() / max(1, len(masks))
-
-
-def labelled_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy, float32, mean over the samples with a label, 0 without any; `targets` as of `label_targets`."""
-    if targets.ndim == 2:
-        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
-    is_any = (targets != IGNORED).any()  # the mean over none would be NaN, and the host does not wait to know
-    found = F.cross_entropy(logits.float(), targets.masked_fill(~is_any, 0), label_smoothing=label_smoothing)
-    return found * is_any
 
 
 def specific_cross_entropy(

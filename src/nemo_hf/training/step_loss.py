@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_hf.models.labels import group_indices, label_ids, sample_groups, shares_group
+from nemo_hf.models.labels import group_indices, label_ids, labelled_cross_entropy, sample_groups, shares_group
 from nemo_hf.pruning.plan import module_masks
 
 from . import data, distributed, losses
@@ -141,7 +141,7 @@ class StepLoss:
             return losses.restricted_binary_cross_entropy(outputs.logits, targets, in_module)
         smoothing, weight = trainer.args.label_smoothing_factor, config.specificity_weight
         if in_module is None or weight == 0:
-            return losses.labelled_cross_entropy(outputs.logits, targets, smoothing)
+            return labelled_cross_entropy(outputs.logits, targets, smoothing)
         return losses.specific_cross_entropy(outputs.logits, targets, in_module, weight, smoothing)
 
     def _mask_terms(self, neuron_masks: dict[str, Tensor], labels: Tensor, current: MicroBatch) -> Tensor:

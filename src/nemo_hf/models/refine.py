@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from nemo_hf.models.atomic_writes import scratch_directory
-from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.finiteness import check_finite
-from nemo_hf.models.labels import IGNORED
-from nemo_hf.models.processors import stacked
-from nemo_hf.models.rejection import energy
 from nemo_hf.neurons.trial_calls import evaluating, on_device
 
-from .data import unchanged_random_state
-from .losses import labelled_cross_entropy
+from .atomic_writes import scratch_directory
+from .base import NeMoPreTrainedModel
+from .batches import unchanged_random_state
+from .finiteness import check_finite
+from .labels import IGNORED, labelled_cross_entropy
+from .processors import stacked
+from .rejection import energy
 
 LEARNING_RATE = 5e-4
 ENERGY_WEIGHT = 0.1

@@ -1,0 +1,94 @@
+"""Calibration samples of a cut, sorted: those with the module's labels, others, and those that are held back."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .calibration import Calibration, read_calibration
+from .cut_source import CutTask, Inputs
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[Inputs, Tensor | None]
+HELD_OUT = 3  # one sample of so many measures the loss, where no others are given for that
+
+
+@dataclass
+class CutSamples:
+    """Batches of calibration samples: with the module's labels, of others, and those that are held back."""
+
+    own: list[Pair] = field(default_factory=list)
+    others: list[Pair] = field(default_factory=list)
+    held_out: list[Pair] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Number of own samples."""
+        return sum(_rows(inputs) for inputs, _ in self.own)
+
+    @classmethod
+    def read(
+        cls, model: PreTrainedModel, task: CutTask, calibration: Any, validation: Any, max_loss: float | None,
+        processing_class: Any, max_samples: int, batch_size: int,
+    ) -> "CutSamples":  # fmt: skip
+        """Reads the samples and sorts them by their labels."""
+        read = partial(read_calibration, model, processing_class=processing_class, batch_size=batch_size,
+                       max_samples=max_samples, labels_wanted=task.label_ids)  # fmt: skip
+        found = cls()
+        found._sort(read(calibration), task.label_ids)
+        if not found.own:
+            logger.warning(
+                "Got calibration samples of other labels only: the module is cut on samples that it is not for. Pass "
+                "samples with the labels %s.",
+                task.label_ids[:12],
+            )
+            found.own, found.others = found.others, []
+        if max_loss is not None:
+            found._hold_back(None if validation is None else read(validation), task.label_ids)
+        return found
+
+    def _sort(self, calibration: Calibration, label_ids: Sequence[int]) -> None:
+        for inputs, labels in calibration:
+            is_own = own_rows(labels, label_ids, _rows(inputs))
+            for chosen, part in ((is_own, self.own), (~is_own, self.others)):
+                if bool(chosen.any()):
+                    part.append(_chosen((inputs, labels), chosen))
+
+    def _hold_back(self, validation: Calibration | None, label_ids: Sequence[int]) -> None:
+        if validation is not None:
+            other = CutSamples()
+            other._sort(validation, label_ids)
+            self.held_out = other.own
+        else:
+            places = [torch.arange(_rows(inputs)) % HELD_OUT == HELD_OUT - 1 for inputs, _ in self.own]
+            self.held_out = [_chosen(pair, place) for pair, place in zip(self.own, places, strict=True) if place.any()]
+            self.own = [_chosen(pair, ~place) for pair, place in zip(self.own, places, strict=True)]
+        if not self.held_out or any(labels is None for _, labels in self.held_out):
+            raise ValueError(
+                "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "
+                "Pass validation= with labels, or retention= in place of max_loss."
+            )
+
+
+def _rows(inputs: Mapping[str, Tensor]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _chosen(pair: Pair, chosen: Tensor) -> Pair:
+    inputs, labels = pair
+    return {name: value[chosen] for name, value in inputs.items()}, None if labels is None else labels[chosen]
+
+
+def own_rows(labels: Tensor | None, label_ids: Sequence[int], samples: int) -> Tensor:
+    """Which samples have one of some labels, (batch,); all, where that is not known or labels are of places in them."""
+    if labels is not None and labels.dtype == torch.bool and labels.ndim == 2:
+        return labels[:, list(label_ids)].any(-1)
+    if labels is None or labels.ndim != 1:
+        return torch.ones(samples, dtype=torch.bool)
+    return torch.isin(labels, torch.tensor(label_ids))
