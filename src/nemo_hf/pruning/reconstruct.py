@@ -91,12 +91,13 @@ def _watching(model: nn.Module, reader: str, point: StreamPoint, calls: int, wit
 
     def on_reader(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         seen[0].since = 0
-        if with_graph:
-            torch.set_grad_enabled(True)  # until the pass ends
-            output = output.detach().requires_grad_()
         seen[0].read.append(args[0].detach())
         seen[0].results.append(output)
-        return output
+        if not with_graph:
+            return output
+        torch.set_grad_enabled(True)  # until the pass ends
+        seen[0].results[-1] = output.detach().requires_grad_()
+        return seen[0].results[-1].clone()  # what comes next may add to it in place
 
     def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
         seen[0].since += 1
@@ -242,8 +243,6 @@ def _same_outputs(target: Tensor, stream: Tensor, cut: LayerCut | None) -> Tenso
 def _wanted(stream: Tensor, target: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
     """What the layer's result lacks for the stream to be its target, and the factor of each number on the way there."""
     missing = target.to(stream.dtype) - stream.detach()
-    if stream is result:
-        return missing, torch.ones_like(missing)
     (factors,) = torch.autograd.grad(stream, result, torch.ones_like(stream), retain_graph=True)
     (pulled,) = torch.autograd.grad(stream, result, missing)
     largest = factors.abs().max()
