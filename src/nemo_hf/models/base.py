@@ -356,7 +356,7 @@ class NeMoPreTrainedModel(SavedModel):
 
     def _output(self, outputs: Any, labels: Tensor | None, collected: Mapping[str, list[Tensor]]) -> NeMoOutput:
         result = NeMoOutput(
-            loss=None if labels is None else self._task_loss(outputs, labels),
+            loss=None if labels is None else task_loss(self, outputs.logits, labels, outputs.get("loss")),
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -369,12 +369,6 @@ class NeMoPreTrainedModel(SavedModel):
         if fit := self.config.rejection:  # read once: another thread may find that it is stale
             result.rejection_scores = rejection_scores(energy(outputs.logits, self.config.has_several_labels), fit)
         return result
-
-    def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        if self.config.num_labels == 1 and not self.config.has_several_labels:
-            raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
-        loss: Tensor | None = outputs.get("loss")
-        return task_loss(self, outputs.logits, labels) if loss is None else loss
 
     def _prepare_to_save(self) -> None:
         self.drop_stale_results()
