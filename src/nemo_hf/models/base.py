@@ -357,7 +357,7 @@ class NeMoPreTrainedModel(SavedModel):
 
     def _output(self, outputs: Any, labels: Tensor | None, collected: Mapping[str, list[Tensor]]) -> NeMoOutput:
         result = NeMoOutput(
-            loss=None if labels is None else self._task_loss(outputs, labels),
+            loss=None if labels is None else task_loss(self, outputs.logits, labels, outputs.get("loss")),
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -374,12 +374,6 @@ class NeMoPreTrainedModel(SavedModel):
         """Logits of the model's own labels, without that of a `rejected_label`: (batch, labels)."""
         logits: Tensor = self(**inputs, return_dict=True).logits
         return logits[..., : self.num_labels]
-
-    def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        if self.num_labels == 1 and not self.config.has_several_labels:
-            raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
-        loss: Tensor | None = outputs.get("loss")
-        return task_loss(self, outputs.logits, labels) if loss is None else loss
 
     def _prepare_to_save(self) -> None:
         self.drop_stale_results()

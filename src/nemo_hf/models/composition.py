@@ -91,7 +91,7 @@ def _check_modules(modules: Sequence[Any]) -> None:
             raise TypeError(
                 f"Got a {kind} to join; expected modules. Cut one: make_parent(...).extract_module(labels)."
             )
-        check_answers_once(module, "join")
+        check_answers_once(module, "Cut one module of all these labels: extract_module(labels).")
         check_finite(module)
     names = [name for module in modules for name in module.config.names.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):

@@ -335,7 +335,7 @@ def is_as_read(config: SavedConfig, data: Mapping[str, Any]) -> bool:
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration."""
-    known = [found for _, mapping in TASKS.values() for found in _registered(mapping, type(base_config))]
+    known = [found for _, mapping in TASKS.values() for found in registered_classes(mapping, type(base_config))]
     found = next((each for each in known if each.__name__ == name), getattr(transformers, name, None))
     if inspect.isclass(found) and issubclass(found, PreTrainedModel):
         return found
@@ -347,7 +347,7 @@ def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrained
     )
 
 
-def _registered(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel], ...]:
+def registered_classes(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel], ...]:
     """Model classes that an Auto class knows for a configuration."""
     found = mapping.get(config_class, ()) if config_class else ()
     return found if isinstance(found, tuple) else (found,)
@@ -355,13 +355,13 @@ def _registered(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel],
 
 def model_class(task: str, config_class: type[PreTrainedConfig]) -> Any:
     """Finds the class of this library that is registered with the Auto class of a task for a configuration."""
-    return _registered(TASKS[task][1], config_class)[0]
+    return registered_classes(TASKS[task][1], config_class)[0]
 
 
 def task_of(base_class: type[PreTrainedModel]) -> str:
     """Returns the task of a plain model's class, a key of `TASKS`; a class of another one is a `TypeError`."""
     for task, (_, mapping) in TASKS.items():  # before the names: Wav2Vec2ForSequenceClassification is for audio
-        if base_class in _registered(mapping, base_class.config_class):
+        if base_class in registered_classes(mapping, base_class.config_class):
             return task
     for task, (name, _) in TASKS.items():
         if name in base_class.__name__:
