@@ -100,8 +100,8 @@ def _composed_facts(model: NeMoComposedModel) -> dict[str, Any]:
         "role": "composed",
         "base_class": ", ".join(dict.fromkeys(part["base_class"] for part in parts)),
         "labels": [names[place] for place in config.label_order or []],
-        "parameters": sum(part["parameters"] for part in parts),
-        "megabytes": sum(part["megabytes"] for part in parts),
+        "parameters": int(model.num_parameters()),
+        "megabytes": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
         "parts": [{**part, "scale": scale, "bias": bias} for part, scale, bias in calibrated],
     }
 
