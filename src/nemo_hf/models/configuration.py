@@ -269,7 +269,8 @@ class NeMoModelConfig(SavedConfig):
     @property
     def names(self) -> dict[int, str]:
         """Label names by id, without the `rejected_label`."""
-        return {int(index): str(name) for index, name in (self.__dict__.get("id2label") or {}).items()}
+        names = {int(index): str(name) for index, name in (self.__dict__.get("id2label") or {}).items()}
+        return dict(sorted(names.items()))  # a file may sort ids as texts: 0, 1, 10, 2
 
     @property
     def groups(self) -> dict[str, list[int]]:
