@@ -55,6 +55,7 @@ def shrink_vocabulary(
             up in one table, or if the reduced module has other answers. The module is unchanged then.
     """
     data = _tokenizer_data(module, tokenizer)
+    check_kind(data)
     table = _embedding(module).weight
     rows = len(table)
     seen, first, texts = _read(batches, tokenizer)
@@ -119,7 +120,8 @@ def shorten_positions(
     state = dict(module.state_dict(keep_vars=True))
     rows = table.num_embeddings - before + max_positions
     state = {name: value[:rows] if value is table.weight else value for name, value in state.items()}
-    ids = torch.cat([value.flatten() for value in (batch[IDS] for batch in inputs)])
+    ids = torch.cat([batch[IDS].flatten() for batch in inputs])
+    ids = ids[ids != module.config.pad_token_id]  # which has no position
     full = {IDS: ids.repeat(-(-max_positions // len(ids)))[:max_positions][None]}
     full["attention_mask"] = torch.ones_like(full[IDS])
     saved = _replace(module, config, state, [(inputs[0], inputs[0]), (full, full)])
@@ -162,7 +164,6 @@ def _tokenizer_data(module: NeMoPreTrainedModel, tokenizer: Any) -> dict[str, An
             "one that AutoTokenizer makes with backend='tokenizers', or leave the vocabulary as it is."
         )
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    check_kind(data)
     return data
 
 
