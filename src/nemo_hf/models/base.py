@@ -20,6 +20,7 @@ from nemo_hf.neurons.sites import NeuronSite, with_pruning_modes
 from nemo_hf.neurons.user_sites import model_sites, user_site_entries
 from nemo_hf.pruning.plan import module_masks
 from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
+from nemo_hf.pruning.shared_rows import share_rows, token_table
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig, task_of
@@ -185,6 +186,8 @@ class NeMoPreTrainedModel(SavedModel):
                 close_attention(self.model, site)
         for head in self.heads:
             resize_layer(self.model, head, outputs=self.config.num_labels or 0)
+        if self.config.token_rows:
+            share_rows(self.model, token_table(self.model), self.config.token_rows)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -134,6 +134,7 @@ class NeMoModelConfig(SavedConfig):
         id2label: Label names by id; `label2id` and `problem_type` likewise as in `transformers`.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         is_tuned: Module: whether it was trained further since it was cut.
+        token_rows: Module: how many rows its tokens share (see `share_tokens`), or `None`.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
         save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
@@ -163,6 +164,7 @@ class NeMoModelConfig(SavedConfig):
     equivalence: dict[str, Any] | None = validated_field(checks.holds(checks.EQUIVALENCE), default=None)
     rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
     is_tuned: bool = False
+    token_rows: int | None = validated_field(checks.within(1, checks.LARGEST_NUMBER), default=None)
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
     save_identity: dict[str, Any] | None = None
