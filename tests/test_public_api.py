@@ -55,7 +55,7 @@ FIELDS = {
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
     " problem_type relevance_source unseen_labels base_model parent relevance_threshold round_to retained_neurons"
-    " equivalence rejection is_tuned training processor_files save_identity",
+    " equivalence rejection is_tuned token_rows training processor_files save_identity",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 
