@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nemo_hf.models.atomic_writes import replaced_directory
-from nemo_hf.models.base import NeMoOutput, NeMoPreTrainedModel
+from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.finiteness import check_finite, check_outputs
-from nemo_hf.models.head_outputs import answers
+from nemo_hf.models.head_outputs import NeMoOutput, answers
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.models.privacy import clean

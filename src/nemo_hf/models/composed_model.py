@@ -8,9 +8,10 @@ import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from torch import Tensor, nn
 
-from .base import NeMoOutput, NeMoPreTrainedModel
+from .base import NeMoPreTrainedModel
 from .config_checks import REMEDY, check_companions, holds
 from .configuration import NeMoModelConfig, SavedConfig, model_class
+from .head_outputs import NeMoOutput
 from .labels import task_loss
 from .saved_model import SavedModel
 from .shared_tensors import check_shared, share_equal, shared_names

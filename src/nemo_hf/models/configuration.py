@@ -150,6 +150,7 @@ class NeMoModelConfig(SavedConfig):
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.
         is_tuned: Module: whether it was trained further since it was cut.
+        token_rows: Module: how many rows its tokens share (see `share_tokens`), or `None`.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
         save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
@@ -181,6 +182,7 @@ class NeMoModelConfig(SavedConfig):
     rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
     rejected_label: str | None = None
     is_tuned: bool = False
+    token_rows: int | None = validated_field(checks.within(1, checks.LARGEST_NUMBER), default=None)
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
     save_identity: dict[str, Any] | None = None
