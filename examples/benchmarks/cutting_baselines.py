@@ -1,0 +1,145 @@
+"""What else makes a small model of some labels of a trained classifier: the other rows of `cutting.py`.
+
+Torch-Pruning (arXiv 2301.12900) with group norms or Taylor importance; the first layers of the pretrained encoder
+trained on the labels alone; a student of the source.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from cutting_fisher import fisher
+from cutting_units import Job, cut, logits_of, restrict, site_paths, site_weights, unit_groups
+from quality_tasks import Split, collate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
+
+from nemo_hf.neurons.patterns import find_sites
+from nemo_hf.neurons.sites import AttentionSite
+
+RATES = {"truncated": 2e-4, "student": 5e-4}
+"""Learning rates, the best of 1e-4, 2e-4, 5e-4 and 1e-3 on validation data, with one set of labels."""
+TEMPERATURE = 2.0  # of the student's targets
+NARROW_LAYERS = 2  # of encoders that are to be as large as a module
+
+
+def truncated(job: Job, layers: int) -> PreTrainedModel:
+    """The pretrained encoder's first layers with a new head, untrained."""
+    if not job.encoder:
+        raise SystemExit("Got a row of a truncated encoder or student for a source without a pretrained encoder.")
+    set_seed(job.seed)
+    sizes = {"num_hidden_layers": layers, "num_labels": len(job.labels), "ignore_mismatched_sizes": True}
+    return AutoModelForSequenceClassification.from_pretrained(job.encoder, **sizes).eval()
+
+
+def narrowed(job: Job) -> PreTrainedModel:
+    """The first layers, with the heads and units of the largest weights: as many weights as the module."""
+    model = truncated(job, NARROW_LAYERS)
+    units = unit_groups(model)
+    share = job.retention * site_weights(job.source, site_paths(job.source)) / sum(u.cost * u.count for u in units)
+    kept = {}
+    budget = 0.0
+    for group in units:  # the units behind a block's attention take what its whole heads leave
+        budget += share * group.cost * group.count
+        count = min(group.count, max(1, int(budget / group.cost)))
+        budget -= count * group.cost
+        scores = torch.zeros(group.count).index_add_(0, group.of_input, group.norms(model))
+        kept[group.site.key] = scores.topk(count).indices.sort().values
+    return cut(model, range(len(job.labels)), units, kept)
+
+
+def trained_encoder(job: Job, layers: int | None) -> PreTrainedModel:
+    """The first layers of the encoder, or as many weights as the module has, trained on the labels."""
+    model = narrowed(job) if layers is None else truncated(job, layers)
+    train(model, job.train, job, job.rate or RATES["truncated"])
+    return model
+
+
+def student(job: Job, on_all: bool) -> PreTrainedModel:
+    """A truncated encoder as large as the module, trained to answer as the source, restricted to the labels."""
+    data = job.train if on_all else job.calibration
+    model = narrowed(job)
+    targets = logits_of(job.source, data)[:, list(job.labels)]
+    train(model, data, job, job.rate or RATES["student"], targets)
+    return model
+
+
+def train(model: nn.Module, data: Split, job: Job, rate: float, targets: Tensor | None = None) -> None:
+    """Trains on labels, or on logits as targets (samples, labels): AdamW, cosine, batches of similar lengths."""
+    set_seed(job.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, job.steps)
+    model.train()
+    for _, indices in zip(range(job.steps), shuffled(data, job.batch), strict=False):
+        inputs = collate([data[index] for index in indices.tolist()])
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        if targets is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            soft = (targets[indices] / TEMPERATURE).softmax(-1)
+            loss = TEMPERATURE**2 * F.kl_div((logits / TEMPERATURE).log_softmax(-1), soft, reduction="batchmean")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def shuffled(data: Split, batch: int) -> Iterator[Tensor]:
+    """Indices of batches without end, each time in another order; texts of similar lengths stand together."""
+    lengths = data.inputs["attention_mask"].sum(-1) if "attention_mask" in data.inputs else torch.zeros(len(data))
+    while True:
+        batches = []
+        for part in torch.randperm(len(data)).split(8 * batch):
+            batches += part[lengths[part].argsort(stable=True)].split(batch)
+        yield from (batches[index] for index in torch.randperm(len(batches)).tolist())
+
+
+def torch_pruning(job: Job, importance: str) -> PreTrainedModel:
+    """Torch-Pruning's cut: equal shares of the dimensions of all heads and of the units of each layer.
+
+    Its dependency graph treats q, k, v and the output projection as one group. The residual stream stays, as in the
+    other rows. `importance` is `"norm"` (of groups, p = 2) or `"taylor"` (weight times gradient, of the labels' loss).
+    """
+    import torch_pruning as tp
+
+    model = restrict(copy.deepcopy(job.source), job.labels)
+    if importance == "taylor":
+        for batch in job.calibration.batches(50):
+            labels = batch.pop("labels")
+            F.cross_entropy(model(**batch).logits, labels, reduction="sum").backward()
+    sites = find_sites(model, ("attention", "ffn"))
+    makers = {rows.layer for site in sites for rows, _ in site.produced()}
+    attention = [site for site in sites if isinstance(site, AttentionSite)]
+    heads = {model.get_submodule(rows.layer): site.heads for site in attention for rows, _ in site.produced()}
+    others = [layer for path, layer in model.named_modules() if path not in makers and not any(layer.children())]
+    sample = next(iter(job.calibration.batches(2)))
+    scores = {"norm": tp.importance.GroupMagnitudeImportance(p=2), "taylor": tp.importance.GroupTaylorImportance()}
+    options = {"pruning_ratio": 1 - job.retention, "ignored_layers": others, "num_heads": heads}
+    inputs = {name: value for name, value in sample.items() if name != "labels"}
+    pruner = tp.pruner.BasePruner(model, inputs, scores[importance], **options, output_transform=lambda o: o.logits)
+    pruner.step()
+    for site in attention:
+        layer, width = model.get_submodule(site.name), model.get_submodule(site.value.layer).out_features
+        for name in site.width_attributes:
+            setattr(layer, name, width)
+        setattr(layer, site.head_dim_attribute, width // site.heads)
+    return model.requires_grad_(False).eval()
+
+
+BASELINES: dict[str, Callable[[Job], PreTrainedModel]] = {
+    "truncated, 2 layers": lambda job: trained_encoder(job, 2),
+    "truncated, 3 layers": lambda job: trained_encoder(job, 3),
+    "truncated, 4 layers": lambda job: trained_encoder(job, 4),
+    "truncated": lambda job: trained_encoder(job, None),
+    "student, calibration": lambda job: student(job, on_all=False),
+    "student": lambda job: student(job, on_all=True),
+    "fisher": lambda job: fisher(job, tunes=False),
+    "fisher, mask tuning": fisher,
+    "torch-pruning, norm": lambda job: torch_pruning(job, "norm"),
+    "torch-pruning, taylor": lambda job: torch_pruning(job, "taylor"),
+}
+"""Makes a model of some labels by the name of the row; those of N layers take no notice of the retention."""
