@@ -42,7 +42,7 @@ def encoder(source, tmp_path_factory):
 @pytest.fixture
 def job(source, split, encoder):
     train = split.part([3, 1])
-    options = {"steps": 3, "batch": 8, "encoder": encoder}
+    options = {"steps": 3, "batch": 8, "rate": 1e-3, "encoder": encoder}
     return units_of.Job(source, [3, 1], train.rows(torch.arange(12)), train, 0.5, 0, **options)
 
 
@@ -51,13 +51,13 @@ def bench(source, split, encoder, monkeypatch):
     trainer = partial(tasks.build_trainer, partial(copy.deepcopy, source), {})
     sets = {"pairs": [(3, 1), (0, 4), (2, 3)]}
     task = tasks.Task("stripes", lambda seed: [split] * 3, trainer, 1, sets, [(3, 1)], 20, 1e-3, GROUPS)
-    monkeypatch.setitem(cutting.TASKS, "stripes", lambda data, model: task)
+    monkeypatch.setattr(cutting, "clinc150", lambda data, model: task)
     return cutting.Bench(task, source, [split] * 3, split, 3, encoder)
 
 
 def asked(**changes):
     given = {"validation": False, "methods": ["fisher", "truncated, 2 layers"], "sets": ["pairs"], "samples": [12],
-             "retention": [0.5], "seeds": [0], "limit": None, "rate": None}  # fmt: skip
+             "retention": [0.5], "seeds": [0], "limit": None}  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
 
 
@@ -189,13 +189,16 @@ def test_a_resumed_run_finds_what_an_uninterrupted_one_does(bench, tmp_path):
     resumed = cutting.run(bench, asked(), work)
     assert without_times(resumed) == without_times(whole)
     lines = work.read_text().splitlines()
-    assert len([line for line in lines if line.endswith("}")]) == len(whole) == 6
+    rates = [json.loads(line) for line in lines if '"rates"' in line]
+    assert [row["rate"] for row in rates] == list(baselines.RATES)
+    assert len([line for line in lines if line.endswith("}")]) - len(rates) == len(whole) == 6
     bench.make = None  # nothing is left to be made
     assert cutting.run(bench, asked(), work) == resumed
 
 
 def test_a_row_is_what_its_model_does(bench, split, tmp_path):
     row = cutting.run(bench, asked(methods=["truncated, 2 layers"], limit=1), tmp_path / "work.jsonl")[0]
+    bench.rate = row["rate"]
     model = bench.make("truncated, 2 layers", (3, 1), None, 12, 0)
     own = split.part([3, 1])
     logits = units_of.logits_of(model, own)
@@ -233,7 +236,7 @@ def test_the_script_writes_means_over_sets_and_keeps_the_other_table(bench, enco
         str(output),
     ]
     options += ["--model", encoder, "--source", encoder, "--output", str(output)]
-    monkeypatch.setattr("sys.argv", ["cutting.py", "stripes", *options])
+    monkeypatch.setattr("sys.argv", ["cutting.py", "clinc150", *options])
     cutting.main()
     stored = cutting.compact.load(output)
     (row,) = stored["modules"]

@@ -6,10 +6,10 @@
 
 Every set of labels is a line of a work file as soon as it is measured; lines that are there are not measured again, so
 a run can be interrupted and goes on. At the end results/cutting_TASK.json gets the means over sets. Test data choose
-nothing: calibration samples and training samples come from the training data, learning rates from `--validation`,
-which measures on validation data and only prints. Without `--source` the plain classifier is trained first. On one CPU
-thread a cut takes seconds, a model trained on its labels some minutes; the Torch-Pruning rows need `torch-pruning`.
-Times of `--latency` need a quiet machine.
+nothing: calibration samples and training samples come from the training data, the learning rate of what is trained is
+the best on validation data. `--validation` measures on these, and only prints. Without `--source` the classifier of
+texts is trained first; those of images come from image_sources.py. On one CPU thread a cut takes seconds, a model
+trained on its labels some minutes; the Torch-Pruning rows need `torch-pruning`. `--latency` needs a quiet machine.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import compact
 import torch
-from cutting_baselines import BASELINES
-from cutting_units import Job, logits_of, site_paths, site_weights
-from quality_tasks import TASKS, Split, Task
+from cutting_baselines import BASELINES, RATES, TUNED
+from cutting_units import Images, Job, logits_of, site_paths, site_weights
+from quality_tasks import Split, Task, clinc150, drawn_sets
 from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
 from timing import made_within
@@ -53,7 +53,12 @@ OURS: dict[str, dict] = {
 }
 """Options of `nemo_hf.extract_module` by the name of the row."""
 FIXED = {name for name in BASELINES if name.endswith("layers")}  # rows whose size does not follow the retention
-EPOCHS = {"clinc150": 3}  # of the source, if not the task's own
+EPOCHS = 3  # of the source of texts
+LARGE_IMAGES, FEWER_IMAGES = 64, 2000  # images above this size are tested on fewer
+PAIRS = {
+    "cifar10": [(3, 5), (0, 8), (1, 9), (2, 4), (6, 7)],
+    "fashion-mnist": [(0, 6), (2, 4), (5, 7), (1, 3), (8, 9)],
+}
 MEANS = ("restricted", "module", "other", "rejection", "weights", "parameters", "bytes", "seconds", "peak_mib")
 BATCHES = (1, 8, 32)  # of latency
 
@@ -68,7 +73,7 @@ class Bench:
     measured: Split  # one of them
     steps: int  # of the source's training
     encoder: str  # folder or name of the pretrained encoder, for texts
-    rate: float | None = None  # in place of the baselines' own
+    rate: float = 0.0  # of what is trained
     kept: dict[tuple, PreTrainedModel] = field(default_factory=dict)  # the last models made
 
     def __post_init__(self) -> None:
@@ -91,7 +96,7 @@ class Bench:
 
     def make(self, method: str, groups: tuple[int, ...], retention: float, samples: int, seed: int) -> PreTrainedModel:
         """Makes a model, or takes it from the last ones made."""
-        key = (method, groups, retention, samples, seed)
+        key = (method, groups, retention, samples, seed, self.rate)
         if key not in self.kept:
             while len(self.kept) >= 2:
                 del self.kept[next(iter(self.kept))]
@@ -143,7 +148,7 @@ def with_head(model: PreTrainedModel, own: PreTrainedModel, paths: Sequence[str]
 def measure(bench: Bench, method: str, kind: str, groups: tuple[int, ...], retention: float, samples: int, seed: int):
     """One row of the work file."""
     labels, made = bench.labels(groups), (retention, samples, seed)
-    key = (method, groups, *made)
+    key = (method, groups, *made, bench.rate)
     bench.kept.pop(key, None)  # timed, even if it was made as another set's control
     start = time.perf_counter()
     module, peak = made_within(lambda: bench.make(method, groups, *made))
@@ -192,9 +197,10 @@ def run(bench: Bench, given: argparse.Namespace, work: Path) -> list[dict]:
         (m, kind, size, n) for kind in given.sets for m in given.methods for size in sizes[m] for n in given.samples
     )
     for method, kind, retention, samples in jobs:
+        bench.rate = chosen_rate(bench, TUNED[method], given, work) if method in TUNED else 0.0
         for groups, seed in itertools.product(bench.task.sets[kind][: given.limit], given.seeds):
             row = {"source": bench.fingerprint, "data": data, "method": method, "kind": kind, "groups": list(groups)}
-            row |= {"retention": retention, "samples": samples, "seed": seed, "rate": given.rate}
+            row |= {"retention": retention, "samples": samples, "seed": seed, "rate": bench.rate}
             if key_of(row) not in known:
                 row |= measure(bench, method, kind, groups, retention, samples, seed)
                 append(work, row)
@@ -202,6 +208,23 @@ def run(bench: Bench, given: argparse.Namespace, work: Path) -> list[dict]:
                 print(*(f"{value:.4g}" if isinstance(value, float) else value for value in row.values()), flush=True)
             found.append(known[key_of(row)])
     return found
+
+
+def chosen_rate(bench: Bench, method: str, given: argparse.Namespace, work: Path) -> float:
+    """The learning rate of a row that is best on validation data, with the first set and the largest size asked for."""
+    kind = next(iter(bench.task.sets))
+    groups, seed = bench.task.sets[kind][0], given.seeds[0]
+    size = (None if method in FIXED else max(given.retention), max(given.samples))
+    own, known, found = bench.splits[1].part(bench.labels(groups)), stored_rows(work), {}
+    for bench.rate in RATES:
+        row = {"source": bench.fingerprint, "data": "rates", "method": method, "kind": kind, "groups": list(groups)}
+        row |= {"retention": size[0], "samples": size[1], "seed": seed, "rate": bench.rate}
+        if key_of(row) not in known:
+            row["module"] = accuracy(logits_of(make(method, bench.job(groups, *size, seed)), own), own.labels)
+            append(work, row)
+            print(*row.values(), flush=True)
+        found[bench.rate] = known.get(key_of(row), row)["module"]
+    return max(found, key=lambda rate: found[rate])
 
 
 def append(path: Path, row: Mapping) -> None:
@@ -215,7 +238,7 @@ def append(path: Path, row: Mapping) -> None:
 
 def summary(rows: Iterable[dict]) -> list[dict]:
     """Means over sets and seeds, and the largest loss, in points, of a module to the restricted source."""
-    keys = ("method", "kind", "retention", "samples")
+    keys = ("method", "kind", "retention", "samples", "rate")
     lines = []
     for values, own in compact.grouped(rows, *keys).items():
         line = {**dict(zip(keys, values, strict=True)), "seeds": sorted({row["seed"] for row in own}), "sets": len(own)}
@@ -258,30 +281,70 @@ def median_sample(data: Split) -> Tensor:
     return data.inputs["attention_mask"].sum(-1).argsort(stable=True)[len(data) // 2 :][:1]
 
 
+def image_task(name: str, data: str, source: Path) -> Task:
+    """Images for a source that `image_sources.py` trained: its training images calibrate; groups are labels."""
+    from image_sources import TASKS as IMAGES
+    from image_sources import VALIDATION
+
+    read, names = IMAGES[name]
+    size = json.loads((source / "preprocessor_config.json").read_text())["size"]["height"]
+    known, test = (
+        Images({"pixel_values": p}, y, size=size) for p, y in (read(Path(data), s) for s in ("train", "test"))
+    )
+    train, validation = (known.rows(part) for part in (slice(-VALIDATION), slice(-VALIDATION, None)))
+    if size > LARGE_IMAGES:
+        test = test.rows(slice(FEWER_IMAGES))
+    counts = f"{len(train)} images train, {len(validation)} choose, {len(test)} test"
+    return Task(
+        text=f"{name} at {size} x {size}, {source.name}; {counts}",
+        splits=lambda seed: (train, validation, test),
+        trainer=missing_source,
+        epochs=0,
+        sets={
+            "singles": [(label,) for label in range(10)],
+            "pairs": PAIRS[name],
+            "triples": drawn_sets(10, 3, 3),
+            "fives": drawn_sets(10, 5, 3),
+        },
+        modules=[],
+        batch=64,
+        rate=1e-3,
+        groups={label: [index] for index, label in enumerate(names)},
+    )
+
+
+def missing_source(*arguments) -> Trainer:
+    """Image sources are trained by another script."""
+    raise SystemExit("Got no --source; expected a classifier of image_sources.py. Run that first, and name its folder.")
+
+
 def build(given: argparse.Namespace, work: Path) -> Bench:
     """The task, with a source that is read, or trained."""
-    task = TASKS[given.task](given.data, given.model)
-    splits = task.splits(given.seeds[0])
-    epochs = EPOCHS.get(given.task, task.epochs)
-    is_text = "input_ids" in splits[0].inputs
+    is_text = given.task == "clinc150"
     folder = given.source or work.with_suffix(".source")
+    if is_text:
+        task = clinc150(given.data, given.model)
+    elif given.source is None:
+        missing_source()
+    else:
+        task = image_task(given.task, given.data, folder)
+    splits = task.splits(given.seeds[0])
     if not folder.exists():
-        trainer = task.trainer(Trainer, splits[0], splits[1], given.seeds[0], epochs)
+        trainer = task.trainer(Trainer, splits[0], splits[1], given.seeds[0], EPOCHS)
         trainer.train()
         trainer.model.save_pretrained(folder)
-        if is_text:
-            AutoTokenizer.from_pretrained(given.model).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(given.model).save_pretrained(folder)
     load = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    source = load.from_pretrained(folder).eval()
-    steps = epochs * -(-len(splits[0]) // task.batch)
+    steps = EPOCHS * -(-len(splits[0]) // task.batch) if is_text else 0
     measured = splits[1 if given.validation else 2]
-    return Bench(task, source, splits, measured, steps, given.model if is_text else "", given.rate)
+    source = load.from_pretrained(folder).eval()
+    return Bench(task, source, splits, measured, steps, given.model if is_text else "")
 
 
 def arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("task", choices=["clinc150", *PAIRS])
     parser.add_argument("--data", default="", help="Folder of parquet files.")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="Pretrained, for clinc150.")
     parser.add_argument("--source", type=Path, help="Folder of a trained plain classifier; else one is trained.")
@@ -290,16 +353,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retention", nargs="+", type=float, default=[0.3, 0.2, 0.13, 0.1])
     parser.add_argument("--samples", nargs="+", type=int, default=[300], help="Calibration samples.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--limit", type=int, help="Only the first sets of each kind; with --validation or --work.")
-    parser.add_argument("--rate", type=float, help="Learning rate of what is trained; only with --validation.")
+    parser.add_argument("--limit", type=int, help="Only the first sets of each kind, which only prints.")
     parser.add_argument("--validation", action="store_true", help="Measure on validation data and only print.")
     parser.add_argument("--latency", action="store_true", help="Take times, on a quiet machine, and nothing else.")
     parser.add_argument("--work", type=Path, help="Work file; by default beside the output.")
-    parser.add_argument("--output", type=Path, help="In place of results/cutting_TASK.json.")
-    given = parser.parse_args()
-    if given.rate and not given.validation:
-        parser.error("got --rate without --validation: learning rates are chosen on validation data")
-    return given
+    parser.add_argument("--output", type=Path, help="In place of results/cutting_TASK.json, or TASK-SOURCE of images.")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -308,7 +367,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    output = given.output or compact.RESULTS / f"cutting_{given.task}.json"
+    name = given.task if given.source is None or given.task == "clinc150" else f"{given.task}-{given.source.name}"
+    output = given.output or compact.RESULTS / f"cutting_{name}.json"
     work = given.work or output.with_suffix(".work.jsonl")
     bench = build(given, work)
     data = " --data DATA" if given.data else ""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
-from nemo_hf.neurons.patterns import find_sites
+from nemo_hf.neurons.patterns import find_heads, find_sites
 from nemo_hf.neurons.sites import AttentionSite
 
-RATES = {"truncated": 2e-4, "student": 5e-4}
-"""Learning rates, the best of 1e-4, 2e-4, 5e-4 and 1e-3 on validation data, with one set of labels."""
+RATES = (1e-4, 2e-4, 5e-4, 1e-3)  # learning rates of what is trained, to choose from on validation data
 TEMPERATURE = 2.0  # of the student's targets
+RATIOS_TRIED = 8  # by bisection
 NARROW_LAYERS = 2  # of encoders that are to be as large as a module
 
 
@@ -52,7 +52,7 @@ def narrowed(job: Job) -> PreTrainedModel:
 def trained_encoder(job: Job, layers: int | None) -> PreTrainedModel:
     """The first layers of the encoder, or as many weights as the module has, trained on the labels."""
     model = narrowed(job) if layers is None else truncated(job, layers)
-    train(model, job.train, job, job.rate or RATES["truncated"])
+    train(model, job.train, job, job.rate)
     return model
 
 
@@ -61,7 +61,7 @@ def student(job: Job, on_all: bool) -> PreTrainedModel:
     data = job.train if on_all else job.calibration
     model = narrowed(job)
     targets = logits_of(job.source, data)[:, list(job.labels)]
-    train(model, data, job, job.rate or RATES["student"], targets)
+    train(model, data, job, job.rate, targets)
     return model
 
 
@@ -99,34 +99,57 @@ def shuffled(data: Split, batch: int) -> Iterator[Tensor]:
 
 
 def torch_pruning(job: Job, importance: str) -> PreTrainedModel:
-    """Torch-Pruning's cut: equal shares of the dimensions of all heads and of the units of each layer.
+    """Torch-Pruning's cut by group norms, or by weight times gradient of the labels' loss.
 
-    Its dependency graph treats q, k, v and the output projection as one group. The residual stream stays, as in the
-    other rows. `importance` is `"norm"` (of groups, p = 2) or `"taylor"` (weight times gradient, of the labels' loss).
+    Transformers lose whole heads and feed-forward units, their residual stream stays, as in the other rows; CNNs lose
+    channels, also those that residual blocks add up. Each layer loses the same share, the smallest that fits the
+    budget: with one ranking of all layers, the library leaves layers whole that would lose all.
     """
     import torch_pruning as tp
 
-    model = restrict(copy.deepcopy(job.source), job.labels)
-    if importance == "taylor":
-        for batch in job.calibration.batches(50):
-            labels = batch.pop("labels")
-            F.cross_entropy(model(**batch).logits, labels, reduction="sum").backward()
+    model, paths = restrict(copy.deepcopy(job.source), job.labels), site_paths(job.source)
+    for batch in job.calibration.batches(50) if importance == "taylor" else ():
+        labels = batch.pop("labels")
+        F.cross_entropy(model(**batch).logits, labels, reduction="sum").backward()
+    sample = next(iter(job.calibration.batches(2)))
+    del sample["labels"]
+    names = {"norm": "GroupMagnitudeImportance", "taylor": "GroupTaylorImportance"}
+    scorer = getattr(tp.importance, names[importance])()
+    low, high, found = 0.0, 1.0, None
+    for _ in range(RATIOS_TRIED):
+        ratio = (low + high) / 2
+        pruned = prune(tp, model, sample, scorer, ratio)
+        if site_weights(pruned, paths) <= job.retention * site_weights(job.source, paths):
+            high, found = ratio, pruned
+        else:
+            low = ratio
+    if found is None:
+        raise SystemExit(f"Torch-Pruning found no cut to {job.retention} of the weights.")
+    return found
+
+
+def prune(tp, model: PreTrainedModel, sample: dict, importance: Callable, ratio: float) -> PreTrainedModel:
+    """A copy of a model (with gradients) that lost a share of its heads and units, or channels."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.grad = None if gradients[name] is None else gradients[name].clone()
     sites = find_sites(model, ("attention", "ffn"))
     makers = {rows.layer for site in sites for rows, _ in site.produced()}
+    kept = {path for path, layer in model.named_modules() if path not in makers and not any(layer.children())}
+    kept = kept if sites else set(find_heads(model, len(model.config.id2label)))
     attention = [site for site in sites if isinstance(site, AttentionSite)]
     heads = {model.get_submodule(rows.layer): site.heads for site in attention for rows, _ in site.produced()}
-    others = [layer for path, layer in model.named_modules() if path not in makers and not any(layer.children())]
-    sample = next(iter(job.calibration.batches(2)))
-    scores = {"norm": tp.importance.GroupMagnitudeImportance(p=2), "taylor": tp.importance.GroupTaylorImportance()}
-    options = {"pruning_ratio": 1 - job.retention, "ignored_layers": others, "num_heads": heads}
-    inputs = {name: value for name, value in sample.items() if name != "labels"}
-    pruner = tp.pruner.BasePruner(model, inputs, scores[importance], **options, output_transform=lambda o: o.logits)
+    most = 1 - 1 / max(heads.values(), default=1) - 1e-6  # all heads of a layer would be none: it is left whole
+    pruner = tp.pruner.BasePruner(
+        model, sample, importance, pruning_ratio=ratio, head_pruning_ratio=min(ratio, most), prune_num_heads=True,
+        prune_head_dims=False, num_heads=heads, ignored_layers=[model.get_submodule(path) for path in kept],
+        output_transform=lambda output: output.logits,
+    )  # fmt: skip
     pruner.step()
     for site in attention:
-        layer, width = model.get_submodule(site.name), model.get_submodule(site.value.layer).out_features
         for name in site.width_attributes:
-            setattr(layer, name, width)
-        setattr(layer, site.head_dim_attribute, width // site.heads)
+            setattr(model.get_submodule(site.name), name, model.get_submodule(site.value.layer).out_features)
     return model.requires_grad_(False).eval()
 
 
@@ -143,3 +166,10 @@ BASELINES: dict[str, Callable[[Job], PreTrainedModel]] = {
     "torch-pruning, taylor": lambda job: torch_pruning(job, "taylor"),
 }
 """Makes a model of some labels by the name of the row; those of N layers take no notice of the retention."""
+
+TUNED = {
+    name: "student" if name.startswith("student") else "truncated, 2 layers"
+    for name in BASELINES
+    if name.startswith(("truncated", "student"))
+}
+"""For each row that is trained the row whose learning rate is chosen on validation data, and taken over."""

@@ -1,12 +1,13 @@
 """What the rows of `cutting.py` share: what a module is made from, heads and units of a transformer, and their cut."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from quality_tasks import Split
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nemo_hf import make_parent
@@ -28,8 +29,30 @@ class Job:
     seed: int
     steps: int = 0  # of what is trained: as many as the source's training took
     batch: int = 32
-    rate: float | None = None  # in place of those of `RATES`
+    rate: float = 0.0  # of what is trained
     encoder: str = ""  # folder or name of the pretrained encoder
+
+
+@dataclass(frozen=True)
+class Images(Split):
+    """Images in memory as bytes; models read them between -1 and 1, in their own size."""
+
+    size: int = 32
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        return {**sample, "pixel_values": self._as_input(sample["pixel_values"][None])[0]}
+
+    def batches(self, size: int = 250) -> Iterator[dict[str, Tensor]]:
+        """All images in order."""
+        for batch in super().batches(size):
+            yield {**batch, "pixel_values": self._as_input(batch["pixel_values"])}
+
+    def _as_input(self, pixels: Tensor) -> Tensor:
+        values = pixels.float() / 127.5 - 1
+        if values.shape[-1] == self.size:
+            return values
+        return F.interpolate(values, size=(self.size, self.size), mode="bilinear", align_corners=False)
 
 
 def site_paths(model: PreTrainedModel) -> list[str]:
@@ -57,7 +80,8 @@ def restrict(model: PreTrainedModel, labels: Sequence[int]) -> PreTrainedModel:
         layer.out_features = len(labels)
         if layer.bias is not None:
             layer.bias.data = layer.bias.data[list(labels)].clone()
-    model.config.num_labels = len(labels)
+    names = model.config.id2label
+    model.config.id2label = {place: names[label] for place, label in enumerate(labels)}
     return model
 
 
