@@ -222,7 +222,9 @@ def test_other_sets_are_disjoint_and_as_large():
 
 def test_the_script_writes_means_over_sets_and_keeps_the_other_table(bench, encoder, tmp_path, monkeypatch):
     output = tmp_path / "cutting_stripes.json"
-    cutting.compact.write(output, {"latency": [{"method": "fisher", "ms": 1.0}]})
+    cutting.compact.write(
+        output, {"latency": [{"method": "fisher", "kind": "pairs", "retention": 0.5, "batch": 8, "ms": 7.25}]}
+    )
     options = [
         "--methods",
         "fisher",
@@ -245,4 +247,9 @@ def test_the_script_writes_means_over_sets_and_keeps_the_other_table(bench, enco
     assert row["module"] == pytest.approx(sum(each["module"] for each in rows) / 3, abs=1e-3)
     losses = [100 * (each["restricted"] - each["module"]) for each in rows]
     assert row["worst_loss"] == pytest.approx(max(losses), rel=1e-3, abs=1e-3)
-    assert stored["latency"][0]["ms"] == 1.0
+    assert stored["latency"][0]["ms"] == 7.25
+    table = benchmark_script("readme_tables").cutting_page(stored)
+    assert f"| {row['module']:.3f} |" in table
+    assert "| ms, batch 8 |" in table
+    assert "| 7.2 |" in table
+    assert f"{row['bytes'] / 1e6:.1f} |" in table
