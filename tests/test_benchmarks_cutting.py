@@ -115,6 +115,25 @@ def test_mask_gradients_are_those_of_single_samples(job):
         torch.testing.assert_close(found[key][5], mask.grad, atol=1e-5, rtol=1e-3)
 
 
+def test_training_without_the_embeddings_of_unused_tokens_changes_nothing(job):
+    model = baselines.truncated(job, 2)
+    plain = copy.deepcopy(model)
+    baselines.train(model, job.train, job, job.rate)
+    baselines.set_seed(job.seed)
+    optimizer = torch.optim.AdamW(plain.parameters(), job.rate, weight_decay=0.0)
+    schedule = baselines.get_cosine_schedule_with_warmup(optimizer, 0, job.steps)
+    plain.train()
+    for _, indices in zip(range(job.steps), baselines.shuffled(job.train, job.batch), strict=False):
+        batch = tasks.collate([job.train[index] for index in indices.tolist()])
+        plain(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("damp", [0.0, 1.0])
 def test_mask_tuning_is_a_least_squares_fit_of_what_the_units_add(damp):
     torch.manual_seed(0)
@@ -225,18 +244,7 @@ def test_the_script_writes_means_over_sets_and_keeps_the_other_table(bench, enco
     cutting.compact.write(
         output, {"latency": [{"method": "fisher", "kind": "pairs", "retention": 0.5, "batch": 8, "ms": 7.25}]}
     )
-    options = [
-        "--methods",
-        "fisher",
-        "--sets",
-        "pairs",
-        "--retention",
-        ".5",
-        "--samples",
-        "12",
-        "--output",
-        str(output),
-    ]
+    options = "--methods fisher --sets pairs --retention .5 --samples 12".split()  # noqa: SIM905
     options += ["--model", encoder, "--source", encoder, "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["cutting.py", "clinc150", *options])
     cutting.main()

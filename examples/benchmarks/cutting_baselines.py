@@ -6,6 +6,8 @@ trained on the labels alone; a student of the source.
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from cutting_fisher import fisher
@@ -65,27 +67,45 @@ def student(job: Job, on_all: bool) -> PreTrainedModel:
     return model
 
 
-def train(model: nn.Module, data: Split, job: Job, rate: float, targets: Tensor | None = None) -> None:
+def train(model: PreTrainedModel, data: Split, job: Job, rate: float, targets: Tensor | None = None) -> None:
     """Trains on labels, or on logits as targets (samples, labels): AdamW, cosine, batches of similar lengths."""
     set_seed(job.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 0, job.steps)
-    model.train()
-    for _, indices in zip(range(job.steps), shuffled(data, job.batch), strict=False):
-        inputs = collate([data[index] for index in indices.tolist()])
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        if targets is None:
-            loss = F.cross_entropy(logits, labels)
-        else:
-            soft = (targets[indices] / TEMPERATURE).softmax(-1)
-            loss = TEMPERATURE**2 * F.kl_div((logits / TEMPERATURE).log_softmax(-1), soft, reduction="batchmean")
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    with only_used_tokens(model, data) as own:
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0, fused=True)
+        schedule = get_cosine_schedule_with_warmup(optimizer, 0, job.steps)
+        model.train()
+        for _, indices in zip(range(job.steps), shuffled(own, job.batch), strict=False):
+            inputs = collate([own[index] for index in indices.tolist()])
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            if targets is None:
+                loss = F.cross_entropy(logits, labels)
+            else:
+                soft = (targets[indices] / TEMPERATURE).softmax(-1)
+                loss = TEMPERATURE**2 * F.kl_div((logits / TEMPERATURE).log_softmax(-1), soft, reduction="batchmean")
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
     model.eval()
+
+
+@contextmanager
+def only_used_tokens(model: PreTrainedModel, data: Split) -> Iterator[Split]:
+    """Leaves the embeddings of other tokens out of a training that would not change them, and makes it much faster."""
+    if "input_ids" not in data.inputs:
+        yield data
+        return
+    whole, ids = model.get_input_embeddings(), data.inputs["input_ids"]
+    used = torch.cat([torch.tensor([0, whole.padding_idx or 0]), ids.flatten()]).unique()  # batches are padded with 0
+    padding = None if whole.padding_idx is None else int(torch.searchsorted(used, whole.padding_idx))
+    model.set_input_embeddings(nn.Embedding(len(used), whole.embedding_dim, padding, _weight=whole.weight.data[used]))
+    try:
+        yield replace(data, inputs={**data.inputs, "input_ids": torch.searchsorted(used, ids)})
+    finally:
+        whole.weight.data[used] = model.get_input_embeddings().weight.data
+        model.set_input_embeddings(whole)
 
 
 def shuffled(data: Split, batch: int) -> Iterator[Tensor]:

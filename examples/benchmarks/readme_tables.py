@@ -138,7 +138,7 @@ def cutting_page(stored: dict) -> str:
     times = grouped(stored.get("latency", []), "kind", "method", "retention")
     batches = sorted({row["batch"] for row in stored.get("latency", [])})
     header = ["method", "share asked for", "weights", "calibration", "accuracy", "loss", "worst", "specificity",
-              "rejection", "parameters", "MB", "seconds", "MiB", *(f"ms, batch {batch}" for batch in batches)]  # fmt: skip
+              "rejection", "parameters", "MB", "seconds", "MiB", *(f"ms, batch {b}" for b in batches)]  # fmt: skip
     formats = {"weights": "{:.3f}", "samples": "{}", "module": "{:.3f}", "loss": "{:.1f}", "worst_loss": "{:.1f}",
                "specificity": "{:.1f}", "rejection": "{:.3f}", "parameters": "{:,}", "megabytes": "{:.1f}",
                "seconds": "{:.0f}", "peak_mib": "{:.0f}"}  # fmt: skip
