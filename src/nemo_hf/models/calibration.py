@@ -178,12 +178,12 @@ def _check_own(own: Sequence[Any]) -> None:
 
 
 def _label_column(source: Any, reader: InputReader) -> list[Any] | None:
-    """The labels of a `datasets.Dataset`, read without its other columns."""
+    """The labels of a `datasets.Dataset`, read without its other columns, if some are wanted more than others."""
     name = next((name for name in LABEL_COLUMNS if name in (getattr(source, "column_names", None) or ())), None)
     if name is None or not isinstance(source, datasets.Dataset):
         return None
     check_label_numbers(getattr(source.features[name], "names", None) or [], name, reader.names)
-    return list(source.with_format(None)[name])
+    return list(source.with_format(None)[name]) if reader.wanted else None
 
 
 def _of_samples(reader: InputReader, source: Any, places: Sequence[int], collate: Any, size: int) -> Calibration:
