@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, fresh, image_processor, image_samples, parent_of, text_samples, tiny, tokenizer
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
-from training_helpers import Stream, batch_of, check_message, text_table
+from training_helpers import Stream, batch_of
 from transformers import (
     DataCollatorWithPadding,
     Wav2Vec2FeatureExtractor,
@@ -72,6 +72,8 @@ TEXT_DATA = {
     "shuffled loader": lambda rows: DataLoader(rows, 3, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer())),
     "batches": lambda rows: [DataCollatorWithPadding(tokenizer())(rows[i : i + 7]) for i in range(0, len(rows), 7)],
     "one-shot batches": lambda rows: iter(TEXT_DATA["batches"](rows)),
+    "lists by batch": lambda rows: datasets.Dataset.from_list(rows).iter(7),
+    "lists": lambda rows: datasets.Dataset.from_list(rows)[:],
     "one batch": lambda rows: DataCollatorWithPadding(tokenizer())(rows),
 }
 
@@ -282,54 +284,3 @@ def test_samples_of_other_labels_only_are_warned_about(bert, caplog):
     pairs = pairs_of(bert, [row for row in ragged() if row["label"]], labels_wanted=[0])
     assert "None of the calibration samples has a label of the module" in caplog.text
     assert sum(len(labels) for _, labels in pairs) == 16
-
-
-NAN = [{"pixel_values": torch.full((3, 16, 16), value)} for value in (0.0, float("nan"), 1.0, float("inf"))]
-NO_LABEL = {"input_ids": [1, 2]}
-BAD_TEXTS = {
-    "one text": (lambda: "w1 w2", TypeError, "Pass a list of them"),
-    "none": (list, ValueError, "Got no calibration samples"),
-    "an empty generator": (lambda: iter(()), ValueError, "Got no calibration samples"),
-    "a number": (lambda: 3, TypeError, "Got a int as calibration"),
-    "numbers": (lambda: [1, 2], ValueError, "input_ids"),
-    "splits": (lambda: datasets.DatasetDict(train=text_table()), ValueError, r"calibration\['train'\]"),
-    "other columns": (lambda: datasets.Dataset.from_dict({"score": [1.0]}), ValueError, "'score'"),
-    "two texts": (lambda: datasets.Dataset.from_dict({"a": ["w1"], "b": ["w2"]}), ValueError, "select_columns"),
-    "label and none": (lambda: [*ragged(3), NO_LABEL], ValueError, "some have labels"),
-    "batches with and without": (lambda: [batch_of(text_samples(2)), {"input_ids": torch.ones(2, 3).long()}],
-                                 ValueError, "some have labels"),
-    "unknown label": (lambda: [{**ragged(1)[0], "label": "dogg"}], ValueError, "Did you mean 'dog'"),
-    "other columns later": (lambda: [{"input_ids": [1]}, {"input_ids": [1], "token_type_ids": [0]}],
-                            ValueError, "alike"),
-    "other numbers": (lambda: text_table().cast_column("label", datasets.ClassLabel(names=["dog", "cat", *"abc"])),
-                      ValueError, "id2label"),
-    "missing labels": (lambda: [{**NO_LABEL, "label": 9}], ValueError, "Got the label 9"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BAD_TEXTS)
-def test_bad_calibration_data_are_refused_with_a_remedy(bert, kind):
-    data, error, words = BAD_TEXTS[kind]
-    with pytest.raises(error, match=words) as raised:
-        list(read_calibration(bert, data(), tokenizer()))
-    check_message(raised)
-
-
-@pytest.mark.parametrize(
-    ("data", "options", "error", "words"),
-    [
-        (NAN, {}, ValueError, r"'pixel_values' of the calibration samples \[1, 3\]"),
-        ([batch_of(NAN)], {}, ValueError, r"'pixel_values' of the calibration samples \[1, 3\]"),
-        (images(), {}, ValueError, r"processing_class=AutoImageProcessor.from_pretrained\("),
-        (images(), {"processing_class": tokenizer()}, TypeError, "expected a image processor"),
-        (images()[0], {}, TypeError, "Got one image"),
-        (np.zeros(5), {}, TypeError, "Got one array"),
-        ([{"pixel_values": torch.zeros(3, 16, 16)}, {"pixel_values": torch.zeros(3, 8, 8)}], {}, ValueError, "shapes"),
-        (image_samples(2), {"max_samples": 0}, ValueError, "max_samples=0"),
-        (image_samples(2), {"batch_size": 2.0}, ValueError, "batch_size=2.0"),
-    ],
-)
-def test_bad_images_and_options_are_refused_with_a_remedy(vit, data, options, error, words):
-    with pytest.raises(error, match=words) as raised:
-        list(read_calibration(vit, data, **options))
-    check_message(raised)

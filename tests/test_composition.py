@@ -128,10 +128,26 @@ def test_files_hold_it_all(built, auto, dtype, tmp_path):
         inputs = {"pixel_values": torch.ones(2, 3, 16, 16, dtype=dtype)}
     assert torch.equal(logits(loaded, inputs), logits(composed, inputs))
     assert logits(loaded, inputs).dtype == torch.float32
-    assert len(composed.all_tied_weights_keys) == sum(len(module.all_tied_weights_keys) for module in modules)
+    tied = [*(composed.config.shared_tensors or ()), *(key for part in modules for key in part.all_tied_weights_keys)]
+    assert len(composed.all_tied_weights_keys) == len(tied)
     loaded.save_pretrained(tmp_path / "two")
     files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+def test_modules_of_more_than_ten_labels_come_back(tmp_path):
+    names = {index: f"label {index}" for index in range(14)}
+    plain = fresh("vit")
+    plain.classifier = torch.nn.Linear(32, 14)
+    plain.config.id2label, plain.config.label2id = names, {name: index for index, name in names.items()}
+    parent = parent_of(plain)
+    composed = compose([parent.extract_module(list(range(1, 14))), parent.extract_module([0])])
+    composed.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    inputs = random_inputs(parent)
+    assert torch.equal(logits(loaded, inputs), logits(composed, inputs))
+    assert [list(part.config.names) for part in loaded.parts] == [list(range(13)), [0]]
+    assert [loaded.config.id2label[index] for index in range(14)] == [names[label] for label in (*range(1, 14), 0)]
 
 
 @pytest.mark.parametrize("option", [{"labels": [0]}, {"round_to": 8}])

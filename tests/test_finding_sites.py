@@ -103,9 +103,9 @@ def test_a_closed_neuron_is_one_that_the_model_doesn_t_have_and_modules_are_exac
 def test_the_head_is_found_by_its_outputs(vit):
     roberta = fresh("roberta")  # dense, then out_proj
     roberta.classifier.dense = torch.nn.Linear(32, 5)
-    assert find_heads(roberta, 5) == ["classifier.out_proj"]
+    assert find_heads(roberta, 5) == {"classifier.out_proj": 0}
     vit.other_name, vit.classifier = vit.classifier, torch.nn.Identity()
-    assert find_heads(vit, 5) == ["other_name"]
+    assert find_heads(vit, 5) == {"other_name": 0}
     vit.another = torch.nn.Linear(3, 5)
     for outputs in (5, 7):
         with pytest.raises(ValueError, match=rf"^Got model type 'vit' without a linear head of {outputs} outputs"):

@@ -133,6 +133,7 @@ WRONG = {
     "base_class": (3, None, []),
     "parent": (3, ["me/parent"]),
     "is_tuned": (1, "yes", None),
+    "token_rows": ("40", -1, 1.5),
     "training": (
         *(3, {"processes": 1}, {**RUN, "arguments": 3}, {**RUN, "arguments": {"a=1); b(": 1}}),
         *({**RUN, "arguments": {"seed": wrong}} for wrong in ("1\n\n# BUY", {"a\n": 1}, 10**400, "x" * 10**5)),

@@ -11,7 +11,7 @@ import nemo_hf
 
 MASKED = "labels static_masks static_samples output_neuron_masks return_dict kwargs"
 SIGNATURES = {
-    "calibrate_rejection": "module batches accepted show_progress rejected_label",
+    "calibrate_rejection": "module batches accepted show_progress",
     "compose": "modules labels batches",
     "compute_relevance": "parent batches accelerator show_progress",
     "evaluate_module": "parent labels batches module threshold round_to seed show_progress metrics",
@@ -43,7 +43,7 @@ SIGNATURES = {
     "NeMoForSequenceClassification": "config base_model sites",
     "NeMoForSequenceClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",
     "NeMoTrainer": "model args data_collator train_dataset trainer_args nemo_config relevance_dataset trainer_kwargs",
-    "NeMoTrainer.calibrate_rejection": "self module eval_dataset accepted rejected_label",
+    "NeMoTrainer.calibrate_rejection": "self module eval_dataset accepted",
     "NeMoTrainer.evaluate_modularity": "self eval_dataset",
     "NeMoTrainer.evaluate_module": "self labels eval_dataset kwargs",
     "NeMoTrainer.extract_module": "self labels kwargs",
@@ -55,7 +55,7 @@ FIELDS = {
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
     " problem_type relevance_source unseen_labels base_model parent relevance_threshold round_to retained_neurons"
-    " equivalence rejection rejected_label is_tuned training processor_files save_identity",
+    " equivalence rejection is_tuned token_rows training processor_files save_identity",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 

@@ -1,5 +1,6 @@
 """Least-squares reconstruction equals naive regressions, one layer after another; modules come near their source."""
 
+import copy
 import gc
 from functools import partial
 from types import SimpleNamespace
@@ -183,61 +184,53 @@ def seen_by(model, batches):
     return tuple({path: torch.cat(parts) for path, parts in found.items()} for found in (read, made))
 
 
-def fit(source, module, batches, path, stream, kept=None):
-    """Fits one layer of a module: `stream` looks up what is to be as in the source, `kept` says which outputs it has."""
+def fit(source, raw, module, batches, path, stream=None):
+    """Fits one layer of a module to the stream that it joins in the source, or to what it says of the source's input."""
     of_source, of_module = seen_by(source, batches), seen_by(module, batches)
-    wanted = stream(*of_source) if kept is None else stream(*of_source)[:, kept]
+    said = raw.get_submodule(path)(of_source[0][path]).detach()  # the same rows of weights, but for the bases of heads
+    target, reached = (said, of_module[1][path]) if stream is None else (stream(*of_source), stream(*of_module))
     features = of_module[0][path]
-    change = ridge_change(
-        torch.cat([features, torch.ones(len(features), 1)], 1), wanted - stream(*of_module), ridge=reconstruct.RIDGE
-    ).float()
+    change = ridge_change(torch.cat([features, torch.ones(len(features), 1)], 1), target - reached, reconstruct.RIDGE)
     layer = module.get_submodule(path)
-    layer.weight.data += change[:-1].mT
-    layer.bias.data += change[-1]
+    layer.weight.data += change[:-1].mT.float()
+    layer.bias.data += change[-1].float()
 
 
 def read_by(path):
     return lambda read, made: read[path]
 
 
-def made_by(path):
-    return lambda read, made: made[path]
-
-
-def places(source, module, path):
-    """Which outputs of a layer of the source a module has, told by their weights."""
-    old, new = source.get_submodule(path).weight, module.get_submodule(path).weight
-    return [int((old == row).all(-1).nonzero()) for row in new]
-
-
-def naive_reconstruction(family, source, module, batches):
-    encoder = ENCODERS[family]
-    model = module.model
+def naive_reconstruction(family, source, raw, batches):
+    """Fits the layers of a module from the first one that reads neurons on, and says how many."""
+    module = copy.deepcopy(raw)
+    paths, streams = [], {}
     for index in range(2):
-        block = f"{encoder}.{index}"
+        block = f"{ENCODERS[family]}.{index}"
         if family == "bert":  # norms read the stream
-            attention, middle, output = "attention.output.dense", "intermediate.dense", "output.dense"
-            streams = [read_by(f"{block}.attention.output.LayerNorm"), read_by(f"{block}.output.LayerNorm")]
+            projections = [f"{block}.attention.self.{name}" for name in ("query", "key", "value")]
+            output, middle, last = f"{block}.attention.output", f"{block}.intermediate.dense", f"{block}.output"
+            streams |= {f"{path}.dense": read_by(f"{path}.LayerNorm") for path in (output, last)}
+            paths += [*projections, f"{output}.dense", middle, f"{last}.dense"]
         else:
-            attention, middle, output = "attention.o_proj", "mlp.fc1", "mlp.fc2"
-            streams = [read_by(f"{block}.layernorm_after"), made_by(block)]
-        units = places(source, model, f"{block}.{middle}")
-        fit(source, model, batches, f"{block}.{attention}", streams[0])
-        fit(source, model, batches, f"{block}.{middle}", made_by(f"{block}.{middle}"), units)
-        fit(source, model, batches, f"{block}.{output}", streams[1])
-    if family == "bert":
-        fit(source, model, batches, "bert.pooler.dense", made_by("bert.pooler.dense"))
-    fit(source, model, batches, "classifier", made_by("classifier"), module.config.label_ids)
+            projections = [f"{block}.attention.{name}_proj" for name in "qkv"]
+            output, middle, last = (f"{block}.{name}" for name in ("attention.o_proj", "mlp.fc1", "mlp.fc2"))
+            streams[output] = read_by(f"{block}.layernorm_after")
+            streams[last] = lambda read, made, block=block: made[block]
+            paths += [*projections, output, middle, last]
+    paths += ["bert.pooler.dense", "classifier"] if family == "bert" else ["classifier"]
+    for path in paths[3:]:
+        fit(source, raw.model, module.model, batches, path, streams.get(path))
+    return module, len(paths[3:])
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_reconstruction_is_one_regression_after_another(family):
     source, batches = fresh(family), batches_for(family)
-    naive, module = cut(source, batches, reconstruct=False), cut(source, batches)
-    naive_reconstruction(family, source, naive, batches)
+    raw, module = cut(source, batches, reconstruct=False), cut(source, batches)
+    naive, count = naive_reconstruction(family, source, raw, batches)
     assert_same_weights(module, naive, rtol=1e-4, atol=1e-4)
     layers = module.config.extraction["layers"]
-    assert len(layers) == {"bert": 8, "vit": 7}[family]
+    assert len(layers) == count
     assert all(after <= before for before, after in layers.values())
 
 

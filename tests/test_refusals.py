@@ -13,7 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     BertConfig,
-    BertForTokenClassification,
+    BertForQuestionAnswering,
     BertModel,
     BitConfig,
     BitForImageClassification,
@@ -85,13 +85,13 @@ def test_adapters_and_quantized_weights_are_refused(vit):
 @pytest.mark.parametrize(
     ("model", "got"),
     [
-        (lambda: BertForTokenClassification(BertConfig(**TEXT)), "BertForTokenClassification"),
+        (lambda: BertForQuestionAnswering(BertConfig(**TEXT)), "BertForQuestionAnswering"),
         (lambda: BertModel(BertConfig(**TEXT)), "BertModel"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
         (lambda: "google/vit-base-patch16-224", "str"),
         (lambda: None, "NoneType"),
     ],
-    ids=["token classification", "no head", "a layer", "a name", "none"],
+    ids=["question answering", "no head", "a layer", "a name", "none"],
 )
 def test_other_classes_are_refused(model, got):
     with refused(TypeError, f"a {got}"):

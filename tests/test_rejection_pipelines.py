@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, calibrate_rejection, compose, evaluate_module, make_parent
+from nemo_hf.hub.model_card import render_model_card
+from nemo_hf.hub.publish import CardOptions, card_facts
 from nemo_hf.models.rejection import energy, with_rejected
 from nemo_hf.models.rejection_calibration import calibrate_on_samples
 
@@ -211,6 +213,8 @@ def test_what_counts_labels_counts_the_modules_own(module, pixels, tmp_path):
     targets = labels[:2] * 0
     loss = torch.nn.functional.cross_entropy(own[:2], targets)
     assert module(pixels[:2], labels=targets).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for model, words in ((module, f"answers with one of its labels, or `{OTHER}`"), (bare, "always answers with one")):
+        assert words in render_model_card(card_facts(model, "me/module", CardOptions(), None))
     module.save_plain(tmp_path / "plain")
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
     assert plain.config.id2label == {0: "dog", 1: "ship"}
@@ -263,8 +267,8 @@ def test_calibration_samples_calibrate_where_other_labels_are_at_hand(pixels):
     assert (module.config.rejection, module.config.rejected_label) == (None, None)
     assert calibrate_on_samples(module, pairs) == module.config.rejection == pytest.approx(expected, rel=1e-4)
     assert module.config.rejected_label == OTHER
-    parent.model.classifier.bias.data -= logits(parent.model, pixels).mean(0)  # so that answers differ
     source = copy.deepcopy(parent).detach_masks()
+    source.classifier.bias.data -= logits(source, pixels).mean(0)  # so that answers differ
     answers = logits(source, pixels).argmax(-1)
     module = parent.extract_module([int(answers.mode().values)])
     expected = calibrate_on_samples(copy.deepcopy(module), [({"pixel_values": pixels}, answers)])

@@ -11,10 +11,10 @@ import torch
 import transformers
 from conftest import LABELS, fresh, image_samples, logits_of, parent_of, randomize, text_samples, tiny, tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from nemo_hf import NeMoForSequenceClassification, make_parent
-from nemo_hf.models.vocabulary import shorten_positions, shrink_vocabulary, unseen_share
+from nemo_hf.models.vocabulary import share_tokens, shorten_positions, shrink_vocabulary, unseen_share
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {**SIZES, "max_position_embeddings": 40}
@@ -169,6 +169,50 @@ def test_characters_may_go_too(family):
     unknown = {own.unk_token}
     assert unknown.isdisjoint(reduced[0].encode("привет").tokens)
     assert unknown.isdisjoint(reduced[1].encode("привет").tokens) == (family == "llama")  # which has bytes
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_shared_rows_are_those_of_the_most_similar_tokens(family, tmp_path):
+    module, own = module_of(family), trained(family)
+    inputs = encoded(own, CALIBRATION)
+    table = module.get_input_embeddings().weight.detach()
+    others = encoded(own, random_texts(4)[:4])
+    seen = sorted(set(inputs["input_ids"].flatten().tolist()) - set(own.all_special_ids))
+    stand_ins = others["input_ids"].clone()
+    for index in set(others["input_ids"].flatten().tolist()) - set(seen) - set(own.all_special_ids):
+        similar = torch.nn.functional.cosine_similarity(table[seen], table[index][None])
+        stand_ins[others["input_ids"] == index] = seen[int(similar.argmax())]
+    expected = [logits_of(module, **each) for each in (inputs, {**others, "input_ids": stand_ins})]
+    module.attach_processor(own)
+    size, files = module.num_parameters(), module.processor_files
+    report = share_tokens(module, own, [inputs])
+    module.save_pretrained(tmp_path / "shared")
+    module.save_plain(tmp_path / "plain", inputs)
+    for name in ("shared", "plain"):
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        for each, wanted in zip((inputs, others), expected, strict=True):
+            torch.testing.assert_close(logits_of(loaded, **each), wanted, atol=1e-5, rtol=0)
+    assert module.processor_files == files
+    assert module.config.vocab_size == report["tokens"] == len(table)
+    assert report["token_rows"] == len(module.get_input_embeddings().weight) == module.config.token_rows
+    rows_bytes = 4 * (size - module.num_parameters())
+    assert rows_bytes - report["weight_bytes_saved"] in [4 * len(table) * tables for tables in (1, 2, 3)]  # of rows
+    with pytest.raises(ValueError, match="whose input layer is SharedEmbedding"):
+        share_tokens(module, own, [inputs])
+
+
+def test_frequent_words_may_keep_their_rows_and_wrong_rows_are_refused(tmp_path):
+    module, own = module_of("bert"), trained("bert")
+    inputs = encoded(own, CALIBRATION)
+    reports = [share_tokens(copy.deepcopy(module), own, [inputs], extra_tokens=extra) for extra in (0, 20)]
+    assert reports[1]["token_rows"] == reports[0]["token_rows"] + 20
+    with pytest.raises(ValueError, match="Got extra_tokens=-1"):
+        share_tokens(module, own, [inputs], extra_tokens=-1)
+    share_tokens(module, own, [inputs])
+    module.get_input_embeddings().row_of_token[7] = reports[0]["token_rows"]
+    module.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"row_of_token' with indices from 0 to"):
+        NeMoForSequenceClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "albert"])

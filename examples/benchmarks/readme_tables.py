@@ -128,9 +128,37 @@ def latency() -> str:
     return f"{text}\n\n{markdown(header, lines)}"
 
 
+def cutting() -> str:
+    """Modules cut from plain classifiers, beside other ways to a small model of some labels."""
+    return "\n\n".join(cutting_page(load(path)) for path in sorted(RESULTS.glob("cutting_*.json")))
+
+
+def cutting_page(stored: dict) -> str:
+    """A table for each kind of sets: means over sets, with the milliseconds of the first set by batch size."""
+    times = grouped(stored.get("latency", []), "kind", "method", "retention")
+    batches = sorted({row["batch"] for row in stored.get("latency", [])})
+    header = ["method", "share asked for", "weights", "calibration", "accuracy", "loss", "worst", "specificity",
+              "rejection", "parameters", "MB", "seconds", "MiB", *(f"ms, batch {b}" for b in batches)]  # fmt: skip
+    formats = {"weights": "{:.3f}", "samples": "{}", "module": "{:.3f}", "loss": "{:.1f}", "worst_loss": "{:.1f}",
+               "specificity": "{:.1f}", "rejection": "{:.3f}", "parameters": "{:,}", "megabytes": "{:.1f}",
+               "seconds": "{:.0f}", "peak_mib": "{:.0f}"}  # fmt: skip
+    parts = [f"{stored['task']}; source {stored['source']}. Losses and specificity in points."]
+    for kind, rows in grouped(stored["modules"], "kind").items():
+        lines = []
+        for row in rows:
+            row = {**row, "megabytes": row["bytes"] / 1e6}
+            shown = ["-" if row[name] is None else form.format(row[name]) for name, form in formats.items()]
+            own = {t["batch"]: f"{t['ms']:.1f}" for t in times.get((kind, row["method"], row["retention"]), [])}
+            asked = "-" if row["retention"] is None else f"{row['retention']:g}"
+            lines.append([row["method"], asked, *shown, *(own.get(batch, "-") for batch in batches)])
+        parts.append(f"{kind}, {rows[0]['sets']} sets; restricted source {rows[0]['restricted']:.3f}:")
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": results, "quality": quality, "costs": costs, "support": support_line, "demo": demo,
-    "patching": patching_table, "supported models": support_table,
+    "patching": patching_table, "cutting": cutting, "supported models": support_table,
     **{f"quality of {task}": lambda task=task: page(task) for task in TASKS},
 }  # fmt: skip
 PAGES = {

@@ -1,5 +1,6 @@
 """What the timed benchmarks share: runs that alternate in one process, and peak memory."""
 
+import ctypes
 import gc
 import os
 import statistics
@@ -8,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 MEBIBYTE = 2**20
+Made = TypeVar("Made")
 
 
 def alternating(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
@@ -65,6 +68,16 @@ def peak_memory(build: Callable[[], Callable[[], object]], calls: int = 3) -> fl
         run()
     highest = torch.cuda.max_memory_allocated() / MEBIBYTE if on_gpu else _resident("VmHWM")
     return round(highest - before, 1)
+
+
+def made_within(build: Callable[[], Made]) -> tuple[Made, float]:
+    """What `build` returns, and the peak memory in MiB above that before it, on a CPU with glibc."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before counts
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    made = build()
+    return made, round(_resident("VmHWM") - before, 1)
 
 
 def _resident(name: str) -> float:

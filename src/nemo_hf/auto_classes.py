@@ -20,10 +20,11 @@ from transformers import (
 from .config import LabelLike
 from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
-from .models.base import NeMoOutput, NeMoPreTrainedModel
+from .models.base import NeMoPreTrainedModel
 from .models.calls import positional_as_plain
 from .models.composed_model import NeMoComposedModel
 from .models.extraction import cut_on_load, extract_module
+from .models.head_outputs import NeMoOutput
 from .models.save_identity import load_whole
 from .models.saved_model import pin_revision
 

@@ -17,7 +17,7 @@ from nemo_hf.evaluation.report import evaluate_module, format_table
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.configuration import NeMoModelConfig, model_class, task_of
+from nemo_hf.models.configuration import PLACE_TASKS, NeMoModelConfig, model_class, registered_classes, task_of
 from nemo_hf.models.files import find_file
 from nemo_hf.models.privacy import clean, hub_name, is_repository
 from nemo_hf.models.pruning_modes import make_parent
@@ -168,14 +168,18 @@ def inspect(options: Namespace) -> None:
         fitting = [a for a in AUTO_CLASSES.values() if type(config) in a._model_mapping or a.__name__ in own]
         if not fitting:
             raise ValueError(
-                f"Got {options.model!r} of model type {config.model_type!r}; expected a classifier of images, texts or "
-                "audio. Name another model, or add --trust-remote-code if the classifier is code of its repository."
+                f"Got {options.model!r} of model type {config.model_type!r}; expected a model for one of the tasks "
+                f"{list(AUTO_CLASSES)}. Name another model, or add --trust-remote-code if its class is code of its "
+                "repository."
             )
-        plain = fitting[0].from_pretrained(options.model, **code)
+        saved = set(config.architectures or ())
+        named = [a for a in fitting if saved & {c.__name__ for c in registered_classes(a._model_mapping, type(config))}]
+        plain = (named or fitting)[0].from_pretrained(options.model, **code)
         sites = propose_sites(plain) if options.propose else None
         if options.propose:
             print(json.dumps({"sites": sites}, indent=1))
-        model = make_parent(plain, NeMoConfig(sites=sites or None))
+        masks = "static" if task_of(type(plain)) in PLACE_TASKS else "generated"
+        model = make_parent(plain, NeMoConfig(sites=sites or None, masks=masks))
     width = max(len(site.name) for site in model.sites)
     print(f"{'site':{width}}  kind       neurons  pruning mode")
     for index, site in enumerate(model.sites):

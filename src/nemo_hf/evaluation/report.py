@@ -120,7 +120,7 @@ def evaluate_module(
         ImportError: If `metrics` are given without the package `evaluate`, or one that a metric needs.
         OSError: If a metric can't be loaded.
     """
-    check_answers_once(parent, "evaluate")
+    check_answers_once(parent)
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
         module = extract_module(parent, labels, threshold, round_to)

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nemo_hf.models.atomic_writes import replaced_directory
-from nemo_hf.models.base import NeMoOutput, NeMoPreTrainedModel
+from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.files import clean_companion, read_json
 from nemo_hf.models.finiteness import check_finite, check_outputs
-from nemo_hf.models.head_outputs import answers
+from nemo_hf.models.head_outputs import NeMoOutput, answers
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.models.privacy import clean
@@ -259,7 +259,7 @@ def _check_onnx(
     for batch in _batches(inputs, free):
         with torch.no_grad():
             answered = module(**batch)
-        check_outputs(module, batch, answers(answered), list(module.config.id2label.values()))
+        check_outputs(module, batch, answers(answered), [name for _, name in sorted(module.config.id2label.items())])
         got = dict(zip(outputs, runner(**batch), strict=True))
         expected = {name: answered[name] for name in outputs if name != "rejection_scores"}
         if "rejection_scores" in got:  # of the file's logits, since a steep fit magnifies how these differ

@@ -25,6 +25,7 @@ from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.pruning.layer_cuts import cut_tensor, tensor_cuts
+from nemo_hf.pruning.shared_rows import expanded_state
 
 from . import onnx
 from .uniform_widths import UniformWidths, uniform_widths, zero_padded_state
@@ -115,7 +116,7 @@ def _smallest_plain(
 
     full = _built(module, onnx.plain_config(module))
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
-    state = zero_padded_state(full, module.sites, site_widths, module.model.state_dict())
+    state = zero_padded_state(full, module.sites, site_widths, expanded_state(module.model))
     with torch.no_grad(), exact_float32(module) as (exact,):
         expected = answers(exact(**batch, return_dict=True)) if exact.task in PLACE_TASKS else exact.own_logits(**batch)
         check_outputs(exact, batch, expected, list(module.config.names.values()))

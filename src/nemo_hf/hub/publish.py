@@ -37,8 +37,7 @@ NAME_LENGTH = 60  # of a module's repository
 STALE = [*STALE_WEIGHTS, "training_args.bin", REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]
 """Files of an older push that are deleted unless they are pushed again; the last is code that version 0.1.0 wrote."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
-TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "rejected_label",
-              "is_tuned", "training")  # fmt: skip
+TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "is_tuned", "training")
 """Entries of a configuration that are facts of the card by the same name."""
 
 Publishable = NeMoPreTrainedModel | NeMoComposedModel
@@ -78,6 +77,7 @@ def _single_facts(model: NeMoPreTrainedModel, options: CardOptions) -> dict[str,
     given, defaults = model.nemo_config.to_dict(), NeMoConfig().to_dict()
     return {
         **{name: getattr(config, name) for name in TAKEN_OVER},
+        "rejected_label": config.rejected_label if config.shows_rejected else None,
         "labels": list(names.values()),
         "label_ids": list(config.label_ids or ()),
         "parameters": base_parameters(model),
@@ -100,8 +100,8 @@ def _composed_facts(model: NeMoComposedModel) -> dict[str, Any]:
         "role": "composed",
         "base_class": ", ".join(dict.fromkeys(part["base_class"] for part in parts)),
         "labels": [names[place] for place in config.label_order or []],
-        "parameters": sum(part["parameters"] for part in parts),
-        "megabytes": sum(part["megabytes"] for part in parts),
+        "parameters": int(model.num_parameters()),
+        "megabytes": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
         "parts": [{**part, "scale": scale, "bias": bias} for part, scale, bias in calibrated],
     }
 

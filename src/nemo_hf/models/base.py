@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from nemo_hf.config import SHAPING_OPTIONS, NeMoConfig
 from nemo_hf.neurons.mask_hooks import MaskGenerator
@@ -20,35 +18,16 @@ from nemo_hf.neurons.sites import NeuronSite, with_pruning_modes
 from nemo_hf.neurons.user_sites import model_sites, user_site_entries
 from nemo_hf.pruning.plan import module_masks
 from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
+from nemo_hf.pruning.shared_rows import share_rows, token_table
 
 from .config_checks import damaged
 from .configuration import PLACE_TASKS, NeMoModelConfig, task_of
+from .head_outputs import NeMoOutput
 from .labels import place_labels, settle_labels, task_loss
 from .rejection import add_rejection
 from .saved_model import SavedModel
 
 _RESULTS = threading.RLock()  # held while results are compared with the weights that they belong to
-
-
-@dataclass
-class NeMoOutput(ModelOutput):
-    """Output of a parent or a module.
-
-    `logits` have shape (batch, labels), as in `transformers`, or of tokens (batch, tokens, labels), of segmentation
-    (batch, labels, height, width), and of detectors (batch, queries, labels), where many have one more for "no object".
-    `loss`, `hidden_states` and `attentions` are as in `transformers`, and so is what detectors add, as `pred_boxes`.
-    `neuron_masks`, of parents in training or on request, maps site keys to soft masks, shape (batch, calls, neurons).
-    `rejection_scores`, of modules that `calibrate_rejection` prepared, are the chances that the inputs have none of the
-    module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected. In eval mode the
-    logits of these modules end with one for `config.rejected_label`, unless that is `None`: see docs/rejection.md.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    neuron_masks: dict[str, Tensor] | None = None
-    rejection_scores: Tensor | None = None
 
 
 class NeMoPreTrainedModel(SavedModel):
@@ -188,6 +167,8 @@ class NeMoPreTrainedModel(SavedModel):
                 close_attention(self.model, site)
         for head, others in self.heads.items():
             resize_layer(self.model, head, outputs=self.num_labels + others)
+        if self.config.token_rows:
+            share_rows(self.model, token_table(self.model), self.config.token_rows)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -357,7 +338,7 @@ class NeMoPreTrainedModel(SavedModel):
 
     def _output(self, outputs: Any, labels: Tensor | None, collected: Mapping[str, list[Tensor]]) -> NeMoOutput:
         result = NeMoOutput(
-            loss=None if labels is None else self._task_loss(outputs, labels),
+            loss=None if labels is None else task_loss(self, outputs.logits, labels, outputs.get("loss")),
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -374,12 +355,6 @@ class NeMoPreTrainedModel(SavedModel):
         """Logits of the model's own labels, without that of a `rejected_label`: (batch, labels)."""
         logits: Tensor = self(**inputs, return_dict=True).logits
         return logits[..., : self.num_labels]
-
-    def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        if self.num_labels == 1 and not self.config.has_several_labels:
-            raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
-        loss: Tensor | None = outputs.get("loss")
-        return task_loss(self, outputs.logits, labels) if loss is None else loss
 
     def _prepare_to_save(self) -> None:
         self.drop_stale_results()

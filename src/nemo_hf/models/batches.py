@@ -35,7 +35,7 @@ def checked_batch(model: SavedModel, batch: Mapping[str, Any]) -> tuple[dict[str
 
     Labels are ids of the parent, also for modules; of composed models, whose labels may be fewer, they have no limit.
     """
-    check_answers_once(model, "measure with labels")
+    check_answers_once(model)
     inputs, given = split_batch(model, batch)
     if isinstance(given, Number) or getattr(given, "ndim", 1) == 0:
         raise ValueError("Got a sample with one label; expected batches. Pass DataLoader(dataset, batch_size=8).")

@@ -94,7 +94,9 @@ def read_calibration(
         first = source[places[0]]
     size = 1 if reader.takes_one else batch_size
     if collate is None and reader.is_batch(first):
-        return _of_batches(reader, source, size, max_samples)
+        if not isinstance(first, Mapping) or all(isinstance(values, Tensor) for values in first.values()):
+            return _of_batches(reader, source, size, max_samples)
+        source = (sample for batch in source for sample in reader.unbatched(batch))  # lists of any lengths
     if isinstance(source, Iterator):
         source = _chosen(islice(source, SEARCHED * max_samples), reader.label, max_samples, reader)
         places = range(len(source))
@@ -113,7 +115,9 @@ def _drawn(count: int) -> list[int]:
 
 def _check_some(is_any: bool) -> None:
     if not is_any:
-        raise ValueError("Got no calibration samples; expected some. Pass a few hundred.")
+        raise ValueError(
+            "Got no calibration samples; expected some. Pass a few hundred; a generator can be read once only."
+        )
 
 
 def _opened(calibration: Any, reader: InputReader) -> tuple[Any, Any, Sequence[int]]:
@@ -125,7 +129,7 @@ def _opened(calibration: Any, reader: InputReader) -> tuple[Any, Any, Sequence[i
             parts = list(calibration)[:MOST_NAMED]
             do = f"Pass one part of it: calibration[{next(iter(parts), None)!r}]."
             raise ValueError(f"Got a {type(calibration).__name__} with {parts}; expected {reader.expected}. {do}")
-        calibration = [calibration]
+        calibration = reader.unbatched(calibration) if reader.is_batch(calibration) else [calibration]
     name = type(calibration).__name__
     has_places = isinstance(calibration, DataLoader) and not isinstance(calibration.dataset, IterableDataset)
     if has_places and calibration.batch_sampler is not None:
@@ -153,18 +157,16 @@ def _chosen(items: Iterator[Item], label_of: Callable[[Item], Any], most: int, r
     others: list[Item] = []
     for item in items if reader.wanted else ():
         label = label_of(item)
-        if label is None:
-            own.append(item)  # the data have no labels; if only some have, a pass will say so
-            break
+        if label is None:  # the data have no labels; if only some have, a pass will say so
+            return [*own, *others, item, *islice(items, most)][:most]
         part = own if reader.is_wanted(label) else others
         part += [item] if len(part) < most else []
         if len(own) == most and (reader.wants_all or len(others) == most):
-            return own + others
-    else:
-        if reader.wanted:
-            _check_own(own)
-            return own + others[: len(own) or most]
-    return [*own, *others, *islice(items, most)][:most]
+            break
+    if not reader.wanted:
+        return list(islice(items, most))
+    _check_own(own)
+    return own + others[: len(own) or most]
 
 
 def _check_own(own: Sequence[Any]) -> None:
@@ -176,12 +178,12 @@ def _check_own(own: Sequence[Any]) -> None:
 
 
 def _label_column(source: Any, reader: InputReader) -> list[Any] | None:
-    """The labels of a `datasets.Dataset`, read without its other columns."""
+    """The labels of a `datasets.Dataset`, read without its other columns, if some are wanted more than others."""
     name = next((name for name in LABEL_COLUMNS if name in (getattr(source, "column_names", None) or ())), None)
     if name is None or not isinstance(source, datasets.Dataset):
         return None
     check_label_numbers(getattr(source.features[name], "names", None) or [], name, reader.names)
-    return list(source.with_format(None)[name])
+    return list(source.with_format(None)[name]) if reader.wanted else None
 
 
 def _of_samples(reader: InputReader, source: Any, places: Sequence[int], collate: Any, size: int) -> Calibration:

@@ -84,6 +84,14 @@ class InputReader:
         main = self.main_of(named)
         return main is not None and _ndim(named[main]) >= self._ndim
 
+    def unbatched(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The samples of a batch."""
+        count = len(batch[self.main_of(batch) or ""])
+        columns = {
+            name: values for name, values in batch.items() if hasattr(values, "__len__") and len(values) == count
+        }
+        return [{name: values[index] for name, values in columns.items()} for index in range(count)]
+
     def _input_columns(self, named: Mapping[str, Any]) -> list[str]:
         """Names of a sample's prepared inputs, or of its one text, image or recording."""
         if self.main_of(named):
@@ -118,6 +126,8 @@ class InputReader:
 
     def is_wanted(self, label: Any) -> bool:
         """Whether a sample of this label, or of several, is one of those that come first."""
+        if isinstance(label, Mapping):  # of the objects in an image
+            label = label.get("class_labels", [])
         values = torch.as_tensor(label_id(label, self.names) if isinstance(label, str) else label)
         if self._has_several and not self._is_dense:
             values = (values >= 0.5).nonzero()
@@ -197,7 +207,7 @@ class InputReader:
         return batch
 
     def _padding(self, name: str) -> int:
-        return (self._pad or 0) if name == "input_ids" else 0
+        return (self._pad or 0) if self.kind == "text" and name in self._mains else 0
 
     def pair(self, batch: Any, numbers: Sequence[int]) -> Pair:
         """The inputs of a batch that the model takes, checked, and its labels; `numbers` are those of its samples."""

@@ -8,13 +8,16 @@ import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from torch import Tensor, nn
 
-from .base import NeMoOutput, NeMoPreTrainedModel
-from .config_checks import REMEDY, check_companions
+from .base import NeMoPreTrainedModel
+from .config_checks import REMEDY, check_companions, holds
 from .configuration import NeMoModelConfig, SavedConfig, model_class
+from .head_outputs import NeMoOutput
 from .labels import task_loss
 from .saved_model import SavedModel
+from .shared_tensors import check_shared, share_equal, shared_names
 
 MOST_PARTS = 1000
+SIZES = dict.fromkeys(("parameters", "joint_parameters", "source_parameters", "repeated_rows"), int)
 
 
 @strict
@@ -28,6 +31,8 @@ class NeMoComposedConfig(SavedConfig):
     label_order: list[Any] | None = None  # for each joint label, its place among the labels of all modules in a row
     scales: list[Any] | None = None  # factor of each module's logits, above 0
     biases: list[Any] | None = None  # what is added then to the logits of each module
+    shared_tensors: dict[str, str] | None = None  # of each that is not stored, the name of the equal one that is
+    sizes: dict[str, Any] | None = validated_field(holds(SIZES), default=None)  # as `joint_sizes` found them
     processor_files: list[str] | None = validated_field(check_companions, default=None)
     save_identity: dict[str, Any] | None = None  # as in `NeMoModelConfig`
 
@@ -63,7 +68,8 @@ class NeMoComposedModel(SavedModel):
     """Modules that form one classifier: a logit is `scale * logit of the module + bias`, one of each per module.
 
     Attributes set on `config` that configurations of the modules have, such as `pad_token_id`, hold for all of them.
-    There is no common `base_model`: each of `parts` has its own.
+    There is no common `base_model`: each of `parts` has its own. Parameters of the same name and values in several
+    parts are one, in memory and in the file, and so stay the same when they are trained.
     """
 
     config: NeMoComposedConfig
@@ -84,6 +90,12 @@ class NeMoComposedModel(SavedModel):
         self.processor_files = {}
         self.report = None
         self._check()
+        if modules is None:
+            check_shared(self.parts, config.shared_tensors or {})
+        else:
+            share_equal(self.parts)
+            config.shared_tensors = shared_names(self.parts)
+        self._tied_weights_keys = config.shared_tensors or {}  # by which transformers stores them once
         self.post_init()
 
     def _built(self, attention: str | None) -> Iterator[NeMoPreTrainedModel]:
@@ -92,6 +104,16 @@ class NeMoComposedModel(SavedModel):
             if attention is not None:
                 config._attn_implementation = attention
             yield model_class(self.task, NeMoModelConfig)(config)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Names of tensors that are others too: those that modules share, and with `all_submodels` those within."""
+        if all_submodels:
+            tied: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=True)
+            return tied
+        return dict(self.config.shared_tensors or {})
+
+    def _adjust_bias(self, output_embeddings: nn.Module, input_embeddings: Any) -> None:
+        """Leaves biases alone: transformers would fit them to the rows of a weight, which are inputs in a `Conv1D`."""
 
     @property
     def parts(self) -> list[NeMoPreTrainedModel]:
@@ -168,4 +190,6 @@ class NeMoComposedModel(SavedModel):
         for part in self.parts:
             part.drop_stale_results()
             part.config.save_identity = None  # its tensors are saved with the others
+        self.config.shared_tensors = self._tied_weights_keys = shared_names(self.parts)  # as they are now
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         self.config.parts = [part.config.to_dict() for part in self.parts]  # as they are now

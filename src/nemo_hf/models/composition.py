@@ -14,6 +14,7 @@ from .composed_model import NeMoComposedConfig, NeMoComposedModel
 from .configuration import model_class
 from .finiteness import check_finite, check_outputs
 from .labels import check_answers_once
+from .shared_tensors import joint_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ def compose(
 ) -> NeMoComposedModel:
     """Joins modules with different labels, of one parent or of several, into one model with joint logits.
 
-    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons.
+    A plain model joins as `make_parent(model).extract_module(labels)`, which keeps all its neurons. Parameters that are
+    equal in several modules, as those that no cut changes are in modules of one source, become one, also in the
+    modules that were given. `config.sizes` of the result compares it with one module that keeps the neurons of all.
 
     Args:
         modules: Modules for the same kind of input; they become parts of the result.
@@ -71,6 +74,8 @@ def compose(
     composed: NeMoComposedModel = model_class(modules[0].task, NeMoComposedConfig)(config, modules)
     composed.train(False)
     composed.processor_files = processors[0] if processors else {}
+    composed.config.sizes = joint_sizes(modules)
+    _compare_with_joint_cut(composed)
     if batches is None:
         logger.warning(
             "Joined %d modules without calibrating them, which suits modules of one parent only. "
@@ -91,7 +96,7 @@ def _check_modules(modules: Sequence[Any]) -> None:
             raise TypeError(
                 f"Got a {kind} to join; expected modules. Cut one: make_parent(...).extract_module(labels)."
             )
-        check_answers_once(module, "join")
+        check_answers_once(module, "Cut one module of all these labels: extract_module(labels).")
         check_finite(module)
     names = [name for module in modules for name in module.config.names.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -109,6 +114,22 @@ def _check_modules(modules: Sequence[Any]) -> None:
             "Got a multi-label module; expected single-label ones, whose labels exclude each other. Run the modules "
             "separately and use their logits side by side."
         )
+
+
+def _compare_with_joint_cut(composed: NeMoComposedModel) -> None:
+    """Says that one cut for all labels would be smaller, if so: neurons that several modules keep are there once."""
+    found = composed.config.sizes
+    if found is None or found["joint_parameters"] >= found["parameters"]:
+        return
+    is_larger, rows = found["parameters"] > found["source_parameters"], found["repeated_rows"]
+    logger.log(
+        logging.WARNING if is_larger else logging.INFO,
+        "Joined modules of one source into a model of %d parameters%s: %s. One module for all %d labels with the same "
+        "neurons has about %d: if the modules need not be apart, cut it with extract_module and all labels.",
+        *(found["parameters"], f", more than the {found['source_parameters']} of the source" if is_larger else ""),
+        f"{rows} rows of its tensors are in several of them" if rows else "each fills its heads up to one width",
+        *(len(composed.config.id2label or ()), found["joint_parameters"]),
+    )
 
 
 @torch.no_grad()

@@ -150,6 +150,7 @@ class NeMoModelConfig(SavedConfig):
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.
         is_tuned: Module: whether it was trained further since it was cut.
+        token_rows: Module: how many rows its tokens share (see `share_tokens`), or `None`.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
         save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
@@ -181,6 +182,7 @@ class NeMoModelConfig(SavedConfig):
     rejection: dict[str, Any] | None = validated_field(checks.holds(checks.REJECTION), default=None)
     rejected_label: str | None = None
     is_tuned: bool = False
+    token_rows: int | None = validated_field(checks.within(1, checks.LARGEST_NUMBER), default=None)
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
     save_identity: dict[str, Any] | None = None
@@ -269,7 +271,8 @@ class NeMoModelConfig(SavedConfig):
     @property
     def names(self) -> dict[int, str]:
         """Label names by id, without the `rejected_label`."""
-        return {int(index): str(name) for index, name in (self.__dict__.get("id2label") or {}).items()}
+        names = {int(index): str(name) for index, name in (self.__dict__.get("id2label") or {}).items()}
+        return dict(sorted(names.items()))  # a file may sort ids as texts: 0, 1, 10, 2
 
     @property
     def groups(self) -> dict[str, list[int]]:
@@ -335,7 +338,7 @@ def is_as_read(config: SavedConfig, data: Mapping[str, Any]) -> bool:
 
 def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Finds a plain model's class by its name, in `transformers` or among those registered for its configuration."""
-    known = [found for _, mapping in TASKS.values() for found in _registered(mapping, type(base_config))]
+    known = [found for _, mapping in TASKS.values() for found in registered_classes(mapping, type(base_config))]
     found = next((each for each in known if each.__name__ == name), getattr(transformers, name, None))
     if inspect.isclass(found) and issubclass(found, PreTrainedModel):
         return found
@@ -347,7 +350,7 @@ def find_base_class(name: str, base_config: PreTrainedConfig) -> type[PreTrained
     )
 
 
-def _registered(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel], ...]:
+def registered_classes(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel], ...]:
     """Model classes that an Auto class knows for a configuration."""
     found = mapping.get(config_class, ()) if config_class else ()
     return found if isinstance(found, tuple) else (found,)
@@ -355,13 +358,13 @@ def _registered(mapping: Any, config_class: Any) -> tuple[type[PreTrainedModel],
 
 def model_class(task: str, config_class: type[PreTrainedConfig]) -> Any:
     """Finds the class of this library that is registered with the Auto class of a task for a configuration."""
-    return _registered(TASKS[task][1], config_class)[0]
+    return registered_classes(TASKS[task][1], config_class)[0]
 
 
 def task_of(base_class: type[PreTrainedModel]) -> str:
     """Returns the task of a plain model's class, a key of `TASKS`; a class of another one is a `TypeError`."""
     for task, (_, mapping) in TASKS.items():  # before the names: Wav2Vec2ForSequenceClassification is for audio
-        if base_class in _registered(mapping, base_class.config_class):
+        if base_class in registered_classes(mapping, base_class.config_class):
             return task
     for task, (name, _) in TASKS.items():
         if name in base_class.__name__:

@@ -1,10 +1,33 @@
-"""What heads answer, in one layout: one answer a sample, or one for each token, pixel or query of it."""
+"""What models return, and what heads answer, in one layout: one answer a sample, or one for each token, pixel or query of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+
+@dataclass
+class NeMoOutput(ModelOutput):
+    """Output of a parent or a module.
+
+    `logits` have shape (batch, labels), as in `transformers`, or of tokens (batch, tokens, labels), of segmentation
+    (batch, labels, height, width), and of detectors (batch, queries, labels), where many have one more for "no object".
+    `loss`, `hidden_states` and `attentions` are as in `transformers`, and so is what detectors add, as `pred_boxes`.
+    `neuron_masks`, of parents in training or on request, maps site keys to soft masks, shape (batch, calls, neurons).
+    `rejection_scores`, of modules that `calibrate_rejection` prepared, are the chances that the inputs have none of the
+    module's labels, shape (batch,); inputs over `config.rejection["threshold"]` are to be rejected. In eval mode the
+    logits of these modules end with one for `config.rejected_label`, unless that is `None`: see docs/rejection.md.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    neuron_masks: dict[str, Tensor] | None = None
+    rejection_scores: Tensor | None = None
 
 
 def labels_last(logits: Tensor) -> Tensor:

@@ -122,8 +122,15 @@ def place_labels(model: Any, labels: Any) -> Tensor:
     return ids.long()
 
 
-def task_loss(model: Any, logits: Tensor, labels: Any) -> Tensor:
-    """The loss of a plain model of the same `problem_type`, for labels of every kind that `label_targets` takes."""
+def task_loss(model: Any, logits: Tensor, labels: Any, known: Tensor | None = None) -> Tensor:
+    """The loss of a plain model of the same `problem_type`, for labels of every kind that `label_targets` takes.
+
+    `known` is what the plain model inside has computed, or `None`.
+    """
+    if logits.shape[1 if logits.ndim == 4 else -1] == 1 and model.config.problem_type != SEVERAL_LABELS:
+        raise ValueError("Got labels for a model of one label; expected at least 2. Cut a module for more labels.")
+    if known is not None:
+        return known
     if logits.ndim == 3:  # of tokens, checked by `place_labels`
         return F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), ignore_index=IGNORED)
     several = model.config.problem_type == SEVERAL_LABELS
@@ -159,14 +166,18 @@ def check_label_numbers(names: Sequence[str], column: str, id2label: Mapping[int
             )
 
 
-def check_answers_once(model: Any, what: str) -> None:
+OWN_EVALUATION = (
+    "Run the task's own evaluation on the module and on its source, with the answers of the latter restricted to the "
+    "module's labels."
+)
+
+
+def check_answers_once(model: Any, remedy: str = OWN_EVALUATION) -> None:
     """Refuses models that answer at many places of a sample where one answer a sample is counted (`ValueError`)."""
-    task = model.task
-    if task in PLACE_TASKS:
+    if model.task in PLACE_TASKS:
         raise ValueError(
-            f"Got a model for {task} to {what}, which counts one answer a sample; expected a classifier of whole "
-            "samples. Run the task's own evaluation on the module and on its source, with the answers of the latter "
-            "restricted to the module's labels."
+            f"Got a model for {model.task}, where one answer a sample is counted; expected a classifier of whole "
+            f"samples. {remedy}"
         )
 
 

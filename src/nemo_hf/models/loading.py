@@ -12,6 +12,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import logging as transformers_logging
 
 from nemo_hf.pruning.resize import RotaryAngles, ScatterLinear
+from nemo_hf.pruning.shared_rows import SharedEmbedding
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig
@@ -88,6 +89,8 @@ def check_values(model: Any) -> None:
             _check_indices(f"{path}.output_indices", layer.output_indices, layer.full_outputs, is_increasing=True)
         elif isinstance(layer, RotaryAngles):
             _check_indices(f"{path}.angle_indices", layer.angle_indices, layer.full_dim)
+        elif isinstance(layer, SharedEmbedding):
+            _check_indices(f"{path}.row_of_token", layer.row_of_token, layer.num_embeddings)
     if model.is_parent:
         check_mean_masks([mask.mean_mask for mask in model.masks.site_masks()])
 

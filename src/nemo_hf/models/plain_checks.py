@@ -41,12 +41,7 @@ def check_plain(model: PreTrainedModel, nemo_config: NeMoConfig) -> None:
             "which config.json files mean by this name. Give your class another name."
         )
     _check_memory(model)
-    if nemo_config.masks != "static" and task_of(type(model)) in PLACE_TASKS:
-        raise ValueError(
-            f"Got a {type(model).__name__} to train with masks, which are of a whole sample, while its labels are of "
-            "tokens, pixels or boxes; expected a classifier of whole samples. Train it with transformers.Trainer, and "
-            "then cut it: make_parent(model, NeMoConfig(masks='static')).extract_module(labels)."
-        )
+    check_masks(model, nemo_config)
     if not nemo_config.hard_masks and model.dtype != torch.float32:
         raise ValueError(
             f"Got soft masks with weights in {model.dtype}; expected float32. Load the model with dtype=torch.float32, "
@@ -60,6 +55,16 @@ def check_plain(model: PreTrainedModel, nemo_config: NeMoConfig) -> None:
             "classification with at least 2 labels. Load the model with num_labels= and problem_type=."
         )
     label_names(model)
+
+
+def check_masks(model: PreTrainedModel, nemo_config: NeMoConfig) -> None:
+    """Refuses masks of whole samples for a model that labels parts of these (`ValueError`)."""
+    if nemo_config.masks != "static" and task_of(type(model)) in PLACE_TASKS:
+        raise ValueError(
+            f"Got a {type(model).__name__} to train with masks, which are of a whole sample, while its labels are of "
+            "tokens, pixels or boxes; expected a classifier of whole samples. Train it with transformers.Trainer, and "
+            "then cut it: make_parent(model, NeMoConfig(masks='static')).extract_module(labels)."
+        )
 
 
 def label_names(model: PreTrainedModel) -> dict[int, str]:

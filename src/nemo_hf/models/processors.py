@@ -28,6 +28,7 @@ PROCESSORS: dict[str, tuple[type, str, Any]] = {
     "image": (BaseImageProcessor, "image_processor", AutoImageProcessor),
     "audio": (SequenceFeatureExtractor, "feature_extractor", AutoFeatureExtractor),
 }
+IN_WORDS = {"text": "a tokenizer", "image": "an image processor", "audio": "a feature extractor"}
 UNLIMITED = 10**6  # tokens from which a tokenizer's longest text is no limit
 SPARE_POSITIONS = 4  # that families such as RoBERTa leave unused
 
@@ -49,25 +50,25 @@ def _has_rate(value: Any) -> bool:
 
 def part_of(processor: Any, kind: str) -> Any:
     """The tokenizer, image processor or feature extractor that reads samples of a kind; others are a `TypeError`."""
-    known, name, _ = PROCESSORS[kind]
+    known, name, auto_class = PROCESSORS[kind]
     part = getattr(processor, name, None) if isinstance(processor, ProcessorMixin) else processor
-    if part is None or isinstance(part, tuple(other for other, _, _ in PROCESSORS.values() if other is not known)):
+    others = tuple(other for other, _, _ in PROCESSORS.values() if other is not known)
+    if not callable(part) or isinstance(part, others):
         raise TypeError(
-            f"Got the {type(processor).__name__} as processing_class for a model of {kind}; expected a "
-            f"{name.replace('_', ' ')}. Pass that of the model, such as {PROCESSORS[kind][2].__name__}."
-            "from_pretrained(...)."
+            f"Got a {type(processor).__name__} as processing_class for a model of {kind}; expected {IN_WORDS[kind]}. "
+            f"Pass that of the model: {auto_class.__name__}.from_pretrained(...)."
         )
     return part
 
 
 def own_processor(model: PreTrainedModel, kind: str) -> Any:
     """The processor whose files a parent or module carries; without them a `ValueError` asks for one."""
-    _, name, auto_class = PROCESSORS[kind]
+    auto_class = PROCESSORS[kind][2]
     files: Mapping[str, bytes] = getattr(model, "processor_files", None) or {}
     path = model.name_or_path or "the model's repository"
     ask = f"Pass processing_class={auto_class.__name__}.from_pretrained({path!r})."
     if not files:
-        raise ValueError(f"Got {kind} samples without processing_class; expected a {name.replace('_', ' ')}. {ask}")
+        raise ValueError(f"Got {kind} samples without processing_class; expected {IN_WORDS[kind]}. {ask}")
     with scratch_directory() as directory:
         for file, content in files.items():
             (directory / file).write_bytes(content)
@@ -75,8 +76,8 @@ def own_processor(model: PreTrainedModel, kind: str) -> Any:
             return auto_class.from_pretrained(directory)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"Got {kind} samples, and a model whose files {sorted(files)} make no {name.replace('_', ' ')} "
-                f"({type(error).__name__}); expected one. {ask}"
+                f"Got {kind} samples, and a model with the files {sorted(files)}, which make no processor of them "
+                f"({type(error).__name__}); expected {IN_WORDS[kind]}. {ask}"
             ) from error
 
 

@@ -21,7 +21,7 @@ from .processors import stacked
 from .rejection import energy
 
 LEARNING_RATE = 5e-4
-ENERGY_WEIGHT = 0.1
+ENERGY_WEIGHT = 0.1  # without this term, answers improve and rejection suffers
 ANSWERS, OWN = "source_logits", "is_own"  # what samples hold beside inputs and labels
 
 Sample = dict[str, Tensor]
@@ -39,9 +39,10 @@ def refine_module(
 ) -> None:
     """Trains a module to answer as its source does among the module's labels; the source stays as it is.
 
-    The loss is the divergence of the module's answers from the source's, for models of several labels a sample the
-    binary cross-entropy with them, and where samples have labels of the module the task loss too. Samples of other
-    labels alone are left out, where each sample has one label. The samples are held in memory.
+    The loss is the divergence of the module's answers from the source's, with a small weight the distance of their
+    energies, for rejection, and where samples have labels of the module the task loss; samples of other labels add
+    their energies only. Models of several labels a sample take the binary cross-entropy with the source's answers, and
+    the task loss. The samples are held in memory.
 
     Args:
         source: The model that the module was cut from, a plain model or a parent.
@@ -71,7 +72,7 @@ def refine_module(
     at_once = 1 if is_text and pad is None else batch_size  # classifiers without padding take one text at a time
     module.float()
     try:
-        with unchanged_random_state(), _own_accelerator(), torch.enable_grad(), scratch_directory() as directory:
+        with _unchanged_process(device), torch.enable_grad(), scratch_directory() as directory:
             args = TrainingArguments(
                 output_dir=str(directory), num_train_epochs=epochs, learning_rate=rate, lr_scheduler_type="cosine",
                 per_device_train_batch_size=at_once, gradient_accumulation_steps=batch_size // at_once, seed=seed,
@@ -122,14 +123,15 @@ def _samples(
             logits = source(**on_device(source, inputs), return_dict=True).logits.float().cpu()
             answers = logits.index_select(label_axis(logits, count), ids)
             targets = None if labels is None else _targets(labels, ids, module.config.has_several_labels)
-            per_sample = targets is not None and targets.ndim == 1
+            is_other = torch.zeros(len(answers), dtype=torch.bool)
+            if labels is not None and targets is not None and targets.ndim == 1:
+                is_other = (labels >= 0) & (targets == IGNORED)
             mask = inputs.get("attention_mask")
             for row in range(len(answers)):
-                sample = {name: value[row] for name, value in inputs.items()} | {ANSWERS: answers[row]}
+                sample = {name: value[row] for name, value in inputs.items()}
+                sample |= {ANSWERS: answers[row], OWN: ~is_other[row]}
                 if targets is not None:
                     sample["labels"] = targets[row]
-                is_other = per_sample and int(sample["labels"]) == IGNORED
-                sample[OWN] = torch.tensor(not is_other)
                 samples.append(sample if mask is None else _without_padding(sample, mask[row]))
     if not samples:
         raise ValueError("Got no calibration samples to refine a module on; expected some. Pass a few hundred.")
@@ -222,12 +224,14 @@ def distillation_loss(
 
 
 @contextmanager
-def _own_accelerator() -> Iterator[None]:
-    """Restores what a process's trainers and accelerators share, which a new `TrainingArguments` sets anew."""
+def _unchanged_process(device: torch.device) -> Iterator[None]:
+    """Restores random states, and what trainers and accelerators share, which new `TrainingArguments` set anew."""
     shared = [state._shared_state for state in (AcceleratorState, GradientState, PartialState)]
     before = [dict(state) for state in shared]
+    devices = [] if device.type == "cpu" else [device]
     try:
-        yield
+        with unchanged_random_state(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
     finally:
         for state, entries in zip(shared, before, strict=True):
             state.clear()

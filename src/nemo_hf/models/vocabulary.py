@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nemo_hf.pruning.shared_rows import nearest_rows, token_table
 from nemo_hf.pruning.tokenizer_cut import check_kind, cut_tokenizer, kept_tokens, vocabulary_of
 
 from .atomic_writes import scratch_directory
 from .base import NeMoPreTrainedModel
-from .loading import hidden_progress
+from .rebuilding import replace_module
 
 TOKENIZER_JSON = "tokenizer.json"
 NOT_OF_TOKENIZERS = ("preprocessor_config.json", "processor_config.json")  # stay beside a new tokenizer
 IDS = "input_ids"
+WORD_STARTS = "\u2581\u0120"  # marks of SentencePiece and of byte-level BPE
 TOKEN_ID = re.compile(r".*_token_(id|ids|index)")  # entries of configurations
 POSITIONS = re.compile(r".*(position|wpe)[^.]*")  # names of the layers that hold position tables
 CHECKED_SAMPLES, CHECKED_TEXTS = 8, 200
-TOLERANCE = 1e-5  # of logits, times the largest one if that is over 1
 
 Batches = Iterable[Any]
 
@@ -55,10 +56,11 @@ def shrink_vocabulary(
             up in one table, or if the reduced module has other answers. The module is unchanged then.
     """
     data = _tokenizer_data(module, tokenizer)
-    table = _embedding(module).weight
+    check_kind(data)
+    table = token_table(module.model).weight
     rows = len(table)
     seen, first, texts = _read(batches, tokenizer)
-    _check_ids(seen, rows, data)
+    _check_ids(seen, rows, vocabulary_of(data).values())
     named = {index for _, _, ids in _token_ids(module.config) for index in ids if 0 <= index < rows}
     kept = kept_tokens(data, {*seen, *named, *tokenizer.all_special_ids}, keep_characters)
     chosen = torch.tensor([index for index in kept if index < rows], device=table.device)
@@ -69,7 +71,7 @@ def shrink_vocabulary(
     state = {name: value[chosen] if value is table else value for name, value in state.items()}
     lookup = torch.full((kept[-1] + 1,), -1).scatter(0, torch.tensor(kept), torch.arange(len(kept)))
     after = {name: lookup[value.cpu()] if name.endswith(IDS) else value for name, value in first.items()}
-    saved = _replace(module, config, state, [(first, after)])
+    saved = replace_module(module, config, state, [(first, after)])
     return {
         "tokens_before": rows,
         "tokens": len(chosen),
@@ -77,6 +79,56 @@ def shrink_vocabulary(
         "weight_bytes_saved": saved,
         "tokenizer_bytes_saved": _carry(module, tokenizer, reduced),
     }
+
+
+def share_tokens(
+    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, extra_tokens: int = 0
+) -> dict[str, int]:
+    """Lets tokens that some batches lack share the embeddings of tokens that they have, in place.
+
+    Each takes the row of the one whose embedding has the most similar direction. The tokenizer stays: any text has the
+    same tokens as before, and texts of tokens in the batches have the same logits. What the module measured before is
+    dropped: calibrate its rejection, and evaluate it, afterwards.
+
+    Args:
+        module: A module, whose inputs are token ids.
+        tokenizer: The tokenizer that made the batches, of any kind.
+        batches: Batches as `shrink_vocabulary` takes them.
+        extra_tokens: How many words that the batches lack keep rows of their own: those first in the vocabulary, where
+            frequent ones are.
+
+    Returns:
+        A report: `tokens`, `token_rows` (of the embedding), `seen_tokens` (of the batches), `weight_bytes_saved`.
+
+    Raises:
+        TypeError: If the module is a parent or a plain model.
+        ValueError: If the batches are of another tokenizer, or if the model doesn't look its tokens up in one table by
+            an `nn.Embedding`. The module is unchanged then.
+    """
+    _check_module(module)
+    layer = token_table(module.model)
+    if type(layer) is not nn.Embedding or type(extra_tokens) is not int or extra_tokens < 0:
+        raise ValueError(
+            f"Got extra_tokens={extra_tokens!r} and token embeddings of the class {type(layer).__name__}; expected a "
+            "number from 0 on and an nn.Embedding. Use shrink_vocabulary(...) for another class."
+        )
+    table, vocab = layer.weight, tokenizer.get_vocab()
+    seen, first, _ = _read(batches, tokenizer)
+    _check_ids(seen, len(table), vocab.values())
+    named = {index for _, _, ids in _token_ids(module.config) for index in ids}
+    special = {*named, *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    words = sorted(index for token, index in vocab.items() if len(token) > 2 and token.lstrip(WORD_STARTS).isalpha())
+    extra = [index for index in words if index not in seen | special][:extra_tokens]
+    own = torch.tensor(sorted(index for index in {*seen, *special, *extra} if 0 <= index < len(table)))
+    row_of_token = nearest_rows(table, own.to(table.device), {*seen, *extra} - special)
+    config = copy.deepcopy(module.config)
+    config.token_rows = len(own)
+    state = dict(module.state_dict(keep_vars=True))
+    for name in [name for name, value in state.items() if value is table]:
+        state[name] = table[own]
+        state[f"{name.removesuffix('weight')}row_of_token"] = row_of_token.clone()
+    saved = replace_module(module, config, state, [(first, first)])
+    return {"tokens": len(table), "token_rows": len(own), "seen_tokens": len(seen), "weight_bytes_saved": saved}
 
 
 def shorten_positions(
@@ -119,10 +171,11 @@ def shorten_positions(
     state = dict(module.state_dict(keep_vars=True))
     rows = table.num_embeddings - before + max_positions
     state = {name: value[:rows] if value is table.weight else value for name, value in state.items()}
-    ids = torch.cat([value.flatten() for value in (batch[IDS] for batch in inputs)])
+    ids = torch.cat([batch[IDS].flatten() for batch in inputs])
+    ids = ids[ids != module.config.pad_token_id]  # which has no position
     full = {IDS: ids.repeat(-(-max_positions // len(ids)))[:max_positions][None]}
     full["attention_mask"] = torch.ones_like(full[IDS])
-    saved = _replace(module, config, state, [(inputs[0], inputs[0]), (full, full)])
+    saved = replace_module(module, config, state, [(inputs[0], inputs[0]), (full, full)])
     _carry(module, tokenizer, _reloaded(tokenizer, data, model_max_length=max_positions))
     return {"positions_before": before, "positions": max_positions, "weight_bytes_saved": saved}
 
@@ -151,34 +204,22 @@ def unseen_share(tokenizer: Any, kept: Collection[str], data: Iterable[Any]) -> 
     return unseen / total if total else 0.0
 
 
-def _tokenizer_data(module: NeMoPreTrainedModel, tokenizer: Any) -> dict[str, Any]:
-    """The content of a tokenizer.json, once module and tokenizer are known to be of the right kinds."""
+def _check_module(module: NeMoPreTrainedModel) -> None:
     if not isinstance(module, NeMoPreTrainedModel) or module.is_parent:
         kind = "parent" if isinstance(module, NeMoPreTrainedModel) else type(module).__name__
         raise TypeError(f"Got a {kind}; expected a module. Cut one with extract_module(...) first.")
+
+
+def _tokenizer_data(module: NeMoPreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+    """The content of a tokenizer.json, once module and tokenizer are known to be of the right kinds."""
+    _check_module(module)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"Got a {type(tokenizer).__name__}; expected a fast tokenizer, whose vocabulary is in tokenizer.json. Pass "
             "one that AutoTokenizer makes with backend='tokenizers', or leave the vocabulary as it is."
         )
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    check_kind(data)
     return data
-
-
-def _embedding(module: NeMoPreTrainedModel) -> nn.Embedding:
-    """The table of a module's tokens, as large as its configuration says."""
-    try:
-        layer = module.get_input_embeddings()
-    except NotImplementedError:  # of models that hash characters
-        layer = None
-    sizes = [getattr(inner, "vocab_size", None) for inner in _configs(module.config)]
-    if not isinstance(layer, nn.Embedding) or layer.num_embeddings not in sizes:
-        raise ValueError(
-            f"Got a module of {module.config.base_class}, whose input layer is {layer}; expected one table with a row "
-            "for each token. Leave the vocabulary as it is."
-        )
-    return layer
 
 
 def _position_table(module: NeMoPreTrainedModel) -> nn.Embedding:
@@ -253,8 +294,8 @@ def _renumbered(config: Any, kept: Sequence[int], rows: int, tokens: int) -> Any
     return config
 
 
-def _check_ids(seen: Collection[int], rows: int, data: Mapping[str, Any]) -> None:
-    known = {index for index in vocabulary_of(data).values() if index < rows}
+def _check_ids(seen: Collection[int], rows: int, ids: Iterable[int]) -> None:
+    known = {index for index in ids if index < rows}
     if strange := sorted(set(seen) - known):
         raise ValueError(
             f"Got the token ids {strange[:12]} in the batches, which the tokenizer or the model doesn't have; expected "
@@ -283,67 +324,6 @@ def _check_tokens(tokenizer: Any, reduced: Any, texts: list[str]) -> None:
                 f"Got a {type(tokenizer).__name__} that splits {text[:80]!r} into {after[:12]} once its vocabulary is "
                 f"reduced; expected {before[:12]}. Leave the vocabulary as it is."
             )
-
-
-def _replace(
-    module: NeMoPreTrainedModel,
-    config: Any,
-    state: Mapping[str, Tensor],
-    checks: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
-) -> int:
-    """Builds a module anew with another configuration and state, as loading does, and lets it take a module's place.
-
-    `checks` are pairs of inputs, for the module as it is and for the new one, that must have the same logits. Returns
-    how many bytes of weights are saved.
-    """
-    config.save_identity = config.rejection = None
-    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in state.values()} else torch.float32
-    with hidden_progress():
-        values = {name: tensor.detach() for name, tensor in state.items()}
-        kwargs: dict[str, Any] = {"config": config, "state_dict": values, "dtype": dtype}
-        try:
-            new = type(module).from_pretrained(None, None, module.sites, **kwargs)
-        except (OSError, ValueError) as error:  # tensors that don't fit
-            raise ValueError(
-                f"Got a module of {config.base_class} with other tensors of the size of its tables ({error}); expected "
-                "none. Leave the tables as they are."
-            ) from error
-    new.config.name_or_path = module.config.name_or_path
-    for name, tensor in new.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(state[name])  # its precision and device
-        tensor.requires_grad_(state[name].requires_grad)
-    new.to(module.device)  # type: ignore[arg-type]
-    for before, after in checks:
-        expected, got = _logits(module, before), _logits(new, after)
-        difference = float((got - expected).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise ValueError(
-                f"Got logits that change by {difference:.1e} with smaller tables; expected the same: this "
-                f"{config.base_class} uses them in another way. Leave them as they are."
-            )
-    saved = _size(module) - _size(new)
-    new.train(module.training)
-    module.model, module.config, module.heads = new.model, new.config, new.heads
-    module._report = module._weight_versions = module._weight_hashes = None
-    module.drop_stale_results()  # from here on changes of the weights count
-    return saved
-
-
-@torch.no_grad()
-def _logits(module: NeMoPreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """Logits in eval mode, on the CPU."""
-    was_training = module.training
-    module.eval()
-    moved = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    logits: Tensor = module(**moved).logits
-    module.train(was_training)
-    return logits.float().cpu()
-
-
-def _size(module: nn.Module) -> int:
-    """Bytes of the weights, of which those that share memory count once."""
-    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _carry(module: NeMoPreTrainedModel, tokenizer: Any, new: Any) -> int:

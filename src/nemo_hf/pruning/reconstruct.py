@@ -8,7 +8,8 @@ the stream, each layer also mends their damage.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from nemo_hf.neurons.sites import PAD, NeuronSite, layer_features
 
 from .layer_cuts import LayerCut, site_cut
+from .layer_edits import layer_weight
 from .partial_runs import PartialRuns, enclosing_blocks, stop
 from .plan import Plan
 from .resize import ScatterLinear
@@ -75,32 +77,51 @@ class NormalEquations:
 
 
 @dataclass
-class _Seen:
-    """What one run to a stream point saw, one entry a call of the layer."""
+class _Call:
+    """One call of a layer: what it read, its result, and the stream that this joined, `None` until it is reached."""
 
-    read: list[Tensor] = field(default_factory=list)
-    results: list[Tensor] = field(default_factory=list)
-    stream: list[Tensor] = field(default_factory=list)
-    since: int = 0  # calls of the point's layer since that of the reader
+    path: str
+    read: Tensor
+    result: Tensor
+    stream: Tensor | None = None
 
 
 @contextmanager
-def _watching(model: nn.Module, reader: str, point: StreamPoint, calls: int, with_graph: bool) -> Iterator[list[_Seen]]:
-    """Lets forward passes end at a stream point; what the last one saw is the list's only entry."""
-    seen = [_Seen()]
+def _watching_results(model: nn.Module, paths: Sequence[str], calls: int) -> Iterator[list[_Call]]:
+    """Lets forward passes end when layers have been called; the list holds the calls of the last pass."""
+    seen: list[_Call] = []
 
-    def on_reader(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        seen[0].since = 0
-        seen[0].read.append(args[0].detach())
-        seen[0].results.append(output)
-        if not with_graph:
-            return output
-        torch.set_grad_enabled(True)  # until the pass ends
-        seen[0].results[-1] = output.detach().requires_grad_()
-        return seen[0].results[-1].clone()  # what comes next may add to it in place
+    def on_call(path: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.append(_Call(path, args[0], output, output))
+        if len(seen) == calls:
+            stop()
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_hook(partial(on_call, path)).remove)
+        yield seen
+
+
+@contextmanager
+def _watching_stream(
+    model: nn.Module, path: str, point: StreamPoint, calls: int, with_graph: bool
+) -> Iterator[list[_Call]]:
+    """Lets forward passes end where the results of a layer join the stream; likewise."""
+    seen: list[_Call] = []
+    since = 0  # calls of the point's layer since that of the reader
+
+    def on_call(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        nonlocal since
+        since = 0
+        if with_graph:
+            torch.set_grad_enabled(True)  # until the pass ends
+            output = output.detach().requires_grad_()
+        seen.append(_Call(path, args[0].detach(), output))
+        return output.clone() if with_graph else output  # what comes next may add to it in place
 
     def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        seen[0].since += 1
+        nonlocal since
+        since += 1
         if not point.is_output:
             look((args, kwargs))
 
@@ -109,15 +130,14 @@ def _watching(model: nn.Module, reader: str, point: StreamPoint, calls: int, wit
             look(output)
 
     def look(value: Any) -> None:
-        now = seen[0]
-        if len(now.results) == len(now.stream) + 1 and now.since == point.call:
-            now.stream.append(list(tensors_of(value))[point.position])
-            if len(now.stream) == calls:
+        if seen and seen[-1].stream is None and since == point.call:
+            seen[-1].stream = list(tensors_of(value))[point.position]
+            if len(seen) == calls:
                 stop()
 
     with ExitStack() as stack:
         layer = model.get_submodule(point.path)
-        stack.callback(model.get_submodule(reader).register_forward_hook(on_reader).remove)
+        stack.callback(model.get_submodule(path).register_forward_hook(on_call).remove)
         stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(layer.register_forward_hook(after).remove)
         yield seen
@@ -127,7 +147,7 @@ class Reconstruction:
     """Reconstructs the linear layers and convolutions of a module from the first one that reads neurons on.
 
     Those that read neurons are fitted to the source's stream behind them, the others to what the same layer of the
-    source says; only projections to q, k and v stay. Source and module are in eval mode and in float32. `batches` are
+    source says. Source and module are in eval mode and in float32. `batches` are
     numbered model inputs; `plan` says which neurons of the sites the module keeps, and `heads` which outputs of the
     layers that make the logits.
     """
@@ -147,16 +167,14 @@ class Reconstruction:
         self.cuts = {path: cut for path, cut in cuts if cut.outputs is not None and not cut.is_scattered}
         self.cuts.update({path: LayerCut(outputs=kept) for path, kept in heads.items()})
         readers = {path for site in sites for path in site.readers}
-        attention = {rows.layer for site in sites if site.kind == "attention" for rows, _ in site.produced()}
-        linear = {path for path, layer in source.named_modules() if _is_linear(layer)}
-        called = _called(source, sorted(readers | (linear - attention)), batches[0][1])
-        first = next((place for place, path in enumerate(called) if path in readers), len(called))
-        self.calls = Counter(called[first:])
-        own = {path: StreamPoint(path, True, 0, 0) for path in self.calls}
-        found = find_stream_points(source, [path for path in self.calls if path in readers], batches[0][1])
-        self.points = {**own, **found}
+        linear = {path for path, layer in source.named_modules() if path in readers or _is_linear(layer)}
+        called = _called(source, sorted(linear), batches[0][1])
+        first = next((place for place, (path, _) in enumerate(called) if path in readers), len(called))
+        self.calls = Counter(path for path, _ in called[first:])
+        self.steps = _steps(called[first:], readers, self.calls)
+        self.points = find_stream_points(source, [path for path in self.calls if path in readers], batches[0][1])
         blocks = list(dict.fromkeys(path for path in enclosing_blocks(source, sites).values() if path is not None))
-        times = Counter(_called(source, blocks, batches[0][1]))
+        times = Counter(path for path, _ in _called(source, blocks, batches[0][1]))
         once = [path for path, count in times.items() if count == 1]
         self.blocks = [path for path in once if not any(other.startswith(f"{path}.") for other in once)]
         self.runs = [PartialRuns(model, self.blocks) for model in (source, module)]
@@ -167,46 +185,121 @@ class Reconstruction:
         for runs in self.runs:
             runs.try_out(self.batches[0][1])
         errors: dict[str, LayerError] = {}
-        paths = list(self.calls)
         with self.runs[0].attached(), self.runs[1].attached():
-            for number, path in enumerate(paths):
-                open_blocks = [any(later.startswith(f"{block}.") for later in paths[number:]) for block in self.blocks]
-                error = self._reconstruct(path, [*open_blocks, True].index(True), ridge)
-                errors |= {} if error is None else {path: error}
-                on_layer(path)
+            for number, paths in enumerate(self.steps):
+                later = [path for step in self.steps[number:] for path in step]
+                is_open = [any(path.startswith(f"{block}.") for path in later) for block in self.blocks]
+                errors |= self._reconstruct(paths, [*is_open, True].index(True), ridge)
+                on_layer(paths[-1])
         return errors
 
-    def _reconstruct(self, path: str, final: int, ridge: float) -> LayerError | None:
-        layer, point = self.module.get_submodule(path), self.points[path]
-        norm = None if point.norm is None else self.module.get_submodule(point.norm)
-        has_bias = layer.bias is not None or norm is not None
-        equations: NormalEquations | None = None
-        generator = torch.Generator().manual_seed(0)
-        watch = [_watching(m, path, point, self.calls[path], m is self.module) for m in (self.source, self.module)]
-        with watch[0] as of_source, watch[1] as of_module:
+    def _reconstruct(self, paths: Sequence[str], final: int, ridge: float) -> dict[str, LayerError]:
+        """Changes layers that are called one after another with the same input, or one that joins the stream."""
+        point, count = self.points.get(paths[0]), sum(self.calls[path] for path in paths)
+        norm = None if point is None or point.norm is None else self.module.get_submodule(point.norm)
+        fits = {path: _Fit(self, path, norm) for path in paths}
+        with ExitStack() as stack:
+            watched = [
+                stack.enter_context(
+                    _watching_results(model, paths, count)
+                    if point is None
+                    else _watching_stream(model, paths[0], point, count, model is self.module)
+                )
+                for model in (self.source, self.module)
+            ]
             for index, inputs in self.batches:
-                for seen, runs in ((of_source, self.runs[0]), (of_module, self.runs[1])):
-                    seen[0] = _Seen()
+                for seen, runs in zip(watched, self.runs, strict=True):
+                    seen.clear()
                     with torch.no_grad():
                         runs.run(index, inputs, final)
-                calls = zip(
-                    of_module[0].stream, of_source[0].stream, of_module[0].read, of_module[0].results, strict=False
-                )
-                for stream, target, read, result in calls:
-                    target = _same_outputs(target, stream, self.cuts.get(path))
-                    if target.shape != stream.shape:  # as in experts, which see other tokens
-                        return None
-                    wanted, factors = _wanted(stream, target, result)
-                    rows = _rows(layer, read, wanted, result.detach(), factors, admitted_tokens(inputs),
-                                 generator, self.samples, has_bias)  # fmt: skip
-                    if equations is None:
-                        equations = NormalEquations(rows[0].shape[1], rows[1].shape[1], rows[0].device)
-                    equations.add(*rows)
-        if equations is None:
+                for of_source, of_module in zip(*watched, strict=False):
+                    fits[of_module.path].add(of_source, of_module, inputs)
+        errors = {path: fit.apply(ridge) for path, fit in fits.items()}
+        return {path: error for path, error in errors.items() if error is not None}
+
+
+class _Fit:
+    """The least-squares problem of one layer of a module."""
+
+    def __init__(self, of: Reconstruction, path: str, norm: nn.Module | None) -> None:
+        self.layer, self.norm, self.samples = of.module.get_submodule(path), norm, of.samples
+        self.cut, self.outputs = of.cuts.get(path), layer_weight(of.source.get_submodule(path)).shape[0]
+        self.has_bias = self.layer.bias is not None or norm is not None
+        self.equations: NormalEquations | None = None
+        self.is_possible = True
+        self.generator = torch.Generator().manual_seed(0)
+
+    def add(self, of_source: _Call, of_module: _Call, inputs: Mapping[str, Any]) -> None:
+        """Adds a call on a batch."""
+        if of_source.stream is None or of_module.stream is None:
+            return
+        target = self._own_outputs(of_source.stream, of_module.stream)
+        self.is_possible &= target.shape == of_module.stream.shape  # experts see other tokens
+        if not self.is_possible:
+            return
+        wanted, factors = _wanted(of_module.stream, target, of_module.result)
+        rows = self._rows(of_module.read, wanted, of_module.result.detach(), factors, admitted_tokens(inputs))
+        if self.equations is None:
+            self.equations = NormalEquations(rows[0].shape[1], rows[1].shape[1], rows[0].device)
+        self.equations.add(*rows)
+
+    def apply(self, ridge: float) -> LayerError | None:
+        """Changes the layer."""
+        if self.equations is None or not self.is_possible:
             return None
-        change, error = equations.solve(ridge)
-        _apply(layer, norm, change, has_bias)
+        change, error = self.equations.solve(ridge)
+        weights, bias = (change[:-1], change[-1]) if self.has_bias else (change, None)
+        parameter: Any = self.layer.weight
+        delta = weights if isinstance(self.layer, Conv1D) else weights.mT
+        parameter.data += delta.reshape(parameter.shape).to(parameter)
+        if bias is not None and self.layer.bias is not None:
+            self.layer.bias.data += bias.to(self.layer.bias)
+        elif bias is not None:  # a norm subtracts its mean, which does as well
+            mean: Any = self.norm.running_mean if self.norm is not None else None
+            mean -= bias.to(mean)
         return error
+
+    def _own_outputs(self, target: Tensor, stream: Tensor) -> Tensor:
+        """The source's stream, with the outputs that the layer still has, and scaled as these are."""
+        kept = None if self.cut is None else self.cut.outputs
+        dim = 1 if isinstance(self.layer, nn.Conv2d) else target.ndim - 1
+        is_cut = kept is not None and target.shape[dim] == self.outputs and stream.shape[dim] == len(kept)
+        if kept is None or self.cut is None or not is_cut:
+            return target
+        shape = (-1, *(1,) * (target.ndim - 1 - dim))
+        places = kept.clamp(min=0).to(target.device)
+        scale = torch.ones(self.outputs) if self.cut.output_scale is None else self.cut.output_scale
+        scale = torch.where(kept == PAD, 0.0, scale[kept.clamp(min=0)]).to(target)
+        return target.index_select(dim, places) * scale.view(shape)
+
+    def _rows(
+        self, read: Tensor, wanted: Tensor, result: Tensor, factors: Tensor, admitted: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the least-squares problem: what is read, what is wanted, and the target."""
+        layer = self.layer
+        if isinstance(layer, nn.Conv2d):
+            wanted, result, factors = (tensor.permute(0, 2, 3, 1) for tensor in (wanted, result, factors))
+        used = (factors != 0).any(-1).flatten()
+        if admitted is not None and admitted.numel() == len(used) and not isinstance(layer, nn.Conv2d):
+            used &= admitted.flatten().to(used.device, torch.bool)
+        chosen = used.nonzero().squeeze(-1)
+        if isinstance(layer, nn.Conv2d):
+            most = max(LEAST_ROWS, ROWS_PER_FEATURE * layer.weight[0].numel()) * len(read) // self.samples
+            if len(chosen) > most:
+                drawn = torch.randperm(len(chosen), generator=self.generator)[: max(1, most)]
+                chosen = chosen[drawn.sort().values.to(chosen.device)]
+            rows = _patches(layer, read, chosen)
+        else:
+            rows = read.flatten(0, -2)[chosen]
+        wanted, result = wanted.flatten(0, -2)[chosen], result.flatten(0, -2)[chosen]
+        if isinstance(layer, ScatterLinear):
+            if layer.input_indices is not None:
+                rows = rows.index_select(-1, layer.input_indices)
+            if layer.output_indices is not None:
+                wanted, result = (tensor.index_select(-1, layer.output_indices) for tensor in (wanted, result))
+        if self.has_bias:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], -1)
+        return rows, wanted, result + wanted
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -215,71 +308,49 @@ def _is_linear(layer: nn.Module) -> bool:
     return is_plain or layer_features(layer) is not None
 
 
-def _called(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> list[str]:
-    """Those of some layers that a forward pass calls, in order."""
-    called: list[str] = []
+def _called(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Those of some layers that a forward pass calls, in order, each with its first argument."""
+    called: list[tuple[str, Any]] = []
+
+    def note(path: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        called.append((path, args[0] if args else None))
+
     with ExitStack() as stack, torch.no_grad():
         for path in paths:
-            layer = model.get_submodule(path)
-            stack.callback(layer.register_forward_hook(lambda *_, path=path: called.append(path)).remove)
+            stack.callback(model.get_submodule(path).register_forward_hook(partial(note, path)).remove)
         model(**inputs, return_dict=True)
     return called
 
 
-def _same_outputs(target: Tensor, stream: Tensor, cut: LayerCut | None) -> Tensor:
-    """The source's stream, without the outputs that the layer itself has no more in the module."""
-    same = target.ndim == stream.ndim
-    other = [dim for dim, size in enumerate(target.shape) if same and stream.shape[dim] != size]
-    if len(other) != 1 or cut is None or cut.outputs is None:
-        return target
-    (dim,), kept = other, cut.outputs
-    if stream.shape[dim] != len(kept):
-        return target
-    found = target.index_select(dim, kept.clamp(min=0).to(target.device))
-    is_padding = (kept == PAD).to(target.device).view(-1, *(1,) * (target.ndim - 1 - dim))
-    return found.masked_fill(is_padding, 0.0)
+def _steps(called: Sequence[tuple[str, Any]], readers: set[str], calls: Mapping[str, int]) -> list[list[str]]:
+    """Layers in the order of their first calls; those that read the same one after another are done together."""
+    steps: list[list[str]] = []
+    last: Any = None
+    done: set[str] = set()
+    for path, read in called:
+        if path in done:
+            last = None
+            continue
+        done.add(path)
+        is_alone = path in readers or calls[path] > 1
+        if not is_alone and last is not None and read is last:
+            steps[-1].append(path)
+        else:
+            steps.append([path])
+        last = None if is_alone else read
+    return steps
 
 
 def _wanted(stream: Tensor, target: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
     """What the layer's result lacks for the stream to be its target, and the factor of each number on the way there."""
     missing = target.to(stream.dtype) - stream.detach()
+    if stream is result:
+        return missing, torch.ones_like(missing)
     (factors,) = torch.autograd.grad(stream, result, torch.ones_like(stream), retain_graph=True)
     (pulled,) = torch.autograd.grad(stream, result, missing)
     largest = factors.abs().max()
     is_reached = factors.abs() > SMALLEST_FACTOR * largest
     return torch.where(is_reached, pulled / factors.square(), 0.0), torch.where(is_reached, factors, 0.0)
-
-
-def _rows(
-    layer: nn.Module, read: Tensor, wanted: Tensor, result: Tensor, factors: Tensor, admitted: Tensor | None,
-    generator: torch.Generator, samples: int, has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rows of the least-squares problem: what is read, what is wanted, and the target."""
-    is_image = isinstance(layer, nn.Conv2d)
-    if is_image:
-        wanted, result, factors = (tensor.permute(0, 2, 3, 1) for tensor in (wanted, result, factors))
-    used = (factors != 0).any(-1).flatten()
-    if admitted is not None and admitted.numel() == len(used) and not is_image:
-        used &= admitted.flatten().to(used.device, torch.bool)
-    chosen = used.nonzero().squeeze(-1)
-    if is_image:
-        features = layer.weight[0].numel()
-        most = max(LEAST_ROWS, ROWS_PER_FEATURE * features) * len(read) // samples
-        if len(chosen) > most:
-            drawn = torch.randperm(len(chosen), generator=generator)[: max(1, most)]
-            chosen = chosen[drawn.sort().values.to(chosen.device)]
-        rows = _patches(layer, read, chosen)
-    else:
-        rows = read.flatten(0, -2)[chosen]
-    wanted, result = wanted.flatten(0, -2)[chosen], result.flatten(0, -2)[chosen]
-    if isinstance(layer, ScatterLinear):
-        if layer.input_indices is not None:
-            rows = rows.index_select(-1, layer.input_indices)
-        if layer.output_indices is not None:
-            wanted, result = (tensor.index_select(-1, layer.output_indices) for tensor in (wanted, result))
-    if has_bias:
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], -1)
-    return rows, wanted, result + wanted
 
 
 def _patches(layer: nn.Conv2d, read: Tensor, chosen: Tensor) -> Tensor:
@@ -296,17 +367,3 @@ def _patches(layer: nn.Conv2d, read: Tensor, chosen: Tensor) -> Tensor:
         start += len(columns)
         step = max(1, PATCH_NUMBERS // columns[0].numel())
     return torch.cat(found)
-
-
-def _apply(layer: nn.Module, norm: nn.Module | None, change: Tensor, has_bias: bool) -> None:
-    """Adds a change, (features, outputs), the last row of which is the bias's, to a layer's weights."""
-    weights, bias = (change[:-1], change[-1]) if has_bias else (change, None)
-    parameter = layer.weight
-    assert isinstance(parameter, Tensor)
-    delta = weights if isinstance(layer, Conv1D) else weights.mT
-    parameter.data += delta.reshape(parameter.shape).to(parameter)
-    if bias is not None and layer.bias is not None:
-        layer.bias.data += bias.to(layer.bias)
-    elif bias is not None:  # a norm subtracts its mean, which does as well
-        assert norm is not None
-        norm.running_mean -= bias.to(norm.running_mean)
