@@ -185,10 +185,12 @@ def seen_by(model, batches):
 
 
 def fit(source, raw, module, batches, path, stream=None):
-    """Fits one layer of a module to the stream that it joins in the source, or to what it says of the source's input."""
+    """Fits one layer of a module to the stream that it joins in the source, or to its own results in the source."""
     of_source, of_module = seen_by(source, batches), seen_by(module, batches)
-    said = raw.get_submodule(path)(of_source[0][path]).detach()  # the same rows of weights, but for the bases of heads
-    target, reached = (said, of_module[1][path]) if stream is None else (stream(*of_source), stream(*of_module))
+    if stream is None:  # the rows of weights are those of the source, heads in other bases
+        target, reached = raw.get_submodule(path)(of_source[0][path]).detach(), of_module[1][path]
+    else:
+        target, reached = stream(*of_source), stream(*of_module)
     features = of_module[0][path]
     change = ridge_change(torch.cat([features, torch.ones(len(features), 1)], 1), target - reached, reconstruct.RIDGE)
     layer = module.get_submodule(path)
