@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NAMES, example_script, fresh, image_samples, randomize, text_samples
+from conftest import NAMES, example_script, fresh, randomize
+from cutting_helpers import assert_same_weights, batches_for, cut, seen_by
 from torch import nn
 from torch.nn import functional as F
-from training_helpers import batch_of
 
-from nemo_hf import extract_module
 from nemo_hf.models import calibrated_cut
 from nemo_hf.neurons.sites import ChannelSite
 from nemo_hf.pruning import reconstruct
@@ -20,32 +19,6 @@ from nemo_hf.pruning.partial_runs import PartialRuns
 from nemo_hf.pruning.reconstruct import NormalEquations, Reconstruction
 
 RIDGE = 0.01
-IMAGES = ("vit", "deit", "deit-teacher", "swin")
-
-
-def batches_of(samples, size=16):
-    unlabelled = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
-    return [batch_of(unlabelled[start : start + size]) for start in range(0, len(samples), size)]
-
-
-def batches_for(family, count=64, seed=0, size=16):
-    return batches_of((image_samples if family in IMAGES else text_samples)(count, seed), size)
-
-
-def cut(model, batches, retention=0.4, labels=(3, 1), **options):
-    return extract_module(model, list(labels), batches, retention, show_progress=False, **options)
-
-
-def distance(module, source, batches, labels=(3, 1)):
-    with torch.no_grad():
-        missing = [module(**batch).logits - source(**batch).logits[:, list(labels)] for batch in batches]
-    return torch.cat(missing).square().mean().item()
-
-
-def assert_same_weights(module, other, rtol=0.0, atol=0.0):
-    state = other.state_dict()
-    for name, tensor in module.state_dict().items():
-        torch.testing.assert_close(tensor, state[name], rtol=rtol, atol=atol, msg=lambda text, name=name: name + text)
 
 
 def ridge_change(features, wanted, ridge=RIDGE):
@@ -162,28 +135,6 @@ def padding_of(layer):
 ENCODERS = {"bert": "bert.encoder.layer", "vit": "vit.layers"}
 
 
-def seen_by(model, batches):
-    """What each layer reads and returns, admitted tokens alone: path to (rows, features)."""
-    read, made, mask = {}, {}, None
-
-    def hook(path, layer, args, kwargs, output):
-        for found, value in ((read, args[0] if args else None), (made, output)):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                has_tokens = mask is not None and value.shape[:2] == mask.shape
-                found.setdefault(path, []).append(value[mask.bool()] if has_tokens else value.flatten(0, -2))
-
-    handles = [
-        layer.register_forward_hook(partial(hook, path), with_kwargs=True) for path, layer in model.named_modules()
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            model(**batch)
-    for handle in handles:
-        handle.remove()
-    return tuple({path: torch.cat(parts) for path, parts in found.items()} for found in (read, made))
-
-
 def fit(source, raw, module, batches, path, stream=None):
     """Fits one layer of a module to the stream that it joins in the source, or to its own results in the source."""
     of_source, of_module = seen_by(source, batches), seen_by(module, batches)
@@ -290,10 +241,11 @@ def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch):
 
 
 NETWORKS = {  # model types of the benchmark's tiny models and their classes
-    "resnet": "ResNetForImageClassification",
     "mobilenet_v2": "MobileNetV2ForImageClassification",
     "t5": "T5ForSequenceClassification",
     "wav2vec2": "Wav2Vec2ForSequenceClassification",
+    "falcon": "FalconForSequenceClassification",  # adds to the results of layers in place
+    "phimoe": "PhimoeForSequenceClassification",  # a linear layer that returns a tuple
 }
 paper = example_script("paper", "models")
 families, tiny_models = example_script("benchmarks", "families"), example_script("benchmarks", "tiny_models")
@@ -310,7 +262,7 @@ def test_a_reconstructed_module_is_nearer_to_its_source_on_fresh_inputs(family):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_so_is_one_of_convolutions_decoders_and_audio(name):
+def test_so_is_one_of_other_architectures(name):
     assert_nearer(tiny_models.tiny_model(name, NETWORKS[name]))
 
 
