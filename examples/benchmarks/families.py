@@ -263,9 +263,9 @@ def support_table() -> str:
     return (
         f"transformers {made_with['transformers']}, torch {made_with['torch']}. {len(lines)} pairs of model type and "
         f"class: {count['supported']} supported, {count['refused']} refused with a reason, {count['not built']} not "
-        f"built because a library is missing. Of a cut to {RETENTION:.0%} of the weights, reconstructed on {CALIBRATED} "
-        f"random samples, the last number is what is left of the mean square by which the answers of the raw cut differ "
-        f"from the model's, on {FRESH} others.\n\n"
+        f"built because a library is missing. Reconstruction: what is left of the mean square by which the answers of a "
+        f"raw cut differ from the model's on {FRESH} random samples, at {RETENTION:.0%} of the weights, after "
+        f"reconstruction on {CALIBRATED} others.\n\n"
         f"{compact.markdown(header, lines)}"
     )
 

@@ -50,8 +50,8 @@ class NeMoConfig:
     The symbols in brackets are those of the NeMo paper (arXiv 2508.11348) and of module rehearsal.
 
     Args:
-        masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`) or `"static"` (only those
-            that a call brings: what cutting a plain model needs).
+        masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`) or `"static"` (only
+            those that a call brings: what cutting a plain model needs).
         targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
             stay within 10 % of the base model's parameters (6 % from hidden size 384 up).

@@ -160,7 +160,7 @@ def evaluate_module(
         latency_note=latency.note,
         device=latency.device,
         input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
-        threshold=plan.threshold,
+        threshold=plan.threshold or 0.0,
         seed=seed,
         rejection=_rejection(module, energies, is_own),
         metrics=computed[0],

@@ -30,7 +30,7 @@ from .head_outputs import answers, labels_last
 from .processors import own_processor
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
-from .vocabulary import shorten_positions, shrink_vocabulary
+from .vocabulary import share_tokens, shorten_positions, shrink_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ Keep = Mapping[str, Mapping[str, Tensor]]
 Found = tuple[NeMoPreTrainedModel, dict[str, Any]]  # a module, and what `config.extraction` is to say of it
 TRIAL_SAMPLES = 4
 RETENTION = 0.2
+VOCABULARIES = ("shared", "calibration")
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
 
 
@@ -59,7 +60,7 @@ def extract_module(
     max_positions: int | None = None,
     rejection: bool = True,
     max_samples: int = 1000,
-    batch_size: int = 32,
+    batch_size: int = 64,
     show_progress: bool = True,
 ) -> Any:
     """Cuts a small stand-alone module for some labels out of a trained classifier, without training.
@@ -83,13 +84,14 @@ def extract_module(
         validation: Labelled samples for `max_loss`, as `calibration`; `None` holds back a third of the latter.
         label_groups: Groups that `labels` may name, a partition of the labels of a plain model.
         nemo_config: Which neurons may be cut: its `targets`, and `sites` for architectures of your own.
-        scores: `"activity"` (what a neuron adds to the layers behind it), `"fisher"` (gradients of masks), `"magnitude"`
-            (weights alone), or of parents `"relevance"` (what training with masks found).
+        scores: `"activity"` (what a neuron adds to the layers behind it), `"fisher"` (gradients of masks),
+            `"magnitude"` (weights alone), or of parents `"relevance"` (what training with masks found).
         reconstruct: Whether to reconstruct the layers after the cut.
         refine_epochs: Passes over the calibration samples in which the module is then trained towards the model's
             answers; 0 trains nothing.
-        vocabulary: `"calibration"` keeps only those tokens of a text module that these samples have, with all single
-            characters or bytes.
+        vocabulary: `"shared"` keeps the embeddings of those tokens of a text module that these samples have; each other
+            token shares that of the most similar one, and the tokenizer stays. `"calibration"` takes the other tokens
+            out of the tokenizer, except single characters or bytes: texts with unseen words then lose more.
         max_positions: Tokens of the longest text to come; cuts the table of positions to it.
         rejection: Whether to calibrate rejection where the samples have other labels as well: the module then has a
             last label for inputs that it rejects (see docs/rejection.md).
@@ -102,8 +104,8 @@ def extract_module(
 
     Raises:
         TypeError: If the model or the samples are of the wrong kind.
-        ValueError: If labels are unknown, an argument is out of range, samples are missing or can't be read, or the model
-            can't be cut as it is (quantized, with adapters, on the meta device, with NaN).
+        ValueError: If labels are unknown, an argument is out of range, samples are missing or can't be read, or the
+            model can't be cut as it is (quantized, with adapters, on the meta device, with NaN).
         UnsupportedArchitectureError: If no neurons of the model can be cut exactly.
         EquivalenceError: If the module before reconstruction is not exact.
 
@@ -151,8 +153,8 @@ def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any)
         raise ValueError(f"Got max_loss={max_loss!r}; expected points of accuracy from 0 to 100, such as 1.0.")
     if isinstance(refine_epochs, bool) or not isinstance(refine_epochs, int) or refine_epochs < 0:
         raise ValueError(f"Got refine_epochs={refine_epochs!r}; expected a whole number of passes, 0 for none.")
-    if vocabulary not in (None, "calibration"):
-        raise ValueError(f"Got vocabulary={vocabulary!r}; expected 'calibration', or None to keep all tokens.")
+    if vocabulary not in (None, *VOCABULARIES):
+        raise ValueError(f"Got vocabulary={vocabulary!r}; expected one of {VOCABULARIES}, or None to keep all tokens.")
     return retentions
 
 
@@ -301,7 +303,7 @@ def _finish(
         module.attach_processor(options.processing_class)
     if options.refine_epochs:
         advance("Refining")
-        refine_module(model, module, samples.own, options.refine_epochs, show_progress=False)
+        refine_module(model, module, [*samples.own, *samples.others], options.refine_epochs, show_progress=False)
         done["refine_epochs"] = options.refine_epochs
     own, others = samples.own, samples.others
     if options.vocabulary or options.max_positions:
@@ -310,7 +312,9 @@ def _finish(
         batches = [inputs for inputs, _ in own]
         if options.max_positions:
             done["vocabulary"] |= shorten_positions(module, tokenizer, batches, options.max_positions)
-        if options.vocabulary:
+        if options.vocabulary == "shared":
+            done["vocabulary"] |= share_tokens(module, tokenizer, batches)
+        elif options.vocabulary:
             done["vocabulary"] |= shrink_vocabulary(module, tokenizer, batches)
             reduced = own_processor(module, "text")
             own, others = (list(_encoded_again(part, tokenizer, reduced)) for part in (own, others))

@@ -67,7 +67,7 @@ class CutTask:
 
 @dataclass
 class Source:
-    """A copy of a model, in float32 and eval mode, that shares its tensors, with its answers among the task's labels."""
+    """A copy of a model that shares its tensors, in float32 and eval mode, and its answers among the task's labels."""
 
     plain: PreTrainedModel
     sites: list[NeuronSite]
@@ -86,8 +86,8 @@ def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
         check_built(model)
     if calibration is None:
         raise ValueError(
-            "Got no calibration samples; expected some hundreds, which need no labels. Pass calibration=, such as a data "
-            "set, batches, or a list of texts with processing_class=tokenizer."
+            "Got no calibration samples; expected some hundreds, which need no labels. Pass calibration=, such as a "
+            "data set, batches, or a list of texts with processing_class=tokenizer."
         )
     check_finite(model)
 
@@ -115,7 +115,7 @@ def change_head_bases(
     scores: dict[str, dict[str, Tensor]],
     inputs: Inputs,
 ) -> None:
-    """Gives heads the bases of `head_bases`, for v and for q.k, if the logits stay what they are; updates the scores."""
+    """Gives heads the bases of `head_bases`, for v and for q.k, if the logits stay as they are; updates the scores."""
     expected = source(**inputs, return_dict=True).logits
     tolerance = BASIS_TOLERANCE * max(1.0, expected.abs().max().item())
     for part, change in (("value", _change_value), ("query_key", _change_query_key)):
@@ -151,8 +151,7 @@ def _change_query_key(source: PreTrainedModel, site: AttentionSite, statistics: 
 def plain_source(model: PreTrainedModel) -> PreTrainedModel:
     """A plain model that computes in eval mode what a plain model or parent does; it shares the tensors that it can."""
     if not isinstance(model, NeMoPreTrainedModel):
-        plain = sharing_copy(model).eval()
-        return plain if plain.dtype == torch.float32 else copy.deepcopy(plain).float()
+        return _in_float32(sharing_copy(model).eval())
     masks = model.parent_masks()
     options = model.nemo_config
     if options.has_generators and not (options.static_evaluation and options.hard_masks):
@@ -161,13 +160,16 @@ def plain_source(model: PreTrainedModel) -> PreTrainedModel:
             "inputs. Leave calibration out, or set static_evaluation=True in the parent's nemo_config."
         )
     closed = module_masks(masks, slice(None), model.config.relevance_threshold or options.relevance_threshold)
-    copied = sharing_copy(model).eval()
-    plain = copied.detach_masks()
-    plain = plain if plain.dtype == torch.float32 else copy.deepcopy(plain).float()
+    plain = _in_float32(sharing_copy(model).eval().detach_masks())
     if options.has_generators:
         for site in model.sites:
             _close(plain, site, closed[site.key])
     return plain
+
+
+def _in_float32(plain: PreTrainedModel) -> PreTrainedModel:
+    wide: PreTrainedModel = plain if plain.dtype == torch.float32 else copy.deepcopy(plain).float()
+    return wide
 
 
 def _close(plain: PreTrainedModel, site: NeuronSite, mask: Tensor) -> None:
@@ -185,8 +187,10 @@ def prepare_source(
     """Measures a model on calibration batches and scores its neurons; the model stays as it is."""
     plain = plain_source(model)
     first = {name: value[:TRIAL_SAMPLES] for name, value in batches[0].items()}
-    is_plain = not isinstance(model, NeMoPreTrainedModel)
-    sites = find_static_sites(model, plain, task.options, first) if is_plain else list(model.sites)
+    if isinstance(model, NeMoPreTrainedModel):
+        sites = list(model.sites)
+    else:
+        sites = find_static_sites(model, plain, task.options, first)
     batches = [on_device(plain, batch) for batch in batches]
     expected: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""What models return, and what heads answer, in one layout: one answer a sample, or one for each token, pixel or query of it."""
+"""What models return, and what heads answer in one layout: once a sample, or for each of its tokens, pixels or boxes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

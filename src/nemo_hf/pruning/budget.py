@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
 from .layer_cuts import LayerCut, site_cut
+from .layer_edits import layer_weight
 from .plan import Plan
 
-STEPS = 24  # of the bisection: shares are found to 1e-7
+STEPS = 12  # of the bisection: shares are found to 1/4096
 
 
 def masked_weights(
@@ -30,15 +31,12 @@ def masked_weights(
             if path in whole:
                 outputs, inputs = _kept_shares(model.get_submodule(path), cut)
                 whole[path] = (whole[path][0] * outputs, whole[path][1] * inputs)
-    sizes = {path: model.get_submodule(path).weight.numel() for path in whole}
+    sizes = {path: layer_weight(model.get_submodule(path)).numel() for path in whole}
     return sum(sizes[path] * share[0] * share[1] * (costs or {}).get(path, 1.0) for path, share in whole.items())
 
 
 def _kept_shares(layer: nn.Module, cut: LayerCut) -> tuple[float, float]:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    is_transposed = hasattr(layer, "nf")
-    outputs, inputs = (weight.shape[1], weight.shape[0]) if is_transposed else weight.shape[:2]
+    outputs, inputs = layer_weight(layer).shape[:2]
     of_outputs = 1.0 if cut.outputs is None else len(cut.outputs) / outputs
     return of_outputs, 1.0 if cut.inputs is None else len(cut.inputs) / inputs
 
@@ -50,7 +48,7 @@ def plan_budget(
     retention: float,
     costs: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Keeps the neurons of the highest scores, the same share of each part, within a share of the masked layers' weights.
+    """Keeps the neurons of the highest scores, the same share of each part, within a share of the layers' weights.
 
     Every site keeps a neuron at least. Returns site key to part to kept neurons: sorted indices.
     """

@@ -28,7 +28,7 @@ def query_key_basis(site: AttentionSite, statistics: SiteStatistics) -> tuple[Te
 
 
 def value_basis(site: AttentionSite, statistics: SiteStatistics, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices for v and for what reads it, (key/value heads, dims, dims), and the mean square that each dimension adds.
+    """Matrices for v and for what reads it, (key/value heads, dims, dims), and the mean square of what each dim adds.
 
     `weight` is that of the output projection, (outputs, heads * dims).
     """

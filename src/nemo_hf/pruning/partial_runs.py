@@ -1,7 +1,7 @@
 """Forward passes that end at a layer, over the same batches again and again, without repeating the blocks before it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,13 +16,13 @@ from nemo_hf.neurons.trial_calls import SHAPE_ERRORS
 REMEMBERED_BYTES = 2**28  # most memory for the results of blocks, of each of the two models
 
 
-class _Stop(Exception):
-    """Ends a forward pass at a layer."""
+class StopForwardError(Exception):
+    """Ends a forward pass at a layer; no fault."""
 
 
 def stop() -> None:
     """Called in a hook: ends the forward pass that `PartialRuns` runs."""
-    raise _Stop
+    raise StopForwardError
 
 
 @dataclass
@@ -72,7 +72,7 @@ class PartialRuns:
         """Runs a batch until a hook stops it; the first `final` blocks will not change any more."""
         try:
             return self._logits(batch, inputs, final)
-        except _Stop:
+        except StopForwardError:
             return None
 
     @contextmanager
@@ -117,7 +117,7 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Applies a function to each tensor in a layer's result."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, MutableMapping):
         made = copy.copy(value)
         for key, each in value.items():
             made[key] = _mapped(function, each)

@@ -46,12 +46,12 @@ class LayerError:
 
 
 class NormalEquations:
-    """Sums of a least-squares problem of (rows, features) and (rows, outputs), of the same size for any number of rows."""
+    """Sums of a least-squares problem of (rows, features) and (rows, outputs), as large for any number of rows."""
 
     def __init__(self, features: int, outputs: int, device: torch.device) -> None:
-        kind = {"dtype": torch.float64, "device": device}
-        self.gram, self.cross = torch.zeros(features, features, **kind), torch.zeros(features, outputs, **kind)
-        self.square, self.total, self.reached = (torch.zeros(outputs, **kind) for _ in range(3))
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.gram, self.cross = zeros(features, features), zeros(features, outputs)
+        self.square, self.total, self.reached = zeros(outputs), zeros(outputs), zeros(outputs)
         self.rows = 0
 
     def add(self, features: Tensor, wanted: Tensor, reached: Tensor) -> None:
@@ -252,8 +252,9 @@ class _Fit:
         parameter: Any = self.layer.weight
         delta = weights if isinstance(self.layer, Conv1D) else weights.mT
         parameter.data += delta.reshape(parameter.shape).to(parameter)
-        if bias is not None and self.layer.bias is not None:
-            self.layer.bias.data += bias.to(self.layer.bias)
+        own_bias: Any = self.layer.bias
+        if bias is not None and own_bias is not None:
+            own_bias.data += bias.to(own_bias)
         elif bias is not None:  # a norm subtracts its mean, which does as well
             mean: Any = self.norm.running_mean if self.norm is not None else None
             mean -= bias.to(mean)

@@ -109,10 +109,8 @@ def _labels_among(logits: Tensor, label_ids: Sequence[int]) -> Tensor:
 
 def _mask_gradients(model: nn.Module, site: NeuronSite, path: str, product: Tensor, samples: int) -> Tensor:
     """Gradient of each neuron's mask by sample, (samples, neurons), from values times their gradients."""
-    is_image = path != "" and neuron_dim(model.get_submodule(path)) == 1
-    by_sample = (product.movedim(1, -1) if is_image else product).reshape(
-        samples, -1, product.shape[1 if is_image else -1]
-    )
+    last = product.movedim(1, -1) if path != "" and neuron_dim(model.get_submodule(path)) == 1 else product
+    by_sample = last.reshape(samples, -1, last.shape[-1])
     summed = by_sample.double().sum(1).cpu()
     places = torch.arange(site.neurons, dtype=torch.float64)
     if path == "":
@@ -136,7 +134,7 @@ def _of_site(model: nn.Module, site: NeuronSite, statistics: SiteStatistics) -> 
 
 
 def _read_norms(model: nn.Module, site: NeuronSite, squares: Mapping[str, Tensor]) -> Tensor:
-    """For each neuron of a site the squared norm of the weights that read it, times the mean square of what they read."""
+    """For each neuron the squared norm of the weights that read it, times the mean square of what they read."""
     scores = torch.zeros(site.neurons, dtype=torch.float64)
     places = torch.arange(site.neurons, dtype=torch.float64)
     for path in site.readers:

@@ -17,8 +17,8 @@ AFFINE = {
     "CloneBackward0", "ConstantPadNdBackward0", "ContiguousBackward0", "CopyBackwards", "IndexBackward0",
     "IndexSelectBackward0", "NativeBatchNormBackward0", "CudnnBatchNormBackward0", "PermuteBackward0",
     "ReshapeAliasBackward0", "RollBackward0", "SelectBackward0", "SliceBackward0", "SplitBackward0",
-    "SqueezeBackward0", "SqueezeBackward1", "TBackward0", "ToCopyBackward0", "TransposeBackward0", "UnsafeViewBackward0",
-    "UnsqueezeBackward0", "ViewBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "TBackward0", "ToCopyBackward0", "TransposeBackward0",
+    "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
 
 
