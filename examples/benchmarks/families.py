@@ -263,8 +263,8 @@ def support_table() -> str:
     return (
         f"transformers {made_with['transformers']}, torch {made_with['torch']}. {len(lines)} pairs of model type and "
         f"class: {count['supported']} supported, {count['refused']} refused with a reason, {count['not built']} not "
-        f"built because a library is missing. Reconstruction: what is left of the mean square by which the answers of a "
-        f"raw cut differ from the model's on {FRESH} random samples, at {RETENTION:.0%} of the weights, after "
+        f"built because a library is missing. Reconstruction: what is left of the mean square by which the answers of "
+        f"a raw cut differ from the model's on {FRESH} random samples, at {RETENTION:.0%} of the weights, after "
         f"reconstruction on {CALIBRATED} others.\n\n"
         f"{compact.markdown(header, lines)}"
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def extract_module(
     if calibration is None and retention is None and max_loss is None and isinstance(model, NeMoPreTrainedModel):
         return cut_by_relevance(model, labels)
     start = time.perf_counter()
-    retentions = _checked(retention, max_loss, refine_epochs, vocabulary)
+    retentions = _checked(retention, max_loss, refine_epochs, vocabulary, scores)
     check_calibrated(model, calibration)
     task = CutTask.of(model, labels, label_groups, nemo_config)
     samples = CutSamples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
@@ -137,7 +137,7 @@ def extract_module(
     return found if isinstance(retention, Sequence) else found[0]
 
 
-def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any) -> list[float]:
+def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any, scores: Any) -> list[float]:
     """The retentions that are asked for; arguments out of range are a `ValueError`."""
     if retention is not None and max_loss is not None:
         raise ValueError(f"Got retention={retention!r} and max_loss={max_loss!r}; expected one of them. Leave one out.")
@@ -155,6 +155,8 @@ def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any)
         raise ValueError(f"Got refine_epochs={refine_epochs!r}; expected a whole number of passes, 0 for none.")
     if vocabulary not in (None, *VOCABULARIES):
         raise ValueError(f"Got vocabulary={vocabulary!r}; expected one of {VOCABULARIES}, or None to keep all tokens.")
+    if scores not in get_args(Score):
+        raise ValueError(f"Got scores={scores!r}; expected one of {get_args(Score)}.")
     return retentions
 
 
@@ -245,7 +247,8 @@ def _reconstruct(
             done["scarce_layers"],
         )
     if not found <= raw:
-        module.model.load_state_dict(state)
+        for name, tensor in module.model.state_dict().items():
+            tensor.data.copy_(state[name])  # no change since the check
         done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
         logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
     return done

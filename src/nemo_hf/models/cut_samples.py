@@ -66,9 +66,10 @@ class CutSamples:
             other._sort(validation, label_ids)
             self.held_out = other.own
         else:
-            places = [torch.arange(_rows(inputs)) % HELD_OUT == HELD_OUT - 1 for inputs, _ in self.own]
-            self.held_out = [_chosen(pair, place) for pair, place in zip(self.own, places, strict=True) if place.any()]
-            self.own = [_chosen(pair, ~place) for pair, place in zip(self.own, places, strict=True)]
+            is_held = torch.arange(self.count) % HELD_OUT == HELD_OUT - 1
+            parts = list(zip(self.own, is_held.split([_rows(inputs) for inputs, _ in self.own]), strict=True))
+            self.held_out = [_chosen(pair, part) for pair, part in parts if part.any()]
+            self.own = [_chosen(pair, ~part) for pair, part in parts if not part.all()]
         if not self.held_out or any(labels is None for _, labels in self.held_out):
             raise ValueError(
                 "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "

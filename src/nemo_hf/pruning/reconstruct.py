@@ -257,7 +257,7 @@ class _Fit:
             own_bias.data += bias.to(own_bias)
         elif bias is not None:  # a norm subtracts its mean, which does as well
             mean: Any = self.norm.running_mean if self.norm is not None else None
-            mean -= bias.to(mean)
+            mean.data -= bias.to(mean)
         return error
 
     def _own_outputs(self, target: Tensor, stream: Tensor) -> Tensor:

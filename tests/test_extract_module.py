@@ -1,0 +1,368 @@
+"""Cutting on calibration samples: the source stays as it is, whatever happens; what modules keep and say."""
+
+import copy
+import logging
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    fresh,
+    hooks_of,
+    image_samples,
+    logits_of,
+    parent_of,
+    randomize,
+    text_samples,
+    tiny,
+    tokenizer,
+)
+from cutting_helpers import assert_same_weights, batches_for, batches_of, cut, distance
+from training_helpers import batch_of
+
+from nemo_hf import NeMoForSequenceClassification, extract_module
+from nemo_hf.models import calibrated_cut
+
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
+
+
+def words(count=40):
+    """Texts for the tokenizer of the tiny models, with labels."""
+    samples = text_samples(count)
+    return [
+        {
+            "text": " ".join(f"w{token - 2}" for token in sample["input_ids"].tolist() if token > 1),
+            "label": sample["labels"],
+        }
+        for sample in samples
+    ]
+
+
+def labelled(family="bert", count=40, size=8, labels=None):
+    samples = (text_samples if family == "bert" else image_samples)(count)
+    for index, sample in enumerate(samples):
+        sample["labels"] = sample["labels"] if labels is None else labels[index]
+    return [batch_of(samples[start : start + size]) for start in range(0, count, size)]
+
+
+def everything_about(model):
+    """What a cut may not change: tensors and their places, hooks, flags, configuration, gradients, random numbers."""
+    layers = dict(model.named_modules())
+    tensors = model.state_dict(keep_vars=True)
+    return {
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "places": {name: (tensor.data_ptr(), id(tensor)) for name, tensor in tensors.items()},
+        "flags": [(p.requires_grad, p.grad is None, p.dtype) for p in model.parameters()],
+        "training": [layer.training for layer in layers.values()],
+        "attributes": [sorted(vars(layer)) for layer in layers.values()],
+        "checkpointing": [getattr(layer, "gradient_checkpointing", None) for layer in layers.values()],
+        "hooks": hooks_of(model),
+        "config": copy.deepcopy(model.config.to_dict()),
+        "random": (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),  # noqa: NPY002
+        "modes": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_float32_matmul_precision()),
+        "threads": torch.get_num_threads(),
+        "logging": logging.getLogger().level,
+    }
+
+
+def assert_untouched(model, before):
+    after = everything_about(model)
+    for name in before:
+        if name in ("values", "random"):
+            continue
+        assert after[name] == before[name], name
+    assert all(torch.equal(tensor, before["values"][name]) for name, tensor in after["values"].items())
+    assert torch.equal(after["random"][0], before["random"][0])
+    assert after["random"][1:] == before["random"][1:]
+
+
+def in_use(family):
+    """A model as in the middle of training: some layers frozen, some in eval mode, with checkpointing."""
+    model = parent_of(family, masks="static") if family == "parent" else fresh(family)
+    model.train()
+    model.activation_checkpointing_enable()
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.LayerNorm)]
+    layers[0].eval()
+    layers[1].weight.requires_grad_(False)
+    return model
+
+
+EVERYTHING = {"processing_class": None, "refine_epochs": 1, "vocabulary": "shared", "max_positions": 20}
+PHASES = ["Measuring", "Reconstructing", "Refining", "Vocabulary", "Rejection"]
+
+
+def cut_everything(model, **options):
+    return extract_module(model, ["dog", "ship"], words(), 0.4, **(EVERYTHING | options), show_progress=False)
+
+
+@pytest.mark.parametrize("phase", [None, *PHASES])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_source_stays_as_it_is_also_when_the_cut_ends_in_the_middle(phase, error, monkeypatch):
+    model = in_use("bert")
+    seen = []
+
+    class Bar:
+        def __init__(self, **options): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def update(self): ...
+        def set_description(self, name):
+            seen.append(name)
+            if name == phase and seen.count(name) == (2 if name == "Reconstructing" else 1):
+                raise error("in the middle")
+
+    monkeypatch.setattr(calibrated_cut, "tqdm", Bar)
+    before = everything_about(model)
+    if phase is None:
+        cut_everything(model, processing_class=tokenizer())
+        assert set(PHASES) <= set(seen)
+    else:
+        with pytest.raises(error, match="in the middle"):
+            cut_everything(model, processing_class=tokenizer())
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("family", ["vit", "llama", "swin", "albert"])
+def test_no_source_is_touched(family):
+    model = fresh(family)
+    before = everything_about(model)
+    cut(model, batches_for(family), [0.5, 0.2])
+    assert_untouched(model, before)
+
+
+def test_the_same_call_gives_the_same_module_whatever_was_drawn_before():
+    modules = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = fresh("bert")
+        modules.append(cut_everything(model, processing_class=tokenizer()))
+    assert_same_weights(*modules)
+    first, second = (copy.deepcopy(module.config.extraction) for module in modules)
+    assert first.pop("seconds") > 0
+    assert second.pop("seconds") > 0
+    assert first == second
+
+
+def test_threads_cut_modules_from_one_model_at_once():
+    model = fresh("bert")
+    batches = batches_for("bert")
+    asked = [(0,), (1, 2), (3,), (4, 0)]
+    expected = [cut(model, batches, labels=labels) for labels in asked]
+    shared = fresh("bert")
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda labels: cut(shared, batches, labels=labels), asked)]
+    for module, other in zip(found, expected, strict=True):
+        assert_same_weights(module, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_module_has_the_precision_of_its_source(family, dtype):
+    model = fresh(family).to(dtype)
+    before = everything_about(model)
+    batches = [
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        for batch in batches_for(family)
+    ]
+    module = cut(model, batches)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert_untouched(model, before)
+    wide = cut(fresh(family), batches_for(family))
+    for batch, other in zip(batches, batches_for(family), strict=True):
+        torch.testing.assert_close(logits_of(module, **batch).float(), logits_of(wide, **other), rtol=0.05, atol=0.05)
+
+
+def test_results_stay_with_the_weights_that_they_are_of():
+    for family in ("bert", "resnet"):
+        model = fresh("bert") if family == "bert" else randomize(tiny("ResNetForImageClassification", **STAGES))
+        module = cut(model, batches_for("bert" if family == "bert" else "vit"))
+        assert module.config.equivalence["status"] == "verified"
+        assert not module.config.is_tuned
+        with torch.no_grad():
+            next(module.parameters()).add_(0.1)
+        module.drop_stale_results()
+        assert module.config.equivalence is None
+        assert module.config.is_tuned
+
+
+def test_a_reconstruction_that_makes_it_worse_is_taken_back(monkeypatch, caplog):
+    def harm(self, **options):
+        for parameter in self.module.parameters():
+            parameter.data += 1
+        return {}
+
+    model, batches = fresh("bert"), batches_for("bert")
+    raw = cut(model, batches, reconstruct=False)
+    monkeypatch.setattr(calibrated_cut.Reconstruction, "run", harm)
+    module = cut(model, batches)
+    assert_same_weights(module, raw)
+    assert "would differ" in module.config.extraction["refused"]
+    assert module.config.equivalence["status"] == "verified"
+    assert "not reconstructed" in caplog.text
+
+
+def test_what_a_module_says_comes_back_from_its_files(tmp_path):
+    module = cut_everything(fresh("bert"), processing_class=tokenizer())
+    module.save_pretrained(tmp_path / "module")
+    loaded = NeMoForSequenceClassification.from_pretrained(tmp_path / "module")
+    assert loaded.config.extraction == module.config.extraction
+    assert loaded.config.rejection == module.config.rejection is not None
+    batch = batches_of(text_samples(8))[0]
+    assert torch.equal(logits_of(copy.deepcopy(loaded), **batch), logits_of(copy.deepcopy(module), **batch))
+    found = module.config.extraction
+    assert found["samples"] == 16
+    assert found["bytes"] < found["source_bytes"]
+    assert found["refine_epochs"] == 1
+
+
+def test_labels_choose_the_samples_and_others_calibrate_rejection(caplog):
+    model = fresh("bert")
+    module = cut(model, labelled(), labels=(3, 1))
+    own = [{k: v for k, v in s.items() if k != "labels"} for s in text_samples(40) if s["labels"] in (3, 1)]
+    assert module.config.extraction["samples"] == len(own)
+    assert module.config.rejection
+    without = cut(model, labelled(), labels=(3, 1), rejection=False)
+    assert without.config.rejection is None
+    alone = cut(model, batches_of(own, 8), labels=(3, 1))
+    assert alone.config.rejection is None
+    for batch in batches_for("bert", seed=1):
+        expected = logits_of(module, **batch)[:, :2]  # the last one is for what is rejected
+        torch.testing.assert_close(logits_of(alone, **batch), expected, rtol=1e-3, atol=1e-3)
+    one_hot = torch.nn.functional.one_hot(torch.tensor([s["labels"] for s in text_samples(40)]), 5).float()
+    assert_same_weights(cut(model, labelled(labels=[*one_hot]), labels=(3, 1)), module)
+
+
+def test_samples_of_several_labels_are_own_if_they_have_one_of_the_module():
+    model = fresh("bert")
+    model.config.problem_type = "multi_label_classification"
+    several = torch.rand(40, 5, generator=torch.Generator().manual_seed(0)) < 0.3
+    module = cut(model, labelled(labels=[*several.float()]), labels=(3, 1))
+    assert module.config.extraction["samples"] == several[:, [3, 1]].any(-1).sum()
+    assert module.config.problem_type == "multi_label_classification"
+
+
+def test_samples_of_other_labels_only_are_said_to_be(caplog):
+    module = cut(fresh("bert"), labelled(), labels=(4,))
+    assert "other labels only" not in caplog.text
+    others = [sample for sample in text_samples(40) if sample["labels"] != 4]
+    module = cut(fresh("bert"), [batch_of(others)], labels=(4,))
+    assert "Pass samples" in caplog.text
+    assert module.config.extraction["samples"] == len(others)
+    assert module.config.rejection is None
+
+
+def answered(size, count=60):
+    """Images in batches, labelled with what the model answers among three of its labels: it is always right."""
+    model, images = fresh("vit"), torch.stack([sample["pixel_values"] for sample in image_samples(count)])
+    labels = logits_of(model, pixel_values=images)[:, [0, 1, 2]].argmax(-1)
+    parts = zip(images.split(size), labels.split(size), strict=True)
+    return model, [{"pixel_values": pixels, "labels": own} for pixels, own in parts]
+
+
+@pytest.mark.parametrize("max_loss", [0, 12.0, 100])
+def test_the_smallest_module_within_a_loss(max_loss):
+    model, batches = answered(20)
+    module = cut(model, batches, None, labels=(0, 1, 2), max_loss=max_loss, validation=batches)
+
+    def loss(module):
+        found = [logits_of(module, pixel_values=b["pixel_values"]).argmax(-1) == b["labels"] for b in batches]
+        return 100 * (1 - torch.cat(found).double().mean().item())
+
+    assert loss(module) <= max_loss + 1e-9
+    weights = module.config.extraction["weights"]
+    assert module.config.extraction["retention"] is None
+    if max_loss == 100:
+        assert weights < 0.1
+    else:  # a step below it more is lost
+        assert loss(cut(model, batches, 0.9 * weights, labels=(0, 1, 2))) > max_loss
+
+
+@pytest.mark.parametrize("size", [20, 8, 1])
+def test_a_third_of_the_samples_is_held_back_to_measure_the_loss(size, monkeypatch):
+    monkeypatch.setattr(calibrated_cut, "HALVINGS", 1)
+    model, batches = answered(size, 30)
+    module = cut(model, batches, None, labels=(0, 1, 2), max_loss=50, reconstruct=False)
+    assert module.config.extraction["samples"] == 20
+
+
+@pytest.mark.parametrize("scores", ["relevance", "activity"])
+def test_a_trained_parent_is_cut_from_what_it_computes(scores):
+    parent = parent_of("bert", static_evaluation=True)
+    batches = batches_for("bert")
+    module = cut(parent, batches, 1.0, scores=scores, reconstruct=False)
+    for batch in batches:
+        torch.testing.assert_close(
+            logits_of(module, **batch), logits_of(parent, **batch)[:, [3, 1]], rtol=1e-4, atol=1e-5
+        )
+    small, raw = (cut(parent, batches, 0.3, scores=scores, reconstruct=done) for done in (True, False))
+    assert distance(small, parent, batches) < distance(raw, parent, batches)
+
+
+def bad_numbers(model):
+    model.classifier.weight.data[0, 0] = float("nan")
+    return model
+
+
+BAD = {
+    "nothing": (lambda: {"calibration": None}, "Got no calibration samples.*Pass calibration="),
+    "empty": (lambda: {"calibration": []}, "Got no calibration samples; expected some"),
+    "unknown": (lambda: {"labels": ["shipp"]}, r"Did you mean 'ship'\?"),
+    "no label": (lambda: {"labels": []}, "empty set of labels"),
+    **{
+        f"retention {value}": (lambda value=value: {"retention": value}, r"Got retention=.*in \(0, 1\]")
+        for value in (0, -0.1, 1.01, float("nan"), "0.2", True, [0.2, 2])
+    },
+    "no retention": (lambda: {"retention": []}, "Got no retention"),
+    "both": (lambda: {"max_loss": 1.0}, "Leave one out"),
+    "loss": (lambda: {"retention": None, "max_loss": 101}, "points of accuracy from 0 to 100"),
+    "no labels": (lambda: {"retention": None, "max_loss": 1.0}, "Got max_loss without labelled samples"),
+    "epochs": (lambda: {"refine_epochs": -1}, "whole number of passes"),
+    "vocabulary": (lambda: {"vocabulary": "small"}, "expected one of"),
+    "scores": (lambda: {"scores": "wanda"}, "Got scores='wanda'"),
+    "relevance": (lambda: {"scores": "relevance"}, "Take scores='activity'"),
+    "samples": (lambda: {"max_samples": 0}, "Got max_samples=0"),
+    "NaN": (lambda: {"model": bad_numbers(fresh("bert"))}, "NaN|finite"),
+    "meta": (lambda: {"model": fresh("bert").to("meta")}, "meta"),
+    "module": (lambda: {"model": parent_of("bert").extract_module([0, 1])}, "module"),
+    "groups": (lambda: {"label_groups": {"pets": ["cat", "dog"]}}, "car"),
+    "positions": (lambda: {"max_positions": 3}, "processor|tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_with_what_to_do(name):
+    change, message = BAD[name]
+    options = {
+        "model": fresh("bert"),
+        "labels": [0, 1],
+        "calibration": batches_for("bert"),
+        "retention": 0.3,
+        **change(),
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        extract_module(**options, show_progress=False)
+
+
+def test_numbers_in_samples_must_be_finite():
+    images = batches_for("vit")
+    images[1]["pixel_values"][3, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"Got NaN .*'pixel_values'.*\[19\]"):
+        cut(fresh("vit"), images)
+
+
+def test_too_few_samples_make_the_ridge_grow_and_say_so(caplog):
+    model = fresh("bert")
+    few = cut(model, batches_for("bert", 2))
+    assert few.config.extraction["scarce_layers"] > 0
+    assert "Got few calibration samples" in caplog.text
+    assert "Pass more" in caplog.text
+    one = cut(model, batches_for("bert", 1))
+    for module in (few, one):
+        assert all(bool(p.isfinite().all()) for p in module.parameters())
+    fresh_inputs = batches_for("bert", 64, seed=3)
+    raw = cut(model, batches_for("bert", 2), reconstruct=False)
+    assert distance(few, model, fresh_inputs) < 2 * distance(raw, model, fresh_inputs)
