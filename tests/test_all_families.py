@@ -32,6 +32,7 @@ def assert_sound(row: dict) -> None:
     assert row["module"]["difference_after_loading"] == 0
     assert row["module"]["difference_when_cut_on_load"] == 0
     assert row["module"]["parameters"] < 1
+    assert row["reconstruction"]["refused"] or row["reconstruction"]["reconstructed"] <= row["reconstruction"]["raw"]
     assert len(row["training"]["losses"]) == 2
     assert all(math.isfinite(loss) for loss in row["training"]["losses"])
     assert row["training"]["generators_moved"] > 0.5
@@ -40,6 +41,7 @@ def assert_sound(row: dict) -> None:
 def assert_as_stored(found: dict, stored: dict) -> None:
     assert_sound(found)
     assert found["status"] == stored["status"]
+    assert bool(found.get("reconstruction", {}).get("refused")) == bool(stored.get("refused"))
     for kind in KINDS:
         for name in ("pruning_modes", "neurons"):
             assert found.get(kind, {}).get(name) == stored.get(kind, {}).get(name), (kind, name)

@@ -1,6 +1,6 @@
-"""Tries every classification family of transformers: masks, exact cuts, files, training.
+"""Tries every classification family of transformers: masks, exact cuts, files, training, reconstruction.
 
-    python examples/benchmarks/families.py                      # all of them, about eight minutes on one core
+    python examples/benchmarks/families.py                      # all of them, about fifteen minutes on one core
     python examples/benchmarks/families.py --families bert vit  # only these, whose rows are replaced
 
 Writes results/supported_models.json; readme_tables.py makes the table in supported_models.md from it.
@@ -12,6 +12,7 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import compact
@@ -20,7 +21,7 @@ from tiny_models import LABELS, families, tiny_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
+from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, extract_module, make_parent
 from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.models.pruning_modes import random_keep
@@ -32,6 +33,7 @@ RESULTS = compact.RESULTS / "supported_models.json"
 KINDS = ("attention", "ffn", "conv")
 TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
 SPREADS = (0.15, 0.3, 0.6)  # of the random weights, tried until the masks of each kind move the logits visibly
+CALIBRATED, FRESH, RETENTION = 64, 32, 0.4  # samples that a module is cut on, and others; its share of the weights
 REMARKS = (
     ("Channels of convolutions stay whole", "channels are mixed by norms"),
     ("leaves all logits as they are", "without effect here"),
@@ -146,6 +148,38 @@ def train(parent) -> dict:
     return {"losses": losses, "generators_moved": sum(moved) / len(moved)}
 
 
+@torch.no_grad()
+def reconstruct(model: PreTrainedModel, targets: tuple[str, ...]) -> dict:
+    """Mean squares by which answers of a raw cut and of a reconstructed one differ from the model's on fresh inputs.
+
+    `refused` says why a module was not reconstructed.
+    """
+    batches = list(drawn(model, CALIBRATED + FRESH))
+    count = len(batches) * CALIBRATED // (CALIBRATED + FRESH)
+    options = {"nemo_config": NeMoConfig(targets=targets), "show_progress": False}
+    found = {}
+    for name, is_reconstructed in (("raw", False), ("reconstructed", True)):
+        module = extract_module(
+            model, ["ship", "dog"], batches[:count], RETENTION, reconstruct=is_reconstructed, **options
+        )
+        missing = [module(**batch).logits - model(**batch).logits[:, [3, 1]] for batch in batches[count:]]
+        found[name] = torch.cat(missing).square().mean().item()
+    return {**found, "refused": module.config.extraction.get("refused")}
+
+
+def drawn(model: PreTrainedModel, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of random samples, of one each for models that take no more at a time."""
+    inputs = random_inputs(model, count)
+    if len(next(iter(inputs.values()))) == count:
+        for start in range(0, count, FRESH):
+            yield {name: value[start : start + FRESH] for name, value in inputs.items()}
+        return
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        order = torch.randperm(inputs["input_ids"].shape[1], generator=generator)
+        yield {**inputs, "input_ids": inputs["input_ids"][:, order]}
+
+
 def check(task: str, model_type: str, class_name: str) -> dict:
     """Everything about one class, as plain data."""
     row = {"task": task, "model_type": model_type, "class": class_name}
@@ -168,6 +202,7 @@ def check(task: str, model_type: str, class_name: str) -> dict:
         sites = [site for site in parent.sites if site.kind == kind]
         modes, neurons = sorted({site.pruning_mode for site in sites}), sum(site.neurons for site in sites)
         row[kind] = {"neurons": neurons, "pruning_modes": modes, **effect}
+    row["reconstruction"] = reconstruct(model, parent.nemo_config.targets)
     return {**row, "status": "supported", "module": cut(parent), "training": train(parent)}
 
 
@@ -188,7 +223,8 @@ def short(row: dict) -> dict:
     for kind in KINDS:
         own = row.get(kind)
         found |= {kind: own and ", ".join(own["pruning_modes"]), f"{kind}_neurons": own and own["neurons"]}
-    return found | {name: row.get("module", {}).get(name) for name in ("difference", "tolerance", "parameters")}
+    found |= {name: row.get("module", {}).get(name) for name in ("difference", "tolerance", "parameters")}
+    return found | {name: row.get("reconstruction", {}).get(name) for name in ("raw", "reconstructed", "refused")}
 
 
 def support_line() -> str:
@@ -202,11 +238,19 @@ def support_line() -> str:
     )
 
 
+def reconstruction(row: dict) -> str:
+    """What a reconstruction leaves of the distance of a raw cut, or why there is none."""
+    if row["status"] != "supported":
+        return "-"
+    return f"refused: {row['refused']}" if row.get("refused") else f"{row['reconstructed'] / row['raw']:.1%}"
+
+
 def support_table() -> str:
     """The versions, the counts and a line a class."""
     data = stored()
     count = Counter(row["status"] for row in data["families"])
     made_with = data["made_with"][0]
+    header = ["model type", "class", "attention", "feed-forward", "channels", "reconstruction", "remark"]
     lines = []
     for row in sorted(data["families"], key=lambda row: (row["model_type"], row["class"])):
         reasons = row.get("whole", {})
@@ -215,12 +259,14 @@ def support_table() -> str:
         else:
             remarks = [f"{row['status']}: {', '.join(sorted(set(reasons.values()) or {row.get('remark', '')}))}"]
         modes = [", ".join(row[kind]["pruning_modes"]) if kind in row else "-" for kind in KINDS]
-        lines.append([row["model_type"], f"`{row['class']}`", *modes, "; ".join(remarks)])
+        lines.append([row["model_type"], f"`{row['class']}`", *modes, reconstruction(row), "; ".join(remarks)])
     return (
         f"transformers {made_with['transformers']}, torch {made_with['torch']}. {len(lines)} pairs of model type and "
         f"class: {count['supported']} supported, {count['refused']} refused with a reason, {count['not built']} not "
-        f"built because a library is missing.\n\n"
-        f"{compact.markdown(['model type', 'class', 'attention', 'feed-forward', 'channels', 'remark'], lines)}"
+        f"built because a library is missing. Reconstruction: what is left of the mean square by which the answers of a "
+        f"raw cut differ from the model's on {FRESH} random samples, at {RETENTION:.0%} of the weights, after "
+        f"reconstruction on {CALIBRATED} others.\n\n"
+        f"{compact.markdown(header, lines)}"
     )
 
 

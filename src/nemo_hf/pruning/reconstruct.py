@@ -117,7 +117,7 @@ def _watching_stream(
             torch.set_grad_enabled(True)  # until the pass ends
             output = output.detach().requires_grad_()
         seen.append(_Call(path, args[0].detach(), output))
-        return output
+        return output.clone() if with_graph else output  # what comes next may add to it in place
 
     def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal since
@@ -305,8 +305,9 @@ class _Fit:
 
 def _is_linear(layer: nn.Module) -> bool:
     """Whether a layer is linear in patches or tokens, with nothing of its own around that."""
-    is_plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and type(layer).forward is nn.Conv2d.forward
-    return is_plain or layer_features(layer) is not None
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and type(layer).forward is nn.Conv2d.forward
+    return layer_features(layer) is not None and type(layer).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _called(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> list[tuple[str, Any]]:

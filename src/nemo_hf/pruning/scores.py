@@ -63,20 +63,21 @@ def fisher_scores(
 ) -> Scores:
     """Mean squared gradient of the loss with respect to a mask on each neuron, as in Kwon et al. (arXiv 2204.09656).
 
-    The loss is the cross-entropy of the model's own answers among some labels, a batch at a time.
+    The loss is the cross-entropy of the model's own answers among some labels (of one among all), a batch at a time.
     """
     totals = {site.key: torch.zeros(site.neurons, dtype=torch.float64) for site in sites}
+    by_key = {site.key: site for site in sites}
     with ExitStack() as stack, torch.enable_grad():
-        seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        seen: list[tuple[str, str, Tensor, Tensor]] = []  # one entry a call
 
         def on_read(key: str, path: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             zeros = torch.zeros_like(args[0], requires_grad=True)
-            seen[key, path] = (args[0].detach(), zeros)
+            seen.append((key, path, args[0].detach(), zeros))
             return (args[0] + zeros, *args[1:])
 
         def on_query(key: str, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
             zeros = torch.zeros_like(output, requires_grad=True)
-            seen[key, ""] = (output.detach(), zeros)
+            seen.append((key, "", output.detach(), zeros))
             return output + zeros
 
         for site in sites:
@@ -87,20 +88,27 @@ def fisher_scores(
                 hook = model.get_submodule(site.query.layer).register_forward_hook(partial(on_query, site.key))
                 stack.callback(hook.remove)
         for inputs in batches:
-            logits = model(**inputs, return_dict=True).logits
-            logits = (logits.movedim(1, -1) if logits.ndim == 4 else logits)[..., list(label_ids)].flatten(0, -2)
+            seen.clear()
+            logits = _labels_among(model(**inputs, return_dict=True).logits, label_ids).flatten(0, -2)
             loss = F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
-            gradients = torch.autograd.grad(loss, [zeros for _, zeros in seen.values()])
+            gradients = torch.autograd.grad(loss, [zeros for *_, zeros in seen])
             samples = len(next(iter(inputs.values())))
-            for site in sites:
-                found = {k: (v[0], g) for (k, v), g in zip(seen.items(), gradients, strict=True) if k[0] == site.key}
-                for (_, path), (values, gradient) in found.items():
-                    totals[site.key] += _mask_gradients(model, site, path, values * gradient, samples)
+            by_sample = {key: torch.zeros(samples, site.neurons, dtype=torch.float64) for key, site in by_key.items()}
+            for (key, path, values, _), gradient in zip(seen, gradients, strict=True):
+                by_sample[key] += _mask_gradients(model, by_key[key], path, values * gradient, samples)
+            for key, summed in by_sample.items():
+                totals[key] += summed.square().sum(0)
     return {site.key: _by_part(site, totals[site.key]) for site in sites}
 
 
+def _labels_among(logits: Tensor, label_ids: Sequence[int]) -> Tensor:
+    """Logits (..., labels) of some labels, of all if it is only one, since its loss would be 0."""
+    logits = logits.movedim(1, -1) if logits.ndim == 4 else logits
+    return logits[..., list(label_ids)] if len(label_ids) > 1 else logits
+
+
 def _mask_gradients(model: nn.Module, site: NeuronSite, path: str, product: Tensor, samples: int) -> Tensor:
-    """Sum over samples of the squared gradient of each neuron's mask, from values times their gradients."""
+    """Gradient of each neuron's mask by sample, (samples, neurons), from values times their gradients."""
     last = product.movedim(1, -1) if path != "" and neuron_dim(model.get_submodule(path)) == 1 else product
     by_sample = last.reshape(samples, -1, last.shape[-1])
     summed = by_sample.double().sum(1).cpu()
@@ -111,7 +119,7 @@ def _mask_gradients(model: nn.Module, site: NeuronSite, path: str, product: Tens
         owners = site.part_mask("query", places).long()
     else:
         owners = site.input_scale(path, places).long()
-    return torch.zeros(samples, site.neurons, dtype=torch.float64).index_add_(1, owners, summed).square().sum(0)
+    return torch.zeros(samples, site.neurons, dtype=torch.float64).index_add_(1, owners, summed)
 
 
 def _of_site(model: nn.Module, site: NeuronSite, statistics: SiteStatistics) -> dict[str, Tensor]:
