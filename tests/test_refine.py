@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import fresh, image_samples, logits_of, parent_of, randomize, text_samples
-from nemo_hf.training.refine import ENERGY_WEIGHT, distillation_loss, refine_module
+from nemo_hf.models.refine import ENERGY_WEIGHT, distillation_loss, refine_module
 from torch.nn import functional as F
 from training_helpers import arguments, assert_same_state, batch_of, check_message, state
 from transformers import Trainer

@@ -150,9 +150,9 @@ def measure(bench: Bench, method: str, kind: str, groups: tuple[int, ...], reten
     labels, made = bench.labels(groups), (retention, samples, seed)
     key = (method, groups, *made, bench.rate)
     bench.kept.pop(key, None)  # timed, even if it was made as another set's control
-    start = time.perf_counter()
+    start = time.process_time()  # of one thread: does not depend on what else the machine does
     module, peak = made_within(lambda: bench.make(method, groups, *made))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     inside = torch.isin(bench.measured.labels, torch.tensor(labels))
     own = bench.measured.part(labels)
     logits = logits_of(module, bench.measured)

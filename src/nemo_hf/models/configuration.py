@@ -142,7 +142,7 @@ class NeMoModelConfig(SavedConfig):
         equivalence: Result of the last equivalence check, or `None`.
         id2label: Label names by id; `label2id` and `problem_type` likewise as in `transformers`.
         extraction: Module: how `extract_module` cut it on calibration samples: `scores`, `samples`, the `retention`
-            that was asked for, shares of `weights` (of attention, feed-forward layers, convolutions) and `neurons` kept;
+            that was asked for, shares of `weights` (of attention, feed-forward layers, convolutions), `neurons` kept;
             by path of its `layers` the error of the hidden states behind each, relative to their variance, before and
             after reconstruction; mean squared differences of the answers from the source's (`cut_distance` and
             `distance`); `bytes`, `source_bytes`, `seconds`, and what `vocabulary` and `refine_epochs` did.

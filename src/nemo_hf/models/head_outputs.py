@@ -1,4 +1,4 @@
-"""What models return, and what heads answer in one layout: once a sample, or for each of its tokens, pixels or boxes."""
+"""What models return, and what heads answer in one layout: once a sample, or for each token, pixel or box of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ the stream, each layer also mends their damage.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -215,7 +215,9 @@ class Reconstruction:
                 for of_source, of_module in zip(*watched, strict=False):
                     fits[of_module.path].add(of_source, of_module, inputs)
         errors = {path: fit.apply(ridge) for path, fit in fits.items()}
-        return {path: error for path, error in errors.items() if error is not None}
+        # Layers that nothing was cut from have good weights to stay near to.
+        found = {path: error for path, error in errors.items() if error is not None}
+        return {path: replace(error, is_scarce=error.is_scarce and point is not None) for path, error in found.items()}
 
 
 class _Fit:
