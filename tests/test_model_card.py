@@ -117,9 +117,9 @@ def test_nothing_is_said_that_was_not_handed_in():
 
 
 def test_commands_and_options_read_back():
-    line = next(line for line in card().splitlines() if line.startswith("nemo-hf extract"))
+    line = next(line for line in card().splitlines() if line.startswith("nemo-hf cut"))
     assert shlex.split(line) == [
-        *("nemo-hf", "extract", "--parent", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
+        *("nemo-hf", "cut", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
         *("--round-to", "8", "--output-dir", "cat-dog"),
     ]
     options = {

@@ -125,7 +125,7 @@ def extraction_command(facts: CardFacts) -> str | None:
         name if name.isprintable() and name.strip() and not name.startswith("-") else str(place)
         for name, place in zip(facts.labels, facts.label_ids or facts.labels, strict=True)
     ]
-    words = ["nemo-hf", "extract", "--parent", facts.parent or "PARENT", "--labels", *labels]
+    words = ["nemo-hf", "cut", facts.parent or "PARENT", "--labels", *labels]
     words += [] if facts.threshold is None else ["--threshold", str(facts.threshold)]
     words += [] if facts.round_to is None else ["--round-to", str(facts.round_to)]
     return shlex.join([*words, "--output-dir", facts.repo_id.split("/")[-1]])

@@ -40,11 +40,15 @@ def cut_saved(
     return extract_module(model, labels, **samples, **options)
 
 
-def saved_processor(model: PreTrainedModel, source: str | Path, hub_options: Mapping[str, Any] | None = None) -> Any:
-    """The tokenizer, image processor or feature extractor beside a saved plain model, or `None`."""
+def input_kind(model: PreTrainedModel) -> str:
+    """What a model's samples are: `"text"`, `"image"` or `"audio"`."""
     inputs = random_inputs(model, samples=1)
-    kind = next((kind for kind, names in MAIN_INPUTS.items() if set(names) & set(inputs)), "text")
+    return next((kind for kind, names in MAIN_INPUTS.items() if set(names) & set(inputs)), "text")
+
+
+def saved_processor(model: PreTrainedModel, source: str | Path, hub_options: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer, image processor or feature extractor beside a saved model, or `None`."""
     try:
-        return PROCESSORS[kind][2].from_pretrained(source, **(hub_options or {}))
+        return PROCESSORS[input_kind(model)][2].from_pretrained(source, **(hub_options or {}))
     except (OSError, ValueError):  # there is none: then the samples are prepared ones, or reading them says what lacks
         return None
