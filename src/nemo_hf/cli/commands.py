@@ -42,7 +42,7 @@ TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "thre
 def demo(options: Namespace) -> None:
     """Runs the demo and prints its report."""
     report = run_demo(options.output_dir, options.seed, options.epochs)
-    print(f"\n{format_demo(report)}\n\n{options.output_dir}: parent/, modules/, report.json, modules.png")
+    print(f"\n{format_demo(report)}\n\n{options.output_dir}: plain/, parent/, modules/, report.json, modules.png")
 
 
 def train(options: Namespace) -> None:

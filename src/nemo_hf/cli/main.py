@@ -59,10 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     cutting.add_argument("--threshold", type=float, help="relevance from which a neuron is kept, above 0 up to 1")
     cutting.add_argument("--round-to", type=int, metavar="N", help="fill widths up to multiples of N, such as 8")
 
-    add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in three minutes")
-    add("--output-dir", required=True, help="gets parent/, modules/, report.json and modules.png")
+    add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in two minutes")
+    add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json and modules.png")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
-    add("--epochs", type=_count, default=EPOCHS, help=f"epochs of each of the two trainings (default: {EPOCHS})")
+    add(
+        "--epochs",
+        type=_count,
+        default=EPOCHS,
+        help=f"epochs of the plain model, and half as many with masks ({EPOCHS})",
+    )
 
     add = command(
         commands.train,
