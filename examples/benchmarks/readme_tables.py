@@ -53,8 +53,7 @@ def quality() -> str:
 def cuts() -> str:
     """README's table of modules cut from a plain classifier and what else makes them, once they are measured."""
     stored = load(RESULTS / "cutting_clinc150.json")
-    header = ["one domain of CLINC150, MiniLM", "weights kept", "MB", "whole model", "module", "module of another domain",
-              "seconds"]  # fmt: skip
+    header = ["CLINC150, one domain", "weights", "MB", "whole model", "module", "of another domain", "seconds"]
     lines = []
     for row in stored.get("modules", []):
         if row["kind"] == "singles" and row["retention"] in (None, *CUT_SHARES):

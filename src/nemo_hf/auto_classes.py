@@ -142,9 +142,9 @@ class NeMoClassifier(NeMoPreTrainedModel):
             return super().from_pretrained(source, *model_args, **kwargs)
         if given.keys() & samples.keys():
             _check_one_way(threshold, round_to)
-            return cut_saved(
-                super().from_pretrained, AUTO_CLASSES[cls.task].from_pretrained, source, labels, samples, kwargs
-            )
+            load_plain = AUTO_CLASSES[cls.task].from_pretrained
+            module: Self = cut_saved(super().from_pretrained, load_plain, source, labels, samples, kwargs)
+            return module
         pin_revision(source, kwargs)
         cut = partial(cut_on_load, cls, source, labels, threshold, round_to, verify, **kwargs)
         return load_whole(source, kwargs, cut)

@@ -97,12 +97,12 @@ def cut(options: Namespace) -> None:
         names, share = list(module.config.names.values()), module.config.retained_neurons
         print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
         return
-    modules = _cut_on_samples(options)
+    modules: list[Any] = _cut_on_samples(options)
     rows = [["directory", "asked for", "weights", "neurons", "MB", "of the source", "seconds", "error", "uncorrected"]]
-    for module in modules:
-        done, folder = module.config.extraction, Path(options.output_dir)
+    for each in modules:
+        done, folder = each.config.extraction, Path(options.output_dir)
         folder = folder / f"{done['retention']:g}" if len(modules) > 1 else folder
-        module.save_pretrained(folder)
+        each.save_pretrained(folder)
         shares = ["-" if done["retention"] is None else f"{done['retention']:g}", f"{done['weights']:.3f}"]
         size = [f"{done['bytes'] / 1e6:.2f}", f"{done['bytes'] / done['source_bytes']:.0%}", f"{done['seconds']:.1f}"]
         errors = [f"{done[name]:.3g}" if name in done else "-" for name in ("distance", "cut_distance")]
@@ -284,7 +284,9 @@ def _load(source: str, **options: Any) -> NeMoClassifier:
 
 def _names(config: PreTrainedConfig) -> dict[int, str]:
     """Label names of a plain model, parent or module by id."""
-    return config.names if isinstance(config, NeMoModelConfig) else dict(config.id2label or {})
+    return (
+        config.names if isinstance(config, NeMoModelConfig) else {int(i): n for i, n in (config.id2label or {}).items()}
+    )
 
 
 def _known(config: PreTrainedConfig) -> set[str]:

@@ -138,7 +138,8 @@ def _modules(
     strangers = cut(source, others, rejection=False)
     path = (output / "modules" / name / "-".join(map(str, labels))).resolve()
     modules[0].save_pretrained(path)
-    plain = source.model if isinstance(source, NeMoPreTrainedModel) else source
+    is_parent = isinstance(source, NeMoPreTrainedModel)
+    plain = copy.deepcopy(source).detach_masks().eval() if is_parent else source
     rows = []
     for place, module in enumerate(modules):
         strangers[place].model.classifier = module.model.classifier  # answers for these labels
@@ -166,7 +167,7 @@ def _with_random_relevance(source: Any, seed: int) -> NeMoPreTrainedModel:
         drawn = torch.randint(128, 256, used.shape, generator=generator, dtype=torch.uint8)
         mask.relevance.copy_(torch.where(used, drawn, 0))
     parent.config.relevance_source = "exact"
-    return parent  # type: ignore[no-any-return]
+    return parent
 
 
 @torch.no_grad()
