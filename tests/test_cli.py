@@ -291,6 +291,9 @@ def test_labels_are_numbered_as_the_model_numbers_them(names):
     labels = [0, 1, 0] if names else ["dog", "ant", "dog"]
     source = saved({"text": ["w1", "w2", "w3"], "label": labels}, names)
     assert load_data(source, BERT, ["train"], names=["ant", "bee", "dog"]).splits["train"]["labels"] == [2, 0, 2]
+    unnamed = ["LABEL_0", "LABEL_1"]
+    if names:
+        assert load_data(source, BERT, ["train"], names=unnamed).splits["train"]["labels"] == [0, 1, 0]
     with pytest.raises(ValueError, match=r"Got the labels \['ant'\].*expected some of"):
         load_data(source, BERT, ["train"], names=["dog", "bee"])
 

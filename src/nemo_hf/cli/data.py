@@ -129,6 +129,8 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
     """Makes `labels` of ids of the given names: splits and models may number the same names differently."""
     feature = dataset.features[column]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if own and list(names) == [f"LABEL_{index}" for index in range(len(own))]:
+        own = list(names)  # the model was never told its labels' names: only their ids are known
     ids = {name: index for index, name in enumerate(names)}
     labels = [own[value] if own else str(value) for value in dataset[column]]
     if unknown := sorted(set(labels) - set(ids)):

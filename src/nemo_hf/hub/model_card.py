@@ -138,14 +138,8 @@ def _sample_options(done: Mapping[str, Any], datasets: Sequence[str]) -> list[st
     """Options of `nemo-hf cut` that cut on samples as a module was cut."""
     vocabulary = done.get("vocabulary") or {}
     share = done.get("retention") or done.get("weights") or 0.2  # the latter where a loss was asked for
-    words = [
-        "--dataset",
-        next(iter(datasets), "DATA"),
-        "--retention",
-        f"{share:.4g}",
-        "--scores",
-        str(done.get("scores")),
-    ]
+    options = {"dataset": next(iter(datasets), "DATA"), "retention": f"{share:.4g}", "scores": str(done.get("scores"))}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
     words += [] if "distance" in done else ["--no-reconstruct"]
     words += ["--vocabulary"] if "tokens" in vocabulary else []
     words += ["--max-positions", str(vocabulary["positions"])] if "positions" in vocabulary else []
