@@ -267,6 +267,8 @@ def cut(family: str):
 
 
 BATCH = [None]  # stands for a batch of the tokenizer of "bert"
+
+
 def whole_words():
     """A tokenizer of no pieces of words."""
     inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "w0": 2}, unk_token="[UNK]"))
