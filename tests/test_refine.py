@@ -9,13 +9,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import fresh, image_samples, logits_of, parent_of, randomize, text_samples
-from nemo_hf.models.refine import ENERGY_WEIGHT, distillation_loss, refine_module
 from torch.nn import functional as F
 from training_helpers import arguments, assert_same_state, batch_of, check_message, state
 from transformers import Trainer
 
 from nemo_hf import make_parent
 from nemo_hf.models.calibration import read_calibration
+from nemo_hf.models.refine import ENERGY_WEIGHT, distillation_loss, refine_module
 
 SAMPLES = {"vit": image_samples, "bert": text_samples, "gpt2": text_samples}
 QUIET = {"show_progress": False}
