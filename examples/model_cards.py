@@ -13,9 +13,11 @@ import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from transformers import AutoModelForImageClassification
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from nemo_hf.cli.demo import run_demo
+from nemo_hf import evaluate_module
+from nemo_hf.cli.demo import load_digits_split, run_demo
 from nemo_hf.export.plain_model import compare_latency
 from nemo_hf.hub.model_card import CardFacts, render_model_card
 from nemo_hf.hub.publish import CARD_NAME, PICTURE_NAME, CardOptions, card_facts, draw_neurons
@@ -34,7 +36,10 @@ def rendered() -> dict[str, str]:
 def collect(demo: Path) -> None:
     """Writes facts and pictures of the parent and the module in the demo's output directory."""
     parent = AutoModelForImageClassification.from_pretrained(demo / "parent")
-    module = AutoModelForImageClassification.from_pretrained(demo / "modules" / "3-8-9")
+    seed = json.loads((demo / "report.json").read_text())["seed"]
+    _, test, _ = load_digits_split(AutoImageProcessor.from_pretrained(demo / "plain"), seed)
+    module = parent.extract_module([3, 8, 9])
+    evaluate_module(parent, [3, 8, 9], DataLoader(test, 512), module)
     module.report = {**module.report, "formats": compare_latency(module, parent)}
     defaults = {field.name: field.default for field in fields(CardFacts)}
     facts = {}

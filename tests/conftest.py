@@ -220,12 +220,12 @@ def image_processor():
 
 
 def tokenizer():
-    """Of the tiny text models: words w0 to w117."""
+    """Of the tiny text models: words w0 to w106, and the pieces of more of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(118))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(107)), "w", *(f"##{digit}" for digit in range(10))]
+    inner = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 

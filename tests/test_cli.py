@@ -10,16 +10,19 @@ from hub_server import hub as hub
 from stage import stage as stage
 from stage import template as template
 from test_evaluation import METRIC
+from transformers import pipeline
 
 from nemo_hf.cli import commands, main
 from nemo_hf.cli.data import load_data
 from nemo_hf.cli.main import build_parser
+from nemo_hf.models.rejection import REJECTED_LABEL
 
 pytestmark = pytest.mark.usefixtures("stage")
 BERT = "google-bert/bert-base-uncased"
-CUT = "extract --parent parent --labels cat --output-dir m"
+CUT = "cut parent --labels cat --output-dir m"
+ON_SAMPLES = "cut google/vit-base-patch16-224-in21k --dataset org/animals --labels cat --output-dir m"
 MEASURE = "evaluate --parent parent --labels cat --dataset org/animals"
-COMMANDS = ("demo", "train", "extract", "export", "evaluate", "push", "inspect")
+COMMANDS = ("demo", "train", "cut", "export", "evaluate", "push", "inspect")
 TRAIN = f"train --model {BERT} --dataset org/texts --output-dir out --max-steps 2 --use_cpu"
 TRAIN += " --label-column intent --input-column text --split test --train-split train --report-to none"
 TRAIN += ' --disable-tqdm true --nemo-config {"group_column":"domain"}'
@@ -31,10 +34,10 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         with pytest.raises(SystemExit, match="0"):
             main(words)
         assert capsys.readouterr().out.count("usage: nemo-hf") == 1 + (words == ["--help"])
-    monkeypatch.setattr("sys.argv", ["nemo-hf", "cut"])
+    monkeypatch.setattr("sys.argv", ["nemo-hf", "extract"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("nemo_hf.cli", run_name="__main__")
-    assert "nemo-hf cut: argument COMMAND: invalid choice: 'cut'" in capsys.readouterr().err
+    assert "nemo-hf extract: argument COMMAND: invalid choice: 'extract'" in capsys.readouterr().err
     (group,) = build_parser()._subparsers._group_actions
     assert tuple(group.choices) == COMMANDS
     for parser in group.choices.values():
@@ -44,21 +47,21 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("extract --parent parent --output-dir m", "the following arguments are required: --labels"),
-        ("extract --parent parent --labels eleven --output-dir m", "unknown label 'eleven'"),
-        ("extract --parent parent --labels cat --output-dir m --threshold 2", "threshold"),
-        ("extract --parent parent --labels cat --output-dir m --round-to x", "invalid int value: 'x'"),
-        ("extract --parent org/nothing --labels cat --output-dir m", "connect"),
-        ("extract --parent google/vit-base-patch16-224-in21k --labels cat --output-dir m", "of model type 'vit'"),
+        ("cut parent --output-dir m", "the following arguments are required: --labels"),
+        ("cut parent --labels eleven --output-dir m", "unknown label 'eleven'"),
+        ("cut parent --labels cat --output-dir m --threshold 2", "threshold"),
+        ("cut parent --labels cat --output-dir m --round-to x", "invalid int value: 'x'"),
+        ("cut org/nothing --labels cat --output-dir m", "connect"),
+        ("cut google/vit-base-patch16-224-in21k --labels cat --output-dir m", "of model type 'vit'"),
         ("export --module cat-dog --output-dir m --format tflite", "invalid choice: 'tflite'"),
         ("export --module cat-dog --output-dir m --format onnx", "nemo-hf[onnx]"),
         ("evaluate --parent parent --labels cat --dataset org/animals --split dev", "Got the split 'dev'"),
         ("evaluate --parent cat-dog --labels cat --dataset org/animals", "Got a module; expected a parent"),
         (TRAIN.replace('"domain"', "domain"), "which is no JSON (Expecting value"),
-        ("extract --parent parent --labels ² --output-dir m", "unknown label '²'"),
-        ("extract --parent parent --labels cat --output-dir m --round-to 99999999999", "Got round_to=99999999999"),
-        ("extract --parent parent --labels cat --output-dir=", "Got --output-dir= without a value"),
-        ("extract --parent parent --labels cat --output-dir x/../parent", "expected two places"),
+        ("cut parent --labels ² --output-dir m", "unknown label '²'"),
+        ("cut parent --labels cat --output-dir m --round-to 99999999999", "Got round_to=99999999999"),
+        ("cut parent --labels cat --output-dir=", "Got --output-dir= without a value"),
+        ("cut parent --labels cat --output-dir x/../parent", "expected two places"),
         ("export --module cat-dog --output-dir cat-dog", "expected two places"),
         (f"{MEASURE} --output cat-dog/config.json/x", "cat-dog/config.json"),
         ("push cat-dog --repo-id a/b/c --dry-run", "Got 'a/b/c'; expected the name of a Hub repository"),
@@ -70,9 +73,21 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         ("push cat-dog --repo-id me/m --threshold 0", "Got --repo-id --threshold DIR; expected one of"),
         ("push --parent parent --namespace me --dry-run", "expected one of the two"),
         ("push --parent parent --namespace me --modules cat --compare-formats", "Got no --dataset"),
-        (f"{CUT} --parent ./nothing", "Got './nothing', which is no directory and no name"),
-        (f"{CUT} --parent parent/config.json", "parent/config.json', which is no directory"),
-        (f"{CUT} --parent nothing", "Got 'nothing', which is no directory here and can't be read from the Hub"),
+        ("cut ./nothing --labels cat --output-dir m", "Got './nothing', which is no directory and no name"),
+        ("cut parent/config.json --labels cat --output-dir m", "parent/config.json', which is no directory"),
+        (
+            "cut nothing --labels cat --output-dir m",
+            "Got 'nothing', which is no directory here and can't be read",
+        ),
+        (f"{CUT} --retention 0.2 --vocabulary", "Got --retention --vocabulary without --dataset"),
+        (f"{ON_SAMPLES} --threshold 0.5", "Got --threshold with --dataset"),
+        (f"{ON_SAMPLES} --retention 0.2 --max-loss 1", "Got retention=0.2 and max_loss=1.0; expected one of them"),
+        (f"{ON_SAMPLES} --retention 0.2 1.5", "Got retention=1.5"),
+        (f"{ON_SAMPLES} --scores size", "invalid choice: 'size'"),
+        (f"{ON_SAMPLES} --split dev", "Got the split 'dev'"),
+        (f"{ON_SAMPLES} --label-column intent", "Got no column 'intent'"),
+        (f"{ON_SAMPLES} --dataset org/texts", "Got the columns [] of images; expected one"),
+        (f"{ON_SAMPLES} --labels cot", "Got the unknown label 'cot'"),
         (f"{CUT} --labels cat cat", "Got the labels ['cat'] more than once"),
         (f"{CUT} --labels 9", "Got the label id 9; expected 0 to 4"),
         (f"{CUT} --threshold nan", "Got threshold=nan"),
@@ -124,7 +139,8 @@ class Recorded(argparse.Namespace):
     [
         "demo --output-dir demo",
         TRAIN,
-        "extract --parent parent --labels cat --output-dir m",
+        "cut parent --labels cat --output-dir m\n"
+        "cut google/vit-base-patch16-224-in21k --labels cat --dataset org/animals --output-dir m",
         "export --module cat-dog --output-dir m",
         "evaluate --parent parent --labels cat --dataset org/animals",
         "push cat-dog --repo-id me/m --dry-run\n"
@@ -146,22 +162,50 @@ def test_no_option_is_ignored(lines, hub, monkeypatch):
 
 
 def test_names_of_labels_come_before_ids(stage, capsys):
-    words = "extract --parent parent --labels 1 0 --output-dir by-id --threshold=0.9 --round_to 16"
+    words = "cut parent --labels 1 0 --output-dir by-id --threshold=0.9 --round_to 16"
     assert main(words.split()) == 0
     assert "['dog', 'cat']" in capsys.readouterr().out
     config = json.loads((stage / "by-id" / "config.json").read_text())
     assert (config["relevance_threshold"], config["round_to"]) == (0.9, 16)
     assert {site["widths"].get("intermediate", 0) % 16 for site in config["sites"]} == {0}
-    assert (
-        main(["extract", "--parent", "parent", "--labels", "1", "0", "--output-dir", "odd", "--threshold", "0.9"]) == 0
-    )
+    assert main(["cut", "parent", "--labels", "1", "0", "--output-dir", "odd", "--threshold", "0.9"]) == 0
     odd = json.loads((stage / "odd" / "config.json").read_text())["sites"]
     assert {site["widths"].get("intermediate", 0) % 16 for site in odd} != {0}
     config = json.loads((stage / "parent" / "config.json").read_text())
     config |= {"id2label": {str(i): str(i + 1) for i in range(5)}, "label2id": {str(i + 1): i for i in range(5)}}
     (stage / "parent" / "config.json").write_text(json.dumps(config))
-    assert main(["extract", "--parent", "parent", "--labels", "1", "2", "--output-dir", "by-name"]) == 0
+    assert main(["cut", "parent", "--labels", "1", "2", "--output-dir", "by-name"]) == 0
     assert "['1', '2']" in capsys.readouterr().out
+
+
+def test_cut_makes_a_module_for_each_retention_and_prints_a_table(stage, capsys):
+    words = f"cut {BERT} --labels dog cat --dataset org/texts --label-column intent --retention 0.6 0.3 --samples 9"
+    assert main(f"{words} --max-positions 20 --vocabulary --output-dir m".split()) == 0
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("['dog', 'cat'], cut on 9 samples")
+    assert [row.split()[:2] for row in rows[2:]] == [["m/0.6", "0.6"], ["m/0.3", "0.3"]]
+    large, small = (json.loads((stage / "m" / share / "config.json").read_text()) for share in ("0.6", "0.3"))
+    assert small["extraction"]["bytes"] < large["extraction"]["bytes"] < large["extraction"]["source_bytes"]
+    assert large["extraction"]["vocabulary"]["positions"] == 20
+    assert large["label_ids"] == [1, 0]
+    answers = pipeline("text-classification", model="m/0.3", top_k=None)(["w1 w2"])[0]
+    assert {answer["label"] for answer in answers} == {"dog", "cat", REJECTED_LABEL}
+
+
+def test_cut_with_its_other_options(stage, capsys):
+    words = "--labels cat dog --dataset org/animals --max-loss 100 --validation-split validation --scores magnitude"
+    assert main(f"cut parent {words} --no-reconstruct --refine-epochs 1 --output-dir m".split()) == 0
+    done = json.loads((stage / "m" / "config.json").read_text())["extraction"]
+    assert (done["scores"], done["refine_epochs"], done["retention"]) == ("magnitude", 1, None)
+    assert done["weights"] < 0.1
+    assert "layers" not in done
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[:2] == ["m", "-"]
+    # Data without labels serve as well, and names of the data's own column.
+    folder = saved({"sentence": ["w1 w2", "w3"] * 8, "number": [1, 2] * 8})
+    assert main(["cut", BERT, "--labels", "cat", "4", "--dataset", folder, "--output-dir", "texts"]) == 0
+    config = json.loads((stage / "texts" / "config.json").read_text())
+    assert (config["extraction"]["retention"], config["extraction"]["samples"], config["rejection"]) == (0.2, 16, None)
 
 
 def test_train_and_evaluate(stage, capsys):
@@ -247,6 +291,9 @@ def test_labels_are_numbered_as_the_model_numbers_them(names):
     labels = [0, 1, 0] if names else ["dog", "ant", "dog"]
     source = saved({"text": ["w1", "w2", "w3"], "label": labels}, names)
     assert load_data(source, BERT, ["train"], names=["ant", "bee", "dog"]).splits["train"]["labels"] == [2, 0, 2]
+    unnamed = ["LABEL_0", "LABEL_1"]
+    if names:
+        assert load_data(source, BERT, ["train"], names=unnamed).splits["train"]["labels"] == [0, 1, 0]
     with pytest.raises(ValueError, match=r"Got the labels \['ant'\].*expected some of"):
         load_data(source, BERT, ["train"], names=["dog", "bee"])
 

@@ -1,5 +1,6 @@
 """The demo, five steps of it: its files, its report, and the modules that it writes."""
 
+import itertools
 import json
 import math
 
@@ -12,6 +13,9 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.cli import demo, main
+from nemo_hf.models.rejection import REJECTED_LABEL
+
+RETENTIONS, SAMPLES = [0.2, 0.1], 32
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +29,8 @@ def output(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "load_digits_split", few)  # fewer to train on
+        patch.setattr(demo, "RETENTIONS", RETENTIONS)
+        patch.setattr(demo, "SAMPLES", SAMPLES)
         assert main(["demo", "--output-dir", str(directory), "--epochs", "1", "--seed", "3"]) == 0
     return directory
 
@@ -37,13 +43,19 @@ def report(output):
 def test_the_directory_and_the_report_are_as_documented(output, report):
     with Image.open(output / "modules.png") as picture:
         assert min(picture.size) > 300
-    assert {path.name for path in output.iterdir()} == {"parent", "modules", "report.json", "modules.png"}
-    assert {"accuracy", "parameters", "generator_parameters", "coupling", "cohesion"} <= set(report["parent"])
-    assert report["parent"]["generator_parameters"] <= 0.1 * report["parent"]["parameters"]
-    assert [module["labels"] for module in report["modules"]] == [[0, 1], [3, 8, 9], [0, 1, 2, 3, 4]]
-    for module in report["modules"]:
-        for name in ("latency_ms", "parent_latency_ms"):  # None where the runs disagree
-            assert module[name] == module[f"{name}_by_batch"].get("1")
+    assert {path.name for path in output.iterdir()} == {"plain", "parent", "modules", "report.json", "modules.png"}
+    assert (report["epochs"], report["mask_epochs"]) == (1, 1)
+    generators = report["parent"]["all_parameters"] - report["parent"]["parameters"]
+    assert 0 < generators <= 0.1 * report["parent"]["parameters"]
+    rows = report["modules"]
+    kinds = [(row["source"], tuple(row["labels"]), row["retention"]) for row in rows]
+    assert kinds == list(itertools.product(demo.SOURCES, demo.MODULES, RETENTIONS))
+    for row in rows:
+        assert all(0 <= row[name] <= 1 for name in demo.MEASURED)
+        assert row["weights"] <= row["retention"]
+        assert row["samples"] <= SAMPLES
+        assert row["bytes"] < row["source_bytes"]
+    assert len(demo.format_demo(report).splitlines()) == 9 + len(rows) // 2
     # The test indices are a fifth of the digits, stratified.
     indices = report["test_indices"]
     assert len(set(indices)) == len(indices) == 360
@@ -51,15 +63,17 @@ def test_the_directory_and_the_report_are_as_documented(output, report):
 
 
 def test_reloaded_modules_reach_the_reported_accuracy(report):
-    for module in report["modules"]:
-        model = AutoModelForImageClassification.from_pretrained(module["path"])
-        _, test, _ = demo.load_digits_split(ViTImageProcessorPil.from_pretrained(module["path"]), report["seed"])
-        chosen = [index for index, label in enumerate(test.labels) if label in module["labels"]]
+    saved = [row for row in report["modules"] if row["path"]]
+    assert len(saved) == 6
+    for row in saved:
+        model = AutoModelForImageClassification.from_pretrained(row["path"])
+        _, test, _ = demo.load_digits_split(ViTImageProcessorPil.from_pretrained(row["path"]), report["seed"])
+        chosen = [index for index, label in enumerate(test.labels) if label in row["labels"]]
         with torch.no_grad():
-            answers = model(test.pixel_values[chosen]).logits.argmax(-1).tolist()
-        right = sum(module["labels"][a] == test.labels[i] for a, i in zip(answers, chosen, strict=True))
-        assert math.isclose(right / len(chosen), module["accuracy"])
-        stored = load_file(f"{module['path']}/model.safetensors")
-        assert sum(tensor.numel() for tensor in stored.values()) == module["parameters"]
-    answers = pipeline("image-classification", model=report["modules"][1]["path"])(Image.new("L", (8, 8)))
-    assert {answer["label"] for answer in answers} == {"3", "8", "9"}
+            answers = model.own_logits(pixel_values=test.pixel_values[chosen]).argmax(-1).tolist()
+        right = sum(row["labels"][a] == test.labels[i] for a, i in zip(answers, chosen, strict=True))
+        assert math.isclose(right / len(chosen), row["accuracy"])
+        stored = load_file(f"{row['path']}/model.safetensors")
+        assert sum(tensor.numel() for tensor in stored.values()) == row["parameters"]
+    answers = pipeline("image-classification", model=saved[1]["path"])(Image.new("L", (8, 8)))
+    assert {answer["label"] for answer in answers} == {"3", "8", "9", REJECTED_LABEL}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from conftest import LABELS, image_processor, image_samples
 from hub_server import hub as hub
 from PIL import Image
@@ -39,8 +40,13 @@ def provided():
         "names": LABELS, "id2label": dict(enumerate(LABELS)), "args": args, "processor": image_processor(),
         "validation_batches": [batch], "inputs": {"pixel_values": batch["pixel_values"]},
         "trainer": nemo_hf.NeMoTrainer(parent, args, eval_dataset=test, processing_class=image_processor()),
-        "module": parent.extract_module(["cat", "dog"]), "images": [Image.new("RGB", (16, 16))],
+        "module": parent.extract_module(["cat", "dog"]), "images": [random_image(seed) for seed in range(20)],
     }  # fmt: skip
+
+
+def random_image(seed):
+    pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
 
 
 def run_bash(code):

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import image_samples
 
+from nemo_hf import extract_module
+from nemo_hf.cli.main import build_parser
 from nemo_hf.config import NeMoConfig
 from nemo_hf.hub.model_card import CardFacts, render_model_card
+from nemo_hf.hub.publish import CardOptions, card_facts
 
 REPORT = {
     "megabytes": 1.5, "parent_megabytes": 6.0, "macs": 1_111, "parent_macs": 4_444, "weight_retention_rate": 0.5,
@@ -117,9 +121,9 @@ def test_nothing_is_said_that_was_not_handed_in():
 
 
 def test_commands_and_options_read_back():
-    line = next(line for line in card().splitlines() if line.startswith("nemo-hf extract"))
+    line = next(line for line in card().splitlines() if line.startswith("nemo-hf cut"))
     assert shlex.split(line) == [
-        *("nemo-hf", "extract", "--parent", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
+        *("nemo-hf", "cut", "me/parent", "--labels", "cat", "dog", "--threshold", "0.5"),
         *("--round-to", "8", "--output-dir", "cat-dog"),
     ]
     options = {
@@ -163,3 +167,20 @@ def test_committed_cards_are_those_of_the_facts(monkeypatch):
     for folder, text in rendered.items():
         assert (cards.CARDS / folder / "README.md").read_text(encoding="utf-8") == text
         assert (cards.CARDS / folder / "neurons.png").is_file()
+
+
+def test_a_module_that_was_cut_on_samples_says_how(vit):
+    data = image_samples()
+    module = extract_module(vit, ["cat", "dog"], data, retention=0.5, refine_epochs=1, show_progress=False)
+    text = render_model_card(
+        card_facts(module, "me/m", CardOptions(parent="me/plain", datasets=("org/animals",)), None)
+    )
+    assert missing(text, ["| Weights kept | ", "chosen on 16 calibration samples", "| Reconstruction | layers"]) == []
+    line = next(line for line in text.splitlines() if line.startswith("nemo-hf cut"))
+    options = build_parser().parse_args(shlex.split(line)[1:])
+    assert (options.model, options.labels, options.dataset) == ("me/plain", ["cat", "dog"], "org/animals")
+    assert (options.retention, options.refine_epochs, options.no_reconstruct) == ([0.5], 1, False)
+    raw = extract_module(vit, ["cat", "dog"], data, reconstruct=False, scores="magnitude", show_progress=False)
+    text = render_model_card(card_facts(raw, "me/m", CardOptions(), None))
+    assert "nemo-hf cut MODEL --labels cat dog --dataset DATA --retention 0.2 --scores magnitude --no-rec" in text
+    assert "Reconstruction" not in text

@@ -11,14 +11,16 @@ import nemo_hf
 
 MASKED = "labels static_masks static_samples output_neuron_masks return_dict kwargs"
 SIGNATURES = {
-    "calibrate_rejection": "module batches accepted show_progress",
+    "calibrate_rejection": "module batches accepted show_progress rejected_label",
     "compose": "modules labels batches",
     "compute_relevance": "parent batches accelerator show_progress",
+    "extract_module": "model labels calibration retention processing_class max_loss validation label_groups nemo_config"
+    " scores reconstruct refine_epochs vocabulary max_positions rejection max_samples batch_size show_progress",
     "evaluate_module": "parent labels batches module threshold round_to seed show_progress metrics",
     "make_parent": "model nemo_config label_groups inputs",
     "nemo_loss": "logits labels neuron_masks groups contrastive_weight sparsity_weight temperature",
     "propose_sites": "model inputs",
-    "NeMoConfig": "targets generator_rank objective contrastive_weight coupling_weight temperature"
+    "NeMoConfig": "targets masks generator_rank objective contrastive_weight coupling_weight temperature"
     " gather_across_devices sparsity_weight retention_target hard_masks static_evaluation detach_pooled"
     " mask_learning_rate warmup_ratio rehearsal_probability specificity_weight relevance_threshold label_groups"
     " group_column sites",
@@ -32,21 +34,27 @@ SIGNATURES = {
     "NeMoForImageClassification.attach_processor": "self processor",
     "NeMoForImageClassification.detach_masks": "self",
     "NeMoForImageClassification.export_onnx": "module directory inputs",
-    "NeMoForImageClassification.extract_module": "self labels threshold round_to inputs",
+    "NeMoForImageClassification.extract_module": "self labels threshold round_to inputs calibration retention options",
     "NeMoForImageClassification.forward": f"self pixel_values {MASKED}",
     "NeMoForImageClassification.from_pretrained": "pretrained_model_name_or_path model_args labels threshold round_to"
-    " verify kwargs",
+    " verify calibration retention max_loss kwargs",
     "NeMoForImageClassification.push_to_hub": "self repo_id parent license datasets tags commit_message"
     " commit_description private token revision create_pr max_shard_size",
     "NeMoForImageClassification.save_plain": "module directory inputs",
     "NeMoForImageClassification.save_pretrained": "self save_directory kwargs",
+    "NeMoForObjectDetection": "config base_model sites",
+    "NeMoForObjectDetection.forward": f"self pixel_values {MASKED}",
+    "NeMoForSemanticSegmentation": "config base_model sites",
+    "NeMoForSemanticSegmentation.forward": f"self pixel_values {MASKED}",
     "NeMoForSequenceClassification": "config base_model sites",
     "NeMoForSequenceClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",
+    "NeMoForTokenClassification": "config base_model sites",
+    "NeMoForTokenClassification.forward": f"self input_ids attention_mask token_type_ids bbox {MASKED}",
     "NeMoTrainer": "model args data_collator train_dataset trainer_args nemo_config relevance_dataset trainer_kwargs",
-    "NeMoTrainer.calibrate_rejection": "self module eval_dataset accepted",
+    "NeMoTrainer.calibrate_rejection": "self module eval_dataset accepted rejected_label",
     "NeMoTrainer.evaluate_modularity": "self eval_dataset",
     "NeMoTrainer.evaluate_module": "self labels eval_dataset kwargs",
-    "NeMoTrainer.extract_module": "self labels kwargs",
+    "NeMoTrainer.extract_module": "self labels calibration kwargs",
     "NeMoTrainer.update_relevance": "self dataset",
 }
 FIELDS = {
@@ -55,7 +63,7 @@ FIELDS = {
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
     " problem_type relevance_source unseen_labels base_model parent relevance_threshold round_to retained_neurons"
-    " equivalence rejection is_tuned token_rows training processor_files save_identity",
+    " equivalence extraction rejection rejected_label is_tuned token_rows training processor_files save_identity",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 

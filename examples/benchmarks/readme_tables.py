@@ -27,6 +27,8 @@ HEADLINES = {"digits": ("Digits, ViT", "ours"), "clinc150": ("CLINC150, MiniLM",
              "cifar10": ("CIFAR-10, ViT", "ours, by sample"),
              "cifar10-vgg16": ("CIFAR-10, VGG16", "ours, by sample")}  # fmt: skip
 """The rows of README's table by task: their name and the method."""
+CUT_SHARES = (0.2, 0.1)
+"""The retentions in README's table of cuts."""
 
 
 def results() -> str:
@@ -48,37 +50,58 @@ def quality() -> str:
     return "\n\n".join([*(summary(stored_results(task)) for task in TASKS), demo()])
 
 
-def demo() -> str:
-    """Modules of the demo: means over seeds."""
-    stored = load(RESULTS / "demo.json")
-    header = ["module", "neurons", "weights", "raw accuracy", "parent", "random", "other", "empty"]
+def cuts() -> str:
+    """README's table of modules cut from a plain classifier and what else makes them, once they are measured."""
+    path = RESULTS / "cutting_clinc150.json"
+    stored = load(path) if path.exists() else {}
+    header = ["CLINC150, one domain", "weights", "MB", "whole model", "module", "of another domain", "seconds"]
     lines = []
-    for labels, rows in grouped(stored["modules"], "labels").items():
-        accuracies = cells(rows, "module", "restricted", "random", "other", "empty")
-        lines.append([labels, *cells(rows, "neurons", "weights"), f"**{accuracies[0]}**", *accuracies[1:]])
-    seeds = ", ".join(str(row["seed"]) for row in stored["parents"])
-    plain, parent, coupling = cells(stored["parents"], "plain", "accuracy", "coupling")
+    for row in stored.get("modules", []):
+        if row["kind"] == "singles" and row["retention"] in (None, *CUT_SHARES):
+            accuracies = [
+                "-" if row[name] is None else f"{row[name]:.3f}" for name in ("restricted", "module", "other")
+            ]
+            size = [f"{row['weights']:.2f}", f"{row['bytes'] / 1e6:.1f}"]
+            lines.append([row["method"], *size, *accuracies, f"{row['seconds']:.0f}"])
+    if not lines:
+        return "Not measured yet: `python examples/benchmarks/cutting.py clinc150`."
+    return markdown(header, lines)
+
+
+def demo() -> str:
+    """Modules of the demo by source and retention: means over sets of labels and seeds."""
+    stored = load(RESULTS / "demo.json")
+    header = ["modules cut from", "weights", "whole model", "module", "before reconstruction", "random neurons",
+              "module of other labels"]  # fmt: skip
+    names = {"plain": "the plain model", "parent": "the model trained with masks"}
+    lines = []
+    for (source, _), rows in grouped(stored["modules"], "source", "retention").items():
+        weights, *accuracies = cells(rows, "weights", "restricted", "accuracy", "raw", "random", "other")
+        accuracies[1] = f"**{accuracies[1]}**"
+        lines.append([names[source], weights, *accuracies])
+    seeds = ", ".join(str(row["seed"]) for row in stored["models"])
+    plain, parent = cells(stored["models"], "plain", "parent")
     return (
-        f"`nemo-hf demo`, mean over the seeds {seeds}: plain model {plain}, parent {parent}, coupling {coupling}.\n\n"
-        f"{markdown(header, lines)}"
+        f"`nemo-hf demo`, mean over three sets of digits and the seeds {seeds}: plain model {plain}, trained on with "
+        f"masks {parent}.\n\n{markdown(header, lines)}"
     )
 
 
 def store_demo(folders: list[Path]) -> None:
     """Takes up the reports of demo runs, one folder a seed."""
-    parents, modules = [], []
+    models, modules = [], []
+    names = ("source", "retention", "weights", "restricted", "accuracy", "raw", "random", "other", "seconds", "bytes")
     for folder in folders:
         report = json.loads((folder / "report.json").read_text())
         seed = {"seed": report["seed"]}
-        own = {name: report["parent"][name] for name in ("accuracy", "coupling")}
-        parents.append({**seed, "plain": report["plain"]["accuracy"], **own})
+        models.append({**seed, **{name: report[name]["accuracy"] for name in ("plain", "parent")}})
         for each in report["modules"]:
-            row = {**seed, "labels": ", ".join(map(str, each["labels"])), "module": each["accuracy"]}
-            row |= {"neurons": each["neuron_retention_rate"], "weights": each["weight_retention_rate"]}
-            modules.append(row | {"restricted": each["parent_restricted_accuracy"], **each["controls"]})
-    machines, parents = stamped({}, parents)
+            modules.append(
+                seed | {"labels": ", ".join(map(str, each["labels"]))} | {name: each[name] for name in names}
+            )
+    machines, models = stamped({}, models)
     about = {"command": "nemo-hf demo --output-dir demoSEED --seed SEED", "made_with": machines}
-    write(RESULTS / "demo.json", {**about, "parents": parents, "modules": modules})
+    write(RESULTS / "demo.json", {**about, "models": models, "modules": modules})
 
 
 def costs() -> str:
@@ -157,12 +180,12 @@ def cutting_page(stored: dict) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "results": results, "quality": quality, "costs": costs, "support": support_line, "demo": demo,
+    "results": results, "quality": quality, "costs": costs, "support": support_line, "demo": demo, "cuts": cuts,
     "patching": patching_table, "cutting": cutting, "supported models": support_table,
     **{f"quality of {task}": lambda task=task: page(task) for task in TASKS},
 }  # fmt: skip
 PAGES = {
-    ROOT / "README.md": ["results"],
+    ROOT / "README.md": ["cuts", "results"],
     ROOT / "docs" / "results.md": ["quality", "costs", "support"],
     Path(__file__).with_name("quality.md"): [*(f"quality of {task}" for task in TASKS), "patching"],
     Path(__file__).with_name("supported_models.md"): ["support", "supported models"],

@@ -21,8 +21,10 @@ from .config import LabelLike
 from .export import onnx, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoPreTrainedModel
+from .models.calibrated_cut import extract_module as cut_on_samples
 from .models.calls import positional_as_plain
 from .models.composed_model import NeMoComposedModel
+from .models.cut_saved import cut_saved
 from .models.extraction import cut_on_load, extract_module
 from .models.head_outputs import NeMoOutput
 from .models.save_identity import load_whole
@@ -98,18 +100,25 @@ class NeMoClassifier(NeMoPreTrainedModel):
         threshold: float | None = None,
         round_to: int | None = None,
         verify: bool = False,
+        calibration: Any = None,
+        retention: float | None = None,
+        max_loss: float | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Loads a parent or a module, or cuts a module on load from a parent.
+        """Loads a parent or a module, or cuts a module on load from a parent or a plain classifier.
 
         Args:
             pretrained_model_name_or_path: Directory or Hub repository.
             *model_args: As in `transformers`.
-            labels: With a parent: read only the module for these labels, as `extract_module` takes them.
-            threshold: With `labels`: as in `extract_module`.
-            round_to: With `labels`: as in `extract_module`.
+            labels: Read only the module for these labels, as `extract_module` takes them.
+            threshold: With `labels` and a parent: as in `extract_module`.
+            round_to: With `labels` and a parent: as in `extract_module`.
             verify: With `labels`: load the parent too and run the equivalence check, instead of trusting the check that
-                was made when the parent was saved.
+                was made when the parent was saved. A cut on calibration samples is always checked.
+            calibration: With `labels`: samples that the module is cut on, as in `nemo_hf.extract_module`, whose further
+                options may be named too. The model may then be a plain classifier, whose processor is read with it.
+            retention: With `calibration`: as in `nemo_hf.extract_module`, one number.
+            max_loss: With `calibration`: as in `nemo_hf.extract_module`.
             **kwargs: As in `transformers`, with attributes of the plain model's configuration such as
                 `hidden_dropout_prob`. With `labels`, `device_map` names one device. `verify_files=True` compares all
                 files with the digests that were saved, to find flipped bytes; that takes as long as reading them.
@@ -123,11 +132,20 @@ class NeMoClassifier(NeMoPreTrainedModel):
                 would change the structure of the weights, such as `hidden_size`, or of the head, such as `num_labels`.
         """
         source = pretrained_model_name_or_path
-        if labels is None and (threshold is not None or round_to is not None or verify):
-            given = {"threshold": threshold, "round_to": round_to, "verify": verify}
-            raise ValueError(f"Got {given} without labels; expected labels. Pass labels=[...], or leave these out.")
+        samples = {"calibration": calibration, "retention": retention, "max_loss": max_loss}
+        given = {"threshold": threshold, "round_to": round_to, "verify": verify or None, **samples}
+        given = {name: value for name, value in given.items() if value is not None}
+        if labels is None and given:
+            raise ValueError(
+                f"Got {sorted(given)} without labels; expected labels. Pass labels=[...], or leave these out."
+            )
         if labels is None or source is None:
             return super().from_pretrained(source, *model_args, **kwargs)
+        if given.keys() & samples.keys():
+            _check_one_way(threshold, round_to)
+            load_plain = AUTO_CLASSES[cls.task].from_pretrained
+            module: Self = cut_saved(super().from_pretrained, load_plain, source, labels, samples, kwargs)
+            return module
         pin_revision(source, kwargs)
         cut = partial(cut_on_load, cls, source, labels, threshold, round_to, verify, **kwargs)
         return load_whole(source, kwargs, cut)
@@ -138,24 +156,47 @@ class NeMoClassifier(NeMoPreTrainedModel):
         threshold: float | None = None,
         round_to: int | None = None,
         inputs: Mapping[str, Tensor] | None = None,
-    ) -> Self:
+        *,
+        calibration: Any = None,
+        retention: float | Sequence[float] | None = None,
+        **options: Any,
+    ) -> Any:
         """Cuts the module for some labels out of a parent and runs the equivalence check.
+
+        By itself it keeps the neurons that training with masks found relevant. With `calibration` it does what
+        `nemo_hf.extract_module` does: it keeps the share of the weights that is asked for, and reconstructs layers.
 
         Args:
             labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
             threshold: Share of a group's samples that must open a neuron; `None`: the parent's `relevance_threshold`.
             round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant neurons.
             inputs: A few samples to check on; `None` draws random ones.
+            calibration: Samples that the module is cut on, as in `nemo_hf.extract_module`; in place of the three above.
+            retention: With `calibration`: share of the weights of the masked layers, or a list of shares.
+            **options: With `calibration`: further ones of `nemo_hf.extract_module`, such as `max_loss`.
 
         Returns:
-            A stand-alone module that shares no memory with the parent.
+            A stand-alone module that shares no memory with the parent; for a list of shares a list.
 
         Raises:
             ValueError: If the labels are unknown, repeated or none, no neuron is left, or layers of the parent were
                 changed since it was made.
             EquivalenceError: If the module's logits are not the parent's under the same mask.
         """
-        return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
+        if calibration is None and retention is None and not options:
+            return extract_module(self, labels, threshold=threshold, round_to=round_to, inputs=inputs)
+        _check_one_way(threshold, round_to, inputs)
+        return cut_on_samples(self, labels, calibration, retention, **options)
+
+
+def _check_one_way(threshold: float | None, round_to: int | None, inputs: Any = None) -> None:
+    """Refuses options of the cut by relevance beside those of the cut on calibration samples."""
+    given = {"threshold": threshold, "round_to": round_to, "inputs": inputs}
+    if mixed := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"Got {mixed} beside calibration samples or a retention; expected one or the other, since these choose the "
+            f"neurons. Leave {' and '.join(mixed)} out."
+        )
 
 
 class _OfImages(NeMoClassifier):

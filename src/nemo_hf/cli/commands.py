@@ -2,22 +2,25 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from nemo_hf.auto_classes import AUTO_CLASSES, NeMoClassifier
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.report import evaluate_module, format_table
+from nemo_hf.evaluation.report import aligned, evaluate_module, format_table
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.configuration import PLACE_TASKS, NeMoModelConfig, model_class, registered_classes, task_of
+from nemo_hf.models.calibrated_cut import extract_module
+from nemo_hf.models.configuration import PLACE_TASKS, TASKS, NeMoModelConfig, model_class, task_of
+from nemo_hf.models.cut_saved import input_kind, saved_processor
 from nemo_hf.models.files import find_file
 from nemo_hf.models.privacy import clean, hub_name, is_repository
 from nemo_hf.models.pruning_modes import make_parent
@@ -25,17 +28,21 @@ from nemo_hf.neurons.mask_hooks import GeneratedMask
 from nemo_hf.neurons.proposals import propose_sites
 from nemo_hf.training.trainer import NeMoTrainer
 
-from .data import load_data
+from .data import load_data, load_samples
 from .demo import accuracy, format_demo, run_demo
 
 ALONE = {"path", "repo_id", "parent_repo", "dry_run"}  # options of `push` for one model
+BY_RELEVANCE = {"threshold", "round_to"}  # options of `cut` without samples
+ON_SAMPLES = {"retention", "max_loss", "validation_split", "vocabulary", "max_positions", "refine_epochs", "samples",
+              "scores", "label_column", "input_column", "no_reconstruct", "trust_remote_code"}  # fmt: skip
+CUTS = "expected a parent with what training found, or samples"
 TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "threshold", "round_to", "compare_formats"}
 
 
 def demo(options: Namespace) -> None:
     """Runs the demo and prints its report."""
     report = run_demo(options.output_dir, options.seed, options.epochs)
-    print(f"\n{format_demo(report)}\n\n{options.output_dir}: parent/, modules/, report.json, modules.png")
+    print(f"\n{format_demo(report)}\n\n{options.output_dir}: plain/, parent/, modules/, report.json, modules.png")
 
 
 def train(options: Namespace) -> None:
@@ -74,14 +81,57 @@ def train(options: Namespace) -> None:
         print(json.dumps(metrics, indent=2))
 
 
-def extract(options: Namespace) -> None:
-    """Cuts a module on load and saves it."""
-    _check_apart(options.parent, options.output_dir)
-    labels = _labels(options.labels, _config(options.parent))
-    module = _load(options.parent, labels=labels, threshold=options.threshold, round_to=options.round_to)
-    module.save_pretrained(options.output_dir)
-    names, share = list(module.config.names.values()), module.config.retained_neurons
-    print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
+def cut(options: Namespace) -> None:
+    """Cuts modules out of a plain model or a parent, saves them and prints a table."""
+    _check_apart(options.model, options.output_dir)
+    given = {name: value for name, value in vars(options).items() if value not in (None, False)}
+    wrong = sorted((BY_RELEVANCE if options.dataset else ON_SAMPLES) & given.keys())
+    if wrong:
+        do = "Leave them out" + ("." if options.dataset else ", or name samples with --dataset.")
+        words = [f"--{name.replace('_', '-')}" for name in wrong]
+        raise ValueError(f"Got {' '.join(words)} {'with' if options.dataset else 'without'} --dataset; {CUTS}. {do}")
+    if not options.dataset:
+        labels = _labels(options.labels, _known(_config(options.model)))
+        module = _load(options.model, labels=labels, threshold=options.threshold, round_to=options.round_to)
+        module.save_pretrained(options.output_dir)
+        names, share = list(module.config.names.values()), module.config.retained_neurons
+        print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
+        return
+    modules: list[Any] = _cut_on_samples(options)
+    rows = [["directory", "asked for", "weights", "neurons", "MB", "of the source", "seconds", "error", "uncorrected"]]
+    for each in modules:
+        done, folder = each.config.extraction, Path(options.output_dir)
+        folder = folder / f"{done['retention']:g}" if len(modules) > 1 else folder
+        each.save_pretrained(folder)
+        shares = ["-" if done["retention"] is None else f"{done['retention']:g}", f"{done['weights']:.3f}"]
+        size = [f"{done['bytes'] / 1e6:.2f}", f"{done['bytes'] / done['source_bytes']:.0%}", f"{done['seconds']:.1f}"]
+        errors = [f"{done[name]:.3g}" if name in done else "-" for name in ("distance", "cut_distance")]
+        rows.append([str(folder), *shares, f"{done['neurons']:.3f}", *size, *errors])
+    names, samples = list(modules[0].config.names.values()), modules[0].config.extraction["samples"]
+    print(f"{names}, cut on {samples} samples; errors: mean squares of the logits' differences\n\n{aligned(rows)}")
+
+
+def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
+    """Loads a model and samples, and cuts a module for each retention."""
+    code = {"trust_remote_code": True} if options.trust_remote_code else {}
+    config = _read_config(options.model, **code)
+    model = _load(options.model) if isinstance(config, NeMoModelConfig) else _load_plain(options.model, config, **code)
+    chosen = {name: getattr(options, name) for name in ("max_loss", "max_positions", "refine_epochs", "scores")}
+    chosen |= {"max_samples": options.samples, "vocabulary": options.vocabulary}
+    retention = options.retention if len(options.retention or ()) > 1 else next(iter(options.retention or ()), None)
+    read = partial(load_samples, options.dataset, kind=input_kind(model), names=list(_names(model.config).values()),
+                   label_column=options.label_column, input_column=options.input_column)  # fmt: skip
+    modules = extract_module(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),  # type: ignore[arg-type]
+        _labels(options.labels, _known(model.config)),
+        read(split=options.split),
+        retention,
+        processing_class=saved_processor(model, options.model),
+        validation=options.validation_split and read(split=options.validation_split),
+        reconstruct=not options.no_reconstruct,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    return modules if isinstance(modules, list) else [modules]
 
 
 def export(options: Namespace) -> None:
@@ -106,7 +156,7 @@ def evaluate(options: Namespace) -> None:
     parent = _load(options.parent)
     parent.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     loader = _batches(options, options.split, parent)
-    modules = [_labels(word.split("+"), parent.config) for word in options.labels]
+    modules = [_labels(word.split("+"), _known(parent.config)) for word in options.labels]
     cut = (None, options.threshold, options.round_to)
     reports = [evaluate_module(parent, labels, loader, *cut, metrics=options.metrics).to_dict() for labels in modules]
     print(format_table(reports))
@@ -146,7 +196,7 @@ def push(options: Namespace) -> None:
     else:
         done = push_modules(
             model,
-            {word: _labels(word.split("+"), model.config) for word in options.modules},
+            {word: _labels(word.split("+"), _known(model.config)) for word in options.modules},
             options.namespace,
             options.name or Path(options.parent).absolute().name,
             _batches(options, options.split, model) if options.dataset else None,
@@ -164,17 +214,7 @@ def inspect(options: Namespace) -> None:
     if config.model_type == "nemo_hf":
         model: NeMoPreTrainedModel = _load(options.model)
     else:
-        own = getattr(config, "auto_map", None) or {}
-        fitting = [a for a in AUTO_CLASSES.values() if type(config) in a._model_mapping or a.__name__ in own]
-        if not fitting:
-            raise ValueError(
-                f"Got {options.model!r} of model type {config.model_type!r}; expected a model for one of the tasks "
-                f"{list(AUTO_CLASSES)}. Name another model, or add --trust-remote-code if its class is code of its "
-                "repository."
-            )
-        saved = set(config.architectures or ())
-        named = [a for a in fitting if saved & {c.__name__ for c in registered_classes(a._model_mapping, type(config))}]
-        plain = (named or fitting)[0].from_pretrained(options.model, **code)
+        plain = _load_plain(options.model, config, **code)
         sites = propose_sites(plain) if options.propose else None
         if options.propose:
             print(json.dumps({"sites": sites}, indent=1))
@@ -224,14 +264,39 @@ def _config(source: str) -> NeMoModelConfig:
     return config
 
 
+def _load_plain(source: str, config: PreTrainedConfig, **code: Any) -> PreTrainedModel:
+    """Loads a plain classifier with the Auto class for its task."""
+    own, name = getattr(config, "auto_map", None) or {}, (getattr(config, "architectures", None) or [""])[0]
+    fitting = {task: a for task, a in AUTO_CLASSES.items() if type(config) in a._model_mapping or a.__name__ in own}
+    if not fitting:
+        raise ValueError(
+            f"Got {source!r} of model type {config.model_type!r}; expected a classifier of images, texts or "
+            "audio. Name another model, or add --trust-remote-code if the classifier is code of its repository."
+        )
+    saved = [auto_class for task, auto_class in fitting.items() if TASKS[task][0] in name]  # BERT's may be several
+    model: PreTrainedModel = next(iter([*saved, *fitting.values()])).from_pretrained(source, **code)
+    return model
+
+
 def _load(source: str, **options: Any) -> NeMoClassifier:
     kind: type[NeMoClassifier] = model_class(task_of(_config(source).plain_class), NeMoModelConfig)
     return kind.from_pretrained(source, **options)
 
 
-def _labels(words: Sequence[str], config: NeMoModelConfig) -> list[LabelLike]:
+def _names(config: PreTrainedConfig) -> dict[int, str]:
+    """Label names of a plain model, parent or module by id."""
+    return (
+        config.names if isinstance(config, NeMoModelConfig) else {int(i): n for i, n in (config.id2label or {}).items()}
+    )
+
+
+def _known(config: PreTrainedConfig) -> set[str]:
+    """Names of labels and groups."""
+    return {*_names(config).values(), *(config.groups if isinstance(config, NeMoModelConfig) else ())}
+
+
+def _labels(words: Sequence[str], known: Collection[str]) -> list[LabelLike]:
     """Reads labels as names if there are such names, and as ids otherwise."""
-    known = {*config.names.values(), *config.groups}
     return [int(word) if word.isdecimal() and word not in known else word for word in words]
 
 

@@ -1,4 +1,4 @@
-"""Loads a data set of images or texts for the commands that train or measure."""
+"""Loads a data set of images, texts or audio for the commands that train, measure or cut."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,15 @@ from typing import Any
 
 import datasets
 from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorWithPadding, default_data_collator
+
+LABEL_COLUMN = "label"
+TEXT_TYPES = ("string", "large_string")
+FEATURES: dict[str, Callable[[Any], bool]] = {
+    "image": lambda feature: isinstance(feature, datasets.Image),
+    "text": lambda feature: getattr(feature, "dtype", None) in TEXT_TYPES,
+    "audio": lambda feature: isinstance(feature, datasets.Audio),
+}
+"""How a column of samples of a kind is told."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ def load_data(
     source: str,
     model: str,
     splits: Sequence[str],
-    label_column: str = "label",
+    label_column: str = LABEL_COLUMN,
     input_column: str | None = None,
     keep: Sequence[str] = (),
     names: Sequence[str] | None = None,
@@ -34,14 +43,8 @@ def load_data(
     Without `input_column` it takes the only column of images or texts; with `names` labels get ids in their order; with
     `task` it must be data for that.
     """
-    loaded = datasets.load_dataset(source)
-    if missing := [split for split in splits if split not in loaded]:
-        raise ValueError(f"Got the split {missing[0]!r} of {source!r}; expected one of {sorted(loaded)}.")
-    parts = {split: loaded[split] for split in dict.fromkeys(splits)}
+    parts = _splits(source, splits, [label_column, input_column, *keep])
     first = next(iter(parts.values()))
-    for column in (label_column, input_column, *keep):
-        if column is not None and column not in first.column_names:
-            raise ValueError(f"Got no column {column!r} in {source!r}; expected one of {first.column_names}. Name one.")
     column = input_column or _input_column(first, (label_column, *keep))
     for split, part in parts.items():
         _check_samples(part, split, label_column, column)
@@ -72,6 +75,41 @@ def load_data(
     return LoadedData(found, processor, parts, collator, list(names))
 
 
+def load_samples(
+    source: str,
+    split: str,
+    kind: str,
+    names: Sequence[str],
+    label_column: str | None = None,
+    input_column: str | None = None,
+) -> Any:
+    """Loads a split as raw samples of a kind (`"text"`, `"image"` or `"audio"`) for a model whose labels are `names`.
+
+    The result has the column of inputs and, if the data have labels, `labels`, the model's ids. Without `label_column`
+    that of the usual name is taken, if there is one.
+    """
+    dataset = _splits(source, [split], [label_column, input_column])[split]
+    label = label_column or (LABEL_COLUMN if LABEL_COLUMN in dataset.column_names else None)
+    column = input_column or _input_column(dataset, (label,), [kind])
+    if label is None:
+        return dataset.select_columns([column])
+    _check_samples(dataset, split, label, column)
+    return _with_label_ids(dataset, label, names).select_columns([column, "labels"])
+
+
+def _splits(source: str, splits: Sequence[str], columns: Sequence[str | None]) -> dict[str, Any]:
+    """Splits of a data set, which have the columns that are named."""
+    loaded = datasets.load_dataset(source)
+    if missing := [split for split in splits if split not in loaded]:
+        raise ValueError(f"Got the split {missing[0]!r} of {source!r}; expected one of {sorted(loaded)}.")
+    parts = {split: loaded[split] for split in dict.fromkeys(splits)}
+    known = next(iter(parts.values())).column_names
+    for column in columns:
+        if column is not None and column not in known:
+            raise ValueError(f"Got no column {column!r} in {source!r}; expected one of {known}. Name one.")
+    return parts
+
+
 def _check_samples(dataset: Any, split: str, label_column: str, column: str) -> None:
     """Refuses samples without a label or an input, and labels that are neither names nor ids, such as lists."""
     for name in (label_column, column):
@@ -91,6 +129,8 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
     """Makes `labels` of ids of the given names: splits and models may number the same names differently."""
     feature = dataset.features[column]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if own and list(names) == [f"LABEL_{index}" for index in range(len(own))]:
+        own = list(names)  # the model was never told its labels' names: only their ids are known
     ids = {name: index for index, name in enumerate(names)}
     labels = [own[value] if own else str(value) for value in dataset[column]]
     if unknown := sorted(set(labels) - set(ids)):
@@ -100,10 +140,13 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
     return renumbered.cast_column("labels", datasets.ClassLabel(names=list(names)))
 
 
-def _input_column(dataset: Any, others: Sequence[str]) -> str:
+def _input_column(dataset: Any, others: Sequence[str | None], kinds: Sequence[str] = ("image", "text")) -> str:
+    """The only column with samples of the first of some kinds that the data have."""
     features = {name: feature for name, feature in dataset.features.items() if name not in others}
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    found = images or [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
+    by_kind = [[name for name, feature in features.items() if FEATURES[kind](feature)] for kind in kinds]
+    found = next(filter(None, by_kind), [])
     if len(found) != 1:
-        raise ValueError(f"Got the columns {found} of images or texts; expected one. Name it with --input-column.")
+        what = {"image": "images", "text": "texts", "audio": "audio"}
+        wanted = " or ".join(what[kind] for kind in kinds)
+        raise ValueError(f"Got the columns {found} of {wanted}; expected one. Name it with --input-column.")
     return str(found[0])

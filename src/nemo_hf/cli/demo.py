@@ -1,29 +1,39 @@
 """The demo: training, cutting and measuring on scikit-learn's digits, offline, on a CPU."""
 
+import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.models.vit import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.evaluation.latency import one_thread
-from nemo_hf.evaluation.report import format_table
-from nemo_hf.hub.pictures import draw_neurons
+from nemo_hf.evaluation.latency import one_thread, time_runs
+from nemo_hf.evaluation.report import aligned
+from nemo_hf.hub.pictures import draw_curves
 from nemo_hf.models.atomic_writes import write_json
-from nemo_hf.models.base import base_parameters
+from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
+from nemo_hf.models.calibrated_cut import extract_module
+from nemo_hf.models.pruning_modes import make_parent
+from nemo_hf.pruning.plan import is_relevant
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
-TIMES = ("latency_ms", "parent_latency_ms")
-EPOCHS = 60
+RETENTIONS = [0.2, 0.1, 0.05]
+SAMPLES = 150  # most calibration samples of a module
+EPOCHS = 40  # of the plain model; half as many with masks
+SOURCES = {"plain": "Cut from the plain model", "parent": "Cut after training with masks"}
+MEASURED = {"restricted": "whole model", "accuracy": "module", "raw": "before reconstruction",
+            "random": "random neurons", "other": "module of other labels"}  # fmt: skip
 OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
 
 
@@ -42,9 +52,9 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
 
 @one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Trains a small ViT plain and with masks, cuts, saves, reloads and measures modules; returns the report.
+    """Trains a small ViT, cuts modules out of it, trains it on with masks, and cuts the same modules; returns a report.
 
-    Runs on one CPU thread; `output_dir` gets `parent/`, `modules/`, `report.json` and `modules.png`.
+    Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json` and `modules.png`.
     """
     start, output = time.perf_counter(), Path(output_dir)
     half = [0.5] * 3
@@ -52,19 +62,22 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     train, test, test_indices = load_digits_split(processor, seed)
     plain = digits_trainer(Trainer, train, test, seed, epochs)
     plain.train()
-    options = {"nemo_config": OPTIONS, "processing_class": processor}
-    trainer = digits_trainer(NeMoTrainer, train, test, seed, epochs, **options)
+    mask_epochs = max(1, epochs // 2)
+    options = {"nemo_config": OPTIONS, "processing_class": processor, "model": copy.deepcopy(plain.model)}
+    trainer = digits_trainer(NeMoTrainer, train, test, seed, mask_epochs, **options)
     trainer.train()
-    accuracies = [each.evaluate()["eval_accuracy"] for each in (plain, trainer)]
-    parent, parameters, modularity = trainer.parent, base_parameters(trainer.parent), trainer.evaluate_modularity()
-    trainer.save_model(str(output / "parent"))
-    report: dict[str, Any] = {"seed": seed, "epochs": epochs, "test_indices": test_indices}
-    for name, reached in zip(("plain", "parent"), accuracies, strict=True):
-        report[name] = {"accuracy": reached, "parameters": parameters}
-    report["parent"] |= {"generator_parameters": parent.num_parameters() - parameters, **modularity}
-    report["modules"] = [_module(trainer, labels, output) for labels in MODULES]
+    report: dict[str, Any] = {"seed": seed, "epochs": epochs, "mask_epochs": mask_epochs, "samples": SAMPLES}
+    report |= {"test_indices": test_indices, "modules": []}
+    for name, each in {"plain": plain, "parent": trainer}.items():
+        model = each.model.eval()
+        numbers = {"parameters": base_parameters(trainer.parent), "all_parameters": model.num_parameters()}
+        report[name] = {"accuracy": each.evaluate()["eval_accuracy"], **numbers}
+        for labels in MODULES:
+            report["modules"] += _modules(name, model, labels, train, test, processor, output, seed)
+        model.save_pretrained(output / name)
+    processor.save_pretrained(output / "plain")
     report["seconds"] = round(time.perf_counter() - start, 1)
-    draw_neurons(parent, output / "modules.png")
+    draw_curves(_curves(report["modules"]), output / "modules.png")
     write_json(output / "report.json", report)
     return report
 
@@ -86,11 +99,13 @@ def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[i
     return parts[0], parts[1], [int(index) for index in held_out]
 
 
-def digits_trainer(kind: Any, train: Digits, test: Digits, seed: int, epochs: int, **options: Any) -> Any:
-    """Builds a `Trainer` or `NeMoTrainer` of a small ViT; `options` are further arguments of `kind`."""
+def digits_trainer(
+    kind: Any, train: Digits, test: Digits, seed: int, epochs: int, model: PreTrainedModel | None = None, **options: Any
+) -> Any:
+    """Builds a `Trainer` or `NeMoTrainer` of a small ViT, new or given; `options` are further arguments of `kind`."""
     set_seed(seed)
     names = [str(digit) for digit in range(10)]
-    model = ViTForImageClassification(ViTConfig(
+    model = model or ViTForImageClassification(ViTConfig(
         image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
@@ -109,25 +124,94 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
-def _module(trainer: NeMoTrainer, labels: Sequence[int], output: Path) -> dict[str, Any]:
-    """Cuts a module, saves it, loads it back and measures what was loaded."""
-    path = (output / "modules" / "-".join(map(str, labels))).resolve()
-    trainer.extract_module(list(labels)).save_pretrained(path)
-    loaded = AutoModelForImageClassification.from_pretrained(path)
-    report = trainer.evaluate_module(list(labels), module=loaded).to_dict()
-    loaded.save_pretrained(path)  # with its report
-    for kind in TIMES:
-        report |= {kind: report[kind].get("1"), f"{kind}_by_batch": report[kind]}  # None if runs disagree
-    return {**report, "labels": list(labels), "path": str(path), "equivalence": loaded.config.equivalence}
+def _modules(
+    name: str, source: Any, labels: Sequence[int], train: Digits, test: Digits, processor: Any, output: Path, seed: int
+) -> list[dict[str, Any]]:
+    """Cuts modules of some labels, at each retention and beside their controls, and measures them."""
+    chosen = list(labels)
+    others = [label for label in range(10) if label not in labels][: len(labels)]
+    cut = partial(extract_module, calibration=train, retention=RETENTIONS, processing_class=processor,
+                  max_samples=SAMPLES, batch_size=SAMPLES, show_progress=False)  # fmt: skip
+    modules = cut(source, chosen)
+    raw = cut(source, chosen, reconstruct=False, rejection=False)
+    random = cut(_with_random_relevance(source, seed), chosen, scores="relevance", rejection=False)
+    strangers = cut(source, others, rejection=False)
+    path = (output / "modules" / name / "-".join(map(str, labels))).resolve()
+    modules[0].save_pretrained(path)
+    is_parent = isinstance(source, NeMoPreTrainedModel)
+    plain = copy.deepcopy(source).detach_masks().eval() if is_parent else source
+    rows = []
+    for place, module in enumerate(modules):
+        strangers[place].model.classifier = module.model.classifier  # answers for these labels
+        done = module.config.extraction
+        answering = {"accuracy": module, "raw": raw[place], "random": random[place], "other": strangers[place]}
+        times = time_runs({"module": module.model, "source": plain}, {"pixel_values": test.pixel_values[:1]}, [1])
+        rows.append({
+            "source": name, "labels": chosen, "retention": RETENTIONS[place], "path": None if place else str(path),
+            **{key: done[key] for key in ("weights", "neurons", "samples", "seconds", "bytes", "source_bytes")},
+            "parameters": base_parameters(module), "restricted": _accuracy(source, test, chosen, chosen),
+            **{key: _accuracy(model.model, test, chosen) for key, model in answering.items()},
+            "latency_ms": times.milliseconds["module"].get("1"),  # None where the runs disagree
+            "source_latency_ms": times.milliseconds["source"].get("1"), "latency_note": times.note,
+        })  # fmt: skip
+    return rows
+
+
+def _with_random_relevance(source: Any, seed: int) -> NeMoPreTrainedModel:
+    """A parent like a model, whose relevance ranks at random those neurons that the model uses."""
+    is_parent = isinstance(source, NeMoPreTrainedModel)
+    parent = copy.deepcopy(source) if is_parent else make_parent(copy.deepcopy(source), NeMoConfig(masks="static"))
+    generator = torch.Generator().manual_seed(seed)
+    for mask in parent.parent_masks().site_masks():
+        used = is_relevant(mask.relevance, parent.nemo_config.relevance_threshold).any(0)
+        drawn = torch.randint(128, 256, used.shape, generator=generator, dtype=torch.uint8)
+        mask.relevance.copy_(torch.where(used, drawn, 0))
+    parent.config.relevance_source = "exact"
+    return parent
+
+
+@torch.no_grad()
+def _accuracy(model: Any, test: Digits, labels: Sequence[int], columns: Sequence[int] | None = None) -> float:
+    """Share of right answers on the test samples of some labels; `columns` are the logits that count."""
+    truth, wanted = torch.tensor(test.labels), torch.tensor(labels)
+    own = torch.isin(truth, wanted)
+    logits = model(pixel_values=test.pixel_values[own], return_dict=True).logits
+    answers = (logits if columns is None else logits[:, list(columns)]).argmax(-1)
+    return float((wanted[answers] == truth[own]).double().mean())
+
+
+def _curves(modules: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By source and kind of model, pairs of the share of weights kept and the accuracy, means over the modules."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, title in SOURCES.items():
+        rows = [row for row in modules if row["source"] == name]
+        at = {share: [row for row in rows if row["retention"] == share] for share in RETENTIONS}
+        curves[title] = {
+            text: [(fmean(row["weights"] for row in own), fmean(row[key] for row in own)) for own in at.values()]
+            for key, text in MEASURED.items()
+        }
+    return curves
 
 
 def format_demo(report: Mapping[str, Any]) -> str:
-    """Renders the demo's report for a terminal."""
-    plain, parent = report["plain"], report["parent"]
-    modules = [{**module, **{kind: module[f"{kind}_by_batch"] for kind in TIMES}} for module in report["modules"]]
+    """Renders the demo's report for a terminal: the modules of both models side by side."""
+    by_key: dict[Any, dict[str, Any]] = {}
+    for row in report["modules"]:
+        by_key.setdefault((tuple(row["labels"]), row["retention"]), {})[row["source"]] = row
+    names = ["whole" if name == "restricted" else "module" if name == "accuracy" else name for name in MEASURED]
+    rows = [["labels", "weights", "MB", "ms", *names, f"| {names[0]}", *names[1:]]]
+    for (labels, _), found in by_key.items():
+        row, own = found["plain"], [f"{found[name][key]:.3f}" for name in SOURCES for key in MEASURED]
+        times = [f"{ms:.1f}" if ms else "-" for ms in (row["latency_ms"], row["source_latency_ms"])]
+        size = f"{row['bytes'] / 1e6:.2f} of {row['source_bytes'] / 1e6:.2f}"
+        own[len(MEASURED)] = f"| {own[len(MEASURED)]}"
+        rows.append([",".join(map(str, labels)), f"{row['weights']:.2f}", size, " of ".join(times), *own])
+    plain, parent = ([report[name]["accuracy"], report[name]["parameters"]] for name in SOURCES)
     return (
-        f"plain model   accuracy {plain['accuracy']:.3f}   {plain['parameters']:,} parameters\n"
-        f"parent        accuracy {parent['accuracy']:.3f}   {parent['parameters']:,} parameters "
-        f"+ {parent['generator_parameters']:,} of mask generators   coupling {parent['coupling']:.2f}\n\n"
-        f"{format_table(modules)}"
+        f"plain model, {report['epochs']} epochs: accuracy {plain[0]:.3f}, {plain[1]:,} parameters\n"
+        f"trained on with masks, {report['mask_epochs']} epochs: accuracy {parent[0]:.3f}\n\n"
+        f"Accuracies of modules cut from the plain model, left, and from the one trained with masks, right, on up to\n"
+        f"{report['samples']} samples. whole: the model they are cut from, choosing among their labels; raw: before\n"
+        "reconstruction; random: other neurons, reconstructed; other: a module of other labels with this head.\n\n"
+        f"{aligned(rows)}"
     )

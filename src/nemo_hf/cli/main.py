@@ -5,11 +5,13 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, TrainingArguments
 
+from nemo_hf.models.calibrated_cut import VOCABULARIES
+from nemo_hf.models.cut_source import Score
 from nemo_hf.models.equivalence import EquivalenceError
 from nemo_hf.models.privacy import clean_command
 
@@ -43,7 +45,7 @@ class _Parser(HfArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all commands; each sets `run` to the function that runs it."""
-    text = "Train a classifier so that it comes apart into small stand-alone modules."
+    text = "Cut small stand-alone modules out of a trained classifier, or train one so that they are smaller still."
     parser = _Parser(prog="nemo-hf", description=text, formatter_class=argparse.HelpFormatter)
     parser.set_defaults(run=lambda options: parser.print_help())
     group = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
@@ -58,10 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     cutting.add_argument("--threshold", type=float, help="relevance from which a neuron is kept, above 0 up to 1")
     cutting.add_argument("--round-to", type=int, metavar="N", help="fill widths up to multiples of N, such as 8")
 
-    add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in three minutes")
-    add("--output-dir", required=True, help="gets parent/, modules/, report.json and modules.png")
+    add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in two minutes")
+    add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json and modules.png")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
-    add("--epochs", type=_count, default=EPOCHS, help=f"epochs of each of the two trainings (default: {EPOCHS})")
+    add(
+        "--epochs",
+        type=_count,
+        default=EPOCHS,
+        help=f"epochs of the plain model, and half as many with masks ({EPOCHS})",
+    )
 
     add = command(
         commands.train,
@@ -74,10 +81,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nemo-config", metavar="JSON", help="NeMoConfig as a JSON file or inline JSON")
     add("--train-split", default="train", help="split to train on")
 
-    add = command(commands.extract, "cut a module out of a saved parent and save it", parents=[cutting])
-    add("--parent", required=True, help="parent: directory or Hub repository")
-    add("--labels", required=True, nargs="+", help="label names, group names or label ids, in the order of the outputs")
-    add("--output-dir", required=True, help="directory of the module")
+    add = command(
+        commands.cut,
+        "cut modules out of a plain model or a parent on calibration samples, without training",
+        parents=[_data_options(is_required=False, has_batches=False, split="train", label_column=None), cutting],
+        usage="nemo-hf cut MODEL --labels LABEL ... --dataset DATA [--retention SHARE ... | --max-loss POINTS] "
+        "--output-dir DIR [options]\n"
+        "       nemo-hf cut PARENT --labels LABEL ... [--threshold T] [--round-to N] --output-dir DIR",
+    )
+    _cut_options(add)
 
     add = command(commands.export, "write a module as a plain model of transformers, or as ONNX")
     add("--module", required=True, help="module: directory or Hub repository")
@@ -119,12 +131,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_options(is_required: bool, has_batches: bool = True) -> argparse.ArgumentParser:
+def _cut_options(add: Callable[..., Any]) -> None:
+    """Adds the options of `cut`, which are those of `nemo_hf.extract_module`."""
+    add("model", metavar="MODEL", help="plain model or parent: directory or Hub repository")
+    add("--labels", required=True, nargs="+", help="label names, group names or label ids, in the order of the outputs")
+    add("--output-dir", required=True, help="directory of the module; of several, each in a folder named as its share")
+    add("--retention", nargs="+", type=float, metavar="SHARE", help="share of the weights to keep (default: 0.2)")
+    add("--max-loss", type=float, metavar="POINTS", help="find the smallest module that loses at most so many points")
+    add("--validation-split", help="with --max-loss: split to measure it on; otherwise part of the samples")
+    add("--samples", type=_count, metavar="N", help="most samples of the module's labels (default: 1000)")
+    add("--scores", choices=get_args(Score), help="how neurons are scored (default: activity)")
+    add("--no-reconstruct", action="store_true", help="leave the layers as they are after the cut")
+    add("--refine-epochs", type=_count, metavar="N", help="train the module towards the model's answers")
+    add("--vocabulary", choices=VOCABULARIES, help="texts: which tokens have embeddings of their own")
+    add("--max-positions", type=_count, metavar="N", help="texts: tokens of the longest text to come")
+    add("--trust-remote-code", action="store_true", help="let the model's own code run")
+
+
+def _data_options(
+    is_required: bool, has_batches: bool = True, split: str = "test", label_column: str | None = "label"
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--dataset", required=is_required, help="Hub data set or local folder")
-    parser.add_argument("--split", default="test", help="split to measure with (default: test)")
-    parser.add_argument("--label-column", default="label", help="column of the labels (default: label)")
-    parser.add_argument("--input-column", help="column of the images or texts; found if left out")
+    use = "measure with" if split == "test" else "take samples from"
+    parser.add_argument("--split", default=split, help=f"split to {use} (default: {split})")
+    named = "label" if label_column else "label, if there is one"
+    parser.add_argument("--label-column", default=label_column, help=f"column of the labels (default: {named})")
+    parser.add_argument("--input-column", help="column of the samples; found if left out")
     if has_batches:
         parser.add_argument("--batch-size", type=_count, default=64, help="samples per batch (default: 64)")
     return parser

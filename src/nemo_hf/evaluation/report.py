@@ -310,6 +310,11 @@ def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
             *("-" if share is None else f"{share:.3f}" for share in shares),
             " of ".join("/".join("-" if time is None else f"{time:.1f}" for time in of) for of in times),
         ])  # fmt: skip
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns for a terminal, with a line under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -65,6 +65,7 @@ class CardFacts:
     threshold: float | None = None  # module: relevance threshold that it was cut with
     round_to: int | None = None  # module: widths were filled up to multiples of it
     equivalence: Mapping[str, Any] | None = None  # result of the equivalence check
+    extraction: Mapping[str, Any] | None = None  # module: how it was cut on calibration samples
     rejection: Mapping[str, Any] | None = None  # module: what `calibrate_rejection` found
     rejected_label: str | None = None  # module: name of the output that stands for none of its labels
     is_tuned: bool = False  # module: whether it was trained further since it was cut
@@ -125,10 +126,24 @@ def extraction_command(facts: CardFacts) -> str | None:
         name if name.isprintable() and name.strip() and not name.startswith("-") else str(place)
         for name, place in zip(facts.labels, facts.label_ids or facts.labels, strict=True)
     ]
-    words = ["nemo-hf", "extract", "--parent", facts.parent or "PARENT", "--labels", *labels]
+    done = facts.extraction
+    words = ["nemo-hf", "cut", facts.parent or ("MODEL" if done else "PARENT"), "--labels", *labels]
+    words += _sample_options(done, facts.datasets) if done else []
     words += [] if facts.threshold is None else ["--threshold", str(facts.threshold)]
     words += [] if facts.round_to is None else ["--round-to", str(facts.round_to)]
     return shlex.join([*words, "--output-dir", facts.repo_id.split("/")[-1]])
+
+
+def _sample_options(done: Mapping[str, Any], datasets: Sequence[str]) -> list[str]:
+    """Options of `nemo-hf cut` that cut on samples as a module was cut."""
+    vocabulary = done.get("vocabulary") or {}
+    share = done.get("retention") or done.get("weights") or 0.2  # the latter where a loss was asked for
+    options = {"dataset": next(iter(datasets), "DATA"), "retention": f"{share:.4g}", "scores": str(done.get("scores"))}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    words += [] if "distance" in done else ["--no-reconstruct"]
+    words += ["--vocabulary"] if "tokens" in vocabulary else []
+    words += ["--max-positions", str(vocabulary["positions"])] if "positions" in vocabulary else []
+    return words + (["--refine-epochs", str(done["refine_epochs"])] if done.get("refine_epochs") else [])
 
 
 def _code(facts: CardFacts) -> dict[str, tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""Pictures of which neurons the label groups use."""
+"""Pictures of which neurons the label groups use, and of how good modules are at their size."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,33 @@ def draw_neurons(model: NeMoPreTrainedModel, path: str | Path) -> bool:
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.3, 1][: len(panels)])[0]
     for one, (values, columns, rows, title) in zip(axes, panels, strict=True):
         _draw(figure, one, values, columns, rows or names, title)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png", metadata={"Software": None})
+    return True
+
+
+def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | Path) -> bool:
+    """Draws accuracies over shares of weights: by panel and name of a line its points. Returns whether it was drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No picture of the modules is drawn, since matplotlib is missing. Install nemo-hf[demo].")
+        return False
+    figure = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for one, (title, lines) in zip(axes, panels.items(), strict=True):
+        for place, (name, points) in enumerate(lines.items()):
+            style = {"linestyle": "-" if place < 2 else "--", "marker": "o", "color": f"C{place}"}
+            one.plot(*zip(*points, strict=True), label=name, linewidth=2 if place == 1 else 1.2, markersize=4, **style)
+        one.set_xscale("log")
+        shares = sorted({share for points in lines.values() for share, _ in points})
+        one.set_xticks(shares, [f"{share:.0%}" for share in shares])
+        one.minorticks_off()
+        one.set_title(title)
+        one.set_xlabel("weights of attention and feed-forward layers kept")
+        one.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy, mean over modules")
+    axes[-1].legend(loc="lower right", fontsize=8)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png", metadata={"Software": None})
     return True

@@ -37,7 +37,8 @@ NAME_LENGTH = 60  # of a module's repository
 STALE = [*STALE_WEIGHTS, "training_args.bin", REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]
 """Files of an older push that are deleted unless they are pushed again; the last is code that version 0.1.0 wrote."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
-TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "rejection", "is_tuned", "training")
+TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "extraction", "rejection",
+              "is_tuned", "training")  # fmt: skip
 """Entries of a configuration that are facts of the card by the same name."""
 
 Publishable = NeMoPreTrainedModel | NeMoComposedModel
@@ -75,6 +76,7 @@ def _single_facts(model: NeMoPreTrainedModel, options: CardOptions) -> dict[str,
     owned = config.groups if model.is_parent else {}  # a module's groups name labels by the parent's ids
     groups = [{"name": name, "labels": [names[i] for i in ids]} for name, ids in owned.items()]
     given, defaults = model.nemo_config.to_dict(), NeMoConfig().to_dict()
+    origin = config.base_model if config.extraction else None  # a plain model that the module was cut from
     return {
         **{name: getattr(config, name) for name in TAKEN_OVER},
         "rejected_label": config.rejected_label if config.shows_rejected else None,
@@ -85,7 +87,7 @@ def _single_facts(model: NeMoPreTrainedModel, options: CardOptions) -> dict[str,
         "generator_parameters": sum(p.numel() for p in model.masks.parameters()) if model.masks is not None else 0,
         "groups": groups if any(len(group["labels"]) > 1 for group in groups) else [],
         "several_labels": config.has_several_labels,
-        "parent": None if model.is_parent else options.parent or config.parent,
+        "parent": None if model.is_parent else options.parent or config.parent or origin,
         "base_model": (config.training or {}).get("base_model"),
         "threshold": config.relevance_threshold,
         "nemo_config": {name: value for name, value in given.items() if value != defaults[name]},

@@ -31,8 +31,11 @@ TASKS = {
 PLACE_TASKS = ("token-classification", "image-segmentation", "object-detection")
 """Tasks whose models answer at many places of a sample: tokens, pixels, queries."""
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
-MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify"}  # of from_pretrained, not for the configuration
-LOADING_OPTIONS = MODEL_OPTIONS | {"verify_files"}
+# Of from_pretrained, not for the configuration; and what `extract_module` takes besides.
+MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify", "calibration", "retention", "max_loss"}
+CUT_OPTIONS = {"processing_class", "validation", "label_groups", "nemo_config", "scores", "reconstruct", "vocabulary",
+               "refine_epochs", "max_positions", "rejection", "max_samples", "batch_size", "show_progress"}  # fmt: skip
+LOADING_OPTIONS = MODEL_OPTIONS | CUT_OPTIONS | {"verify_files"}
 NAMED_LABELS = ("id2label", "label2id")
 # Attributes of any configuration that the plain model's alone holds, with their defaults.
 BASE_ATTRIBUTES = {"output_hidden_states": False, "_output_attentions": False, "chunk_size_feed_forward": 0,

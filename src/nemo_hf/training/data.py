@@ -138,6 +138,16 @@ def sample_loader(trainer: Any, dataset: Any, is_shared: bool = False, workers: 
     return DataLoader(dataset, batch_size=args.eval_batch_size, collate_fn=collator, num_workers=workers)
 
 
+def calibration_options(trainer: Any, dataset: Any, calibration: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a cut, with the samples of a data set for one that needs some and is given none."""
+    if calibration is None and all(options.get(name) is None for name in ("retention", "max_loss")):
+        return dict(options)
+    if calibration is None and dataset is None:
+        raise ValueError("Got no data to cut on; expected samples. Pass extract_module(..., calibration=...).")
+    samples = sample_loader(trainer, dataset) if calibration is None else calibration
+    return {"calibration": samples, "show_progress": not trainer.args.disable_tqdm, **options}
+
+
 def groups_from_column(dataset: Any, column: str, model: Any) -> dict[str, list[LabelLike]]:
     """Reads label groups, name to label ids, from a column of the groups' names or of a `ClassLabel`'s integers."""
     id2label = {int(index): str(name) for index, name in model.config.id2label.items()}

@@ -325,9 +325,14 @@ class NeMoTrainer(Trainer):
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
 
-    def extract_module(self, labels: LabelLike | Sequence[LabelLike], **kwargs: Any) -> NeMoClassifier:
-        """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go."""
-        return self._whole_parent().extract_module(labels, **kwargs)
+    def extract_module(self, labels: LabelLike | Sequence[LabelLike], calibration: Any = None, **kwargs: Any) -> Any:
+        """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go.
+
+        With `retention` or `max_loss` the calibration samples are those of the training data, unless others are given:
+        of `relevance_dataset` or else of `train_dataset`, through the trainer's collator.
+        """
+        options = data.calibration_options(self, self._counted_data, calibration, kwargs)
+        return self._whole_parent().extract_module(labels, **options)
 
     def evaluate_module(
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
@@ -338,12 +343,9 @@ class NeMoTrainer(Trainer):
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
 
     def calibrate_rejection(
-        self,
-        module: NeMoClassifier,
-        eval_dataset: Any = None,
-        accepted: float = 0.95,
+        self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95,
         rejected_label: str | None = REJECTED_LABEL,
-    ) -> dict[str, float]:
+    ) -> dict[str, float]:  # fmt: skip
         """Calibrates a module on the evaluation data, or other data: see `nemo_hf.calibrate_rejection`."""
         batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
         return calibrate_rejection(module, batches, accepted, not self.args.disable_tqdm, rejected_label)
