@@ -80,7 +80,7 @@ def assert_untouched(model, before):
 
 def in_use(family):
     """A model as in the middle of training: some layers frozen, some in eval mode, with checkpointing."""
-    model = parent_of(family, masks="static") if family == "parent" else fresh(family)
+    model = parent_of("bert", static_evaluation=True) if family == "parent" else fresh(family)
     model.train()
     model.activation_checkpointing_enable()
     layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.LayerNorm)]
@@ -126,9 +126,9 @@ def test_the_source_stays_as_it_is_also_when_the_cut_ends_in_the_middle(phase, e
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("family", ["vit", "llama", "swin", "albert"])
+@pytest.mark.parametrize("family", ["vit", "llama", "swin", "albert", "parent"])
 def test_no_source_is_touched(family):
-    model = fresh(family)
+    model = in_use(family) if family in ("vit", "parent") else fresh(family)
     before = everything_about(model)
     cut(model, batches_for(family), [0.5, 0.2])
     assert_untouched(model, before)
@@ -266,7 +266,8 @@ def answered(size, count=60):
 @pytest.mark.parametrize("max_loss", [0, 12.0, 100])
 def test_the_smallest_module_within_a_loss(max_loss):
     model, batches = answered(20)
-    module = cut(model, batches, None, labels=(0, 1, 2), max_loss=max_loss, validation=batches)
+    options = {"labels": (0, 1, 2), "reconstruct": False}
+    module = cut(model, batches, None, max_loss=max_loss, validation=batches, **options)
 
     def loss(module):
         found = [logits_of(module, pixel_values=b["pixel_values"]).argmax(-1) == b["labels"] for b in batches]
@@ -278,7 +279,7 @@ def test_the_smallest_module_within_a_loss(max_loss):
     if max_loss == 100:
         assert weights < 0.1
     else:  # a step below it more is lost
-        assert loss(cut(model, batches, 0.9 * weights, labels=(0, 1, 2))) > max_loss
+        assert loss(cut(model, batches, 0.9 * weights, **options)) > max_loss
 
 
 @pytest.mark.parametrize("size", [20, 8, 1])

@@ -264,7 +264,7 @@ def _smallest(
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         found = cut(math.exp(middle))
-        if _accuracy(found[0].model, task, samples.held_out, None) >= needed:
+        if _accuracy(found[0].model, task, samples.held_out, None) >= needed - 1e-9:
             high, best = middle, found
         else:
             low = middle

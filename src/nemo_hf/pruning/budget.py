@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
 from .layer_cuts import LayerCut, site_cut
-from .layer_edits import layer_weight
+from .layer_edits import weight_shape
 from .plan import Plan
 
 STEPS = 12  # of the bisection: shares are found to 1/4096
@@ -31,12 +31,12 @@ def masked_weights(
             if path in whole:
                 outputs, inputs = _kept_shares(model.get_submodule(path), cut)
                 whole[path] = (whole[path][0] * outputs, whole[path][1] * inputs)
-    sizes = {path: layer_weight(model.get_submodule(path)).numel() for path in whole}
+    sizes = {path: math.prod(weight_shape(model.get_submodule(path))) for path in whole}
     return sum(sizes[path] * share[0] * share[1] * (costs or {}).get(path, 1.0) for path, share in whole.items())
 
 
 def _kept_shares(layer: nn.Module, cut: LayerCut) -> tuple[float, float]:
-    outputs, inputs = layer_weight(layer).shape[:2]
+    outputs, inputs = weight_shape(layer)[:2]
     of_outputs = 1.0 if cut.outputs is None else len(cut.outputs) / outputs
     return of_outputs, 1.0 if cut.inputs is None else len(cut.inputs) / inputs
 

@@ -15,6 +15,13 @@ def layer_weight(layer: nn.Module) -> Tensor:
     return weight.mT if isinstance(layer, Conv1D) else weight
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of what `layer_weight` returns."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.mT.shape if isinstance(layer, Conv1D) else weight.shape)
+
+
 def set_weight(layer: nn.Module, weight: Tensor) -> None:
     """Sets a weight given as `layer_weight` returns it."""
     _set(layer, "weight", weight.mT if isinstance(layer, Conv1D) else weight)
