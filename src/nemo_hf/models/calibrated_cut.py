@@ -90,9 +90,10 @@ def extract_module(
         reconstruct: Whether to reconstruct the layers after the cut.
         refine_epochs: Passes over the calibration samples in which the module is then trained towards the model's
             answers; 0 trains nothing.
-        vocabulary: `"shared"` keeps the embeddings of those tokens of a text module that these samples have, and of 1,000
-            frequent words; each other token shares that of the most similar one, and the tokenizer stays. `"calibration"` takes the other tokens
-            out of the tokenizer, except single characters or bytes: texts with unseen words then lose more.
+        vocabulary: `"shared"` keeps the embeddings of those tokens of a text module that these samples have, and of
+            1,000 frequent words; each other token shares that of the most similar one, and the tokenizer stays.
+            `"calibration"` takes the other tokens out of the tokenizer, except single characters or bytes: texts with
+            unseen words then lose more.
         max_positions: Tokens of the longest text to come; cuts the table of positions to it.
         rejection: Whether to calibrate rejection where the samples have other labels as well: the module then has a
             last label for inputs that it rejects (see docs/rejection.md).
