@@ -5,6 +5,7 @@ has not, its weights become W + D, where D minimises |X D - d|^2 + ridge |D|^2. 
 the stream, each layer also mends their damage.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from nemo_hf.neurons.sites import PAD, NeuronSite, layer_features
 
 from .layer_cuts import LayerCut, site_cut
 from .layer_edits import layer_weight
-from .partial_runs import PartialRuns, enclosing_blocks, stop
+from .partial_runs import REMEMBERED_BYTES, PartialRuns, enclosing_blocks, stop
 from .plan import Plan
 from .resize import ScatterLinear
 from .statistics import admitted_tokens
@@ -29,6 +30,8 @@ from .stream_points import StreamPoint, find_stream_points, tensors_of
 
 RIDGE = 1e-2  # of the mean square of what a layer reads
 SMALLEST_FACTOR = 1e-3  # of the largest one on the way to the stream: channels below it are left as they are
+NOTHING = torch.empty(0)
+TRIED = 2  # samples on which skipping blocks is tried
 PATCH_NUMBERS = 2**24  # of a convolution's patches that are held at a time
 ROWS_PER_FEATURE, LEAST_ROWS = 8, 8192  # positions of images beyond which a sample of them will do
 
@@ -87,14 +90,17 @@ class _Call:
 
 
 @contextmanager
-def _watching_results(model: nn.Module, paths: Sequence[str], calls: int) -> Iterator[list[_Call]]:
+def _watching_results(
+    model: nn.Module, paths: Sequence[str], calls: int, on_last: Callable[[], None] = stop
+) -> Iterator[list[_Call]]:
     """Lets forward passes end when layers have been called; the list holds the calls of the last pass."""
     seen: list[_Call] = []
 
     def on_call(path: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.append(_Call(path, args[0], output, output))
+        goes_on = on_last is not stop  # and may add to the result in place
+        seen.append(_Call(path, args[0], output, output.clone() if goes_on else output))
         if len(seen) == calls:
-            stop()
+            on_last()
 
     with ExitStack() as stack:
         for path in paths:
@@ -104,7 +110,7 @@ def _watching_results(model: nn.Module, paths: Sequence[str], calls: int) -> Ite
 
 @contextmanager
 def _watching_stream(
-    model: nn.Module, path: str, point: StreamPoint, calls: int, with_graph: bool
+    model: nn.Module, path: str, point: StreamPoint, calls: int, with_graph: bool, on_last: Callable[[], None] = stop
 ) -> Iterator[list[_Call]]:
     """Lets forward passes end where the results of a layer join the stream; likewise."""
     seen: list[_Call] = []
@@ -131,9 +137,10 @@ def _watching_stream(
 
     def look(value: Any) -> None:
         if seen and seen[-1].stream is None and since == point.call:
-            seen[-1].stream = list(tensors_of(value))[point.position]
+            stream = list(tensors_of(value))[point.position]
+            seen[-1].stream = stream if on_last is stop else stream.clone()  # what comes next may add to it in place
             if len(seen) == calls:
-                stop()
+                on_last()
 
     with ExitStack() as stack:
         layer = model.get_submodule(point.path)
@@ -178,42 +185,79 @@ class Reconstruction:
         once = [path for path, count in times.items() if count == 1]
         self.blocks = [path for path in once if not any(other.startswith(f"{path}.") for other in once)]
         self.runs = [PartialRuns(model, self.blocks) for model in (source, module)]
+        self.targets: dict[tuple[str, int], list[_Call]] = {}  # of the source, by the first layer of a step and batch
 
     @torch.no_grad()
     def run(self, ridge: float = RIDGE, on_layer: Callable[[str], None] = lambda path: None) -> dict[str, LayerError]:
         """Changes the module's weights; returns the errors of its layers by path, in the order in which they run."""
         for runs in self.runs:
-            runs.try_out(self.batches[0][1])
+            runs.try_out({name: value[:TRIED] for name, value in self.batches[0][1].items()})
         errors: dict[str, LayerError] = {}
         with self.runs[0].attached(), self.runs[1].attached():
             for number, paths in enumerate(self.steps):
                 later = [path for step in self.steps[number:] for path in step]
                 is_open = [any(path.startswith(f"{block}.") for path in later) for block in self.blocks]
-                errors |= self._reconstruct(paths, [*is_open, True].index(True), ridge)
+                final = [*is_open, True].index(True)
+                if (paths[0], self.batches[0][0]) not in self.targets:
+                    self._collect_targets(self._same_block(number), final)
+                errors |= self._reconstruct(paths, final, ridge)
                 on_layer(paths[-1])
         return errors
 
+    def _same_block(self, number: int) -> list[list[str]]:
+        """The steps from this one on that lie in the same block."""
+        around = next((block for block in self.blocks if self.steps[number][0].startswith(f"{block}.")), None)
+        steps = itertools.takewhile(lambda step: around and step[0].startswith(f"{around}."), self.steps[number:])
+        return list(steps) or [self.steps[number]]
+
+    def _watching(self, model: nn.Module, paths: Sequence[str], **options: Any) -> Any:
+        point, count = self.points.get(paths[0]), sum(self.calls[path] for path in paths)
+        if point is None:
+            return _watching_results(model, paths, count, **options)
+        return _watching_stream(model, paths[0], point, count, model is self.module, **options)
+
+    def _collect_targets(self, steps: Sequence[Sequence[str]], final: int) -> None:
+        """Runs the source once for several steps and keeps its streams, if these are not too large."""
+        self.targets.clear()
+        left, size = len(steps), 0
+
+        def on_last() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                stop()
+
+        with ExitStack() as stack:
+            watched = [stack.enter_context(self._watching(self.source, paths, on_last=on_last)) for paths in steps]
+            for index, inputs in self.batches:
+                left = len(steps)
+                for seen in watched:
+                    seen.clear()
+                self.runs[0].run(index, inputs, final)
+                for paths, seen in zip(steps, watched, strict=True):
+                    calls = [replace(call, read=NOTHING, result=NOTHING) for call in seen]
+                    size += sum(call.stream.nbytes for call in calls if call.stream is not None)
+                    self.targets[paths[0], index] = calls
+                if size > REMEMBERED_BYTES:
+                    self.targets.clear()
+                    return
+
     def _reconstruct(self, paths: Sequence[str], final: int, ridge: float) -> dict[str, LayerError]:
         """Changes layers that are called one after another with the same input, or one that joins the stream."""
-        point, count = self.points.get(paths[0]), sum(self.calls[path] for path in paths)
+        point = self.points.get(paths[0])
         norm = None if point is None or point.norm is None else self.module.get_submodule(point.norm)
         fits = {path: _Fit(self, path, norm) for path in paths}
-        with ExitStack() as stack:
-            watched = [
-                stack.enter_context(
-                    _watching_results(model, paths, count)
-                    if point is None
-                    else _watching_stream(model, paths[0], point, count, model is self.module)
-                )
-                for model in (self.source, self.module)
-            ]
+        with self._watching(self.source, paths) as of_source, self._watching(self.module, paths) as of_module:
             for index, inputs in self.batches:
-                for seen, runs in zip(watched, self.runs, strict=True):
-                    seen.clear()
-                    with torch.no_grad():
-                        runs.run(index, inputs, final)
-                for of_source, of_module in zip(*watched, strict=False):
-                    fits[of_module.path].add(of_source, of_module, inputs)
+                of_module.clear()
+                with torch.no_grad():
+                    self.runs[1].run(index, inputs, final)
+                    if (targets := self.targets.get((paths[0], index))) is None:
+                        of_source.clear()
+                        self.runs[0].run(index, inputs, final)
+                        targets = of_source
+                for target, call in zip(targets, of_module, strict=False):
+                    fits[call.path].add(target, call, inputs)
         errors = {path: fit.apply(ridge) for path, fit in fits.items()}
         # Layers that nothing was cut from have good weights to stay near to.
         found = {path: error for path, error in errors.items() if error is not None}
