@@ -79,7 +79,7 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
             "cut nothing --labels cat --output-dir m",
             "Got 'nothing', which is no directory here and can't be read",
         ),
-        (f"{CUT} --retention 0.2 --vocabulary", "Got --retention --vocabulary without --dataset"),
+        (f"{CUT} --retention 0.2 --vocabulary shared", "Got --retention --vocabulary without --dataset"),
         (f"{ON_SAMPLES} --threshold 0.5", "Got --threshold with --dataset"),
         (f"{ON_SAMPLES} --retention 0.2 --max-loss 1", "Got retention=0.2 and max_loss=1.0; expected one of them"),
         (f"{ON_SAMPLES} --retention 0.2 1.5", "Got retention=1.5"),
@@ -180,7 +180,7 @@ def test_names_of_labels_come_before_ids(stage, capsys):
 
 def test_cut_makes_a_module_for_each_retention_and_prints_a_table(stage, capsys):
     words = f"cut {BERT} --labels dog cat --dataset org/texts --label-column intent --retention 0.6 0.3 --samples 9"
-    assert main(f"{words} --max-positions 20 --vocabulary --output-dir m".split()) == 0
+    assert main(f"{words} --max-positions 20 --vocabulary calibration --output-dir m".split()) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("['dog', 'cat'], cut on 9 samples")
     assert [row.split()[:2] for row in rows[2:]] == [["m/0.6", "0.6"], ["m/0.3", "0.3"]]

@@ -50,6 +50,8 @@ OURS: dict[str, dict] = {
     "raw": {"reconstruct": False},
     "ours": {},
     "ours, refined": {"refine_epochs": 3},
+    "ours, fewer tokens": {"vocabulary": "shared", "max_positions": 64},
+    "ours, refined, fewer tokens": {"refine_epochs": 3, "vocabulary": "shared", "max_positions": 64},
 }
 """Options of `nemo_hf.extract_module` by the name of the row."""
 FIXED = {name for name in BASELINES if name.endswith("layers")}  # rows whose size does not follow the retention
@@ -112,6 +114,8 @@ def make(method: str, job: Job) -> PreTrainedModel:
 def extract(job: Job, **options) -> PreTrainedModel:
     """A module cut by `nemo_hf` from the unlabelled calibration samples: the plain model in it."""
     batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in job.calibration.batches(50)]
+    if options.get("vocabulary"):
+        options["processing_class"] = AutoTokenizer.from_pretrained(job.encoder)
     module = nemo_hf.extract_module(
         job.source, list(job.labels), calibration=batches, retention=job.retention,
         max_samples=len(job.calibration), show_progress=False, **options,

@@ -136,7 +136,8 @@ class NeMoConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Got {name}={getattr(self, name)!r}; expected True or False.")
         if not self.has_generators and not self.hard_masks:
-            raise ValueError("Got hard_masks=False without mask generators; expected True: only these make soft masks.")
+            given = "objective='moda'" if self.objective == "moda" else f"masks={self.masks!r}"
+            raise ValueError(f"Got hard_masks=False with {given}; expected True: only mask generators make soft masks.")
         self._check_groups()
         if self.sites is not None:
             if not _is_list(self.sites) or not self.sites:

@@ -39,6 +39,7 @@ Found = tuple[NeMoPreTrainedModel, dict[str, Any]]  # a module, and what `config
 TRIAL_SAMPLES = 4
 RETENTION = 0.2
 VOCABULARIES = ("shared", "calibration")
+EXTRA_TOKENS = 1000  # frequent words that keep embeddings of their own: 0.4 points for 1.5 MB on CLINC150
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
 
 
@@ -89,9 +90,10 @@ def extract_module(
         reconstruct: Whether to reconstruct the layers after the cut.
         refine_epochs: Passes over the calibration samples in which the module is then trained towards the model's
             answers; 0 trains nothing.
-        vocabulary: `"shared"` keeps the embeddings of those tokens of a text module that these samples have; each other
-            token shares that of the most similar one, and the tokenizer stays. `"calibration"` takes the other tokens
-            out of the tokenizer, except single characters or bytes: texts with unseen words then lose more.
+        vocabulary: `"shared"` keeps the embeddings of those tokens of a text module that these samples have, and of
+            1,000 frequent words; each other token shares that of the most similar one, and the tokenizer stays.
+            `"calibration"` takes the other tokens out of the tokenizer, except single characters or bytes: texts with
+            unseen words then lose more.
         max_positions: Tokens of the longest text to come; cuts the table of positions to it.
         rejection: Whether to calibrate rejection where the samples have other labels as well: the module then has a
             last label for inputs that it rejects (see docs/rejection.md).
@@ -316,7 +318,7 @@ def _finish(
         if options.max_positions:
             done["vocabulary"] |= shorten_positions(module, tokenizer, batches, options.max_positions)
         if options.vocabulary == "shared":
-            done["vocabulary"] |= share_tokens(module, tokenizer, batches)
+            done["vocabulary"] |= share_tokens(module, tokenizer, batches, EXTRA_TOKENS)
         elif options.vocabulary:
             done["vocabulary"] |= shrink_vocabulary(module, tokenizer, batches)
             reduced = own_processor(module, "text")
