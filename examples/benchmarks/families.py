@@ -33,7 +33,8 @@ RESULTS = compact.RESULTS / "supported_models.json"
 KINDS = ("attention", "ffn", "conv")
 TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
 SPREADS = (0.15, 0.3, 0.6)  # of the random weights, tried until the masks of each kind move the logits visibly
-CALIBRATED, FRESH, RETENTION = 64, 32, 0.4  # samples that a module is cut on, and others; its share of the weights
+CALIBRATED, FRESH, RETENTION = 128, 128, 0.4  # samples that a module is cut on, and others; its share of the weights
+BATCH = 32
 REMARKS = (
     ("Channels of convolutions stay whole", "channels are mixed by norms"),
     ("leaves all logits as they are", "without effect here"),
@@ -171,8 +172,8 @@ def drawn(model: PreTrainedModel, count: int) -> Iterator[dict[str, torch.Tensor
     """Batches of random samples, of one each for models that take no more at a time."""
     inputs = random_inputs(model, count)
     if len(next(iter(inputs.values()))) == count:
-        for start in range(0, count, FRESH):
-            yield {name: value[start : start + FRESH] for name, value in inputs.items()}
+        for start in range(0, count, BATCH):
+            yield {name: value[start : start + BATCH] for name, value in inputs.items()}
         return
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
