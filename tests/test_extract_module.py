@@ -176,6 +176,18 @@ def test_a_module_has_the_precision_of_its_source(family, dtype):
         torch.testing.assert_close(logits_of(module, **batch).float(), logits_of(wide, **other), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    "around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)  # fmt: skip
+def test_the_module_is_the_same_in_any_mode_of_torch(around):
+    expected = cut(fresh("bert"), batches_for("bert"))
+    with around():
+        module = cut(copy.deepcopy(fresh("bert")), batches_for("bert"))
+    assert_same_weights(module, expected)
+    assert not any(tensor.is_inference() for tensor in module.state_dict().values())
+
+
 def test_results_stay_with_the_weights_that_they_are_of():
     for family in ("bert", "resnet"):
         model = fresh("bert") if family == "bert" else randomize(tiny("ResNetForImageClassification", **STAGES))

@@ -43,6 +43,7 @@ EXTRA_TOKENS = 1000  # frequent words that keep embeddings of their own: 0.4 poi
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
 
 
+@torch.inference_mode(False)
 def extract_module(
     model: PreTrainedModel,
     labels: LabelLike | Sequence[LabelLike],
@@ -122,7 +123,8 @@ def extract_module(
     task = CutTask.of(model, labels, label_groups, nemo_config)
     samples = CutSamples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
     options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores)
-    with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad():
+    exactly = torch.autocast(model.device.type, enabled=False)  # it would keep old weights in half precision
+    with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad(), exactly:
 
         def advance(phase: str) -> None:
             bar.set_description(phase)

@@ -168,7 +168,10 @@ def plain_source(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _in_float32(plain: PreTrainedModel) -> PreTrainedModel:
-    wide: PreTrainedModel = plain if plain.dtype == torch.float32 else copy.deepcopy(plain).float()
+    is_usable = plain.dtype == torch.float32 and not any(
+        tensor.is_inference() for tensor in plain.state_dict().values()
+    )
+    wide: PreTrainedModel = plain if is_usable else copy.deepcopy(plain).float()
     return wide
 
 
