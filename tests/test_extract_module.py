@@ -379,3 +379,13 @@ def test_too_few_samples_make_the_ridge_grow_and_say_so(caplog):
     fresh_inputs = batches_for("bert", 64, seed=3)
     raw = cut(model, batches_for("bert", 2), reconstruct=False)
     assert distance(few, model, fresh_inputs) < 2 * distance(raw, model, fresh_inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scores": "fisher"}, {"refine_epochs": 1}, {"vocabulary": "shared"}, {"max_positions": 8}, {"validation": []}],
+)
+def test_options_that_need_samples_are_refused_without_them(options):
+    for cut_from in (parent_of("bert"), fresh("bert")):
+        with pytest.raises(ValueError, match="Got no calibration samples"):
+            extract_module(cut_from, [0, 1], show_progress=False, **options)

@@ -184,3 +184,14 @@ def test_a_module_that_was_cut_on_samples_says_how(vit):
     text = render_model_card(card_facts(raw, "me/m", CardOptions(), None))
     assert "nemo-hf cut MODEL --labels cat dog --dataset DATA --retention 0.2 --scores magnitude --no-rec" in text
     assert "Reconstruction" not in text
+
+
+@pytest.mark.parametrize(
+    ("report", "kind"), [({"tokens": 9, "token_rows": 5}, "shared"), ({"tokens": 5, "tokens_before": 9}, "calibration")]
+)
+def test_the_command_of_a_cut_names_the_kind_of_vocabulary(vit, report, kind):
+    module = extract_module(vit, [1, 0], image_samples(8), 0.2, show_progress=False)
+    module.config.extraction = {**module.config.extraction, "vocabulary": report}
+    text = render_model_card(card_facts(module, "me/cut", CardOptions(), None))
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("nemo-hf cut")))
+    assert build_parser().parse_args(words[1:]).vocabulary == kind

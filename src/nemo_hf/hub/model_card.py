@@ -141,7 +141,8 @@ def _sample_options(done: Mapping[str, Any], datasets: Sequence[str]) -> list[st
     options = {"dataset": next(iter(datasets), "DATA"), "retention": f"{share:.4g}", "scores": str(done.get("scores"))}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     words += [] if "distance" in done else ["--no-reconstruct"]
-    words += ["--vocabulary"] if "tokens" in vocabulary else []
+    kind = "shared" if "token_rows" in vocabulary else "calibration"
+    words += ["--vocabulary", kind] if "tokens" in vocabulary else []
     words += ["--max-positions", str(vocabulary["positions"])] if "positions" in vocabulary else []
     return words + (["--refine-epochs", str(done["refine_epochs"])] if done.get("refine_epochs") else [])
 

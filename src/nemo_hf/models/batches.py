@@ -14,6 +14,8 @@ from .configuration import SEVERAL_LABELS
 from .labels import check_answers_once, label_ids, label_targets
 from .saved_model import SavedModel
 
+Pair = tuple[dict[str, Any], Tensor | None]  # inputs and labels of a batch
+
 
 def split_batch(model: SavedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Moves a batch to a model's device and takes its labels out as they are."""
@@ -67,8 +69,19 @@ def labelled_batches(
 
 
 def select_samples(inputs: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
-    """The inputs of some samples: `chosen` is boolean, (batch,)."""
+    """The inputs of some samples: `chosen` is boolean, (batch,), or their places."""
     return {name: value[chosen] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def sample_count(inputs: Mapping[str, Any]) -> int:
+    """Number of samples of a batch of inputs."""
+    return len(next(iter(inputs.values())))
+
+
+def select_pair(pair: Pair, chosen: Tensor) -> Pair:
+    """Inputs and labels of some samples; likewise."""
+    inputs, labels = pair
+    return select_samples(inputs, chosen), None if labels is None else labels[chosen]
 
 
 @contextmanager

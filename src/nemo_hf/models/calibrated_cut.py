@@ -21,7 +21,9 @@ from nemo_hf.pruning.reconstruct import Reconstruction
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .cut_samples import CutSamples, Pair
+from .batches import Pair
+from .configuration import PLACE_TASKS
+from .cut_samples import CutSamples
 from .cut_source import Advance, CutTask, Score, Source, check_calibrated, plain_source, prepare_source
 from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
 from .extraction import extract_module as cut_by_relevance
@@ -34,7 +36,7 @@ from .vocabulary import share_tokens, shorten_positions, shrink_vocabulary
 
 logger = logging.getLogger(__name__)
 
-Keep = Mapping[str, Mapping[str, Tensor]]
+Keep = dict[str, dict[str, Tensor]]
 Found = tuple[NeMoPreTrainedModel, dict[str, Any]]  # a module, and what `config.extraction` is to say of it
 TRIAL_SAMPLES = 4
 RETENTION = 0.2
@@ -115,7 +117,8 @@ def extract_module(
     References:
         Scores as in Wanda (arXiv 2306.11695) for whole neurons, Fisher scores as in Kwon et al. (arXiv 2204.09656).
     """
-    if calibration is None and retention is None and max_loss is None and isinstance(model, NeMoPreTrainedModel):
+    given = (calibration, retention, max_loss, validation, vocabulary, max_positions, refine_epochs or None)
+    if isinstance(model, NeMoPreTrainedModel) and all(each is None for each in given) and scores == "activity":
         return cut_by_relevance(model, labels)
     start = time.perf_counter()
     retentions = _checked(retention, max_loss, refine_epochs, vocabulary, scores)
@@ -201,11 +204,12 @@ def _cut(model: PreTrainedModel, source: Source, task: CutTask, keep: Keep) -> N
     parent = attach_masks(source.plain, task.options, task.groups, source.sites)
     try:
         if isinstance(model, NeMoPreTrainedModel):
-            parent.config.base_model, parent.config.repository = model.config.base_model, model.config.repository  # type: ignore[misc]
+            config: Any = parent.config
+            config.base_model, config.repository = model.config.base_model, model.config.repository
         static = static_masks(source.sites, keep)
         counts = {key: [sum(len(index) for index in parts.values())] for key, parts in keep.items()}
         retained = retained_neurons(source.sites, keep)
-        plan = ModulePlan(task.label_ids, task.names, dict(keep), static, None, None, retained, counts)  # type: ignore[arg-type]
+        plan = ModulePlan(task.label_ids, task.names, keep, static, None, None, retained, counts)
         read = partial(read_tensor, source.plain.state_dict())
         module = build_module(type(parent), CutSource.of_parent(parent), plan, read)
         module.to(source.plain.device)  # type: ignore[arg-type]
@@ -325,7 +329,7 @@ def _finish(
             done["vocabulary"] |= shrink_vocabulary(module, tokenizer, batches)
             reduced = own_processor(module, "text")
             own, others = (list(_encoded_again(part, tokenizer, reduced)) for part in (own, others))
-    if options.rejection and others:
+    if options.rejection and others and module.task not in PLACE_TASKS:
         advance("Rejection")
         calibrate_on_samples(module, [*own, *others])
     done |= {"bytes": _bytes(module.state_dict()), "source_bytes": _bytes(_plain_state(model))}

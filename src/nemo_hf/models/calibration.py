@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 from transformers.image_utils import is_pil_image
 
-from .batches import select_samples
-from .calibration_inputs import MIXED, MOST_NAMED, InputReader, Pair
+from .batches import Pair, sample_count, select_pair
+from .calibration_inputs import MIXED, MOST_NAMED, InputReader
 from .labels import LABEL_COLUMNS, check_label_numbers
 
 logger = logging.getLogger(__name__)
@@ -209,27 +209,18 @@ def _of_batches(reader: InputReader, batches: Any, size: int, most: int) -> Cali
         is_own = reader.own_samples(pair)
         seen += len(is_own)
         for own, entries in kept.items():
-            part = _rows(pair, (is_own == own).nonzero().flatten()[: missing[own]])
-            missing[own] -= _count(part)
-            entries += [(number, part)] if _count(part) else []
+            part = select_pair(pair, (is_own == own).nonzero().flatten()[: missing[own]])
+            missing[own] -= sample_count(part[0])
+            entries += [(number, part)] if sample_count(part[0]) else []
         if (not missing[True] and (pair[1] is None or not missing[False])) or seen >= SEARCHED * most:
             break
     _check_own(kept[True])
-    left = sum(_count(part) for _, part in kept[True]) or most
+    left = sum(sample_count(part[0]) for _, part in kept[True]) or most
     for number, part in kept[False]:
-        kept[True] += [(number, _rows(part, torch.arange(min(left, _count(part)))))] if left else []
-        left = max(0, left - _count(part))
+        kept[True] += [(number, select_pair(part, torch.arange(min(left, sample_count(part[0])))))] if left else []
+        left = max(0, left - sample_count(part[0]))
     pairs = [part for _, part in sorted(kept[True], key=lambda entry: entry[0])]
-    parts = [_rows(pair, rows) for pair in pairs for rows in torch.arange(_count(pair)).split(size)]
-    return Calibration([partial(lambda pair: pair, part) for part in parts], sum(map(_count, parts)))
-
-
-def _count(pair: Pair) -> int:
-    return len(next(iter(pair[0].values())))
-
-
-def _rows(pair: Pair, rows: Tensor) -> Pair:
-    inputs, labels = pair
-    if len(rows) == _count(pair):
-        return pair
-    return select_samples(inputs, rows), None if labels is None else labels[rows]
+    parts = [select_pair(pair, rows) for pair in pairs for rows in torch.arange(sample_count(pair[0])).split(size)]
+    return Calibration(
+        [partial(lambda pair: pair, part) for part in parts], sum(sample_count(inputs) for inputs, _ in parts)
+    )

@@ -15,8 +15,9 @@ from nemo_hf.config import label_id
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .base import NeMoPreTrainedModel
+from .batches import Pair, sample_count
 from .configuration import SEVERAL_LABELS
-from .labels import IGNORED, LABEL_COLUMNS, label_ids, label_targets
+from .labels import IGNORED, LABEL_COLUMNS, has_label, label_ids, label_targets
 from .processors import can_pad, features, is_raw, own_processor, padded, part_of, pixels, stacked, tokenized
 
 MAIN_INPUTS = {"text": ("input_ids",), "image": ("pixel_values",), "audio": ("input_values", "input_features")}
@@ -28,8 +29,6 @@ MIXED = (
     "Got calibration samples of which some have labels and others have none; expected labels for all or none. Give "
     f"those without one the label {IGNORED}, or remove the column of labels."
 )
-
-Pair = tuple[dict[str, Tensor], Tensor | None]
 
 
 class InputReader:
@@ -139,8 +138,8 @@ class InputReader:
         """Which samples of a batch are of the labels that are wanted: all, where none or no labels are known."""
         inputs, labels = pair
         if labels is None or not self.wanted:
-            return torch.ones(len(next(iter(inputs.values()))), dtype=torch.bool)
-        return torch.tensor([self.is_wanted(label) for label in labels])
+            return torch.ones(sample_count(inputs), dtype=torch.bool)
+        return has_label(labels, sorted(self.wanted))
 
     def tokenized(self, elements: Sequence[Any]) -> list[Mapping[str, Any]]:
         """Text samples as token ids and the like, with their labels, in the order of their lengths."""

@@ -1,21 +1,21 @@
 """Calibration samples of a cut, sorted: those with the module's labels, others, and those that are held back."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from .batches import Pair, sample_count, select_pair
 from .calibration import Calibration, read_calibration
-from .cut_source import CutTask, Inputs
+from .cut_source import CutTask
+from .labels import has_label
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[Inputs, Tensor | None]
 HELD_OUT = 3  # one sample of so many measures the loss, where no others are given for that
 
 
@@ -30,7 +30,7 @@ class CutSamples:
     @property
     def count(self) -> int:
         """Number of own samples."""
-        return sum(_rows(inputs) for inputs, _ in self.own)
+        return sum(sample_count(inputs) for inputs, _ in self.own)
 
     @classmethod
     def read(
@@ -55,10 +55,11 @@ class CutSamples:
 
     def _sort(self, calibration: Calibration, label_ids: Sequence[int]) -> None:
         for inputs, labels in calibration:
-            is_own = own_rows(labels, label_ids, _rows(inputs))
+            every = torch.ones(sample_count(inputs), dtype=torch.bool)
+            is_own = every if labels is None else has_label(labels, label_ids)
             for chosen, part in ((is_own, self.own), (~is_own, self.others)):
                 if bool(chosen.any()):
-                    part.append(_chosen((inputs, labels), chosen))
+                    part.append(select_pair((inputs, labels), chosen))
 
     def _hold_back(self, validation: Calibration | None, label_ids: Sequence[int]) -> None:
         if validation is not None:
@@ -67,29 +68,11 @@ class CutSamples:
             self.held_out = other.own
         else:
             is_held = torch.arange(self.count) % HELD_OUT == HELD_OUT - 1
-            parts = list(zip(self.own, is_held.split([_rows(inputs) for inputs, _ in self.own]), strict=True))
-            self.held_out = [_chosen(pair, part) for pair, part in parts if part.any()]
-            self.own = [_chosen(pair, ~part) for pair, part in parts if not part.all()]
+            parts = list(zip(self.own, is_held.split([sample_count(inputs) for inputs, _ in self.own]), strict=True))
+            self.held_out = [select_pair(pair, part) for pair, part in parts if part.any()]
+            self.own = [select_pair(pair, ~part) for pair, part in parts if not part.all()]
         if not self.held_out or any(labels is None for _, labels in self.held_out):
             raise ValueError(
                 "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "
                 "Pass validation= with labels, or retention= in place of max_loss."
             )
-
-
-def _rows(inputs: Mapping[str, Tensor]) -> int:
-    return len(next(iter(inputs.values())))
-
-
-def _chosen(pair: Pair, chosen: Tensor) -> Pair:
-    inputs, labels = pair
-    return {name: value[chosen] for name, value in inputs.items()}, None if labels is None else labels[chosen]
-
-
-def own_rows(labels: Tensor | None, label_ids: Sequence[int], samples: int) -> Tensor:
-    """Which samples have one of some labels, (batch,); all, where that is not known or labels are of places in them."""
-    if labels is not None and labels.dtype == torch.bool and labels.ndim == 2:
-        return labels[:, list(label_ids)].any(-1)
-    if labels is None or labels.ndim != 1:
-        return torch.ones(samples, dtype=torch.bool)
-    return torch.isin(labels, torch.tensor(label_ids))

@@ -122,6 +122,14 @@ def place_labels(model: Any, labels: Any) -> Tensor:
     return ids.long()
 
 
+def has_label(labels: Tensor, label_ids: Sequence[int]) -> Tensor:
+    """Which samples have one of some labels, (batch,): of several, (batch, labels) booleans, or anywhere in them."""
+    if labels.dtype == torch.bool:
+        return labels[:, list(label_ids)].any(-1)
+    own = torch.isin(labels, torch.tensor(label_ids, device=labels.device))
+    return own.flatten(1).any(-1) if own.ndim > 1 else own
+
+
 def task_loss(model: Any, logits: Tensor, labels: Any, known: Tensor | None = None) -> Tensor:
     """The loss of a plain model of the same `problem_type`, for labels of every kind that `label_targets` takes.
 

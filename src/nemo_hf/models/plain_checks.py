@@ -75,6 +75,17 @@ def label_names(model: PreTrainedModel) -> dict[int, str]:
     return {int(index): str(name) for index, name in id2label.items()}
 
 
+def check_trained_masks(model: Any, nemo_config: NeMoConfig) -> None:
+    """Refuses models and options whose masks can't be trained (`ValueError`)."""
+    if isinstance(model, PreTrainedModel):
+        check_masks(model, nemo_config)
+    if nemo_config.masks == "static":
+        raise ValueError(
+            "Got masks='static', of which none is trained; expected 'generated'. Train the plain model with "
+            "transformers.Trainer, and then cut it with extract_module."
+        )
+
+
 def _check_kind(model: Any) -> None:
     for attribute, what in (("_orig_mod", "compiled"), ("module", "wrapped")):
         inner = getattr(model, attribute, None)

@@ -16,6 +16,7 @@ from .atomic_writes import scratch_directory
 from .base import NeMoPreTrainedModel
 from .batches import unchanged_random_state
 from .finiteness import check_finite
+from .head_outputs import labels_last, restrict_logits
 from .labels import IGNORED, labelled_cross_entropy
 from .processors import stacked
 from .rejection import energy
@@ -101,11 +102,6 @@ def _check(module: NeMoPreTrainedModel, epochs: Any, rate: Any, batch_size: Any)
         raise ValueError(f"Got learning_rate={rate!r}; expected a number above 0. Pass {LEARNING_RATE}, or None.")
 
 
-def label_axis(logits: Tensor, labels: int) -> int:
-    """Dimension of logits that runs over the labels: the last, or the second where the head answers for each pixel."""
-    return 1 if logits.ndim == 4 and logits.shape[-1] != labels else logits.ndim - 1
-
-
 def _samples(
     source: PreTrainedModel,
     module: NeMoPreTrainedModel,
@@ -121,7 +117,7 @@ def _samples(
     with evaluating(source):
         for inputs, labels in calibration:
             logits = source(**on_device(source, inputs), return_dict=True).logits.float().cpu()
-            answers = logits.index_select(label_axis(logits, count), ids)
+            answers = restrict_logits(logits, module.config.label_ids, count)
             targets = None if labels is None else _targets(labels, ids, module.config.has_several_labels)
             is_other = torch.zeros(len(answers), dtype=torch.bool)
             if labels is not None and targets is not None and targets.ndim == 1:
@@ -203,9 +199,7 @@ def distillation_loss(
     (batch,), marks the samples whose answers count, and not their energies alone. `labels` are places in the module,
     `IGNORED` where there is none, or floats of the logits' shape. Padded tokens don't count.
     """
-    if logits.ndim == 4:
-        logits, answers = logits.movedim(1, -1), answers.movedim(1, -1)
-    logits, answers = logits.float(), answers.float()
+    logits, answers = labels_last(logits).float(), labels_last(answers).float()
     is_real = is_own.view(-1, *[1] * (logits.ndim - 2)).expand(logits.shape[:-1])
     if attention_mask is not None and attention_mask.shape == is_real.shape:
         is_token = attention_mask.bool()

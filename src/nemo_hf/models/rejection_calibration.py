@@ -2,46 +2,44 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-
-from nemo_hf.neurons.trial_calls import evaluating, on_device
 
 from .base import NeMoPreTrainedModel
 from .batches import labelled_batches
-from .configuration import SEVERAL_LABELS
 from .equivalence import as_saved
 from .finiteness import check_finite, check_outputs
 from .label_options import check_rejected_label
+from .labels import has_label
 from .rejection import REJECTED_LABEL, energy, rejection_scores
 
 logger = logging.getLogger(__name__)
 
+ACCEPTED = 0.95  # share of own samples that are not rejected
 SMALLEST_SPREAD = 1e-5  # of energies, as a share of their mean: a smaller one is rounding in float32
 NOT_FINITE = "Got {} that are NaN or infinite; expected finite numbers. Leave samples without finite logits out."
 
 
 def own_samples(module: NeMoPreTrainedModel, labels: Tensor) -> Tensor:
     """Which samples have one of a module's labels, (batch,), by `label_ids` among those of the parent."""
-    own = torch.tensor(module.config.label_ids, device=labels.device)
-    if labels.ndim == 2 and labels.shape[1] <= int(own.max()):
+    own = module.config.label_ids or []
+    if labels.ndim == 2 and labels.shape[1] <= max(own):
         raise ValueError(
-            f"Got lists of {labels.shape[1]} labels; expected the parent's, among them {own.tolist()}. Don't leave out "
-            "those that the module has not."
+            f"Got lists of {labels.shape[1]} labels; expected the parent's, among them {own}. Don't leave out those "
+            "that the module has not."
         )
-    return torch.isin(labels, own) if labels.ndim == 1 else labels[:, own].any(-1)
+    return has_label(labels.bool() if labels.ndim == 2 else labels, own)
 
 
 def calibrate_rejection(
     module: NeMoPreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
-    accepted: float = 0.95,
+    accepted: float = ACCEPTED,
     show_progress: bool = True,
     rejected_label: str | None = REJECTED_LABEL,
 ) -> dict[str, float]:
@@ -88,34 +86,17 @@ def calibrate_rejection(
 
 
 def calibrate_on_samples(
-    module: NeMoPreTrainedModel,
-    samples: Iterable[tuple[Mapping[str, Any], Tensor | None]],
-    source: PreTrainedModel | None = None,
-    accepted: float = 0.95,
-    rejected_label: str | None = REJECTED_LABEL,
+    module: NeMoPreTrainedModel, samples: Iterable[tuple[Mapping[str, Any], Tensor | None]]
 ) -> dict[str, float] | None:
     """Does what `calibrate_rejection` does on calibration samples, where some have the module's labels and others not.
 
-    `samples` are pairs of model inputs and labels, ids of the source's; where a pair has none, those that `source`
-    answers count. Returns `None`, and changes nothing, where own or other samples are missing, or there are no labels.
+    `samples` are pairs of model inputs and labels, ids of the source's or `None`. Returns `None`, and changes nothing,
+    where samples of one kind are missing.
     """
-    energies, is_own = _energies(module, _labelled(samples, source))
+    batches = ({**inputs, "labels": labels} for inputs, labels in samples if labels is not None)
+    energies, is_own = _energies(module, batches)
     is_possible = bool(is_own.any()) and not bool(is_own.all())
-    return _calibrated(module, energies, is_own, accepted, rejected_label) if is_possible else None
-
-
-def _labelled(
-    samples: Iterable[tuple[Mapping[str, Any], Tensor | None]], source: PreTrainedModel | None
-) -> Iterator[dict[str, Any]]:
-    """Batches with labels, those that the source answers where none are given; without a source such are left out."""
-    for inputs, labels in samples:
-        if labels is None and source is not None:
-            with evaluating(source):
-                logits = source(**on_device(source, inputs), return_dict=True).logits
-            has_several = source.config.problem_type == SEVERAL_LABELS
-            labels = (logits > 0).long() if has_several else logits.argmax(-1)
-        if labels is not None:
-            yield {**inputs, "labels": labels}
+    return _calibrated(module, energies, is_own, ACCEPTED, REJECTED_LABEL) if is_possible else None
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
+
+from nemo_hf.pruning.layer_edits import layer_weight, weight_shape
 
 from .base import NeMoPreTrainedModel
 from .config_checks import damaged
@@ -102,19 +103,12 @@ def _kept_shares(parts: Sequence[NeMoPreTrainedModel], source: nn.Module) -> tup
     for site in parts[0].sites:
         paths = list(dict.fromkeys(rows.layer for rows, _ in site.produced()))
         for path in paths:
-            rows = torch.cat([_rows(part.model.get_submodule(path)) for part in parts])
-            rows = rows[rows.any(-1)].detach().cpu().float()  # without the padding of narrow heads
+            rows = torch.cat([layer_weight(part.model.get_submodule(path)).flatten(1).cpu() for part in parts])
+            rows = rows[rows.any(-1)]  # without the padding of narrow heads
             distinct = len({row.tobytes() for row in rows.numpy()})
             repeated += len(rows) - distinct
-            outputs[path] = min(1.0, distinct / len(_rows(source.get_submodule(path))))
+            outputs[path] = min(1.0, distinct / weight_shape(source.get_submodule(path))[0])
         kept = outputs[paths[-1]]  # of attention the values, which come last
         inputs |= dict.fromkeys(site.readers, kept)
         outputs |= dict.fromkeys(site.layers - {site.pooled, *site.readers, *paths}, kept)  # norms between
     return outputs, inputs, repeated
-
-
-def _rows(layer: nn.Module) -> Tensor:
-    """A layer's weights by output: (outputs, others)."""
-    weight: Any = layer.weight
-    rows: Tensor = weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
-    return rows

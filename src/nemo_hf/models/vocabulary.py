@@ -20,7 +20,6 @@ from .rebuilding import replace_module
 TOKENIZER_JSON = "tokenizer.json"
 NOT_OF_TOKENIZERS = ("preprocessor_config.json", "processor_config.json")  # stay beside a new tokenizer
 IDS = "input_ids"
-WORD_STARTS = "\u2581\u0120"  # marks of SentencePiece and of byte-level BPE
 TOKEN_ID = re.compile(r".*_token_(id|ids|index)")  # entries of configurations
 POSITIONS = re.compile(r".*(position|wpe)[^.]*")  # names of the layers that hold position tables
 CHECKED_SAMPLES, CHECKED_TEXTS = 8, 200
@@ -28,9 +27,7 @@ CHECKED_SAMPLES, CHECKED_TEXTS = 8, 200
 Batches = Iterable[Any]
 
 
-def shrink_vocabulary(
-    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, keep_characters: bool = True
-) -> dict[str, int]:
+def shrink_vocabulary(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches) -> dict[str, int]:
     """Reduces the vocabulary of a text module to the tokens of some batches, in place.
 
     Kept are the tokens that the batches have, special and added tokens, single characters or bytes, and what BPE merges
@@ -43,8 +40,6 @@ def shrink_vocabulary(
         tokenizer: The fast tokenizer that made the batches, of kind WordPiece, BPE or Unigram.
         batches: Batches of model inputs by name, alone or as the first entry of a pair; `input_ids` have shape
             (batch, tokens). They are read once.
-        keep_characters: Whether characters stay that the batches lack. `False` keeps ASCII alone of these: words with
-            others become unknown tokens, unless the tokenizer has bytes for them.
 
     Returns:
         A report: `tokens_before`, `tokens` (rows of the embedding), `seen_tokens` (of the batches), and the bytes that
@@ -62,7 +57,7 @@ def shrink_vocabulary(
     seen, first, texts = _read(batches, tokenizer)
     _check_ids(seen, rows, vocabulary_of(data).values())
     named = {index for _, _, ids in _token_ids(module.config) for index in ids if 0 <= index < rows}
-    kept = kept_tokens(data, {*seen, *named, *tokenizer.all_special_ids}, keep_characters)
+    kept = kept_tokens(data, {*seen, *named, *tokenizer.all_special_ids})
     chosen = torch.tensor([index for index in kept if index < rows], device=table.device)
     reduced = _reloaded(tokenizer, cut_tokenizer(data, kept))
     _check_tokens(tokenizer, reduced, texts)
@@ -81,9 +76,7 @@ def shrink_vocabulary(
     }
 
 
-def share_tokens(
-    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, extra_tokens: int = 0
-) -> dict[str, int]:
+def share_tokens(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches) -> dict[str, int]:
     """Lets tokens that some batches lack share the embeddings of tokens that they have, in place.
 
     Each takes the row of the one whose embedding has the most similar direction. The tokenizer stays: any text has the
@@ -94,8 +87,6 @@ def share_tokens(
         module: A module, whose inputs are token ids.
         tokenizer: The tokenizer that made the batches, of any kind.
         batches: Batches as `shrink_vocabulary` takes them.
-        extra_tokens: How many words that the batches lack keep rows of their own: those first in the vocabulary, where
-            frequent ones are.
 
     Returns:
         A report: `tokens`, `token_rows` (of the embedding), `seen_tokens` (of the batches), `weight_bytes_saved`.
@@ -107,20 +98,18 @@ def share_tokens(
     """
     _check_module(module)
     layer = token_table(module.model)
-    if type(layer) is not nn.Embedding or type(extra_tokens) is not int or extra_tokens < 0:
+    if type(layer) is not nn.Embedding:
         raise ValueError(
-            f"Got extra_tokens={extra_tokens!r} and token embeddings of the class {type(layer).__name__}; expected a "
-            "number from 0 on and an nn.Embedding. Use shrink_vocabulary(...) for another class."
+            f"Got token embeddings of the class {type(layer).__name__}; expected an nn.Embedding. Take "
+            "vocabulary='calibration' for another class."
         )
-    table, vocab = layer.weight, tokenizer.get_vocab()
+    table = layer.weight
     seen, first, _ = _read(batches, tokenizer)
-    _check_ids(seen, len(table), vocab.values())
+    _check_ids(seen, len(table), tokenizer.get_vocab().values())
     named = {index for _, _, ids in _token_ids(module.config) for index in ids}
     special = {*named, *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    words = sorted(index for token, index in vocab.items() if len(token) > 2 and token.lstrip(WORD_STARTS).isalpha())
-    extra = [index for index in words if index not in seen | special][:extra_tokens]
-    own = torch.tensor(sorted(index for index in {*seen, *special, *extra} if 0 <= index < len(table)))
-    row_of_token = nearest_rows(table, own.to(table.device), {*seen, *extra} - special)
+    own = torch.tensor(sorted(index for index in {*seen, *special} if 0 <= index < len(table)))
+    row_of_token = nearest_rows(table, own.to(table.device), seen - special)
     config = copy.deepcopy(module.config)
     config.token_rows = len(own)
     state = dict(module.state_dict(keep_vars=True))

@@ -15,24 +15,20 @@ from .plan import Plan
 STEPS = 12  # of the bisection: shares are found to 1/4096
 
 
-def masked_weights(
-    model: nn.Module, sites: Sequence[NeuronSite], plan: Plan | None = None, costs: Mapping[str, float] | None = None
-) -> float:
-    """Number of weights of the layers that sites name, all of them or those that a plan keeps, padding included.
-
-    `costs` are factors by layer, such as the number of positions at which a convolution is computed.
-    """
+def masked_weights(model: nn.Module, sites: Sequence[NeuronSite], plan: Plan | None = None) -> float:
+    """Number of weights of the layers that sites name, all of them or those that a plan keeps, padding included."""
+    by_key = {site.key: site for site in sites}
     whole: dict[str, tuple[float, float]] = {}
     for site in sites:
         for path in {*site.readers, *(rows.layer for rows, _ in site.produced())}:
             whole[path] = (1.0, 1.0)
-    for site in sites if plan is not None else ():
-        for path, cut in site_cut(site, plan[site.key]).layers.items():  # type: ignore[index]
+    for key, kept in (plan or {}).items():
+        for path, cut in site_cut(by_key[key], kept).layers.items():
             if path in whole:
                 outputs, inputs = _kept_shares(model.get_submodule(path), cut)
                 whole[path] = (whole[path][0] * outputs, whole[path][1] * inputs)
     sizes = {path: math.prod(weight_shape(model.get_submodule(path))) for path in whole}
-    return sum(sizes[path] * share[0] * share[1] * (costs or {}).get(path, 1.0) for path, share in whole.items())
+    return sum(sizes[path] * share[0] * share[1] for path, share in whole.items())
 
 
 def _kept_shares(layer: nn.Module, cut: LayerCut) -> tuple[float, float]:
@@ -46,19 +42,18 @@ def plan_budget(
     sites: Sequence[NeuronSite],
     scores: Mapping[str, Mapping[str, Tensor]],
     retention: float,
-    costs: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Keeps the neurons of the highest scores, the same share of each part, within a share of the layers' weights.
 
     Every site keeps a neuron at least. Returns site key to part to kept neurons: sorted indices.
     """
-    limit = retention * masked_weights(model, sites, None, costs)
+    limit = retention * masked_weights(model, sites)
     low, high = 0.0, 1.0
-    if masked_weights(model, sites, _keep_share(sites, scores, high), costs) <= limit:
+    if masked_weights(model, sites, _keep_share(sites, scores, high)) <= limit:
         return _keep_share(sites, scores, high)
     for _ in range(STEPS):
         middle = (low + high) / 2
-        fits = masked_weights(model, sites, _keep_share(sites, scores, middle), costs) <= limit
+        fits = masked_weights(model, sites, _keep_share(sites, scores, middle)) <= limit
         low, high = (middle, high) if fits else (low, middle)
     return _keep_share(sites, scores, low)
 

@@ -127,17 +127,14 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def enclosing_blocks(model: nn.Module, sites: Sequence[NeuronSite]) -> dict[str, str | None]:
-    """For each site, by key, the innermost element of a list of blocks that holds all of its layers."""
+def enclosing_blocks(model: nn.Module, sites: Sequence[NeuronSite]) -> list[str]:
+    """Paths of the blocks of sites: elements of lists of layers, of each site the innermost that has all its layers."""
     lists = {path for path, layer in model.named_modules() if isinstance(layer, (nn.ModuleList, nn.Sequential))}
-    found: dict[str, str | None] = {}
+    found: dict[str, None] = {}
     for site in sites:
-        paths = [path.split(".") for path in site.layers]
-        common = []
-        for parts in zip(*paths, strict=False):
-            if len(set(parts)) > 1:
-                break
-            common.append(parts[0])
-        around = [".".join(common[:end]) for end in range(len(common), 0, -1)]
-        found[site.key] = next((path for path in around if path.rpartition(".")[0] in lists), None)
-    return found
+        names = min(site.layers).split(".")
+        around = [".".join(names[:end]) for end in range(len(names), 0, -1)]
+        blocks = [path for path in around if path.rpartition(".")[0] in lists]
+        whole = [block for block in blocks if all(f"{path}.".startswith(f"{block}.") for path in site.layers)]
+        found |= dict.fromkeys(whole[:1])
+    return list(found)

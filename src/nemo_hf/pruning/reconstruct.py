@@ -180,8 +180,7 @@ class Reconstruction:
         self.calls = Counter(path for path, _ in called[first:])
         self.steps = _steps(called[first:], readers, self.calls)
         self.points = find_stream_points(source, [path for path in self.calls if path in readers], batches[0][1])
-        blocks = list(dict.fromkeys(path for path in enclosing_blocks(source, sites).values() if path is not None))
-        times = Counter(path for path, _ in _called(source, blocks, batches[0][1]))
+        times = Counter(path for path, _ in _called(source, enclosing_blocks(source, sites), batches[0][1]))
         once = [path for path, count in times.items() if count == 1]
         self.blocks = [path for path in once if not any(other.startswith(f"{path}.") for other in once)]
         self.runs = [PartialRuns(model, self.blocks) for model in (source, module)]

@@ -32,8 +32,8 @@ def vocabulary_of(data: Mapping[str, Any]) -> dict[str, int]:
     return own | {token["content"]: token["id"] for token in data["added_tokens"]}
 
 
-def kept_tokens(data: Mapping[str, Any], seen: Collection[int], keep_characters: bool = True) -> list[int]:
-    """Ids of the tokens that stay where these are seen, increasing; `keep_characters=False` drops unseen characters."""
+def kept_tokens(data: Mapping[str, Any], seen: Collection[int]) -> list[int]:
+    """Ids of the tokens that stay where these are seen, increasing."""
     vocab, model = vocabulary_of(data), data["model"]
     kept = set(seen)
 
@@ -44,18 +44,12 @@ def kept_tokens(data: Mapping[str, Any], seen: Collection[int], keep_characters:
     _map_ids(data, keep)
     by_id = {index: token for token, index in vocab.items()}
     texts = [by_id[index] for index in kept if index in by_id]
-    written = {character for text in texts for character in text}
-    has_bytes = "ByteLevel" in str([data.get("normalizer"), data.get("pre_tokenizer")])  # written as characters
     chosen = {unknown} if isinstance(unknown := model.get("unk_token"), str) else set()
-    for token in vocab:
-        bare = _bare(token, model)
-        is_needed = keep_characters or has_bytes or bare.isascii() or bare in written
-        if BYTE.fullmatch(token) or (len(bare) == 1 and is_needed):
-            chosen.add(token)
+    chosen.update(token for token in vocab if BYTE.fullmatch(token) or len(_bare(token, model)) == 1)
     if model["type"] == "BPE":
         for pair in _merges_of(texts, model):
             chosen |= {*pair, _merged(*pair, model)}
-    elif keep_characters and not model.get("byte_fallback"):
+    elif not model.get("byte_fallback"):
         chosen.update(token for token in vocab if any(piece not in vocab for piece in _characters(token, model)))
     if model["type"] == "Unigram":  # by which the cost of an unknown character is set
         chosen.add(min(model["vocab"], key=lambda entry: entry[1])[0])

@@ -18,7 +18,7 @@ from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.evaluation.report import ModuleReport, evaluate_module, measure_modularity
 from nemo_hf.hub.publish import CardOptions
 from nemo_hf.models.finiteness import check_finite, check_training
-from nemo_hf.models.plain_checks import check_masks
+from nemo_hf.models.plain_checks import check_trained_masks
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.rejection import REJECTED_LABEL
 from nemo_hf.models.rejection_calibration import calibrate_rejection
@@ -158,14 +158,7 @@ class NeMoTrainer(Trainer):
                 "Got a module to train with masks; expected a plain model or a parent. "
                 "Fine-tune the module with transformers.Trainer."
             )
-        options = model.nemo_config if config is None and isinstance(model, NeMoClassifier) else config or NeMoConfig()
-        if isinstance(model, PreTrainedModel) and not isinstance(model, NeMoClassifier):
-            check_masks(model, options)
-        if options.masks == "static":
-            raise ValueError(
-                "Got masks='static', of which none is trained; expected 'generated'. Train the plain model with "
-                "transformers.Trainer, and then cut it with extract_module."
-            )
+        check_trained_masks(model, config or getattr(model, "nemo_config", None) or NeMoConfig())
         data.check_label_names(self._training_data, self._given_collator, model)
         if (labels := data.seen_labels(self._training_data, self._given_collator)) is not None:
             data.check_labels(labels, model)
