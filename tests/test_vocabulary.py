@@ -186,6 +186,13 @@ def test_shared_rows_are_those_of_the_most_similar_tokens(family, tmp_path):
         share_tokens(module, own, [inputs])
 
 
+def test_frequent_words_may_keep_their_rows():
+    module, own = module_of("bert"), trained("bert")
+    inputs = encoded(own, CALIBRATION)
+    reports = [share_tokens(copy.deepcopy(module), own, [inputs], extra_tokens=extra) for extra in (0, 20)]
+    assert reports[1]["token_rows"] == reports[0]["token_rows"] + 20
+
+
 def test_rows_that_do_not_exist_are_refused(tmp_path):
     module, own = module_of("bert"), trained("bert")
     report = share_tokens(module, own, [encoded(own, CALIBRATION)])

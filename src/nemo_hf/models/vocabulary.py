@@ -20,6 +20,7 @@ from .rebuilding import replace_module
 TOKENIZER_JSON = "tokenizer.json"
 NOT_OF_TOKENIZERS = ("preprocessor_config.json", "processor_config.json")  # stay beside a new tokenizer
 IDS = "input_ids"
+WORD_STARTS = "\u2581\u0120"  # marks of SentencePiece and of byte-level BPE
 TOKEN_ID = re.compile(r".*_token_(id|ids|index)")  # entries of configurations
 POSITIONS = re.compile(r".*(position|wpe)[^.]*")  # names of the layers that hold position tables
 CHECKED_SAMPLES, CHECKED_TEXTS = 8, 200
@@ -76,7 +77,9 @@ def shrink_vocabulary(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batc
     }
 
 
-def share_tokens(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches) -> dict[str, int]:
+def share_tokens(
+    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, extra_tokens: int = 0
+) -> dict[str, int]:
     """Lets tokens that some batches lack share the embeddings of tokens that they have, in place.
 
     Each takes the row of the one whose embedding has the most similar direction. The tokenizer stays: any text has the
@@ -87,6 +90,8 @@ def share_tokens(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches) 
         module: A module, whose inputs are token ids.
         tokenizer: The tokenizer that made the batches, of any kind.
         batches: Batches as `shrink_vocabulary` takes them.
+        extra_tokens: How many words that the batches lack keep rows of their own: those first in the vocabulary, where
+            frequent ones are.
 
     Returns:
         A report: `tokens`, `token_rows` (of the embedding), `seen_tokens` (of the batches), `weight_bytes_saved`.
@@ -103,13 +108,15 @@ def share_tokens(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches) 
             f"Got token embeddings of the class {type(layer).__name__}; expected an nn.Embedding. Take "
             "vocabulary='calibration' for another class."
         )
-    table = layer.weight
+    table, vocab = layer.weight, tokenizer.get_vocab()
     seen, first, _ = _read(batches, tokenizer)
-    _check_ids(seen, len(table), tokenizer.get_vocab().values())
+    _check_ids(seen, len(table), vocab.values())
     named = {index for _, _, ids in _token_ids(module.config) for index in ids}
     special = {*named, *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    own = torch.tensor(sorted(index for index in {*seen, *special} if 0 <= index < len(table)))
-    row_of_token = nearest_rows(table, own.to(table.device), seen - special)
+    words = sorted(index for token, index in vocab.items() if len(token) > 2 and token.lstrip(WORD_STARTS).isalpha())
+    extra = [index for index in words if index not in seen | special][:extra_tokens]
+    own = torch.tensor(sorted(index for index in {*seen, *special, *extra} if 0 <= index < len(table)))
+    row_of_token = nearest_rows(table, own.to(table.device), {*seen, *extra} - special)
     config = copy.deepcopy(module.config)
     config.token_rows = len(own)
     state = dict(module.state_dict(keep_vars=True))
