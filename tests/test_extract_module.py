@@ -188,6 +188,16 @@ def test_the_module_is_the_same_in_any_mode_of_torch(around):
     assert not any(tensor.is_inference() for tensor in module.state_dict().values())
 
 
+def test_results_of_earlier_calls_that_a_model_holds_do_no_harm():
+    """LeViT keeps its attention biases, with gradients unless these are off."""
+    sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    model = randomize(tiny("LevitForImageClassification", image_size=64, **sizes))
+    images = [{"pixel_values": torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))}]
+    expected = cut(copy.deepcopy(model), images)
+    assert model(**images[0]).logits.requires_grad
+    assert_same_weights(cut(model, images), expected)
+
+
 def test_results_stay_with_the_weights_that_they_are_of():
     for family in ("bert", "resnet"):
         model = fresh("bert") if family == "bert" else randomize(tiny("ResNetForImageClassification", **STAGES))
