@@ -242,7 +242,8 @@ def test_other_sets_are_disjoint_and_as_large():
 def test_the_script_writes_means_over_sets_and_keeps_the_other_table(bench, encoder, tmp_path, monkeypatch):
     output = tmp_path / "cutting_stripes.json"
     cutting.compact.write(
-        output, {"latency": [{"method": "fisher", "kind": "pairs", "retention": 0.5, "batch": 8, "ms": 7.25}]}
+        output,
+        {"latency": [{"method": "fisher", "kind": "pairs", "retention": 0.5, "batch": 8, "ms": 7.25, "seconds": 3.0}]},
     )
     options = "--methods fisher --sets pairs --retention .5 --samples 12".split()  # noqa: SIM905
     options += ["--model", encoder, "--source", encoder, "--output", str(output)]

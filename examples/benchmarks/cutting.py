@@ -61,7 +61,7 @@ PAIRS = {
     "cifar10": [(3, 5), (0, 8), (1, 9), (2, 4), (6, 7)],
     "fashion-mnist": [(0, 6), (2, 4), (5, 7), (1, 3), (8, 9)],
 }
-MEANS = ("restricted", "module", "other", "rejection", "weights", "parameters", "bytes", "seconds", "peak_mib")
+MEANS = ("restricted", "module", "other", "rejection", "weights", "parameters", "bytes", "peak_mib")
 BATCHES = (1, 8, 32)  # of latency
 
 
@@ -266,9 +266,11 @@ def latency(bench: Bench, given: argparse.Namespace) -> list[dict]:
     for kind, method in itertools.product(given.sets, given.methods):
         for retention in [None] if method in FIXED else given.retention:
             shown = "ours" if method == "ours, refined" else method
+            start = time.thread_time()
             module = bench.make(shown, bench.task.sets[kind][0], retention, given.samples[0], given.seeds[0])
+            seconds = time.thread_time() - start
             times = time_runs({"module": module, "source": bench.source.eval()}, sample, BATCHES)
-            row = {"method": method, "kind": kind, "retention": retention, "note": times.note}
+            row = {"method": method, "kind": kind, "retention": retention, "seconds": seconds, "note": times.note}
             rows += [
                 {**row, "batch": int(batch), "ms": ms, "source_ms": times.milliseconds["source"][batch],
                  "speedup": times.milliseconds["source"][batch] / ms}
@@ -357,7 +359,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retention", nargs="+", type=float, default=[0.3, 0.2, 0.13, 0.1])
     parser.add_argument("--samples", nargs="+", type=int, default=[300], help="Calibration samples.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--limit", type=int, help="Only the first sets of each kind, which only prints.")
+    parser.add_argument("--limit", type=int, help="Only the first sets of each kind.")
     parser.add_argument("--validation", action="store_true", help="Measure on validation data and only print.")
     parser.add_argument("--latency", action="store_true", help="Take times, on a quiet machine, and nothing else.")
     parser.add_argument("--work", type=Path, help="Work file; by default beside the output.")
@@ -382,7 +384,7 @@ def main() -> None:
         compact.update(output, about, "latency", latency(bench, given), "method", "kind", "retention", "batch")
         return
     rows = summary(run(bench, given, work))
-    if given.validation or given.limit:
+    if given.validation:
         print(*rows, sep="\n")
     else:
         compact.update(output, about, "modules", rows, "method", "kind", "retention", "samples")

@@ -20,7 +20,7 @@ from .labels import IGNORED, labelled_cross_entropy
 from .processors import stacked
 from .rejection import energy
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-4
 ENERGY_WEIGHT = 0.1  # without this term, answers improve and rejection suffers
 ANSWERS, OWN = "source_logits", "is_own"  # what samples hold beside inputs and labels
 
@@ -49,7 +49,7 @@ def refine_module(
         module: The module; it is trained in place, in float32, and counts as tuned from then on.
         calibration: Batches of inputs and labels, ids of the source or `None`, as `read_calibration` gives them.
         epochs: Passes over the samples, 0 or more.
-        learning_rate: Highest learning rate of AdamW, which falls along a cosine; `None` takes 5e-4.
+        learning_rate: Highest learning rate of AdamW, which falls along a cosine; `None` takes 1e-4.
         batch_size: Samples of an optimizer step.
         seed: Seed of the order of samples and of dropout; the caller's random state is as before afterwards.
         show_progress: Whether to show a progress bar.
