@@ -1,16 +1,11 @@
-"""Cutting on calibration samples: the source stays as it is, whatever happens; what modules keep and say."""
+"""Modules cut from plain models on calibration samples: what they keep and say, and what is refused."""
 
 import copy
-import logging
-import random
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
     fresh,
-    hooks_of,
     image_samples,
     logits_of,
     parent_of,
@@ -19,7 +14,16 @@ from conftest import (
     tiny,
     tokenizer,
 )
-from cutting_helpers import assert_same_weights, batches_for, batches_of, cut, distance
+from cutting_helpers import (
+    assert_same_weights,
+    assert_untouched,
+    batches_for,
+    batches_of,
+    cut,
+    cut_everything,
+    distance,
+    everything_about,
+)
 from training_helpers import batch_of
 
 from nemo_hf import NeMoForSequenceClassification, extract_module
@@ -28,110 +32,11 @@ from nemo_hf.models import calibrated_cut
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
 
 
-def words(count=40):
-    """Texts for the tokenizer of the tiny models, with labels."""
-    samples = text_samples(count)
-    return [
-        {
-            "text": " ".join(f"w{token - 2}" for token in sample["input_ids"].tolist() if token > 1),
-            "label": sample["labels"],
-        }
-        for sample in samples
-    ]
-
-
 def labelled(family="bert", count=40, size=8, labels=None):
     samples = (text_samples if family == "bert" else image_samples)(count)
     for index, sample in enumerate(samples):
         sample["labels"] = sample["labels"] if labels is None else labels[index]
     return [batch_of(samples[start : start + size]) for start in range(0, count, size)]
-
-
-def everything_about(model):
-    """What a cut may not change: tensors and their places, hooks, flags, configuration, gradients, random numbers."""
-    layers = dict(model.named_modules())
-    tensors = model.state_dict(keep_vars=True)
-    return {
-        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
-        "places": {name: (tensor.data_ptr(), id(tensor)) for name, tensor in tensors.items()},
-        "flags": [(p.requires_grad, p.grad is None, p.dtype) for p in model.parameters()],
-        "training": [layer.training for layer in layers.values()],
-        "attributes": [sorted(vars(layer)) for layer in layers.values()],
-        "checkpointing": [getattr(layer, "gradient_checkpointing", None) for layer in layers.values()],
-        "hooks": hooks_of(model),
-        "config": copy.deepcopy(model.config.to_dict()),
-        "random": (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),  # noqa: NPY002
-        "modes": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_float32_matmul_precision()),
-        "threads": torch.get_num_threads(),
-        "logging": logging.getLogger().level,
-    }
-
-
-def assert_untouched(model, before):
-    after = everything_about(model)
-    for name in before:
-        if name in ("values", "random"):
-            continue
-        assert after[name] == before[name], name
-    assert all(torch.equal(tensor, before["values"][name]) for name, tensor in after["values"].items())
-    assert torch.equal(after["random"][0], before["random"][0])
-    assert after["random"][1:] == before["random"][1:]
-
-
-def in_use(family):
-    """A model as in the middle of training: some layers frozen, some in eval mode, with checkpointing."""
-    model = parent_of("bert", static_evaluation=True) if family == "parent" else fresh(family)
-    model.train()
-    model.activation_checkpointing_enable()
-    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.LayerNorm)]
-    layers[0].eval()
-    layers[1].weight.requires_grad_(False)
-    return model
-
-
-EVERYTHING = {"processing_class": None, "refine_epochs": 1, "vocabulary": "shared", "max_positions": 20}
-PHASES = ["Measuring", "Reconstructing", "Refining", "Vocabulary", "Rejection"]
-
-
-def cut_everything(model, **options):
-    return extract_module(model, ["dog", "ship"], words(), 0.4, **(EVERYTHING | options), show_progress=False)
-
-
-@pytest.mark.parametrize("phase", [None, *PHASES])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_the_source_stays_as_it_is_also_when_the_cut_ends_in_the_middle(phase, error, monkeypatch):
-    model = in_use("bert")
-    seen = []
-
-    class Bar:
-        def __init__(self, **options): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_): ...
-        def update(self): ...
-        def set_description(self, name):
-            seen.append(name)
-            if name == phase and seen.count(name) == (2 if name == "Reconstructing" else 1):
-                raise error("in the middle")
-
-    monkeypatch.setattr(calibrated_cut, "tqdm", Bar)
-    before = everything_about(model)
-    if phase is None:
-        cut_everything(model, processing_class=tokenizer())
-        assert set(PHASES) <= set(seen)
-    else:
-        with pytest.raises(error, match="in the middle"):
-            cut_everything(model, processing_class=tokenizer())
-    assert_untouched(model, before)
-
-
-@pytest.mark.parametrize("family", ["vit", "llama", "swin", "albert", "parent"])
-def test_no_source_is_touched(family):
-    model = in_use(family) if family in ("vit", "parent") else fresh(family)
-    before = everything_about(model)
-    cut(model, batches_for(family), [0.5, 0.2])
-    assert_untouched(model, before)
 
 
 def test_the_same_call_gives_the_same_module_whatever_was_drawn_before():
@@ -145,18 +50,6 @@ def test_the_same_call_gives_the_same_module_whatever_was_drawn_before():
     assert first.pop("seconds") > 0
     assert second.pop("seconds") > 0
     assert first == second
-
-
-def test_threads_cut_modules_from_one_model_at_once():
-    model = fresh("bert")
-    batches = batches_for("bert")
-    asked = [(0,), (1, 2), (3,), (4, 0)]
-    expected = [cut(model, batches, labels=labels) for labels in asked]
-    shared = fresh("bert")
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(lambda labels: cut(shared, batches, labels=labels), asked)]
-    for module, other in zip(found, expected, strict=True):
-        assert_same_weights(module, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -186,6 +79,16 @@ def test_the_module_is_the_same_in_any_mode_of_torch(around):
         module = cut(copy.deepcopy(fresh("bert")), batches_for("bert"))
     assert_same_weights(module, expected)
     assert not any(tensor.is_inference() for tensor in module.state_dict().values())
+
+
+def test_results_of_earlier_calls_that_a_model_holds_do_no_harm():
+    """LeViT keeps its attention biases, with gradients unless these are off."""
+    sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    model = randomize(tiny("LevitForImageClassification", image_size=64, **sizes))
+    images = [{"pixel_values": torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))}]
+    expected = cut(copy.deepcopy(model), images)
+    assert model(**images[0]).logits.requires_grad
+    assert_same_weights(cut(model, images), expected)
 
 
 def test_results_stay_with_the_weights_that_they_are_of():

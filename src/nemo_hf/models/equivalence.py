@@ -104,7 +104,10 @@ def _module_answers(module: NeMoPreTrainedModel, batch: Mapping[str, Tensor]) ->
 
 def sharing_copy(model: Model) -> Model:
     """A copy that shares all tensors, and has no autocast around its forward."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {}
+    for value in (value for layer in model.modules() for value in vars(layer).values()):
+        held = value.values() if isinstance(value, dict) else (value,)  # some layers keep results of earlier calls
+        memo |= {id(each): each.detach() if each.grad_fn else each for each in held if isinstance(each, Tensor)}
     copied = memo[id(model)] = copy.copy(model)
     # Accelerate puts an autocast around the forward of a model that it prepared, as an attribute of the object.
     copied.__dict__.pop("forward", None)
