@@ -28,8 +28,11 @@ HEADLINES = {"digits": ("Digits, ViT", "ours"), "clinc150": ("CLINC150, MiniLM",
              "cifar10-vgg16": ("CIFAR-10, VGG16", "ours, by sample")}  # fmt: skip
 """The rows of README's table by task: their name and the method."""
 CUT_SAMPLES = 300
-CUT_ROWS = [(0.2, "ours"), (0.2, "ours, fewer tokens"), (0.1, "ours"), (0.1, "ours, refined"), (0.1, "raw"),
-            (0.1, "fisher, mask tuning"), (0.1, "torch-pruning, taylor"), (0.1, "truncated"), (0.1, "student")]  # fmt: skip
+CUT_ROWS = [
+    *((0.2, method) for method in ("ours", "ours, fewer tokens", "fisher, mask tuning", "torch-pruning, taylor")),
+    *((0.1, method) for method in ("ours", "ours, refined", "raw", "fisher, mask tuning", "torch-pruning, taylor")),
+    *((0.1, method) for method in ("truncated", "student")),
+]
 """The rows of README's table of cuts, where they are measured: share asked for and method."""
 
 
