@@ -16,6 +16,7 @@ from .cut_source import CutTask, Inputs
 logger = logging.getLogger(__name__)
 
 Pair = tuple[Inputs, Tensor | None]
+FEWEST_LABELLED, LEAST_AGREEMENT = 10, 0.25  # labels in another order agree with a good model's by chance only
 HELD_OUT = 3  # one sample of so many measures the loss, where no others are given for that
 
 
@@ -42,16 +43,25 @@ class CutSamples:
                        max_samples=max_samples, labels_wanted=task.label_ids)  # fmt: skip
         found = cls()
         found._sort(read(calibration), task.label_ids)
-        if not found.own:
-            logger.warning(
-                "Got calibration samples of other labels only: the module is cut on samples that it is not for. Pass "
-                "samples with the labels %s.",
-                task.label_ids[:12],
-            )
+        if not found.own:  # `read_calibration` has warned of it
             found.own, found.others = found.others, []
         if max_loss is not None:
             found._hold_back(None if validation is None else read(validation), task.label_ids)
         return found
+
+    def warn_of_other_labels(self, likeliest: Sequence[Tensor]) -> None:
+        """Warns where hardly any label is what the model answers, `likeliest`: the ids may be of another order."""
+        given = [labels for _, labels in self.own if labels is not None and labels.ndim == 1]
+        if not given or len(given) != len(likeliest):
+            return
+        labels, answered = torch.cat(given), torch.cat(list(likeliest))
+        right, known = int((labels == answered).sum()), int((labels >= 0).sum())
+        if known >= FEWEST_LABELLED and right < LEAST_AGREEMENT * known:
+            logger.warning(
+                "The model answers only %d of %d calibration samples as they are labelled. Check that it is trained, "
+                "and that the labels are ids of model.config.id2label, or pass the samples without labels.",
+                *(right, known),
+            )
 
     def _sort(self, calibration: Calibration, label_ids: Sequence[int]) -> None:
         for inputs, labels in calibration:
@@ -83,7 +93,13 @@ def _rows(inputs: Mapping[str, Tensor]) -> int:
 
 def _chosen(pair: Pair, chosen: Tensor) -> Pair:
     inputs, labels = pair
-    return {name: value[chosen] for name, value in inputs.items()}, None if labels is None else labels[chosen]
+    found = {name: value[chosen] for name, value in inputs.items()}
+    mask = found.get("attention_mask")
+    is_part = not bool(chosen.all()) and labels is not None and (labels.ndim == 1 or labels.dtype == torch.bool)
+    if mask is not None and mask.ndim == 2 and is_part:
+        used = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]  # others may be longer
+        found = {name: v[:, :used] if v.shape[:2] == mask.shape else v for name, v in found.items()}
+    return found, None if labels is None else labels[chosen]
 
 
 def own_rows(labels: Tensor | None, label_ids: Sequence[int], samples: int) -> Tensor:
