@@ -2,6 +2,7 @@
 
 import copy
 
+import datasets
 import pytest
 import torch
 from conftest import (
@@ -23,8 +24,10 @@ from cutting_helpers import (
     cut_everything,
     distance,
     everything_about,
+    words,
 )
 from training_helpers import batch_of
+from transformers import AutoTokenizer
 
 from nemo_hf import NeMoForSequenceClassification, extract_module
 from nemo_hf.models import calibrated_cut
@@ -165,9 +168,60 @@ def test_samples_of_other_labels_only_are_said_to_be(caplog):
     assert "other labels only" not in caplog.text
     others = [sample for sample in text_samples(40) if sample["labels"] != 4]
     module = cut(fresh("bert"), [batch_of(others)], labels=(4,))
-    assert "Pass samples" in caplog.text
+    assert caplog.text.count("Pass samples") == 1
     assert module.config.extraction["samples"] == len(others)
     assert module.config.rejection is None
+
+
+def test_labels_that_the_model_does_not_answer_are_warned_about(caplog):
+    model, batches = fresh("bert"), batches_for("bert", 40, size=40)
+    ids = logits_of(model, **batches[0]).argmax(-1)
+    cut(model, [{**batches[0], "labels": ids}], labels=range(5))
+    assert "as they are labelled" not in caplog.text
+    cut(model, [{**batches[0], "labels": (ids + 1) % 5}], labels=range(5))
+    assert "The model answers only 0 of 40 calibration samples as they are labelled" in caplog.text
+
+
+def test_a_column_of_labels_by_another_name_is_warned_about(caplog):
+    names = list(fresh("bert").config.id2label.values())
+    rows = {"text": [row["text"] for row in words(20)], "intent": [row["label"] for row in words(20)]}
+    data = datasets.Dataset.from_dict(rows).cast_column("intent", datasets.ClassLabel(names=names))
+    cut(fresh("bert"), data.rename_column("intent", "label"), processing_class=tokenizer())
+    assert "is not read" not in caplog.text
+    module = cut(fresh("bert"), data, processing_class=tokenizer())
+    assert "rename_column('intent', 'label')" in caplog.text
+    assert module.config.extraction["samples"] == 20
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("scores", ["activity", "fisher"])
+def test_modes_of_torch_around_the_call_change_nothing(around, scores):
+    expected = cut(fresh("bert"), batches_for("bert"), scores=scores)
+    model = fresh("bert")
+    with around():
+        module = cut(model, batches_for("bert"), scores=scores)
+    assert_same_weights(module, expected)
+    assert not any(parameter.is_inference() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("vocabulary", [None, "shared", "calibration"])
+def test_samples_of_other_labels_may_be_longer_than_the_positions_that_stay(vocabulary, tmp_path):
+    rows = [{**row, "text": " ".join(row["text"].split()[:4])} for row in words(60)]
+    rows = [{**row, "text": row["text"] + " w5 w7" * 8} if row["label"] in (0, 2) else row for row in rows]
+    module = cut(fresh("bert"), rows, processing_class=tokenizer(), vocabulary=vocabulary, max_positions=12)
+    assert module.config.rejection
+    module.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.model_max_length == 12
+    inputs = loaded([row["text"] for row in rows], truncation=True, padding=True, return_tensors="pt")
+    assert logits_of(module, **{name: inputs[name] for name in ("input_ids", "attention_mask")}).isfinite().all()
+
+
+def test_a_module_that_keeps_all_neurons_has_nothing_to_warn_of(caplog):
+    model = fresh("bert")
+    module = cut(model, batches_for("bert", 2), retention=1.0)
+    assert caplog.text == ""
+    assert distance(module, model, batches_for("bert", seed=3)) < 1e-6
 
 
 def answered(size, count=60):
@@ -246,6 +300,12 @@ BAD = {
     "module": (lambda: {"model": parent_of("bert").extract_module([0, 1])}, "module"),
     "groups": (lambda: {"label_groups": {"pets": ["cat", "dog"]}}, "car"),
     "positions": (lambda: {"max_positions": 3}, "processor|tokenizer"),
+    "fewer positions": (lambda: {"max_positions": 3, "processing_class": tokenizer()}, "expected at least"),
+    "vocabulary of images": (
+        lambda: {"model": fresh("vit"), "calibration": batches_for("vit"), "vocabulary": "shared"},
+        "no token ids",
+    ),
+    "inference": (lambda: {"model": torch.inference_mode()(fresh)("bert")}, "Load it outside"),
 }
 
 

@@ -45,7 +45,7 @@ EXTRA_TOKENS = 1000  # frequent words that keep embeddings of their own: 0.4 poi
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # whatever is around the call: gradients are needed, and full precision
 def extract_module(
     model: PreTrainedModel,
     labels: LabelLike | Sequence[LabelLike],
@@ -126,6 +126,7 @@ def extract_module(
     task = CutTask.of(model, labels, label_groups, nemo_config)
     samples = CutSamples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
     options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores)
+    _check_tables(model, samples, options)
     exactly = torch.autocast(model.device.type, enabled=False)  # it would keep old weights in half precision
     with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad(), exactly:
 
@@ -134,6 +135,7 @@ def extract_module(
             bar.update()
 
         source = prepare_source(model, [inputs for inputs, _ in samples.own], task, scores, advance)
+        samples.warn_of_other_labels(source.likeliest)
         cut = partial(_module, model, source, task, samples, options, advance)
         modules = [_smallest(cut, model, task, samples, max_loss)] if max_loss is not None else [*map(cut, retentions)]
         for (module, done), asked in zip(modules, retentions, strict=True):
@@ -178,6 +180,23 @@ class _Options:
     rejection: bool
     processing_class: Any
     scores: str
+
+
+def _check_tables(model: PreTrainedModel, samples: CutSamples, options: _Options) -> None:
+    """Refuses, before any work, smaller tables where there is no tokenizer, or for fewer tokens than samples have."""
+    if not (options.vocabulary or options.max_positions is not None):
+        return
+    asked = f"vocabulary={options.vocabulary!r} and max_positions={options.max_positions!r}"
+    if any("input_ids" not in inputs for inputs, _ in samples.own):
+        raise ValueError(f"Got {asked} for a model of no token ids; expected None for both. Leave them out.")
+    if options.processing_class is None:
+        own_processor(model, "text")
+    longest = max(inputs["input_ids"].shape[1] for inputs, _ in samples.own)
+    if type(options.max_positions) is int and options.max_positions < longest:
+        raise ValueError(
+            f"Got max_positions={options.max_positions}; expected at least {longest}, the tokens of the longest "
+            "calibration sample. Pass such a number, or shorter samples."
+        )
 
 
 def _module(
@@ -248,7 +267,7 @@ def _reconstruct(
         "layers": {path: [error.before, error.after] for path, error in errors.items()},
         "scarce_layers": sum(error.is_scarce for error in errors.values()),
     }
-    if done["scarce_layers"]:
+    if done["scarce_layers"] and retained_neurons(source.sites, keep) < 1:
         logger.warning(
             "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
             "more, some hundreds.",
@@ -323,6 +342,8 @@ def _finish(
         batches = [inputs for inputs, _ in own]
         if options.max_positions:
             done["vocabulary"] |= shorten_positions(module, tokenizer, batches, options.max_positions)
+            tokenizer = own_processor(module, "text")  # knows the new length
+            others = list(_encoded_again(others, tokenizer, tokenizer, options.max_positions))
         if options.vocabulary == "shared":
             done["vocabulary"] |= share_tokens(module, tokenizer, batches, EXTRA_TOKENS)
         elif options.vocabulary:
@@ -344,9 +365,12 @@ def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(plain.state_dict())
 
 
-def _encoded_again(samples: Sequence[Pair], before: Any, after: Any) -> Iterator[Pair]:
-    """Texts of batches in the tokens of a reduced vocabulary."""
+def _encoded_again(samples: Sequence[Pair], before: Any, after: Any, longest: int = 0) -> Iterator[Pair]:
+    """Texts of batches in the tokens of a reduced vocabulary, or those over a length cut to that of a tokenizer."""
     for inputs, labels in samples:
+        if inputs["input_ids"].shape[1] <= longest:
+            yield inputs, labels
+            continue
         texts = before.batch_decode(inputs["input_ids"], skip_special_tokens=True)
         encoded = after(texts, padding=True, truncation=True, return_tensors="pt")
         yield {name: encoded[name] for name in inputs if name in encoded}, labels

@@ -101,6 +101,7 @@ def read_calibration(
         source = _chosen(islice(source, SEARCHED * max_samples), reader.label, max_samples, reader)
         places = range(len(source))
     else:
+        _warn_of_other_name(source, reader)
         source = reader.columns_needed(source, first) if collate is None else source
         column = _label_column(source, reader)
         drawn = (places[index] for index in _drawn(len(places)))
@@ -172,8 +173,8 @@ def _chosen(items: Iterator[Item], label_of: Callable[[Item], Any], most: int, r
 def _check_own(own: Sequence[Any]) -> None:
     if not own:
         logger.warning(
-            "None of the calibration samples has a label of the module, which then sees no inputs of its own. Pass "
-            "samples of its labels, or data without labels."
+            "None of the calibration samples has a label of the module, which is then cut on inputs that it is not "
+            "for. Pass samples of its labels, or data without labels."
         )
 
 
@@ -184,6 +185,20 @@ def _label_column(source: Any, reader: InputReader) -> list[Any] | None:
         return None
     check_label_numbers(getattr(source.features[name], "names", None) or [], name, reader.names)
     return list(source.with_format(None)[name]) if reader.wanted else None
+
+
+def _warn_of_other_name(source: Any, reader: InputReader) -> None:
+    """Warns of a column with the names of the model's labels that is called otherwise, and so not read."""
+    if not isinstance(source, datasets.Dataset) or set(LABEL_COLUMNS) & set(source.column_names):
+        return
+    names = set(reader.names.values())
+    columns = {name: set(getattr(feature, "names", None) or ()) for name, feature in source.features.items()}
+    if found := next((column for column, known in columns.items() if known and known <= names), None):
+        logger.warning(
+            "The column %r has names of the model's labels but is not read, so all samples count as the module's own. "
+            "Pass dataset.rename_column(%r, 'label'), or remove it.",
+            *(found, found),
+        )
 
 
 def _of_samples(reader: InputReader, source: Any, places: Sequence[int], collate: Any, size: int) -> Calibration:

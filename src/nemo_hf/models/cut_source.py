@@ -73,6 +73,7 @@ class Source:
     sites: list[NeuronSite]
     batches: list[Inputs]
     answers: list[Tensor]
+    likeliest: list[Tensor]  # ids among all the model's labels, where it answers once a sample
     scores: dict[str, dict[str, Tensor]]
 
 
@@ -88,6 +89,11 @@ def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
         raise ValueError(
             "Got no calibration samples; expected some hundreds, which need no labels. Pass calibration=, such as a "
             "data set, batches, or a list of texts with processing_class=tokenizer."
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "Got a model whose weights were made in torch.inference_mode(), which keeps them from gradients; expected "
+            "usual ones. Load it outside of that."
         )
     check_finite(model)
 
@@ -196,9 +202,11 @@ def prepare_source(
         sites = find_static_sites(model, plain, task.options, first)
     batches = [on_device(plain, batch) for batch in batches]
     expected: list[Tensor] = []
+    likeliest: list[Tensor] = []
 
     def keep(outputs: Any) -> None:
         expected.append(answers(outputs, task.label_ids, task.count).cpu())
+        likeliest.extend([outputs.logits.argmax(-1).cpu()] if outputs.logits.ndim == 2 else [])
         check_outputs(plain, {}, outputs.logits, list((plain.config.id2label or {}).values()))
         advance("Measuring")
 
@@ -207,13 +215,13 @@ def prepare_source(
     if kind == "relevance":
         relevance = relevance_of(model, task)
         scores = relevance_scores(sites, relevance, scores)
-        return Source(plain, sites, batches, expected, scores)
+        return Source(plain, sites, batches, expected, likeliest, scores)
     change_head_bases(plain, sites, statistics, scores, batches[0])
     if kind == "fisher":
         scores = fisher_scores(plain, sites, batches, task.label_ids)
     elif kind == "magnitude":
         scores = magnitude_scores(plain, sites)
-    return Source(plain, sites, batches, expected, scores)
+    return Source(plain, sites, batches, expected, likeliest, scores)
 
 
 def relevance_of(model: PreTrainedModel, task: CutTask) -> dict[str, Tensor]:

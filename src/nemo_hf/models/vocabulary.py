@@ -156,9 +156,11 @@ def shorten_positions(
     offset = 0 if table.padding_idx is None else table.padding_idx + 1  # where RoBERTa counts from
     before = module.config.max_position_embeddings - offset
     if type(max_positions) is not int or not longest <= max_positions <= before:
+        is_short = type(max_positions) is int and 0 < max_positions < longest
+        do = f", or batches with truncation=True, max_length={max_positions}" if is_short else ""
         raise ValueError(
             f"Got max_positions={max_positions!r}; expected from {longest}, the tokens of the longest batch, to "
-            f"{before}. Pass such a number, or batches with truncation=True, max_length={max_positions!r}."
+            f"{before}. Pass such a number{do}."
         )
     config = copy.deepcopy(module.config)
     for inner in _configs(config):
