@@ -193,17 +193,6 @@ def test_a_column_of_labels_by_another_name_is_warned_about(caplog):
     assert module.config.extraction["samples"] == 20
 
 
-@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-@pytest.mark.parametrize("scores", ["activity", "fisher"])
-def test_modes_of_torch_around_the_call_change_nothing(around, scores):
-    expected = cut(fresh("bert"), batches_for("bert"), scores=scores)
-    model = fresh("bert")
-    with around():
-        module = cut(model, batches_for("bert"), scores=scores)
-    assert_same_weights(module, expected)
-    assert not any(parameter.is_inference() for parameter in module.parameters())
-
-
 @pytest.mark.parametrize("vocabulary", [None, "shared", "calibration"])
 def test_samples_of_other_labels_may_be_longer_than_the_positions_that_stay(vocabulary, tmp_path):
     rows = [{**row, "text": " ".join(row["text"].split()[:4])} for row in words(60)]
@@ -305,7 +294,6 @@ BAD = {
         lambda: {"model": fresh("vit"), "calibration": batches_for("vit"), "vocabulary": "shared"},
         "no token ids",
     ),
-    "inference": (lambda: {"model": torch.inference_mode()(fresh)("bert")}, "Load it outside"),
 }
 
 

@@ -90,11 +90,6 @@ def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
             "Got no calibration samples; expected some hundreds, which need no labels. Pass calibration=, such as a "
             "data set, batches, or a list of texts with processing_class=tokenizer."
         )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
-            "Got a model whose weights were made in torch.inference_mode(), which keeps them from gradients; expected "
-            "usual ones. Load it outside of that."
-        )
     check_finite(model)
 
 
