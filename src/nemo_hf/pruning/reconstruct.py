@@ -1,4 +1,4 @@
-"""Least-squares reconstruction: layers that read fewer neurons learn to say what the source says, one after another.
+"""Least-squares reconstruction: layers that read fewer neurons are fitted to the source, one after another.
 
 With X what such a layer of the module reads, and d what the stream of the source has behind it and that of the module
 has not, its weights become W + D, where D minimises |X D - d|^2 + ridge |D|^2. As d holds all that earlier cuts did to
@@ -7,8 +7,8 @@ the stream, each layer also mends their damage.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,8 @@ from .partial_runs import REMEMBERED_BYTES, PartialRuns, enclosing_blocks, stop
 from .plan import Plan
 from .resize import ScatterLinear
 from .statistics import admitted_tokens
-from .stream_points import StreamPoint, find_stream_points, tensors_of
+from .stream_points import find_stream_points
+from .watching import Call, watching_results, watching_stream
 
 RIDGE = 1e-2  # of the mean square of what a layer reads
 SMALLEST_FACTOR = 1e-3  # of the largest one on the way to the stream: channels below it are left as they are
@@ -79,77 +80,6 @@ class NormalEquations:
         return change, LayerError(before, after, strength, self.rows < len(self.gram))
 
 
-@dataclass
-class _Call:
-    """One call of a layer: what it read, its result, and the stream that this joined, `None` until it is reached."""
-
-    path: str
-    read: Tensor
-    result: Tensor
-    stream: Tensor | None = None
-
-
-@contextmanager
-def _watching_results(
-    model: nn.Module, paths: Sequence[str], calls: int, on_last: Callable[[], None] = stop
-) -> Iterator[list[_Call]]:
-    """Lets forward passes end when layers have been called; the list holds the calls of the last pass."""
-    seen: list[_Call] = []
-
-    def on_call(path: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        goes_on = on_last is not stop  # and may add to the result in place
-        seen.append(_Call(path, args[0], output, output.clone() if goes_on else output))
-        if len(seen) == calls:
-            on_last()
-
-    with ExitStack() as stack:
-        for path in paths:
-            stack.callback(model.get_submodule(path).register_forward_hook(partial(on_call, path)).remove)
-        yield seen
-
-
-@contextmanager
-def _watching_stream(
-    model: nn.Module, path: str, point: StreamPoint, calls: int, with_graph: bool, on_last: Callable[[], None] = stop
-) -> Iterator[list[_Call]]:
-    """Lets forward passes end where the results of a layer join the stream; likewise."""
-    seen: list[_Call] = []
-    since = 0  # calls of the point's layer since that of the reader
-
-    def on_call(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        nonlocal since
-        since = 0
-        if with_graph:
-            torch.set_grad_enabled(True)  # until the pass ends
-            output = output.detach().requires_grad_()
-        seen.append(_Call(path, args[0].detach(), output))
-        return output.clone() if with_graph else output  # what comes next may add to it in place
-
-    def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        nonlocal since
-        since += 1
-        if not point.is_output:
-            look((args, kwargs))
-
-    def after(layer: nn.Module, args: Any, output: Any) -> None:
-        if point.is_output:
-            look(output)
-
-    def look(value: Any) -> None:
-        if seen and seen[-1].stream is None and since == point.call:
-            stream = list(tensors_of(value))[point.position]
-            seen[-1].stream = stream if on_last is stop else stream.clone()  # what comes next may add to it in place
-            if len(seen) == calls:
-                on_last()
-
-    with ExitStack() as stack:
-        layer = model.get_submodule(point.path)
-        stack.callback(model.get_submodule(path).register_forward_hook(on_call).remove)
-        stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(layer.register_forward_hook(after).remove)
-        yield seen
-
-
 class Reconstruction:
     """Reconstructs the linear layers and convolutions of a module from the first one that reads neurons on.
 
@@ -184,7 +114,7 @@ class Reconstruction:
         once = [path for path, count in times.items() if count == 1]
         self.blocks = [path for path in once if not any(other.startswith(f"{path}.") for other in once)]
         self.runs = [PartialRuns(model, self.blocks) for model in (source, module)]
-        self.targets: dict[tuple[str, int], list[_Call]] = {}  # of the source, by the first layer of a step and batch
+        self.targets: dict[tuple[str, int], list[Call]] = {}  # of the source, by the first layer of a step and batch
 
     @torch.no_grad()
     def run(self, ridge: float = RIDGE, on_layer: Callable[[str], None] = lambda path: None) -> dict[str, LayerError]:
@@ -212,8 +142,8 @@ class Reconstruction:
     def _watching(self, model: nn.Module, paths: Sequence[str], **options: Any) -> Any:
         point, count = self.points.get(paths[0]), sum(self.calls[path] for path in paths)
         if point is None:
-            return _watching_results(model, paths, count, **options)
-        return _watching_stream(model, paths[0], point, count, model is self.module, **options)
+            return watching_results(model, paths, count, **options)
+        return watching_stream(model, paths[0], point, count, model is self.module, **options)
 
     def _collect_targets(self, steps: Sequence[Sequence[str]], final: int) -> None:
         """Runs the source once for several steps and keeps its streams, if these are not too large."""
@@ -274,7 +204,7 @@ class _Fit:
         self.is_possible = True
         self.generator = torch.Generator().manual_seed(0)
 
-    def add(self, of_source: _Call, of_module: _Call, inputs: Mapping[str, Any]) -> None:
+    def add(self, of_source: Call, of_module: Call, inputs: Mapping[str, Any]) -> None:
         """Adds a call on a batch."""
         if of_source.stream is None or of_module.stream is None:
             return
