@@ -14,7 +14,7 @@ FEATURES: dict[str, Callable[[Any], bool]] = {
     "text": lambda feature: getattr(feature, "dtype", None) in TEXT_TYPES,
     "audio": lambda feature: isinstance(feature, datasets.Audio),
 }
-"""How a column of samples of a kind is told."""
+"""How a column of samples of a kind is recognised."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
     feature = dataset.features[column]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
     if own and list(names) == [f"LABEL_{index}" for index in range(len(own))]:
-        own = list(names)  # the model was never told its labels' names: only their ids are known
+        own = list(names)  # a model without names of its labels: only their ids are known
     ids = {name: index for index, name in enumerate(names)}
     labels = [own[value] if own else str(value) for value in dataset[column]]
     if unknown := sorted(set(labels) - set(ids)):
