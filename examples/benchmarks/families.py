@@ -33,7 +33,7 @@ RESULTS = compact.RESULTS / "supported_models.json"
 KINDS = ("attention", "ffn", "conv")
 TRIED = (KINDS, KINDS[:2], KINDS[1:], *((kind,) for kind in KINDS))
 SPREADS = (0.15, 0.3, 0.6)  # of the random weights, tried until the masks of each kind move the logits visibly
-CALIBRATED, FRESH, RETENTION = 256, 128, 0.4  # samples that a module is cut on, and others; its share of the weights
+CALIBRATED, FRESH, RETENTION = 128, 128, 0.4  # samples that a module is cut on, and others; its share of the weights
 BATCH = 32
 REMARKS = (
     ("Channels of convolutions stay whole", "channels are mixed by norms"),
