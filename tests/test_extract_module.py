@@ -30,7 +30,7 @@ from training_helpers import batch_of
 from transformers import AutoTokenizer
 
 from nemo_hf import NeMoForSequenceClassification, extract_module
-from nemo_hf.models import calibrated_cut
+from nemo_hf.models import calibrated_cut, held_out_reconstruction
 
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
 
@@ -108,14 +108,14 @@ def test_results_stay_with_the_weights_that_they_are_of():
 
 
 def test_a_reconstruction_that_makes_it_worse_is_taken_back(monkeypatch, caplog):
-    def harm(self, **options):
+    def harm(self, ridge, **options):
         for parameter in self.module.parameters():
             parameter.data += 1
         return {}
 
     model, batches = fresh("bert"), batches_for("bert")
     raw = cut(model, batches, reconstruct=False)
-    monkeypatch.setattr(calibrated_cut.Reconstruction, "run", harm)
+    monkeypatch.setattr(held_out_reconstruction.Reconstruction, "run", harm)
     module = cut(model, batches)
     assert_same_weights(module, raw)
     assert "would differ" in module.config.extraction["refused"]

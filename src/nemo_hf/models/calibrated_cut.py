@@ -17,7 +17,6 @@ from nemo_hf.config import LabelLike, NeMoConfig
 from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.pruning.budget import masked_weights, plan_budget
 from nemo_hf.pruning.plan import retained_neurons, static_masks
-from nemo_hf.pruning.reconstruct import Reconstruction
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
@@ -28,7 +27,8 @@ from .cut_source import Advance, CutTask, Score, Source, check_calibrated, plain
 from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
 from .extraction import extract_module as cut_by_relevance
 from .finiteness import check_finite
-from .head_outputs import answers, labels_last
+from .head_outputs import labels_last
+from .held_out_reconstruction import reconstruct_module
 from .processors import own_processor
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
@@ -90,7 +90,8 @@ def extract_module(
         nemo_config: Which neurons may be cut: its `targets`, and `sites` for architectures of your own.
         scores: `"activity"` (what a neuron adds to the layers behind it), `"fisher"` (gradients of masks),
             `"magnitude"` (weights alone), or of parents `"relevance"` (what training with masks found).
-        reconstruct: Whether to reconstruct the layers after the cut.
+        reconstruct: Whether to reconstruct the layers after the cut. A part of the samples judges that: where the
+            answers to these get no nearer to the model's, the module stays as it was cut, with a warning.
         refine_epochs: Passes over the calibration samples in which the module is then trained towards the model's
             answers; 0 trains nothing.
         vocabulary: `"shared"` keeps the embeddings of those tokens of a text module that these samples have, and of
@@ -213,8 +214,8 @@ def _module(
         "weights": masked_weights(source.plain, source.sites, keep) / whole,
         "neurons": retained_neurons(source.sites, keep),
     }
-    if options.reconstruct:
-        done |= _reconstruct(module, source, task, keep, advance)
+    if options.reconstruct and done["neurons"] < 1:
+        done |= reconstruct_module(module, source, task, keep, advance)
     return module, done
 
 
@@ -236,49 +237,6 @@ def _cut(model: PreTrainedModel, source: Source, task: CutTask, keep: Keep) -> N
     finally:
         parent.detach_masks()
     return module
-
-
-def _distance(module: NeMoPreTrainedModel, source: Source) -> float:
-    """Mean square by which a module's answers differ from the source's of the same labels, on calibration samples."""
-    total, numbers = 0.0, 0
-    for batch, expected in zip(source.batches, source.answers, strict=True):
-        got = answers(module.model(**batch, return_dict=True)).cpu()
-        total, numbers = total + (got - expected).double().square().sum().item(), numbers + got.numel()
-    return total / numbers if math.isfinite(total) else math.inf
-
-
-def _reconstruct(
-    module: NeMoPreTrainedModel, source: Source, task: CutTask, keep: Keep, advance: Advance
-) -> dict[str, Any]:
-    """Reconstructs a module in place, unless that makes its answers worse; returns what was done."""
-    raw = _distance(module, source)
-    state = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
-    heads = {
-        head: torch.tensor([*task.label_ids, *range(task.count, task.count + others)])
-        for head, others in module.heads.items()
-    }
-    batches = list(enumerate(source.batches))
-    reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
-    errors = reconstruction.run(on_layer=lambda path: advance("Reconstructing"))
-    found = _distance(module, source)
-    done: dict[str, Any] = {
-        "cut_distance": raw,
-        "distance": found,
-        "layers": {path: [error.before, error.after] for path, error in errors.items()},
-        "scarce_layers": sum(error.is_scarce for error in errors.values()),
-    }
-    if done["scarce_layers"] and retained_neurons(source.sites, keep) < 1:
-        logger.warning(
-            "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
-            "more, some hundreds.",
-            done["scarce_layers"],
-        )
-    if not found <= raw:
-        for name, tensor in module.model.state_dict().items():
-            tensor.data.copy_(state[name])  # no change since the check
-        done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
-        logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
-    return done
 
 
 def _smallest(

@@ -147,8 +147,9 @@ class NeMoModelConfig(SavedConfig):
         extraction: Module: how `extract_module` cut it on calibration samples: `scores`, `samples`, the `retention`
             that was asked for, shares of `weights` (of attention, feed-forward layers, convolutions), `neurons` kept;
             by path of its `layers` the error of the hidden states behind each, relative to their variance, before and
-            after reconstruction; mean squared differences of the answers from the source's (`cut_distance` and
-            `distance`); `bytes`, `source_bytes`, `seconds`, and what `vocabulary` and `refine_epochs` did.
+            after reconstruction with a `ridge`; mean squared differences of the answers from the source's on samples
+            held out (`cut_distance`, `distance`), and why reconstruction was `refused`; `bytes`, `source_bytes`,
+            `seconds`, and what `vocabulary` and `refine_epochs` did.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.

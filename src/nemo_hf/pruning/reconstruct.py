@@ -29,7 +29,6 @@ from .statistics import admitted_tokens
 from .stream_points import find_stream_points
 from .watching import Call, watching_results, watching_stream
 
-RIDGE = 1e-2  # of the mean square of what a layer reads
 SMALLEST_FACTOR = 1e-3  # of the largest one on the way to the stream: channels below it are left as they are
 NOTHING = torch.empty(0)
 TRIED = 2  # samples on which skipping blocks is tried
@@ -117,7 +116,7 @@ class Reconstruction:
         self.targets: dict[tuple[str, int], list[Call]] = {}  # of the source, by the first layer of a step and batch
 
     @torch.no_grad()
-    def run(self, ridge: float = RIDGE, on_layer: Callable[[str], None] = lambda path: None) -> dict[str, LayerError]:
+    def run(self, ridge: float = 1e-2, on_layer: Callable[[str], None] = lambda path: None) -> dict[str, LayerError]:
         """Changes the module's weights; returns the errors of its layers by path, in the order in which they run."""
         for runs in self.runs:
             runs.try_out({name: value[:TRIED] for name, value in self.batches[0][1].items()})

@@ -1,0 +1,92 @@
+"""Reconstructs a module, judged by its answers on samples that it was not fitted on."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_hf.pruning.plan import Plan
+from nemo_hf.pruning.reconstruct import LayerError, Reconstruction
+
+from .base import NeMoPreTrainedModel
+from .batches import sample_count, select_samples
+from .cut_source import Advance, CutTask, Inputs, Source
+from .head_outputs import answers
+
+logger = logging.getLogger(__name__)
+
+RIDGES = (1e-2, 1e-1, 1.0)  # the first with which the module comes nearer; of the mean square of what a layer reads
+HELD_OUT, FIRST_HELD = 8, 3  # one sample of so many judges
+FEW_SAMPLES, MORE_HELD_OUT = 200, 4  # of fewer than these more judge, and the layers are then fitted again, to all
+
+Answered = list[tuple[Inputs, Tensor]]  # batches, with the source's answers
+
+
+def reconstruct_module(
+    module: NeMoPreTrainedModel, source: Source, task: CutTask, keep: Plan, advance: Advance
+) -> dict[str, Any]:
+    """Reconstructs a module in place, unless its answers on held-out samples get worse; returns what was done."""
+    samples = list(zip(source.batches, source.answers, strict=True))
+    are_few = sum(sample_count(inputs) for inputs, _ in samples) < FEW_SAMPLES
+    every = MORE_HELD_OUT if are_few else HELD_OUT
+    fitted, judging = list(_part(samples, every, False)), list(_part(samples, every, True)) or samples
+    raw = _distance(module, judging)
+    state = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    heads = {
+        head: torch.tensor([*task.label_ids, *range(task.count, task.count + others)])
+        for head, others in module.heads.items()
+    }
+
+    def fit(samples: Answered, ridge: float) -> dict[str, LayerError]:
+        for name, tensor in module.model.state_dict().items():
+            tensor.data.copy_(state[name])
+        batches = list(enumerate(inputs for inputs, _ in samples))
+        reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
+        return reconstruction.run(ridge, on_layer=lambda path: advance("Reconstructing"))
+
+    found = math.inf
+    for ridge in RIDGES:
+        errors = fit(fitted, ridge)
+        if (found := _distance(module, judging)) <= raw:
+            break
+    done: dict[str, Any] = {"cut_distance": raw, "distance": found, "ridge": ridge}
+    if not found <= raw:
+        for name, tensor in module.model.state_dict().items():
+            tensor.data.copy_(state[name])
+        done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
+        logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
+    elif are_few and judging is not samples:
+        errors = fit(samples, ridge)
+    done["layers"] = {path: [error.before, error.after] for path, error in errors.items()}
+    done["scarce_layers"] = sum(error.is_scarce for error in errors.values())
+    if done["scarce_layers"]:
+        logger.warning(
+            "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
+            "more, some hundreds.",
+            done["scarce_layers"],
+        )
+    return done
+
+
+def _part(samples: Answered, every: int, is_held: bool) -> Iterator[tuple[Inputs, Tensor]]:
+    """One sample of so many, which judge, or the others; of fewer than four none judges."""
+    seen = 0
+    for inputs, expected in samples:
+        places = torch.arange(seen, seen := seen + sample_count(inputs))
+        chosen = (places % every == FIRST_HELD) == is_held
+        if chosen.all():
+            yield inputs, expected
+        elif chosen.any():
+            yield select_samples(inputs, chosen), expected[chosen]
+
+
+def _distance(module: NeMoPreTrainedModel, samples: Sequence[tuple[Inputs, Tensor]]) -> float:
+    """Mean square by which a module's answers differ from the source's of the same labels."""
+    total, numbers = 0.0, 0
+    for inputs, expected in samples:
+        got = answers(module.model(**inputs, return_dict=True)).cpu()
+        total, numbers = total + (got - expected).double().square().sum().item(), numbers + got.numel()
+    return total / numbers if math.isfinite(total) else math.inf
