@@ -1,7 +1,10 @@
 """Spreads a budget of weights over the sites of a model: which neurons stay, given a score of each. Pure functions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +15,45 @@ from .layer_cuts import LayerCut, site_cut
 from .layer_edits import weight_shape
 from .plan import Plan
 
-STEPS = 12  # of the bisection: shares are found to 1/4096
+STEPS = 12  # of the bisection: shares are found to 1/4096, and so are the gains of channels
 
 
-def masked_weights(model: nn.Module, sites: Sequence[NeuronSite], plan: Plan | None = None) -> float:
-    """Number of weights of the layers that sites name, all of them or those that a plan keeps, padding included."""
+def layer_weights(model: nn.Module, sites: Sequence[NeuronSite]) -> dict[str, float]:
+    """Number of weights of each layer that makes or reads neurons, by path."""
+    paths = dict.fromkeys(path for site in sites for path in _layers(site))
+    return {path: float(math.prod(weight_shape(model.get_submodule(path)))) for path in paths}
+
+
+@torch.no_grad()
+def layer_operations(model: nn.Module, sites: Sequence[NeuronSite], inputs: Mapping[str, Any]) -> dict[str, float]:
+    """Multiplications of a batch with the weights of each of these layers, by path; padding counts as well."""
+    weights = layer_weights(model, sites)
+    found = dict.fromkeys(weights, 0.0)
+
+    def count(path: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        found[path] += weights[path] * output.numel() / weight_shape(layer)[0]
+
+    with ExitStack() as stack:
+        for path in weights:
+            stack.callback(model.get_submodule(path).register_forward_hook(partial(count, path)).remove)
+        model(**inputs, return_dict=True)
+    return found
+
+
+def kept_costs(model: nn.Module, sites: Sequence[NeuronSite], costs: Mapping[str, float], plan: Plan) -> float:
+    """What is left of the costs of layers with the neurons that a plan keeps, padding included."""
     by_key = {site.key: site for site in sites}
-    whole: dict[str, tuple[float, float]] = {}
-    for site in sites:
-        for path in {*site.readers, *(rows.layer for rows, _ in site.produced())}:
-            whole[path] = (1.0, 1.0)
-    for key, kept in (plan or {}).items():
+    shares = dict.fromkeys(costs, 1.0)
+    for key, kept in plan.items():
         for path, cut in site_cut(by_key[key], kept).layers.items():
-            if path in whole:
+            if path in shares:
                 outputs, inputs = _kept_shares(model.get_submodule(path), cut)
-                whole[path] = (whole[path][0] * outputs, whole[path][1] * inputs)
-    sizes = {path: math.prod(weight_shape(model.get_submodule(path))) for path in whole}
-    return sum(sizes[path] * share[0] * share[1] for path, share in whole.items())
+                shares[path] *= outputs * inputs
+    return sum(cost * shares[path] for path, cost in costs.items())
+
+
+def _layers(site: NeuronSite) -> list[str]:
+    return [*site.readers, *(rows.layer for rows, _ in site.produced())]
 
 
 def _kept_shares(layer: nn.Module, cut: LayerCut) -> tuple[float, float]:
@@ -41,21 +66,31 @@ def plan_budget(
     model: nn.Module,
     sites: Sequence[NeuronSite],
     scores: Mapping[str, Mapping[str, Tensor]],
+    costs: Mapping[str, float],
     retention: float,
 ) -> dict[str, dict[str, Tensor]]:
-    """Keeps the neurons of the highest scores, the same share of each part, within a share of the layers' weights.
+    """Keeps the neurons of the highest scores within a share of the costs of their layers.
 
-    Every site keeps a neuron at least. Returns site key to part to kept neurons: sorted indices.
+    Attention and feed-forward neurons: the same share of each part. Channels of convolutions, whose layers cost very
+    differently: those which add most, for their costs, to the logarithm of what their layer keeps of its scores, so
+    that no layer starves. Every site keeps a neuron at least. Returns site key to part to kept neurons: sorted indices.
     """
-    limit = retention * masked_weights(model, sites)
-    low, high = 0.0, 1.0
-    if masked_weights(model, sites, _keep_share(sites, scores, high)) <= limit:
-        return _keep_share(sites, scores, high)
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        fits = masked_weights(model, sites, _keep_share(sites, scores, middle)) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    return _keep_share(sites, scores, low)
+    plan: dict[str, dict[str, Tensor]] = {}
+    for has_channels in (False, True):
+        own = [site for site in sites if (site.kind == "conv") == has_channels]
+        paths = {path for site in own for path in _layers(site)}
+        own_costs = {path: cost for path, cost in costs.items() if path in paths}
+        limit = retention * sum(own_costs.values())
+        keep = _keep_gains(own, scores, own_costs) if has_channels else partial(_keep_share, own, scores)
+        low, high = 0.0, 1.0
+        if kept_costs(model, own, own_costs, keep(high)) <= limit:
+            low = high
+        for _ in range(STEPS if low < high else 0):
+            middle = (low + high) / 2
+            fits = kept_costs(model, own, own_costs, keep(middle)) <= limit
+            low, high = (middle, high) if fits else (low, middle)
+        plan |= keep(low)
+    return {site.key: plan[site.key] for site in sites}
 
 
 def _keep_share(
@@ -68,6 +103,29 @@ def _keep_share(
         else:
             plan[site.key] = {name: _best(score, share * len(score)) for name, score in scores[site.key].items()}
     return plan
+
+
+def _keep_gains(
+    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], costs: Mapping[str, float]
+) -> Callable[[float], dict[str, dict[str, Tensor]]]:
+    """Returns what keeps, of all parts of the sites together, a share of the neurons: those of the largest gains."""
+    gains: dict[tuple[str, str], Tensor] = {}
+    for site in sites:
+        cost = max(1.0, sum(costs[path] for path in set(_layers(site))) / site.neurons)
+        for name, score in scores[site.key].items():
+            ordered = score.double().clamp(min=0).sort(descending=True).values
+            gains[site.key, name] = ordered / ordered.cumsum(0).clamp(min=1e-300) / cost
+    ranked = torch.cat([*gains.values(), torch.zeros(1)]).sort(descending=True).values
+
+    def keep(share: float) -> dict[str, dict[str, Tensor]]:
+        least = ranked[math.floor(share * (len(ranked) - 1))]
+        return {
+            site.key: {name: _best(score, int((gains[site.key, name] > least).sum()) if share < 1 else len(score))
+                       for name, score in scores[site.key].items()}
+            for site in sites
+        }  # fmt: skip
+
+    return keep
 
 
 def _best(score: Tensor, count: float) -> Tensor:
