@@ -19,8 +19,9 @@ from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.calibrated_cut import extract_module
+from nemo_hf.models.calibration_inputs import input_kind
 from nemo_hf.models.configuration import PLACE_TASKS, TASKS, NeMoModelConfig, model_class, task_of
-from nemo_hf.models.cut_saved import input_kind, saved_processor
+from nemo_hf.models.cut_saved import saved_processor
 from nemo_hf.models.files import find_file
 from nemo_hf.models.privacy import clean, hub_name, is_repository
 from nemo_hf.models.pruning_modes import make_parent

@@ -138,7 +138,10 @@ def _cut_options(add: Callable[..., Any]) -> None:
     add("--output-dir", required=True, help="directory of the module; of several, each in a folder named as its share")
     add("--retention", nargs="+", type=float, metavar="SHARE", help="share of the weights to keep (default: 0.2)")
     add("--max-loss", type=float, metavar="POINTS", help="find the smallest module that loses at most so many points")
-    add("--validation-split", help="with --max-loss: split to measure it on; otherwise part of the samples")
+    add(
+        "--validation-split",
+        help="split to measure the module or its loss, and to calibrate rejection on",
+    )
     add("--samples", type=_count, metavar="N", help="most samples of the module's labels (default: 1000)")
     add("--scores", choices=get_args(Score), help="how neurons are scored (default: activity)")
     add("--no-reconstruct", action="store_true", help="leave the layers as they are after the cut")

@@ -18,6 +18,7 @@ from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import check_answers_once, group_indices, sample_groups
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.models.rejection_calibration import auroc, own_samples
+from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
@@ -143,8 +144,8 @@ def evaluate_module(
     accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
     sizes: dict[str, Any] = {}
     for prefix, model in (("", module), ("parent_", parent)):
-        size = sum(p.numel() * p.element_size() for p in model.model.parameters())
-        sizes[f"{prefix}parameters"], sizes[f"{prefix}megabytes"] = base_parameters(model), size / 1e6
+        sizes[f"{prefix}parameters"] = base_parameters(model)
+        sizes[f"{prefix}megabytes"] = size_in_bytes(model.model.parameters()) / 1e6
         sizes[f"{prefix}macs"] = count_macs(model)
     report = ModuleReport(
         labels=list(module.config.names.values()),
