@@ -97,9 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=["plain", "onnx"], default="plain", help="format of the export (default: plain)")
 
     inputs = [_data_options(is_required=True), cutting]
-    add = command(commands.evaluate, "measure modules of a saved parent beside their controls", parents=inputs)
-    add("--parent", required=True, help="parent: directory or Hub repository")
-    add("--labels", required=True, nargs="+", help="modules to measure, each as labels joined by '+': cat+dog car")
+    add = command(commands.evaluate, "measure modules beside their parent and controls", parents=inputs)
+    add("--parent", required=True, help="parent, or plain model of --modules: directory or Hub repository")
+    add("--labels", nargs="+", help="modules to cut by relevance, each as labels joined by '+': cat+dog car")
+    add("--modules", nargs="+", metavar="DIR", help="saved modules in place of --labels: directories or repositories")
     add("--metrics", nargs="+", metavar="NAME", help="metrics of the library evaluate, or paths of metric scripts")
     add("--output", metavar="FILE", help="JSON file for the reports")
 

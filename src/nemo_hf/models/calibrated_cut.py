@@ -354,8 +354,8 @@ def _finish(
     others = held_out_others or others
     if options.rejection and others and module.task not in PLACE_TASKS:
         advance("Rejection")
-        is_measured = any(labels is not None for _, labels in held_out)
-        calibrate_on_samples(module, [*(held_out if is_measured else own), *others])
+        are_new = any(labels is not None for _, labels in held_out)
+        calibrate_on_samples(module, [*(held_out if are_new else own), *others], are_new)
     done |= {"bytes": size_in_bytes(_tensors(module).values()), "source_bytes": size_in_bytes(_tensors(model).values())}
     return held_out
 

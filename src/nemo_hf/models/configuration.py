@@ -148,7 +148,8 @@ class NeMoModelConfig(SavedConfig):
             that was asked for, shares of `weights` (of attention, feed-forward layers, convolutions), `neurons` kept;
             by path of its `layers` the error of the hidden states behind each, relative to their variance, before and
             after reconstruction; mean squared differences of the answers from the source's (`cut_distance` and
-            `distance`); `bytes`, `source_bytes`, `seconds`, and what `vocabulary` and `refine_epochs` did.
+            `distance`); `bytes`, `source_bytes`, `seconds`, and what `vocabulary`, `refine_epochs` and `validation`
+            gave.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.
