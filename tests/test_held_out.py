@@ -92,7 +92,7 @@ def test_rejection_is_calibrated_on_validation_samples():
     again = copy.deepcopy(module)
     calibrate_rejection(again, labelled(validation), show_progress=False)
     assert module.config.rejection == pytest.approx(again.config.rejection, rel=1e-4)
-    assert module.config.rejection != before.config.rejection
+    assert module.config.rejection["accepted"] < before.config.rejection["accepted"] == 1  # known samples: more caution
     own = [sample for sample in validation if sample["labels"] in CHOSEN]
     alone = extract_module(model, **options, validation=labelled(own))
     others = [sample for sample in calibration if sample["labels"] not in CHOSEN]

@@ -87,7 +87,7 @@ def calibrate_rejection(
 
 
 def calibrate_on_samples(
-    module: NeMoPreTrainedModel, samples: Iterable[tuple[Mapping[str, Any], Tensor | None]], are_new: bool
+    module: NeMoPreTrainedModel, samples: Iterable[tuple[Mapping[str, Any], Tensor | None]], are_new: bool = True
 ) -> dict[str, float] | None:
     """Does what `calibrate_rejection` does on calibration samples, where some have the module's labels and others not.
 
