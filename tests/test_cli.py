@@ -190,6 +190,13 @@ def test_cut_makes_a_module_for_each_retention_and_prints_a_table(stage, capsys)
     assert large["label_ids"] == [1, 0]
     answers = pipeline("text-classification", model="m/0.3", top_k=None)(["w1 w2"])[0]
     assert {answer["label"] for answer in answers} == {"dog", "cat", REJECTED_LABEL}
+    words = f"evaluate --parent {BERT} --dataset org/texts --label-column intent --split train"
+    assert main(f"{words} --modules m/0.6 m/0.3 --output r.json".split()) == 0
+    reports = json.loads((stage / "r.json").read_text())
+    assert [report["neuron_retention_rate"] for report in reports] == [
+        config["extraction"]["neurons"] for config in (large, small)
+    ]
+    assert main([*words.split(), "--modules", "m/0.3", "--labels", "dog"]) == 2
 
 
 def test_cut_with_its_other_options(stage, capsys):

@@ -34,7 +34,7 @@ SIGNATURES = {
     "NeMoForImageClassification.attach_processor": "self processor",
     "NeMoForImageClassification.detach_masks": "self",
     "NeMoForImageClassification.export_onnx": "module directory inputs",
-    "NeMoForImageClassification.extract_module": "self labels threshold round_to inputs calibration retention options",
+    "NeMoForImageClassification.extract_module": "self labels calibration retention threshold round_to inputs options",
     "NeMoForImageClassification.forward": f"self pixel_values {MASKED}",
     "NeMoForImageClassification.from_pretrained": "pretrained_model_name_or_path model_args labels threshold round_to"
     " verify calibration retention max_loss kwargs",

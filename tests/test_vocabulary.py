@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from nemo_hf import NeMoForSequenceClassification, make_parent
-from nemo_hf.models.vocabulary import share_tokens, shorten_positions, shrink_vocabulary, unseen_share
+from nemo_hf.models.vocabulary import share_tokens, shorten_positions, shrink_vocabulary
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {**SIZES, "max_position_embeddings": 40}
@@ -228,14 +228,20 @@ def test_models_without_one_table_of_positions_are_refused(family):
         shorten_positions(module, own, [encoded(own, CALIBRATION)], 30)
 
 
-def test_share_of_unseen_tokens():
+@pytest.mark.parametrize("smaller", [shrink_vocabulary, share_tokens])
+def test_share_of_unseen_tokens(smaller):
     own = trained("bert")
-    tokens = own.tokenize(CALIBRATION[0])
-    kept = set(tokens) - {tokens[0]}
-    expected = tokens.count(tokens[0]) / len(tokens)
-    assert unseen_share(own, kept, [CALIBRATION[0]]) == pytest.approx(expected)
-    assert unseen_share(own, kept, [(encoded(own, [CALIBRATION[0]]), None)]) == pytest.approx(expected)
-    assert unseen_share(own, own.get_vocab(), CALIBRATION) == unseen_share(own, kept, []) == 0
+    batches = [(encoded(own, CALIBRATION[:2]), None)]
+    held_out = [own.tokenize(text) for text in CALIBRATION]
+    seen = {token for tokens in held_out[:2] for token in tokens}
+    report = smaller(module_of("bert"), own, batches, held_out=[(encoded(own, CALIBRATION), None)])
+    tokens = [token for text in held_out for token in text]
+    is_kept = [
+        token in seen or (smaller is shrink_vocabulary and len(token.removeprefix("##")) == 1) for token in tokens
+    ]
+    assert report["unseen_share"] > 0
+    assert report["unseen_share"] == pytest.approx(is_kept.count(False) / len(tokens))
+    assert "unseen_share" not in smaller(module_of("bert"), own, batches)
 
 
 def test_measured_results_and_other_files_of_the_processor():

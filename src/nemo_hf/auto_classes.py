@@ -153,12 +153,12 @@ class NeMoClassifier(NeMoPreTrainedModel):
     def extract_module(
         self,
         labels: LabelLike | Sequence[LabelLike],
+        calibration: Any = None,
+        retention: float | Sequence[float] | None = None,
+        *,
         threshold: float | None = None,
         round_to: int | None = None,
         inputs: Mapping[str, Tensor] | None = None,
-        *,
-        calibration: Any = None,
-        retention: float | Sequence[float] | None = None,
         **options: Any,
     ) -> Any:
         """Cuts the module for some labels out of a parent and runs the equivalence check.
@@ -168,11 +168,13 @@ class NeMoClassifier(NeMoPreTrainedModel):
 
         Args:
             labels: Label ids (int), label names or group names (str), in the order of the module's outputs.
-            threshold: Share of a group's samples that must open a neuron; `None`: the parent's `relevance_threshold`.
-            round_to: Fills widths up to multiples of this, such as 8 or 16, with the next most relevant neurons.
-            inputs: A few samples to check on; `None` draws random ones.
-            calibration: Samples that the module is cut on, as in `nemo_hf.extract_module`; in place of the three above.
+            calibration: Samples that the module is cut on, as in `nemo_hf.extract_module`.
             retention: With `calibration`: share of the weights of the masked layers, or a list of shares.
+            threshold: Without `calibration`: share of a group's samples that must open a neuron; `None`: the parent's
+                `relevance_threshold`.
+            round_to: Without `calibration`: fills widths up to multiples of this, such as 8 or 16, with the next most
+                relevant neurons.
+            inputs: Without `calibration`: a few samples to check on; `None` draws random ones.
             **options: With `calibration`: further ones of `nemo_hf.extract_module`, such as `max_loss`.
 
         Returns:

@@ -19,8 +19,9 @@ from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.calibrated_cut import extract_module
+from nemo_hf.models.calibration_inputs import input_kind
 from nemo_hf.models.configuration import PLACE_TASKS, TASKS, NeMoModelConfig, model_class, task_of
-from nemo_hf.models.cut_saved import input_kind, saved_processor
+from nemo_hf.models.cut_saved import saved_processor
 from nemo_hf.models.files import find_file
 from nemo_hf.models.privacy import clean, hub_name, is_repository
 from nemo_hf.models.pruning_modes import make_parent
@@ -98,7 +99,8 @@ def cut(options: Namespace) -> None:
         print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
         return
     modules: list[Any] = _cut_on_samples(options)
-    rows = [["directory", "asked for", "weights", "neurons", "MB", "of the source", "seconds", "error", "uncorrected"]]
+    rows = [["directory", "asked for", "weights", "neurons", "MB", "of the source", "seconds", "error", "uncorrected",
+             "accuracy", "source"]]  # fmt: skip
     for each in modules:
         done, folder = each.config.extraction, Path(options.output_dir)
         folder = folder / f"{done['retention']:g}" if len(modules) > 1 else folder
@@ -106,23 +108,23 @@ def cut(options: Namespace) -> None:
         shares = ["-" if done["retention"] is None else f"{done['retention']:g}", f"{done['weights']:.3f}"]
         size = [f"{done['bytes'] / 1e6:.2f}", f"{done['bytes'] / done['source_bytes']:.0%}", f"{done['seconds']:.1f}"]
         errors = [f"{done[name]:.3g}" if name in done else "-" for name in ("distance", "cut_distance")]
-        rows.append([str(folder), *shares, f"{done['neurons']:.3f}", *size, *errors])
+        found = [done.get("validation", {}).get(name) for name in ("accuracy", "source_accuracy")]
+        shares.append(f"{done['neurons']:.3f}")
+        rows.append([str(folder), *shares, *size, *errors, *("-" if each is None else f"{each:.3f}" for each in found)])
     names, samples = list(modules[0].config.names.values()), modules[0].config.extraction["samples"]
     print(f"{names}, cut on {samples} samples; errors: mean squares of the logits' differences\n\n{aligned(rows)}")
 
 
 def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
     """Loads a model and samples, and cuts a module for each retention."""
-    code = {"trust_remote_code": True} if options.trust_remote_code else {}
-    config = _read_config(options.model, **code)
-    model = _load(options.model) if isinstance(config, NeMoModelConfig) else _load_plain(options.model, config, **code)
+    model = _load_any(options.model, **({"trust_remote_code": True} if options.trust_remote_code else {}))
     chosen = {name: getattr(options, name) for name in ("max_loss", "max_positions", "refine_epochs", "scores")}
     chosen |= {"max_samples": options.samples, "vocabulary": options.vocabulary}
     retention = options.retention if len(options.retention or ()) > 1 else next(iter(options.retention or ()), None)
     read = partial(load_samples, options.dataset, kind=input_kind(model), names=list(_names(model.config).values()),
                    label_column=options.label_column, input_column=options.input_column)  # fmt: skip
     modules = extract_module(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),  # type: ignore[arg-type]
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
         _labels(options.labels, _known(model.config)),
         read(split=options.split),
         retention,
@@ -153,12 +155,19 @@ def evaluate(options: Namespace) -> None:
         raise IsADirectoryError(f"Got --output {options.output}, which is a directory; expected a file. Name one.")
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)  # now, and not after the measurements
-    parent = _load(options.parent)
-    parent.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if bool(options.labels) == bool(options.modules):
+        raise ValueError(
+            "Got both or none of --labels and --modules; expected one. Name labels to cut by relevance, or saved "
+            "modules."
+        )
+    parent = _load_any(options.parent)
+    parent.to("cuda" if torch.cuda.is_available() else "cpu")
     loader = _batches(options, options.split, parent)
-    modules = [_labels(word.split("+"), _known(parent.config)) for word in options.labels]
-    cut = (None, options.threshold, options.round_to)
-    reports = [evaluate_module(parent, labels, loader, *cut, metrics=options.metrics).to_dict() for labels in modules]
+    modules: list[Any] = [(_labels(word.split("+"), _known(parent.config)), None) for word in options.labels or ()]
+    modules += [(list(each.config.names.values()), each) for each in map(_load, options.modules or ())]
+    cut = {"threshold": options.threshold, "round_to": options.round_to}
+    measure = partial(evaluate_module, parent, batches=loader, metrics=options.metrics)
+    reports = [measure(labels, module=each, **cut).to_dict() for labels, each in modules]
     print(format_table(reports))
     for report in reports if options.metrics else ():
         print(f"{','.join(report['labels'])}: {report['metrics']}, parent: {report['parent_metrics']}")
@@ -278,6 +287,12 @@ def _load_plain(source: str, config: PreTrainedConfig, **code: Any) -> PreTraine
     return model
 
 
+def _load_any(source: str, **code: Any) -> Any:
+    """Loads a plain classifier, parent or module."""
+    config = _read_config(source, **code)
+    return _load(source) if isinstance(config, NeMoModelConfig) else _load_plain(source, config, **code)
+
+
 def _load(source: str, **options: Any) -> NeMoClassifier:
     kind: type[NeMoClassifier] = model_class(task_of(_config(source).plain_class), NeMoModelConfig)
     return kind.from_pretrained(source, **options)
@@ -300,11 +315,16 @@ def _labels(words: Sequence[str], known: Collection[str]) -> list[LabelLike]:
     return [int(word) if word.isdecimal() and word not in known else word for word in words]
 
 
-def _batches(options: Namespace, split: str, parent: NeMoClassifier) -> DataLoader[Any]:
-    parent.parent_masks()  # a module has none, and not all labels of the data: a ValueError
-    names = list(parent.config.names.values())
+def _batches(options: Namespace, split: str, parent: PreTrainedModel) -> DataLoader[Any]:
+    """Batches of data for a parent or a plain model."""
+    if not isinstance(parent, NeMoPreTrainedModel):
+        task = task_of(type(parent))
+    else:
+        task = parent.task
+        parent.parent_masks()  # a module has none, and not all labels of the data: a ValueError
+    names = list(_names(parent.config).values())
     columns = (options.label_column, options.input_column)
-    data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names, task=parent.task)
+    data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names, task=task)
     return DataLoader(data.splits[split], batch_size=options.batch_size, collate_fn=data.collator)
 
 

@@ -97,9 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=["plain", "onnx"], default="plain", help="format of the export (default: plain)")
 
     inputs = [_data_options(is_required=True), cutting]
-    add = command(commands.evaluate, "measure modules of a saved parent beside their controls", parents=inputs)
-    add("--parent", required=True, help="parent: directory or Hub repository")
-    add("--labels", required=True, nargs="+", help="modules to measure, each as labels joined by '+': cat+dog car")
+    add = command(commands.evaluate, "measure modules beside their parent and controls", parents=inputs)
+    add("--parent", required=True, help="parent, or plain model of --modules: directory or Hub repository")
+    add("--labels", nargs="+", help="modules to cut by relevance, each as labels joined by '+': cat+dog car")
+    add("--modules", nargs="+", metavar="DIR", help="saved modules in place of --labels: directories or repositories")
     add("--metrics", nargs="+", metavar="NAME", help="metrics of the library evaluate, or paths of metric scripts")
     add("--output", metavar="FILE", help="JSON file for the reports")
 
@@ -138,7 +139,10 @@ def _cut_options(add: Callable[..., Any]) -> None:
     add("--output-dir", required=True, help="directory of the module; of several, each in a folder named as its share")
     add("--retention", nargs="+", type=float, metavar="SHARE", help="share of the weights to keep (default: 0.2)")
     add("--max-loss", type=float, metavar="POINTS", help="find the smallest module that loses at most so many points")
-    add("--validation-split", help="with --max-loss: split to measure it on; otherwise part of the samples")
+    add(
+        "--validation-split",
+        help="split to measure the module or its loss, and to calibrate rejection on",
+    )
     add("--samples", type=_count, metavar="N", help="most samples of the module's labels (default: 1000)")
     add("--scores", choices=get_args(Score), help="how neurons are scored (default: activity)")
     add("--no-reconstruct", action="store_true", help="leave the layers as they are after the cut")

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, resolve_labels
+from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.batches import labelled_batches, select_samples
-from nemo_hf.models.equivalence import as_saved
+from nemo_hf.models.equivalence import as_saved, sharing_copy
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import check_answers_once, group_indices, sample_groups
+from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.models.rejection_calibration import auroc, own_samples
+from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
@@ -37,7 +40,8 @@ class ModuleReport:
             labels, an answer is the yes or no to one label of the module, over all samples.
         parent_restricted_accuracy: The same of the parent, its answers restricted to `labels`.
         controls: The same of the parent under other static masks: `random` (mean of 5 masks with as many neurons in
-            each part of each site), `other` (of up to as many other groups; `None` without any), `empty` (no neuron).
+            each part of each site), `other` (of up to as many other groups), `empty` (no neuron); `None` where there
+            are no such masks.
         samples: Number of samples with these labels; all of them where a sample may have several labels.
         parameters: Of the module; `parent_parameters` of the parent without generators.
         megabytes: 10^6 bytes of the module's parameters; `parent_megabytes` likewise.
@@ -86,7 +90,7 @@ class ModuleReport:
 
 
 def evaluate_module(
-    parent: NeMoPreTrainedModel,
+    parent: PreTrainedModel,
     labels: LabelLike | Sequence[LabelLike],
     batches: Iterable[Mapping[str, Any]],
     module: NeMoPreTrainedModel | None = None,
@@ -99,10 +103,12 @@ def evaluate_module(
     """Evaluates a module and its controls on the samples that have its labels.
 
     Args:
-        parent: The parent.
+        parent: The parent, or with `module` the plain model that it was cut from.
         labels: Label ids, label names or group names; with `module` those of the module.
         batches: Batches of model inputs with `labels`, the parent's label ids, of held-out data.
-        module: The module, if it is cut already; `None` cuts it. It carries the report from then on.
+        module: The module, if it is cut already; `None` cuts it. It carries the report from then on. Of one that was
+            cut on calibration samples the controls `random` and `other` are `None`: relevance didn't choose its
+            neurons.
         threshold: As in `extract_module`; with `module` that of the module counts.
         round_to: As in `extract_module`; with `module` that of the module counts.
         seed: Seed of the random and other control.
@@ -115,11 +121,19 @@ def evaluate_module(
         The report.
 
     Raises:
-        ValueError: If the labels make no module, `module` is not the parent's module for these labels and options,
-            no sample has one of the labels, a metric can't be computed, or weights or logits are not finite.
+        ValueError: If the labels make no module, `module` is not the parent's module for these labels and options, or
+            missing beside a plain model, no sample has one of the labels, a metric can't be computed, or weights or
+            logits are not finite.
         ImportError: If `metrics` are given without the package `evaluate`, or one that a metric needs.
         OSError: If a metric can't be loaded.
     """
+    if not isinstance(parent, NeMoPreTrainedModel):
+        if module is None:
+            raise ValueError(
+                f"Got a {type(parent).__name__} without module; expected a module of it. Pass module=extract_module("
+                "model, labels, calibration=...), or a parent."
+            )
+        parent = make_parent(sharing_copy(parent), NeMoConfig(masks="static"))
     check_answers_once(parent)
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:
@@ -128,8 +142,10 @@ def evaluate_module(
     check_finite(module)
     plan = _plan_of(module, parent, labels, threshold=threshold, round_to=round_to)
     masks = {"empty": [{site.key: torch.zeros(site.neurons) for site in parent.sites}]}
-    masks["random"] = random_masks(plan.static, parent, seed)
-    if other := other_groups(parent, plan.groups, seed):
+    groups = list(module.config.groups)
+    if plan is not None:
+        masks["random"] = random_masks(plan.static, parent, seed)
+    if plan is not None and (other := other_groups(parent, groups, seed)):
         try:
             masks["other"] = [make_plan(parent, other, plan.threshold, plan.round_to).static]
         except ValueError:  # these groups open no neuron at all
@@ -143,24 +159,24 @@ def evaluate_module(
     accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
     sizes: dict[str, Any] = {}
     for prefix, model in (("", module), ("parent_", parent)):
-        size = sum(p.numel() * p.element_size() for p in model.model.parameters())
-        sizes[f"{prefix}parameters"], sizes[f"{prefix}megabytes"] = base_parameters(model), size / 1e6
+        sizes[f"{prefix}parameters"] = base_parameters(model)
+        sizes[f"{prefix}megabytes"] = size_in_bytes(model.model.parameters()) / 1e6
         sizes[f"{prefix}macs"] = count_macs(model)
     report = ModuleReport(
         labels=list(module.config.names.values()),
-        groups=plan.groups,
+        groups=groups,
         accuracy=accuracy["module"],
         parent_restricted_accuracy=accuracy["parent"],
         controls={name: accuracy.get(name) for name in ("random", "other", "empty")},
         samples=len(right),
-        neuron_retention_rate=plan.retained,
+        neuron_retention_rate=(module.config.retained_neurons or 0.0) if plan is None else plan.retained,
         weight_retention_rate=sizes["parameters"] / sizes["parent_parameters"],
         latency_ms=latency.milliseconds["module"],
         parent_latency_ms=latency.milliseconds["parent"],
         latency_note=latency.note,
         device=latency.device,
         input_shape=list(random_inputs(module)[module.main_input_name].shape[1:]),
-        threshold=plan.threshold or 0.0,
+        threshold=module.config.relevance_threshold or 0.0,
         seed=seed,
         rejection=_rejection(module, energies, is_own),
         metrics=computed[0],
@@ -171,13 +187,16 @@ def evaluate_module(
     return report
 
 
-def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: Any, **given: Any) -> ModulePlan:
-    """The plan by which a module was cut from its parent, or a `ValueError` if it can't have been."""
+def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: Any, **given: Any) -> ModulePlan | None:
+    """The plan by which a module was cut from its parent, or a `ValueError` if it can't have been.
+
+    `None` for one that was cut on calibration samples: relevance doesn't tell its neurons.
+    """
     own = module.config
     if module.is_parent:
         raise ValueError("Got a parent as module; expected a module. Cut one with extract_module(labels).")
     own_names, own_ids = list(own.names.values()), own.label_ids or []
-    ids, _ = resolve_labels(labels, parent.config.groups, parent.config.names)
+    ids, _ = resolve_labels(labels, {**own.groups, **parent.config.groups}, parent.config.names)
     options: dict[str, Any] = {"threshold": own.relevance_threshold, "round_to": own.round_to}
     differing = [f"{name}={value!r}" for name, value in given.items() if value not in (None, options[name])]
     if sorted(ids) != sorted(own_ids) or differing:
@@ -185,11 +204,13 @@ def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: A
             f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with {options}; expected the "
             "module's own labels and options. Leave the others out, or leave module out to cut another."
         )
-    plan = make_plan(parent, own_ids, **options)
-    kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
     names = [parent.config.names[index] for index in own_ids]
     is_same = (own.base_class, own_names) == (parent.config.base_class, names)
-    if not is_same or kept != plan.counts or own.retained_neurons not in (None, plan.retained):
+    plan = make_plan(parent, own_ids, **options) if own.extraction is None else None
+    if is_same and plan is not None:
+        kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
+        is_same = kept == plan.counts and own.retained_neurons in (None, plan.retained)
+    if not is_same:
         raise ValueError(
             f"Got a module of {own_names} with other labels, layers or neurons than this parent's relevance says; "
             "expected a module of this parent as it is now. Load the parent that it was cut from, or cut it anew."

@@ -26,6 +26,7 @@ from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.loading import PROCESS_SETTINGS
 from nemo_hf.models.privacy import clean
 from nemo_hf.models.rejection import add_rejection
+from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -187,7 +188,7 @@ def _free_dimensions(name: str, value: Tensor) -> dict[int, str]:
 
 
 def _trace(module: NeMoPreTrainedModel, inputs: Inputs, free: Free, outputs: Sequence[str], path: Path) -> None:
-    size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    size = size_in_bytes(module.parameters())
     options: dict[str, Any] = {"external_data": size > LARGEST_FILE, "dynamo": True, "verbose": False}
     options |= {"input_names": list(inputs), "output_names": list(outputs), "dynamic_shapes": free}
     try:

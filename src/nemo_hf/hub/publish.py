@@ -26,6 +26,7 @@ from nemo_hf.models.files import REPORT_NAME
 from nemo_hf.models.privacy import clean, is_repository
 from nemo_hf.models.rejection_calibration import calibrate_rejection
 from nemo_hf.models.save_identity import bare_report, write_report
+from nemo_hf.models.weight_files import size_in_bytes
 
 from .model_card import CardFacts, license_of, own_text, render_model_card
 from .pictures import draw_neurons
@@ -83,7 +84,7 @@ def _single_facts(model: NeMoPreTrainedModel, options: CardOptions) -> dict[str,
         "labels": list(names.values()),
         "label_ids": list(config.label_ids or ()),
         "parameters": base_parameters(model),
-        "megabytes": sum(p.numel() * p.element_size() for p in model.model.parameters()) / 1e6,
+        "megabytes": size_in_bytes(model.model.parameters()) / 1e6,
         "generator_parameters": sum(p.numel() for p in model.masks.parameters()) if model.masks is not None else 0,
         "groups": groups if any(len(group["labels"]) > 1 for group in groups) else [],
         "several_labels": config.has_several_labels,
@@ -103,7 +104,7 @@ def _composed_facts(model: NeMoComposedModel) -> dict[str, Any]:
         "base_class": ", ".join(dict.fromkeys(part["base_class"] for part in parts)),
         "labels": [names[place] for place in config.label_order or []],
         "parameters": int(model.num_parameters()),
-        "megabytes": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+        "megabytes": size_in_bytes(model.parameters()) / 1e6,
         "parts": [{**part, "scale": scale, "bias": bias} for part, scale, bias in calibrated],
     }
 

@@ -24,6 +24,7 @@ from .config_checks import damaged
 from .configuration import PLACE_TASKS, NeMoModelConfig, task_of
 from .head_outputs import NeMoOutput
 from .labels import place_labels, settle_labels, task_loss
+from .positions import check_length
 from .rejection import add_rejection
 from .saved_model import SavedModel
 
@@ -309,6 +310,7 @@ class NeMoPreTrainedModel(SavedModel):
             )
         self._watch_weights()
         given = {name: value for name, value in inputs.items() if value is not None}
+        check_length(self.model, self.config, {**given, **kwargs})
         labels = place_labels(self, labels) if labels is not None and self.task in PLACE_TASKS else labels
         if self.task == "image-segmentation":  # where the plain model enlarges its logits and weighs other heads
             kwargs = {**kwargs, "labels": labels}

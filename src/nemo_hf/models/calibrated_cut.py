@@ -14,34 +14,33 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.pruning.budget import masked_weights, plan_budget
 from nemo_hf.pruning.plan import retained_neurons, static_masks
 
 from .attach import attach_masks
 from .base import NeMoPreTrainedModel
-from .batches import Pair
+from .batches import Pair, sample_count
 from .configuration import PLACE_TASKS
-from .cut_samples import CutSamples
-from .cut_source import Advance, CutTask, Score, Source, check_calibrated, plain_source, prepare_source
+from .cut_samples import CutSamples, accuracy
+from .cut_source import TRIAL_SAMPLES, Advance, CutTask, Score, Source, check_calibrated, prepare_source
 from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
 from .extraction import extract_module as cut_by_relevance
 from .finiteness import check_finite
-from .head_outputs import labels_last
 from .held_out_reconstruction import reconstruct_module
 from .processors import own_processor
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
 from .vocabulary import share_tokens, shorten_positions, shrink_vocabulary
+from .weight_files import size_in_bytes
 
 logger = logging.getLogger(__name__)
 
 Keep = dict[str, dict[str, Tensor]]
 Found = tuple[NeMoPreTrainedModel, dict[str, Any]]  # a module, and what `config.extraction` is to say of it
-TRIAL_SAMPLES = 4
 RETENTION = 0.2
 VOCABULARIES = ("shared", "calibration")
 EXTRA_TOKENS = 1000  # frequent words that keep embeddings of their own
+LARGEST_EXCESS = 1.01  # of the weights over what is asked for, above which it is said
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
 
 
@@ -85,7 +84,10 @@ def extract_module(
             carries from then on.
         max_loss: In place of `retention`: points of accuracy, from 0 to 100, that the module may lose against the model
             restricted to the labels, on labelled samples. The smallest module within it is searched.
-        validation: Labelled samples for `max_loss`, as `calibration`; `None` holds back a third of the latter.
+        validation: Samples to measure the module on, as `calibration`, which are not used for the cut: with labels they
+            give the accuracies of the module and of the model restricted to its labels in `config.extraction`, and
+            `max_loss` its loss. `None` measures nothing, or for `max_loss` holds back a third of the calibration
+            samples.
         label_groups: Groups that `labels` may name, a partition of the labels of a plain model.
         nemo_config: Which neurons may be cut: its `targets`, and `sites` for architectures of your own.
         scores: `"activity"` (what a neuron adds to the layers behind it), `"fisher"` (gradients of masks),
@@ -99,8 +101,8 @@ def extract_module(
             `"calibration"` takes the other tokens out of the tokenizer, except single characters or bytes: texts with
             unseen words then lose more.
         max_positions: Tokens of the longest text to come; cuts the table of positions to it.
-        rejection: Whether to calibrate rejection where the samples have other labels as well: the module then has a
-            last label for inputs that it rejects (see docs/rejection.md).
+        rejection: Whether to calibrate rejection where samples have other labels as well, on those of `validation` if
+            it is labelled: the module then has a last label for inputs that it rejects (see docs/rejection.md).
         max_samples: Most samples with the module's labels that are used.
         batch_size: Samples of a forward pass.
         show_progress: Whether to show a progress bar.
@@ -138,10 +140,22 @@ def extract_module(
         source = prepare_source(model, [inputs for inputs, _ in samples.own], task, scores, advance)
         samples.warn_of_other_labels(source.likeliest)
         cut = partial(_module, model, source, task, samples, options, advance)
-        modules = [_smallest(cut, model, task, samples, max_loss)] if max_loss is not None else [*map(cut, retentions)]
+        whole = accuracy(source.plain, task, samples.held_out, task.label_ids)
+        modules = [_smallest(cut, task, samples, whole, max_loss)] if max_loss is not None else [*map(cut, retentions)]
         for (module, done), asked in zip(modules, retentions, strict=True):
             done["retention"] = asked if max_loss is None else None
-            _finish(module, model, done, samples, options, advance)
+            if max_loss is None and done["weights"] > LARGEST_EXCESS * asked:
+                logger.warning(
+                    "The module keeps %.3g of the weights in place of %.3g, since each site keeps a neuron at least.",
+                    *(done["weights"], asked),
+                )
+            held_out = _finish(module, model, done, samples, options, advance)
+            if held_out:
+                done["validation"] = {"samples": sum(sample_count(inputs) for inputs, _ in held_out)}
+            if whole is not None:
+                done["validation"] |= {
+                    "accuracy": accuracy(module.model, task, held_out) or 0.0, "source_accuracy": whole,
+                }  # fmt: skip
             module.config.extraction = {**done, "seconds": round(time.perf_counter() - start, 3)}
     found = [module for module, _ in modules]
     return found if isinstance(retention, Sequence) else found[0]
@@ -240,49 +254,35 @@ def _cut(model: PreTrainedModel, source: Source, task: CutTask, keep: Keep) -> N
 
 
 def _smallest(
-    cut: Callable[[float], Found], model: PreTrainedModel, task: CutTask, samples: CutSamples, max_loss: float
+    cut: Callable[[float], Found], task: CutTask, samples: CutSamples, whole: float | None, max_loss: float
 ) -> Found:
-    """The smallest module that loses at most so many points of accuracy on the samples that are held back."""
-    plain = plain_source(model)
-    needed = _accuracy(plain, task, samples.held_out, task.label_ids) - max_loss / 100
+    """The smallest module that loses at most so many points of accuracy, `whole`, on the samples to measure on."""
+    if whole is None:
+        raise ValueError(
+            "Got labels that are not of the shape of the model's answers; expected the same, to measure max_loss. Pass "
+            "retention= in place of max_loss."
+        )
+    needed = whole - max_loss / 100
     low, high, best = math.log(SMALLEST_RETENTION), 0.0, None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         found = cut(math.exp(middle))
-        if _accuracy(found[0].model, task, samples.held_out, None) >= needed - 1e-9:
+        if (accuracy(found[0].model, task, samples.held_out) or 0.0) >= needed - 1e-9:
             high, best = middle, found
         else:
             low = middle
     return cut(1.0) if best is None else best
 
 
-def _accuracy(model: PreTrainedModel, task: CutTask, samples: Sequence[Pair], label_ids: Sequence[int] | None) -> float:
-    """Share of right answers among the task's labels."""
-    right = total = 0
-    for inputs, labels in samples:
-        assert labels is not None
-        logits = labels_last(model(**on_device(model, inputs), return_dict=True).logits).cpu()
-        logits = logits[..., : len(task.label_ids)] if label_ids is None else logits[..., list(label_ids)]
-        if labels.dtype == torch.bool:
-            hits = (logits > 0) == labels[:, task.label_ids]
-        else:
-            answered = torch.tensor(task.label_ids)[logits.argmax(-1)]
-            if answered.shape != labels.shape:
-                raise ValueError(
-                    f"Got labels of shape {tuple(labels.shape)} and answers of {tuple(answered.shape)}; expected the "
-                    "same, to measure max_loss. Pass retention= in place of max_loss."
-                )
-            hits = (answered == labels)[torch.isin(labels, torch.tensor(task.label_ids))]
-        right, total = right + int(hits.sum()), total + hits.numel()
-    return right / max(1, total)
-
-
 def _finish(
     module: NeMoPreTrainedModel, model: PreTrainedModel, done: dict[str, Any], samples: CutSamples, options: _Options,
     advance: Advance,
-) -> None:  # fmt: skip
-    """What comes after the cut: precision, processor, refinement, vocabulary and rejection, recorded in `done`."""
-    restore_dtypes(module, {name: tensor.dtype for name, tensor in _plain_state(model).items()})
+) -> list[Pair]:  # fmt: skip
+    """What comes after the cut: precision, processor, refinement, vocabulary and rejection, recorded in `done`.
+
+    Returns the samples to measure on, in the tokens that the module has now.
+    """
+    restore_dtypes(module, {name: tensor.dtype for name, tensor in _tensors(model).items()})
     module.drop_stale_results()
     check_finite(module)
     if isinstance(model, NeMoPreTrainedModel):
@@ -293,34 +293,34 @@ def _finish(
         advance("Refining")
         refine_module(model, module, [*samples.own, *samples.others], options.refine_epochs, show_progress=False)
         done["refine_epochs"] = options.refine_epochs
-    own, others = samples.own, samples.others
+    parts = [samples.own, samples.others, samples.held_out, samples.held_out_others]
     if options.vocabulary or options.max_positions:
         advance("Vocabulary")
         done["vocabulary"], tokenizer = {}, own_processor(module, "text")
-        batches = [inputs for inputs, _ in own]
         if options.max_positions:
-            done["vocabulary"] |= shorten_positions(module, tokenizer, batches, options.max_positions)
+            done["vocabulary"] |= shorten_positions(module, tokenizer, samples.own, options.max_positions)
             tokenizer = own_processor(module, "text")  # knows the new length
-            others = list(_encoded_again(others, tokenizer, tokenizer, options.max_positions))
+            parts = [list(_encoded_again(part, tokenizer, tokenizer, options.max_positions)) for part in parts]
         if options.vocabulary == "shared":
-            done["vocabulary"] |= share_tokens(module, tokenizer, batches, EXTRA_TOKENS)
+            done["vocabulary"] |= share_tokens(module, tokenizer, parts[0], EXTRA_TOKENS, parts[2])
         elif options.vocabulary:
-            done["vocabulary"] |= shrink_vocabulary(module, tokenizer, batches)
+            done["vocabulary"] |= shrink_vocabulary(module, tokenizer, parts[0], parts[2])
             reduced = own_processor(module, "text")
-            own, others = (list(_encoded_again(part, tokenizer, reduced)) for part in (own, others))
+            parts = [list(_encoded_again(part, tokenizer, reduced)) for part in parts]
+    own, others, held_out, held_out_others = parts
+    others = held_out_others or others
     if options.rejection and others and module.task not in PLACE_TASKS:
         advance("Rejection")
-        calibrate_on_samples(module, [*own, *others])
-    done |= {"bytes": _bytes(module.state_dict()), "source_bytes": _bytes(_plain_state(model))}
+        are_new = any(labels is not None for _, labels in held_out)
+        calibrate_on_samples(module, [*(held_out if are_new else own), *others], are_new)
+    done |= {"bytes": size_in_bytes(_tensors(module).values()), "source_bytes": size_in_bytes(_tensors(model).values())}
+    return held_out
 
 
-def _bytes(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers of the plain model, by name."""
     plain = model.model if isinstance(model, NeMoPreTrainedModel) else model
-    return dict(plain.state_dict())
+    return dict(plain.state_dict(keep_vars=True))
 
 
 def _encoded_again(samples: Sequence[Pair], before: Any, after: Any, longest: int = 0) -> Iterator[Pair]:

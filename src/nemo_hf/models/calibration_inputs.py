@@ -18,6 +18,7 @@ from .base import NeMoPreTrainedModel
 from .batches import Pair, sample_count
 from .configuration import SEVERAL_LABELS
 from .labels import IGNORED, LABEL_COLUMNS, has_label, label_ids, label_targets
+from .positions import check_length
 from .processors import can_pad, features, is_raw, own_processor, padded, part_of, pixels, stacked, tokenized
 
 MAIN_INPUTS = {"text": ("input_ids",), "image": ("pixel_values",), "audio": ("input_values", "input_features")}
@@ -31,16 +32,22 @@ MIXED = (
 )
 
 
+def input_kind(model: PreTrainedModel) -> str:
+    """What a model's samples are: `"text"`, `"image"` or `"audio"`."""
+    inputs = random_inputs(model, samples=1)
+    return next((kind for kind, names in MAIN_INPUTS.items() if not inputs.keys().isdisjoint(names)), "text")
+
+
 class InputReader:
     """Turns samples and batches of one kind into a model's inputs."""
 
     def __init__(self, model: PreTrainedModel, processing_class: Any, wanted: Sequence[int]) -> None:
         plain = model.model if isinstance(model, NeMoPreTrainedModel) else model
-        self._model, self._given, self._config = model, processing_class, plain.config
+        self._model, self._plain, self._given, self._config = model, plain, processing_class, plain.config
         self._accepted = set(inspect.signature(plain.forward).parameters) - set(LABEL_COLUMNS)
         trial = random_inputs(model, samples=1)
         main = next(iter(trial))
-        self.kind = next((kind for kind, names in MAIN_INPUTS.items() if main in names), "text")
+        self.kind = input_kind(model)
         self._ndim = trial[main].ndim
         self._mains = [name for name in (*MAIN_INPUTS[self.kind], ANY_INPUTS) if name in self._accepted]
         self._pad: int | None = getattr(self._config.get_text_config(), "pad_token_id", None)
@@ -225,6 +232,7 @@ class InputReader:
                     f"Got NaN or infinite numbers in {name!r} of the calibration samples {wrong[:MOST_NAMED]} (counted "
                     "from 0); expected finite ones. Leave these samples out, or correct them."
                 )
+        check_length(self._plain, self._config, inputs)
         labels = self._labels(self.label(named))
         if labels is not None and len(labels) != len(inputs[main]):
             raise ValueError(

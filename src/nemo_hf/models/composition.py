@@ -37,8 +37,9 @@ def compose(
         modules: Modules for the same kind of input; they become parts of the result.
         labels: Names of the joint labels in their order; `None`: those of the first module, of the second and so on.
         batches: Validation data on which one scale and one bias per module are fitted: batches of model inputs with
-            `labels`, places in the joint order. `None` joins the logits as they are, which suits modules of one parent
-            only, since models that were trained apart have logits of other scales.
+            `labels`, places in the joint order. `None` joins the logits as they are, which suits modules of one source
+            only, since models that were trained apart have logits of other scales: modules that share no tensors give
+            a warning.
 
     Returns:
         A model that is saved and loaded like any module.
@@ -76,14 +77,14 @@ def compose(
     composed.processor_files = processors[0] if processors else {}
     composed.config.sizes = joint_sizes(modules)
     _compare_with_joint_cut(composed)
-    if batches is None:
+    if batches is not None:
+        _calibrate(composed, batches)
+    elif composed.config.sizes is None:
         logger.warning(
-            "Joined %d modules without calibrating them, which suits modules of one parent only. "
-            "Pass batches of validation data for others.",
+            "Joined %d modules that share no tensors, so they may be of models that were trained apart, whose logits "
+            "have other scales. Pass batches of validation data to calibrate them.",
             len(modules),
         )
-    else:
-        _calibrate(composed, batches)
     return composed
 
 

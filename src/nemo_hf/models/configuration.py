@@ -149,7 +149,7 @@ class NeMoModelConfig(SavedConfig):
             by path of its `layers` the error of the hidden states behind each, relative to their variance, before and
             after reconstruction with a `ridge`; mean squared differences of the answers from the source's on samples
             held out (`cut_distance`, `distance`), and why reconstruction was `refused`; `bytes`, `source_bytes`,
-            `seconds`, and what `vocabulary` and `refine_epochs` did.
+            `seconds`, and what `vocabulary`, `refine_epochs` and `validation` gave.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.

@@ -1,4 +1,4 @@
-"""Calibration samples of a cut, sorted: those with the module's labels, others, and those that are held back."""
+"""Samples of a cut, sorted: those with the module's labels, others, and those that measure it."""
 
 import logging
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nemo_hf.neurons.trial_calls import on_device
+
 from .batches import Pair, sample_count, select_pair
 from .calibration import Calibration, read_calibration
 from .cut_source import CutTask, Inputs
+from .head_outputs import labels_last
 from .labels import has_label
 
 logger = logging.getLogger(__name__)
@@ -23,11 +26,12 @@ HELD_OUT = 3  # one sample of so many measures the loss, where no others are giv
 
 @dataclass
 class CutSamples:
-    """Batches of calibration samples: with the module's labels, of others, and those that are held back."""
+    """Batches of samples: with the module's labels and of others, to cut on, and of both kinds, to measure on."""
 
     own: list[Pair] = field(default_factory=list)
     others: list[Pair] = field(default_factory=list)
     held_out: list[Pair] = field(default_factory=list)
+    held_out_others: list[Pair] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -46,8 +50,17 @@ class CutSamples:
         found._sort(read(calibration), task.label_ids)
         if not found.own:  # `read_calibration` has warned of it
             found.own, found.others = found.others, []
-        if max_loss is not None:
-            found._hold_back(None if validation is None else read(validation), task.label_ids)
+        if validation is not None:
+            other = cls()
+            other._sort(read(validation), task.label_ids)
+            found.held_out, found.held_out_others = other.own, other.others
+        elif max_loss is not None:
+            found._hold_back()
+        if max_loss is not None and (not found.held_out or any(labels is None for _, labels in found.held_out)):
+            raise ValueError(
+                "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "
+                "Pass validation= with labels, or retention= in place of max_loss."
+            )
         return found
 
     def warn_of_other_labels(self, likeliest: Sequence[Tensor]) -> None:
@@ -74,21 +87,33 @@ class CutSamples:
                     is_of_places = found is not None and found.ndim > 1 and found.dtype != torch.bool
                     part.append((own if bool(chosen.all()) or is_of_places else _trimmed(own), found))
 
-    def _hold_back(self, validation: Calibration | None, label_ids: Sequence[int]) -> None:
-        if validation is not None:
-            other = CutSamples()
-            other._sort(validation, label_ids)
-            self.held_out = other.own
+    def _hold_back(self) -> None:
+        is_held = torch.arange(self.count) % HELD_OUT == HELD_OUT - 1
+        parts = list(zip(self.own, is_held.split([sample_count(inputs) for inputs, _ in self.own]), strict=True))
+        self.held_out = [select_pair(pair, part) for pair, part in parts if part.any()]
+        self.own = [select_pair(pair, ~part) for pair, part in parts if not part.all()]
+
+
+def accuracy(
+    model: PreTrainedModel, task: CutTask, samples: Sequence[Pair], label_ids: Sequence[int] | None = None
+) -> float | None:
+    """Share of right answers among the task's labels; `None` without labels, or where answers have another shape.
+
+    `label_ids` are the model's outputs for these labels; `None`: the first ones.
+    """
+    right = total = 0
+    for inputs, labels in samples:
+        logits = labels_last(model(**on_device(model, inputs), return_dict=True).logits).cpu()
+        logits = logits[..., : len(task.label_ids)] if label_ids is None else logits[..., list(label_ids)]
+        if labels is not None and labels.dtype == torch.bool:
+            hits = (logits > 0) == labels[:, task.label_ids]
+        elif labels is None or logits.shape[:-1] != labels.shape:
+            return None
         else:
-            is_held = torch.arange(self.count) % HELD_OUT == HELD_OUT - 1
-            parts = list(zip(self.own, is_held.split([sample_count(inputs) for inputs, _ in self.own]), strict=True))
-            self.held_out = [select_pair(pair, part) for pair, part in parts if part.any()]
-            self.own = [select_pair(pair, ~part) for pair, part in parts if not part.all()]
-        if not self.held_out or any(labels is None for _, labels in self.held_out):
-            raise ValueError(
-                "Got max_loss without labelled samples of the module's labels; expected some to measure the loss on. "
-                "Pass validation= with labels, or retention= in place of max_loss."
-            )
+            answered = torch.tensor(task.label_ids)[logits.argmax(-1)]
+            hits = (answered == labels)[torch.isin(labels, torch.tensor(task.label_ids))]
+        right, total = right + int(hits.sum()), total + hits.numel()
+    return right / total if total else None
 
 
 def _trimmed(inputs: Inputs) -> Inputs:

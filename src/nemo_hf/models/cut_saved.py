@@ -7,10 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemo_hf.config import LabelLike
-from nemo_hf.neurons.trial_inputs import random_inputs
 
 from .calibrated_cut import extract_module
-from .calibration_inputs import MAIN_INPUTS
+from .calibration_inputs import input_kind
 from .configuration import CUT_OPTIONS, NeMoModelConfig
 from .loading import HUB_OPTIONS
 from .processors import PROCESSORS
@@ -38,12 +37,6 @@ def cut_saved(
     if options.get("processing_class") is None:
         options["processing_class"] = saved_processor(model, source, hub_options)
     return extract_module(model, labels, **samples, **options)
-
-
-def input_kind(model: PreTrainedModel) -> str:
-    """What a model's samples are: `"text"`, `"image"` or `"audio"`."""
-    inputs = random_inputs(model, samples=1)
-    return next((kind for kind, names in MAIN_INPUTS.items() if set(names) & set(inputs)), "text")
 
 
 def saved_processor(model: PreTrainedModel, source: str | Path, hub_options: Mapping[str, Any] | None = None) -> Any:

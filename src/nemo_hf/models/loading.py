@@ -16,7 +16,7 @@ from nemo_hf.pruning.shared_rows import SharedEmbedding
 
 from .config_checks import damaged
 from .configuration import NeMoModelConfig
-from .weight_files import WeightFiles, other_shape, other_tensors
+from .weight_files import WeightFiles, other_shape, other_tensors, size_in_bytes
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPARE_BYTES = 256 * 2**20  # what a model may take beyond the size of its files: tables that are computed
@@ -63,7 +63,7 @@ def build_on_meta(make: Callable[[], Any], weights: WeightFiles, prefix: str = "
         raise damaged(
             f"a config.json that builds no model ({type(error).__name__}: {error})", "that of the weights"
         ) from error
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    size = size_in_bytes((*model.parameters(), *model.buffers()))
     if size > 2 * weights.size + SPARE_BYTES:
         raise damaged(f"a config.json of a model of {size} bytes", f"about {weights.size}, as its weight files have")
     weights.check_dtypes({f"{prefix}{name}": tensor.dtype for name, tensor in model.state_dict().items()})

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import NeMoPreTrainedModel
 from .loading import hidden_progress
+from .weight_files import size_in_bytes
 
 TOLERANCE = 1e-5  # of logits, times the largest one if that is over 1
 
@@ -48,12 +49,12 @@ def replace_module(
                 f"Got logits that change by {difference:.1e} with smaller tables; expected the same: this "
                 f"{config.base_class} uses them in another way. Leave them as they are."
             )
-    saved = _size(module) - _size(new)
+    size, new_size = (size_in_bytes(each.state_dict(keep_vars=True).values()) for each in (module, new))
     new.train(module.training)
     module.model, module.config, module.heads = new.model, new.config, new.heads
     module._report = module._weight_versions = module._weight_hashes = None
     module.drop_stale_results()  # from here on changes of the weights count
-    return saved
+    return size - new_size
 
 
 @torch.no_grad()
@@ -65,9 +66,3 @@ def _logits(module: NeMoPreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     logits: Tensor = module(**moved).logits
     module.train(was_training)
     return logits.float().cpu()
-
-
-def _size(module: nn.Module) -> int:
-    """Bytes of the weights, of which those that share memory count once."""
-    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -21,6 +21,7 @@ from .rejection import REJECTED_LABEL, energy, rejection_scores
 logger = logging.getLogger(__name__)
 
 ACCEPTED = 0.95  # share of own samples that are not rejected
+CAUTION = 1.645  # standard errors of that share: one-sided confidence of 95 %
 SMALLEST_SPREAD = 1e-5  # of energies, as a share of their mean: a smaller one is rounding in float32
 NOT_FINITE = "Got {} that are NaN or infinite; expected finite numbers. Leave samples without finite logits out."
 
@@ -86,17 +87,21 @@ def calibrate_rejection(
 
 
 def calibrate_on_samples(
-    module: NeMoPreTrainedModel, samples: Iterable[tuple[Mapping[str, Any], Tensor | None]]
+    module: NeMoPreTrainedModel, samples: Iterable[tuple[Mapping[str, Any], Tensor | None]], are_new: bool = True
 ) -> dict[str, float] | None:
     """Does what `calibrate_rejection` does on calibration samples, where some have the module's labels and others not.
 
-    `samples` are pairs of model inputs and labels, ids of the source's or `None`. Returns `None`, and changes nothing,
-    where samples of one kind are missing.
+    `samples` are pairs of model inputs and labels, ids of the source's or `None`. Unless they `are_new`, the module or
+    its source knows them, and the threshold is higher, by the upper confidence limit of the share that is accepted.
+    Returns `None`, and changes nothing, where samples of one kind are missing.
     """
     batches = ({**inputs, "labels": labels} for inputs, labels in samples if labels is not None)
     energies, is_own = _energies(module, batches)
-    is_possible = bool(is_own.any()) and not bool(is_own.all())
-    return _calibrated(module, energies, is_own, ACCEPTED, REJECTED_LABEL) if is_possible else None
+    if not bool(is_own.any()) or bool(is_own.all()):
+        return None
+    error = math.sqrt(ACCEPTED * (1 - ACCEPTED) / int(is_own.sum()))
+    accepted = ACCEPTED if are_new else min(1.0, ACCEPTED + CAUTION * error)
+    return _calibrated(module, energies, is_own, accepted, REJECTED_LABEL)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from nemo_hf.pruning.tokenizer_cut import check_kind, cut_tokenizer, kept_tokens
 
 from .atomic_writes import scratch_directory
 from .base import NeMoPreTrainedModel
+from .positions import position_offset, position_table, position_tables
 from .rebuilding import replace_module
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -22,13 +23,14 @@ NOT_OF_TOKENIZERS = ("preprocessor_config.json", "processor_config.json")  # sta
 IDS = "input_ids"
 WORD_STARTS = "\u2581\u0120"  # marks of SentencePiece and of byte-level BPE
 TOKEN_ID = re.compile(r".*_token_(id|ids|index)")  # entries of configurations
-POSITIONS = re.compile(r".*(position|wpe)[^.]*")  # names of the layers that hold position tables
 CHECKED_SAMPLES, CHECKED_TEXTS = 8, 200
 
 Batches = Iterable[Any]
 
 
-def shrink_vocabulary(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches) -> dict[str, int]:
+def shrink_vocabulary(
+    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, held_out: Sequence[Any] = ()
+) -> dict[str, float]:
     """Reduces the vocabulary of a text module to the tokens of some batches, in place.
 
     Kept are the tokens that the batches have, special and added tokens, single characters or bytes, and what BPE merges
@@ -41,6 +43,7 @@ def shrink_vocabulary(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batc
         tokenizer: The fast tokenizer that made the batches, of kind WordPiece, BPE or Unigram.
         batches: Batches of model inputs by name, alone or as the first entry of a pair; `input_ids` have shape
             (batch, tokens). They are read once.
+        held_out: Batches of other texts, in the same tokens, whose `unseen_share` is to be in the report.
 
     Returns:
         A report: `tokens_before`, `tokens` (rows of the embedding), `seen_tokens` (of the batches), and the bytes that
@@ -74,12 +77,13 @@ def shrink_vocabulary(module: NeMoPreTrainedModel, tokenizer: Any, batches: Batc
         "seen_tokens": len(seen),
         "weight_bytes_saved": saved,
         "tokenizer_bytes_saved": _carry(module, tokenizer, reduced),
+        **_unseen_share(kept, tokenizer.all_special_ids, held_out),
     }
 
 
 def share_tokens(
-    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, extra_tokens: int = 0
-) -> dict[str, int]:
+    module: NeMoPreTrainedModel, tokenizer: Any, batches: Batches, extra_tokens: int = 0, held_out: Sequence[Any] = ()
+) -> dict[str, float]:
     """Lets tokens that some batches lack share the embeddings of tokens that they have, in place.
 
     Each takes the row of the one whose embedding has the most similar direction. The tokenizer stays: any text has the
@@ -92,6 +96,7 @@ def share_tokens(
         batches: Batches as `shrink_vocabulary` takes them.
         extra_tokens: How many words that the batches lack keep rows of their own: those first in the vocabulary, where
             frequent ones are.
+        held_out: As in `shrink_vocabulary`.
 
     Returns:
         A report: `tokens`, `token_rows` (of the embedding), `seen_tokens` (of the batches), `weight_bytes_saved`.
@@ -124,7 +129,8 @@ def share_tokens(
         state[name] = table[own]
         state[f"{name.removesuffix('weight')}row_of_token"] = row_of_token.clone()
     saved = replace_module(module, config, state, [(first, first)])
-    return {"tokens": len(table), "token_rows": len(own), "seen_tokens": len(seen), "weight_bytes_saved": saved}
+    counts = {"tokens": len(table), "token_rows": len(own), "seen_tokens": len(seen), "weight_bytes_saved": saved}
+    return {**counts, **_unseen_share(own.tolist(), tokenizer.all_special_ids, held_out)}
 
 
 def shorten_positions(
@@ -153,7 +159,7 @@ def shorten_positions(
     inputs = list(_inputs_of(batches))
     longest = max(value.shape[1] for batch in inputs for name, value in batch.items() if name.endswith(IDS))
     table = _position_table(module)
-    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # where RoBERTa counts from
+    offset = position_offset(table)
     before = module.config.max_position_embeddings - offset
     if type(max_positions) is not int or not longest <= max_positions <= before:
         is_short = type(max_positions) is int and 0 < max_positions < longest
@@ -178,28 +184,12 @@ def shorten_positions(
     return {"positions_before": before, "positions": max_positions, "weight_bytes_saved": saved}
 
 
-def unseen_share(tokenizer: Any, kept: Collection[str], data: Iterable[Any]) -> float:
-    """Share of the tokens of test data that a reduced vocabulary doesn't have as they were.
-
-    Args:
-        tokenizer: The tokenizer from before `shrink_vocabulary`.
-        kept: The tokens that were kept: `get_vocab()` of the reduced tokenizer.
-        data: Texts, or batches that this tokenizer made. Special tokens don't count.
-
-    Returns:
-        A number in [0, 1], 0 where there are no tokens.
-    """
-    unseen = total = 0
-    special = set(tokenizer.all_special_ids)
-    for entry in data:
-        if isinstance(entry, str):
-            ids = tokenizer(entry, add_special_tokens=False, verbose=False)[IDS]
-        else:
-            ids = next(_inputs_of([entry]))[IDS].flatten().tolist()
-        tokens = tokenizer.convert_ids_to_tokens([index for index in ids if index not in special])
-        unseen += sum(token not in kept for token in tokens)
-        total += len(tokens)
-    return unseen / total if total else 0.0
+def _unseen_share(kept: Collection[int], special: Collection[int], held_out: Sequence[Any]) -> dict[str, float]:
+    """The share of tokens, special ones left out, that are not kept, by its name; nothing where there are no tokens."""
+    kept, special = set(kept), set(special)
+    ids = [index for inputs in (_inputs_of(held_out) if held_out else ()) for index in inputs[IDS].flatten().tolist()]
+    ids = [index for index in ids if index not in special]
+    return {"unseen_share": sum(index not in kept for index in ids) / len(ids)} if ids else {}
 
 
 def _check_module(module: NeMoPreTrainedModel) -> None:
@@ -222,15 +212,14 @@ def _tokenizer_data(module: NeMoPreTrainedModel, tokenizer: Any) -> dict[str, An
 
 def _position_table(module: NeMoPreTrainedModel) -> nn.Embedding:
     """The table of absolute positions."""
-    size = getattr(module.config, "max_position_embeddings", None)
-    layers = {name: layer for name, layer in module.model.named_modules() if isinstance(layer, nn.Embedding)}
-    found = [(name, layer) for name, layer in layers.items() if POSITIONS.fullmatch(name)]
-    if len(found) != 1 or size is None or found[0][1].num_embeddings - size not in (0, 2):  # BART's has two more
+    table = position_table(module.model, getattr(module.config, "max_position_embeddings", None))
+    if table is None:
         raise ValueError(
-            f"Got a module of {module.config.base_class} with the position tables {[name for name, _ in found]}; "
-            "expected one, as long as max_position_embeddings says. Leave the positions as they are."
+            f"Got a module of {module.config.base_class} with the position tables "
+            f"{list(position_tables(module.model))}; expected one, as long as max_position_embeddings says. Leave the "
+            "positions as they are."
         )
-    return found[0][1]
+    return table
 
 
 def _configs(config: Any) -> Iterator[Any]:

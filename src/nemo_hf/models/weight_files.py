@@ -1,7 +1,7 @@
 """The tensors of a saved model: checked from the headers of their files, and read by name and by slice."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ LARGEST_HEADER = 16 * 2**20  # bytes
 SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 STORED_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED_DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+
+
+def size_in_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, of which one that comes repeatedly, as tied parameters do, counts once."""
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 class WeightFiles:
