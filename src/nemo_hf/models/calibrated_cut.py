@@ -30,6 +30,7 @@ from .extraction import extract_module as cut_by_relevance
 from .finiteness import check_finite
 from .head_outputs import answers, labels_last
 from .processors import own_processor
+from .query_choice import same_queries
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
 from .vocabulary import share_tokens, shorten_positions, shrink_vocabulary
@@ -214,7 +215,8 @@ def _module(
         "neurons": retained_neurons(source.sites, keep),
     }
     if options.reconstruct:
-        done |= _reconstruct(module, source, task, keep, advance)
+        with same_queries(source.plain, module.model, source.batches):
+            done |= _reconstruct(module, source, task, keep, advance)
     return module, done
 
 
