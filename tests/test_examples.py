@@ -92,3 +92,19 @@ def test_the_papers_models_are_trained_on_local_files(model, objective, dataset,
     assert len(results["modules"]) == (objective != "plain")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert ("cat,dog" in table) == (objective != "plain")
+
+
+@pytest.mark.slow
+def test_tags_of_words_come_from_rules_and_modules_are_measured(tmp_path):
+    write_stage(tmp_path)
+    texts = ["w1 w2 on march 3rd", "pay 20 dollars to w4", "w7 w3 tomorrow at 5 pm"]
+    for split, count in (("train", 24), ("test", 6)):
+        rows = {"text": [texts[index % 3] for index in range(count)]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "queries" / f"{split}-0.parquet")
+    words = "--output_dir out --dataset queries --model google-bert/bert-base-uncased --samples 8 --retention 0.5"
+    printed = run("token_classification.py", words, tmp_path)
+    results = of_out(tmp_path, "results.json")
+    assert [row["tags"] for row in results["test"]] == [15, 5, 5, 5, 15, 15]
+    assert all(row["words"] == 32 and row["entities"] == 6 for row in results["test"])
+    assert printed.count("entity F1") == 6
+    assert {folder.name for folder in (tmp_path / "out" / "modules").iterdir()} == {"5-tags", "15-tags"}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nemo_hf import NeMoConfig, extract_module, make_parent
 from nemo_hf.neurons.sites import AttentionSite
-from nemo_hf.pruning.budget import masked_weights, plan_budget
+from nemo_hf.pruning.budget import kept_share, layer_operations, layer_weights, plan_budget
 from nemo_hf.pruning.layer_edits import layer_weight
 from nemo_hf.pruning.scores import activity_scores, fisher_scores, magnitude_scores, relevance_scores
 from nemo_hf.pruning.statistics import measure_sites
@@ -173,20 +173,56 @@ def test_a_module_keeps_that_share_of_the_weights_and_never_nothing(name):
     assert found[-1] == 1
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_operations_are_products_with_weights_of_all_positions(name):
+    model, sites = source_of(name)
+    batch = samples_for(name)[0]
+    _, made = seen_by(model, [{k: v for k, v in batch.items() if k != "attention_mask"}])
+    for path, found in layer_operations(model, sites, batch).items():
+        rows = made[path]
+        assert found == len(rows) * rows.shape[1] * layer_weight(model.get_submodule(path))[0].numel()
+
+
+def test_channels_stay_where_they_keep_most_for_their_cost():
+    """Two layers of equal scores: of the one that costs four times as much fewer stay, but never none."""
+    model, sites = source_of("resnet")
+    scores = {
+        site.key: {part: torch.logspace(0, -3, size).double() for part, size in site.parts.items()} for site in sites
+    }
+    plans = {}
+    for factor in (1.0, 1e3):
+        costs = layer_weights(model, sites)
+        costs |= {path: factor * costs[path] for path in sites[-1].readers}
+        plans[factor] = plan_budget(model, sites, scores, costs, 0.3)
+    kept = {factor: sum(map(len, plan[sites[-1].key].values())) for factor, plan in plans.items()}
+    assert 0 < kept[1e3] < kept[1.0]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_unit_of_a_layer_does_not_matter(scale):
+    model, sites = source_of("resnet")
+    scores = measured(model, sites, samples_for("resnet"))
+    other = {**scores, sites[0].key: {part: scale * score for part, score in scores[sites[0].key].items()}}
+    plans = [plan_budget(model, sites, each, layer_weights(model, sites), 0.4) for each in (scores, other)]
+    torch.testing.assert_close(plans[0], plans[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("retention", [0.05, 0.3, 0.77])
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("cost", ["weights", "operations"])
 @pytest.mark.parametrize("name", ["bert", "llama", "swin", "resnet"])
-def test_budgets_hold_for_any_scores(name, retention, seed):
+def test_budgets_hold_for_any_scores(name, retention, seed, cost):
     model, sites = source_of(name)
     generator = torch.Generator().manual_seed(seed)
     scores = {
         site.key: {part: torch.rand(size, generator=generator).double() ** 6 for part, size in site.parts.items()}
         for site in sites
     }
-    whole = masked_weights(model, sites)
-    smallest = masked_weights(model, sites, plan_budget(model, sites, scores, 1e-9)) / whole
-    plan = plan_budget(model, sites, scores, retention)
-    assert retention - 0.15 <= masked_weights(model, sites, plan) / whole <= max(retention, smallest)
+    inputs = samples_for(name)[0]
+    costs = layer_weights(model, sites) if cost == "weights" else layer_operations(model, sites, inputs)
+    smallest = kept_share(model, sites, costs, plan_budget(model, sites, scores, costs, 1e-9))
+    plan = plan_budget(model, sites, scores, costs, retention)
+    assert retention - 0.15 <= kept_share(model, sites, costs, plan) <= max(retention, smallest)
     for site in sites:
         for part, kept in plan[site.key].items():
             assert len(kept) > 0

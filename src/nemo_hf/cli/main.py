@@ -14,6 +14,7 @@ from nemo_hf.models.calibrated_cut import VOCABULARIES
 from nemo_hf.models.cut_source import Score
 from nemo_hf.models.equivalence import EquivalenceError
 from nemo_hf.models.privacy import clean_command
+from nemo_hf.pruning.budget import Cost
 
 from . import commands
 from .demo import EPOCHS
@@ -145,6 +146,7 @@ def _cut_options(add: Callable[..., Any]) -> None:
     )
     add("--samples", type=_count, metavar="N", help="most samples of the module's labels (default: 1000)")
     add("--scores", choices=get_args(Score), help="how neurons are scored (default: activity)")
+    add("--cost", choices=get_args(Cost), help="what the retention counts (default: weights)")
     add("--no-reconstruct", action="store_true", help="leave the layers as they are after the cut")
     add("--refine-epochs", type=_count, metavar="N", help="train the module towards the model's answers")
     add("--vocabulary", choices=VOCABULARIES, help="texts: which tokens have embeddings of their own")

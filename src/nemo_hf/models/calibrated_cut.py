@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.pruning.budget import masked_weights, plan_budget
+from nemo_hf.pruning.budget import Cost, kept_share, plan_budget
 from nemo_hf.pruning.plan import retained_neurons, static_masks
 
 from .attach import attach_masks
@@ -57,6 +57,7 @@ def extract_module(
     label_groups: Mapping[str, Sequence[LabelLike]] | None = None,
     nemo_config: NeMoConfig | None = None,
     scores: Score = "activity",
+    cost: Cost = "weights",
     reconstruct: bool = True,
     refine_epochs: int = 0,
     vocabulary: str | None = None,
@@ -79,7 +80,7 @@ def extract_module(
             iterable of batches, or a list of texts, images or recordings. Labels are not needed; where there are, other
             labels' samples are not used for the cut but to calibrate rejection.
         retention: Share of the weights of attention, feed-forward layers and convolutions, in (0, 1], that the module
-            keeps; `None` is 0.2. A list gives a module for each.
+            keeps, or with `cost="operations"` of their multiplications; `None` is 0.2. A list gives a module for each.
         processing_class: Tokenizer, image processor or feature extractor for texts, images or audio, which the module
             carries from then on.
         max_loss: In place of `retention`: points of accuracy, from 0 to 100, that the module may lose against the model
@@ -92,6 +93,9 @@ def extract_module(
         nemo_config: Which neurons may be cut: its `targets`, and `sites` for architectures of your own.
         scores: `"activity"` (what a neuron adds to the layers behind it), `"fisher"` (gradients of masks),
             `"magnitude"` (weights alone), or of parents `"relevance"` (what training with masks found).
+        cost: What `retention` counts, and so what a neuron costs where layers compete: `"weights"` makes small modules,
+            `"operations"` fast ones; they differ for convolutions, whose early layers have few weights and most
+            operations.
         reconstruct: Whether to reconstruct the layers after the cut. A part of the samples judges that: where the
             answers to these get no nearer to the model's, the module stays as it was cut, with a warning.
         refine_epochs: Passes over the calibration samples in which the module is then trained towards the model's
@@ -124,11 +128,11 @@ def extract_module(
     if isinstance(model, NeMoPreTrainedModel) and all(each is None for each in given) and scores == "activity":
         return cut_by_relevance(model, labels)
     start = time.perf_counter()
-    retentions = _checked(retention, max_loss, refine_epochs, vocabulary, scores)
+    retentions = _checked(retention, max_loss, refine_epochs, vocabulary, scores, cost)
     check_calibrated(model, calibration)
     task = CutTask.of(model, labels, label_groups, nemo_config)
     samples = CutSamples.read(model, task, calibration, validation, max_loss, processing_class, max_samples, batch_size)
-    options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores)
+    options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores, cost)
     _check_tables(model, samples, options)
     exactly = torch.autocast(model.device.type, enabled=False)  # it would keep old weights in half precision
     with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad(), exactly:
@@ -144,10 +148,10 @@ def extract_module(
         modules = [_smallest(cut, task, samples, whole, max_loss)] if max_loss is not None else [*map(cut, retentions)]
         for (module, done), asked in zip(modules, retentions, strict=True):
             done["retention"] = asked if max_loss is None else None
-            if max_loss is None and done["weights"] > LARGEST_EXCESS * asked:
+            if max_loss is None and done[cost] > LARGEST_EXCESS * asked:
                 logger.warning(
-                    "The module keeps %.3g of the weights in place of %.3g, since each site keeps a neuron at least.",
-                    *(done["weights"], asked),
+                    "The module keeps %.3g of the %s in place of %.3g, since each site keeps a neuron at least.",
+                    *(done[cost], cost, asked),
                 )
             held_out = _finish(module, model, done, samples, options, advance)
             if held_out:
@@ -161,7 +165,7 @@ def extract_module(
     return found if isinstance(retention, Sequence) else found[0]
 
 
-def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any, scores: Any) -> list[float]:
+def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any, scores: Any, cost: Any) -> list[float]:
     """The retentions that are asked for; arguments out of range are a `ValueError`."""
     if retention is not None and max_loss is not None:
         raise ValueError(f"Got retention={retention!r} and max_loss={max_loss!r}; expected one of them. Leave one out.")
@@ -181,6 +185,8 @@ def _checked(retention: Any, max_loss: Any, refine_epochs: Any, vocabulary: Any,
         raise ValueError(f"Got vocabulary={vocabulary!r}; expected one of {VOCABULARIES}, or None to keep all tokens.")
     if scores not in get_args(Score):
         raise ValueError(f"Got scores={scores!r}; expected one of {get_args(Score)}.")
+    if cost not in get_args(Cost):
+        raise ValueError(f"Got cost={cost!r}; expected one of {get_args(Cost)}.")
     return retentions
 
 
@@ -195,6 +201,7 @@ class _Options:
     rejection: bool
     processing_class: Any
     scores: str
+    cost: Cost
 
 
 def _check_tables(model: PreTrainedModel, samples: CutSamples, options: _Options) -> None:
@@ -219,13 +226,12 @@ def _module(
     retention: float,
 ) -> Found:  # fmt: skip
     """Cuts one module, checks and reconstructs it, and says how; it is in float32."""
-    keep = plan_budget(source.plain, source.sites, source.scores, retention)
+    keep = plan_budget(source.plain, source.sites, source.scores, source.costs[options.cost], retention)
     module = _cut(model, source, task, keep)
-    whole = masked_weights(source.plain, source.sites)
     done: dict[str, Any] = {
         "scores": options.scores,
         "samples": samples.count,
-        "weights": masked_weights(source.plain, source.sites, keep) / whole,
+        **{kind: kept_share(source.plain, source.sites, costs, keep) for kind, costs in source.costs.items()},
         "neurons": retained_neurons(source.sites, keep),
     }
     if options.reconstruct and done["neurons"] < 1:

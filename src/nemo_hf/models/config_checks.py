@@ -61,7 +61,7 @@ EXTRACTION = {
     "scores": str,
     **dict.fromkeys(("samples", "bytes", "source_bytes"), int),
     **dict.fromkeys(("weights", "neurons", "seconds"), Number),
-    **dict.fromkeys(("retention", "cut_distance", "distance", "ridge"), Number | None),
+    **dict.fromkeys(("operations", "retention", "cut_distance", "distance", "ridge"), Number | None),
     **dict.fromkeys(("refine_epochs", "scarce_layers"), int | None),
     "layers": dict[str, list[Number]] | None,
     "refused": str | None,

@@ -145,11 +145,11 @@ class NeMoModelConfig(SavedConfig):
         equivalence: Result of the last equivalence check, or `None`.
         id2label: Label names by id; `label2id` and `problem_type` likewise as in `transformers`.
         extraction: Module: how `extract_module` cut it on calibration samples: `scores`, `samples`, the `retention`
-            that was asked for, shares of `weights` (of attention, feed-forward layers, convolutions), `neurons` kept;
-            by path of its `layers` the error of the hidden states behind each, relative to their variance, before and
-            after reconstruction with a `ridge`; mean squared differences of the answers from the source's on samples
-            held out (`cut_distance`, `distance`), and why reconstruction was `refused`; `bytes`, `source_bytes`,
-            `seconds`, and what `vocabulary`, `refine_epochs` and `validation` gave.
+            that was asked for, shares of `weights` (of attention, feed-forward layers, convolutions), of their
+            `operations` and of `neurons` kept; by path of its `layers` the error of the hidden states behind each,
+            relative to their variance, before and after reconstruction with a `ridge`; mean squared differences of the
+            answers from the source's on samples held out (`cut_distance`, `distance`), and why reconstruction was
+            `refused`; `bytes`, `source_bytes`, `seconds`, and what `vocabulary`, `refine_epochs` and `validation` gave.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.

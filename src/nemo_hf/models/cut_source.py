@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups, resolve_labels
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 from nemo_hf.neurons.trial_calls import on_device
+from nemo_hf.pruning.budget import Cost, layer_operations, layer_weights
 from nemo_hf.pruning.head_bases import change_query_key, change_value, query_key_basis, value_basis
 from nemo_hf.pruning.layer_edits import layer_weight, scale_inputs, scale_rows
 from nemo_hf.pruning.plan import module_masks
@@ -75,6 +76,7 @@ class Source:
     answers: list[Tensor]
     likeliest: list[Tensor]  # ids among all the model's labels, where it answers once a sample
     scores: dict[str, dict[str, Tensor]]
+    costs: dict[Cost, dict[str, float]]  # of the layers that make or read neurons, by path
 
 
 def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
@@ -207,16 +209,20 @@ def prepare_source(
 
     statistics = measure_sites(plain, sites, batches, keep)
     scores = activity_scores(plain, sites, statistics)
+    costs: dict[Cost, dict[str, float]] = {
+        "weights": layer_weights(plain, sites),
+        "operations": layer_operations(plain, sites, batches[0]),
+    }
     if kind == "relevance":
         relevance = relevance_of(model, task)
         scores = relevance_scores(sites, relevance, scores)
-        return Source(plain, sites, batches, expected, likeliest, scores)
+        return Source(plain, sites, batches, expected, likeliest, scores, costs)
     change_head_bases(plain, sites, statistics, scores, batches[0])
     if kind == "fisher":
         scores = fisher_scores(plain, sites, batches, task.label_ids)
     elif kind == "magnitude":
         scores = magnitude_scores(plain, sites)
-    return Source(plain, sites, batches, expected, likeliest, scores)
+    return Source(plain, sites, batches, expected, likeliest, scores, costs)
 
 
 def relevance_of(model: PreTrainedModel, task: CutTask) -> dict[str, Tensor]:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from nemo_hf.pruning.plan import Plan
 from nemo_hf.pruning.reconstruct import LayerError, Reconstruction
+from nemo_hf.pruning.statistics import admitted_tokens
 
 from .base import NeMoPreTrainedModel
 from .batches import sample_count, select_samples
 from .cut_source import Advance, CutTask, Inputs, Source
 from .head_outputs import answers
+from .query_choice import same_queries
 
 logger = logging.getLogger(__name__)
 
@@ -33,36 +35,40 @@ def reconstruct_module(
     are_few = sum(sample_count(inputs) for inputs, _ in samples) < FEW_SAMPLES
     every = MORE_HELD_OUT if are_few else HELD_OUT
     fitted, judging = list(_part(samples, every, False)), list(_part(samples, every, True)) or samples
-    raw = _distance(module, judging)
     state = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
     heads = {
         head: torch.tensor([*task.label_ids, *range(task.count, task.count + others)])
         for head, others in module.heads.items()
     }
 
-    def fit(samples: Answered, ridge: float) -> dict[str, LayerError]:
+    def undo() -> None:
         for name, tensor in module.model.state_dict().items():
             tensor.data.copy_(state[name])
+
+    def fit(samples: Answered, ridge: float) -> dict[str, LayerError]:
+        undo()
         batches = list(enumerate(inputs for inputs, _ in samples))
         reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
         return reconstruction.run(ridge, on_layer=lambda path: advance("Reconstructing"))
 
-    found = math.inf
-    for ridge in RIDGES:
-        errors = fit(fitted, ridge)
-        if (found := _distance(module, judging)) <= raw:
-            break
+    every_batch = [inputs for part in (fitted, judging, samples) for inputs, _ in part]
+    with same_queries(source.plain, module.model, every_batch):
+        raw = _distance(module, judging)
+        for ridge in RIDGES:
+            errors = fit(fitted, ridge)
+            if (found := _distance(module, judging)) <= raw:
+                break
+        if is_worse := not found <= raw:
+            undo()
+        elif are_few and judging is not samples:
+            errors = fit(samples, ridge)
     done: dict[str, Any] = {"cut_distance": raw, "distance": found, "ridge": ridge}
-    if not found <= raw:
-        for name, tensor in module.model.state_dict().items():
-            tensor.data.copy_(state[name])
-        done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
-        logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
-    elif are_few and judging is not samples:
-        errors = fit(samples, ridge)
     done["layers"] = {path: [error.before, error.after] for path, error in errors.items()}
     done["scarce_layers"] = sum(error.is_scarce for error in errors.values())
-    if done["scarce_layers"]:
+    if is_worse:
+        done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
+        logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
+    elif done["scarce_layers"]:
         logger.warning(
             "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
             "more, some hundreds.",
@@ -84,9 +90,12 @@ def _part(samples: Answered, every: int, is_held: bool) -> Iterator[tuple[Inputs
 
 
 def _distance(module: NeMoPreTrainedModel, samples: Sequence[tuple[Inputs, Tensor]]) -> float:
-    """Mean square by which a module's answers differ from the source's of the same labels."""
+    """Mean square by which a module's answers differ from the source's of the same labels, not counting padding."""
     total, numbers = 0.0, 0
     for inputs, expected in samples:
-        got = answers(module.model(**inputs, return_dict=True)).cpu()
-        total, numbers = total + (got - expected).double().square().sum().item(), numbers + got.numel()
+        missing = answers(module.model(**inputs, return_dict=True)).cpu() - expected
+        tokens = admitted_tokens(inputs)
+        if tokens is not None and missing.shape[:-1] == tokens.shape:
+            missing = missing[tokens.bool().cpu()]
+        total, numbers = total + missing.double().square().sum().item(), numbers + missing.numel()
     return total / numbers if math.isfinite(total) else math.inf

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .layer_cuts import LayerCut, site_cut
 from .layer_edits import weight_shape
 from .plan import Plan
 
+Cost = Literal["weights", "operations"]
 STEPS = 12  # of the bisection: shares are found to 1/4096, and so are the gains of channels
 
 
@@ -40,16 +41,16 @@ def layer_operations(model: nn.Module, sites: Sequence[NeuronSite], inputs: Mapp
     return found
 
 
-def kept_costs(model: nn.Module, sites: Sequence[NeuronSite], costs: Mapping[str, float], plan: Plan) -> float:
-    """What is left of the costs of layers with the neurons that a plan keeps, padding included."""
+def kept_share(model: nn.Module, sites: Sequence[NeuronSite], costs: Mapping[str, float], plan: Plan) -> float:
+    """What is left of the costs of layers, by path, with the neurons that a plan keeps, padding included."""
     by_key = {site.key: site for site in sites}
-    shares = dict.fromkeys(costs, 1.0)
+    left = dict(costs)
     for key, kept in plan.items():
         for path, cut in site_cut(by_key[key], kept).layers.items():
-            if path in shares:
+            if path in left:
                 outputs, inputs = _kept_shares(model.get_submodule(path), cut)
-                shares[path] *= outputs * inputs
-    return sum(cost * shares[path] for path, cost in costs.items())
+                left[path] *= outputs * inputs
+    return sum(left.values()) / (sum(costs.values()) or 1.0)
 
 
 def _layers(site: NeuronSite) -> list[str]:
@@ -80,14 +81,13 @@ def plan_budget(
         own = [site for site in sites if (site.kind == "conv") == has_channels]
         paths = {path for site in own for path in _layers(site)}
         own_costs = {path: cost for path, cost in costs.items() if path in paths}
-        limit = retention * sum(own_costs.values())
         keep = _keep_gains(own, scores, own_costs) if has_channels else partial(_keep_share, own, scores)
         low, high = 0.0, 1.0
-        if kept_costs(model, own, own_costs, keep(high)) <= limit:
+        if kept_share(model, own, own_costs, keep(high)) <= retention:
             low = high
         for _ in range(STEPS if low < high else 0):
             middle = (low + high) / 2
-            fits = kept_costs(model, own, own_costs, keep(middle)) <= limit
+            fits = kept_share(model, own, own_costs, keep(middle)) <= retention
             low, high = (middle, high) if fits else (low, middle)
         plan |= keep(low)
     return {site.key: plan[site.key] for site in sites}
