@@ -183,19 +183,25 @@ def test_operations_are_products_with_weights_of_all_positions(name):
         assert found == len(rows) * rows.shape[1] * layer_weight(model.get_submodule(path))[0].numel()
 
 
-def test_channels_stay_where_they_keep_most_for_their_cost():
-    """Two layers of equal scores: of the one that costs four times as much fewer stay, but never none."""
+@pytest.mark.parametrize("cost", ["weights", "operations"])
+def test_of_channels_with_equal_scores_the_cheaper_stay(cost):
     model, sites = source_of("resnet")
     scores = {
         site.key: {part: torch.logspace(0, -3, size).double() for part, size in site.parts.items()} for site in sites
     }
-    plans = {}
-    for factor in (1.0, 1e3):
-        costs = layer_weights(model, sites)
-        costs |= {path: factor * costs[path] for path in sites[-1].readers}
-        plans[factor] = plan_budget(model, sites, scores, costs, 0.3)
-    kept = {factor: sum(map(len, plan[sites[-1].key].values())) for factor, plan in plans.items()}
-    assert 0 < kept[1e3] < kept[1.0]
+    costs = (
+        layer_weights(model, sites) if cost == "weights" else layer_operations(model, sites, samples_for("resnet")[0])
+    )
+    plan = plan_budget(model, sites, scores, costs, 0.3)
+    found = []
+    for site in sites:
+        paths = {*site.readers, *(rows.layer for rows, _ in site.produced())}
+        kept = sum(len(kept) for kept in plan[site.key].values()) / site.neurons
+        found.append((sum(costs[path] for path in paths) / site.neurons, kept))
+    found.sort()
+    shares = [kept for _, kept in found]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[-1] < shares[0]
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
