@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import compact
@@ -140,12 +140,18 @@ def other_set(sets: Sequence[tuple[int, ...]], groups: tuple[int, ...], count: i
     return tuple(sorted(draw.sample(rest, len(groups)))) if len(rest) >= len(groups) else None
 
 
-def with_head(model: PreTrainedModel, own: PreTrainedModel, paths: Sequence[str]) -> PreTrainedModel:
-    """A copy of a model with the head, of some paths, of another one."""
+def with_head(model: PreTrainedModel, own: PreTrainedModel, paths: Sequence[str]) -> PreTrainedModel | None:
+    """A copy of a model with the head, of some paths, of another one; `None` if that reads another number of neurons.
+
+    The control of the latter is cut for the labels on the samples of the other ones.
+    """
     model = copy.deepcopy(model)
     for path in paths:
         owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, copy.deepcopy(own.get_submodule(path)))
+        layers = [each.get_submodule(path) for each in (model, own)]
+        if layers[0].weight.shape[1:] != layers[1].weight.shape[1:]:
+            return None
+        setattr(model.get_submodule(owner), name, copy.deepcopy(layers[1]))
     return model
 
 
@@ -170,6 +176,9 @@ def measure(bench: Bench, method: str, kind: str, groups: tuple[int, ...], reten
     other = other_set(bench.task.sets[kind], groups, len(bench.task.groups))
     if other is not None:
         stranger = with_head(bench.make(method, other, *made), module, bench.heads)
+        if stranger is None:
+            own_job, other_job = (bench.job(each, *made) for each in (groups, other))
+            stranger = make(method, replace(own_job, calibration=other_job.calibration))
         row["other"] = accuracy(logits_of(stranger, own), own.labels)
         bench.kept[key] = bench.kept.pop(key)  # the next set's control: the last to be dropped
     return row
