@@ -282,5 +282,5 @@ def test_labels_of_tokens_are_padded_with_the_one_that_counts_nowhere():
 
 def test_samples_of_other_labels_only_are_warned_about(bert, caplog):
     pairs = pairs_of(bert, [row for row in ragged() if row["label"]], labels_wanted=[0])
-    assert "None of the calibration samples has a label of the module" in caplog.text
+    assert "None of the calibration or validation samples has a label of the module" in caplog.text
     assert sum(len(labels) for _, labels in pairs) == 16

@@ -51,7 +51,7 @@ def test_parents_trainers_and_saved_parents_cut_as_the_function_does(parent, tmp
     args = TrainingArguments(tmp_path / "out", use_cpu=True, report_to=[], disable_tqdm=True)
     trainer = nemo_hf.NeMoTrainer(parent, args, train_dataset=data)
     assert same(trainer.extract_module(["cat", "dog"], retention=0.5), expected)
-    assert same(trainer.extract_module(["cat", "dog"], data, retention=0.5), expected)
+    assert same(trainer.extract_module(["cat", "dog"], data, 0.5), expected)
     assert same(trainer.extract_module(["cat", "dog"]), parent.extract_module(["cat", "dog"]))
 
 
@@ -94,5 +94,7 @@ def test_a_parent_takes_options_of_one_way_to_cut(parent):
     for given in ({"threshold": 0.5}, {"round_to": 8}, {"inputs": {"pixel_values": PIXELS}}):
         with pytest.raises(ValueError, match=rf"Got \['{next(iter(given))}'\] beside calibration samples"):
             parent.extract_module(LABELS[:2], calibration=image_samples(), **given)
+    with pytest.raises(ValueError, match="Got no calibration samples"):
+        parent.extract_module(LABELS[:2], cost="operations")
     with pytest.raises(TypeError, match="unexpected keyword argument 'retain'"):
         parent.extract_module(LABELS[:2], calibration=image_samples(), retain=0.2)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import LABELS, build, fresh, image_samples, logits_of, parent_of, text_samples, tiny, tokenizer
 from cutting_helpers import batches_for, batches_of, cut, words
+from place_helpers import IDS, plain_model, run
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from training_helpers import batch_of
-from transformers import pipeline
+from transformers import PreTrainedTokenizerFast, pipeline
 
 import nemo_hf
 from nemo_hf import NeMoForSequenceClassification, compose, evaluate_module, extract_module, make_parent
@@ -64,6 +66,43 @@ def test_a_smaller_vocabulary_is_measured_in_its_own_tokens():
     classify = pipeline("text-classification", model=module, tokenizer=nemo_hf_tokenizer(module))
     right = [answer["label"] == sample["label"] for answer, sample in zip(classify(texts), held_out, strict=True)]
     assert done["validation"]["accuracy"] == sum(right) / 2
+
+
+def pair_tokenizer():
+    own = tokenizer().backend_tokenizer
+    own.post_processor = TemplateProcessing(
+        single="w98 $A w99", pair="w98 $A w99 $B:1 w99:1", special_tokens=[("w98", 100), ("w99", 101)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "w98", "sep_token": "w99"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=own, model_input_names=inputs, **names)
+
+
+def test_pairs_of_texts_stay_pairs_in_a_smaller_vocabulary():
+    model, own = fresh("bert"), pair_tokenizer()
+    words_of = torch.randint(2, 60, (120, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = [(f"w{a} none w{b}", f"w{c} w{d} w{e}") for a, b, c, d, e in words_of]
+    samples = [dict(own(*pair)) for pair in parts]
+    logits = torch.cat([logits_of(model, **{k: torch.tensor([v]) for k, v in each.items()}) for each in samples])
+    chosen = logits.sum(0).topk(2).indices.tolist()
+    labels = [chosen[place] for place in logits[:, chosen].argmax(-1)]
+    data = [{**each, "labels": label} for each, label in zip(samples, labels, strict=True)]
+    module = extract_module(
+        model, chosen, data, 1.0, processing_class=own, validation=data, vocabulary="calibration", show_progress=False
+    )
+    assert module.config.extraction["validation"] == {"samples": 120, "accuracy": 1, "source_accuracy": 1}
+
+
+def test_labels_of_tokens_measure_no_module_that_has_other_tokens():
+    source, samples = plain_model("bert").eval(), batches_of(text_samples(40))
+    labelled = [{**batch, "labels": torch.tensor(IDS)[run(source, **batch).logits[..., IDS].argmax(-1)]}
+                for batch in samples]  # fmt: skip
+    for vocabulary, expected in (("shared", {"accuracy": 1, "source_accuracy": 1}), ("calibration", {})):
+        module = extract_module(
+            source, IDS, samples, 1.0, processing_class=tokenizer(), validation=labelled, vocabulary=vocabulary,
+            show_progress=False,
+        )  # fmt: skip
+        assert module.config.extraction["validation"] == {"samples": 40, **expected}
 
 
 def nemo_hf_tokenizer(module):

@@ -41,7 +41,7 @@ def test_the_distance_is_that_of_samples_which_were_not_fitted(monkeypatch, coun
         for place in range(len(batch["input_ids"]))
         if tuple(batch["input_ids"][place].tolist()) not in fitted
     ]
-    assert len(held) == len(all_rows) - len(fitted) == count // every
+    assert len(held) == len(all_rows) - len(fitted) == pytest.approx(count / every, abs=1)
     found = module.config.extraction
     assert found["cut_distance"] == pytest.approx(distance(raw, source, held), rel=1e-4)
     assert found["distance"] < found["cut_distance"]
@@ -50,6 +50,19 @@ def test_the_distance_is_that_of_samples_which_were_not_fitted(monkeypatch, coun
         assert found["distance"] == pytest.approx(distance(module, source, held), rel=1e-4)
     else:
         assert [rows for rows, _ in runs[1:]] == [all_rows]
+
+
+@pytest.mark.parametrize(("period", "options"), [(2, {}), (8, {}), (3, {"max_loss": 100}), (6, {"max_loss": 100})])
+def test_of_labels_that_come_in_turn_each_is_fitted_and_each_is_held_out(monkeypatch, period, options):
+    runs, batches = watched_runs(monkeypatch), batches_for("bert", 480)
+    for place, batch in enumerate(batches):
+        batch["input_ids"][:, 0] = 100 + torch.arange(16 * place, 16 * place + 16) % period
+        batch["labels"] = torch.full((16,), 3)
+    cut(fresh("bert"), batches, None if options else 0.4, **options)
+    fitted = torch.tensor([row[0] - 100 for row in runs[0][0]]).bincount(minlength=period)
+    held_out = 480 // period - fitted
+    assert fitted.max() < 1.2 * fitted.min()
+    assert held_out.max() < 2 * held_out.min()
 
 
 def test_a_stronger_ridge_is_tried_before_it_is_refused(monkeypatch):

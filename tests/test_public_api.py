@@ -54,7 +54,7 @@ SIGNATURES = {
     "NeMoTrainer.calibrate_rejection": "self module eval_dataset accepted rejected_label",
     "NeMoTrainer.evaluate_modularity": "self eval_dataset",
     "NeMoTrainer.evaluate_module": "self labels eval_dataset kwargs",
-    "NeMoTrainer.extract_module": "self labels calibration kwargs",
+    "NeMoTrainer.extract_module": "self labels calibration retention kwargs",
     "NeMoTrainer.update_relevance": "self dataset",
 }
 FIELDS = {

@@ -99,13 +99,14 @@ def cut(options: Namespace) -> None:
         print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
         return
     modules: list[Any] = _cut_on_samples(options)
-    rows = [["directory", "asked for", "weights", "neurons", "MB", "of the source", "seconds", "error", "uncorrected",
+    cost = options.cost or "weights"
+    rows = [["directory", "asked for", cost, "neurons", "MB", "of the source", "seconds", "error", "uncorrected",
              "accuracy", "source"]]  # fmt: skip
     for each in modules:
         done, folder = each.config.extraction, Path(options.output_dir)
         folder = folder / f"{done['retention']:g}" if len(modules) > 1 else folder
         each.save_pretrained(folder)
-        shares = ["-" if done["retention"] is None else f"{done['retention']:g}", f"{done['weights']:.3f}"]
+        shares = ["-" if done["retention"] is None else f"{done['retention']:g}", f"{done[cost]:.3f}"]
         size = [f"{done['bytes'] / 1e6:.2f}", f"{done['bytes'] / done['source_bytes']:.0%}", f"{done['seconds']:.1f}"]
         errors = [f"{done[name]:.3g}" if name in done else "-" for name in ("distance", "cut_distance")]
         found = [done.get("validation", {}).get(name) for name in ("accuracy", "source_accuracy")]
@@ -161,6 +162,11 @@ def evaluate(options: Namespace) -> None:
             "modules."
         )
     parent = _load_any(options.parent)
+    if options.labels and not isinstance(parent, NeMoPreTrainedModel):
+        raise ValueError(
+            f"Got --labels for {options.parent}, a plain model; expected a parent, or modules of it. Cut some with "
+            "nemo-hf cut, and name them with --modules."
+        )
     parent.to("cuda" if torch.cuda.is_available() else "cpu")
     loader = _batches(options, options.split, parent)
     modules: list[Any] = [(_labels(word.split("+"), _known(parent.config)), None) for word in options.labels or ()]

@@ -1,5 +1,6 @@
 """Batches of labelled samples: checked, on a model's device, and numbered as in the data."""
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,13 @@ from .labels import check_answers_once, label_ids, label_targets
 from .saved_model import SavedModel
 
 Pair = tuple[dict[str, Any], Tensor | None]  # inputs and labels of a batch
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, taken modulo 1, spread evenly and never repeat
+
+
+def one_of(every: int, start: int, count: int) -> Tensor:
+    """Marks one of `every` samples from place `start` on, spread evenly, but in no period: labels may come in one."""
+    places = torch.arange(start, start + count, dtype=torch.float64)
+    return places * GOLDEN % 1 >= 1 - 1 / every
 
 
 def split_batch(model: SavedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:

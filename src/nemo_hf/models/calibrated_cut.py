@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, get_args
 
 import torch
@@ -27,7 +28,7 @@ from .extraction import CutSource, ModulePlan, build_module, check_module, read_
 from .extraction import extract_module as cut_by_relevance
 from .finiteness import check_finite
 from .held_out_reconstruction import reconstruct_module
-from .processors import own_processor
+from .processors import own_processor, padded
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
 from .vocabulary import share_tokens, shorten_positions, shrink_vocabulary
@@ -39,6 +40,7 @@ Keep = dict[str, dict[str, Tensor]]
 Found = tuple[NeMoPreTrainedModel, dict[str, Any]]  # a module, and what `config.extraction` is to say of it
 RETENTION = 0.2
 VOCABULARIES = ("shared", "calibration")
+TEXT_ENDS = ("pad_token", "bos_token", "eos_token", "cls_token", "sep_token")  # what may stand around a text
 EXTRA_TOKENS = 1000  # frequent words that keep embeddings of their own
 LARGEST_EXCESS = 1.01  # of the weights over what is asked for, above which it is said
 SMALLEST_RETENTION, HALVINGS = 0.02, 7  # of the search for the smallest module within a loss
@@ -125,7 +127,8 @@ def extract_module(
         Scores as in Wanda (arXiv 2306.11695) for whole neurons, Fisher scores as in Kwon et al. (arXiv 2204.09656).
     """
     given = (calibration, retention, max_loss, validation, vocabulary, max_positions, refine_epochs or None)
-    if isinstance(model, NeMoPreTrainedModel) and all(each is None for each in given) and scores == "activity":
+    is_default = all(each is None for each in given) and (scores, cost) == ("activity", "weights")
+    if isinstance(model, NeMoPreTrainedModel) and is_default:
         return cut_by_relevance(model, labels)
     start = time.perf_counter()
     retentions = _checked(retention, max_loss, refine_epochs, vocabulary, scores, cost)
@@ -156,10 +159,8 @@ def extract_module(
             held_out = _finish(module, model, done, samples, options, advance)
             if held_out:
                 done["validation"] = {"samples": sum(sample_count(inputs) for inputs, _ in held_out)}
-            if whole is not None:
-                done["validation"] |= {
-                    "accuracy": accuracy(module.model, task, held_out) or 0.0, "source_accuracy": whole,
-                }  # fmt: skip
+            if whole is not None and (own := accuracy(module.model, task, held_out)) is not None:
+                done["validation"] |= {"accuracy": own, "source_accuracy": whole}
             module.config.extraction = {**done, "seconds": round(time.perf_counter() - start, 3)}
     found = [module for module, _ in modules]
     return found if isinstance(retention, Sequence) else found[0]
@@ -330,11 +331,20 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _encoded_again(samples: Sequence[Pair], before: Any, after: Any, longest: int = 0) -> Iterator[Pair]:
-    """Texts of batches in the tokens of a reduced vocabulary, or those over a length cut to that of a tokenizer."""
+    """Texts of batches in the tokens of a reduced vocabulary, or those over a length cut to that of a tokenizer.
+
+    Labels of single tokens are left out, since these are others then.
+    """
+    ends = [token for name, token in before.special_tokens_map.items() if name in TEXT_ENDS]
+    special = set(before.convert_tokens_to_ids(ends))
     for inputs, labels in samples:
         if inputs["input_ids"].shape[1] <= longest:
             yield inputs, labels
             continue
-        texts = before.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        encoded = after(texts, padding=True, truncation=True, return_tensors="pt")
-        yield {name: encoded[name] for name in inputs if name in encoded}, labels
+        encoded = []
+        for row in inputs["input_ids"].tolist():
+            parts = [list(part) for is_text, part in groupby(row, lambda index: index not in special) if is_text]
+            first, *others = before.batch_decode(parts) or [""]
+            encoded.append(after(first, " ".join(others) or None, truncation=True))
+        is_of_tokens = labels is not None and labels.ndim > 1 and labels.dtype != torch.bool
+        yield {k: v for k, v in padded(after, encoded).items() if k in inputs}, None if is_of_tokens else labels

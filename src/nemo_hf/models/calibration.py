@@ -173,8 +173,8 @@ def _chosen(items: Iterator[Item], label_of: Callable[[Item], Any], most: int, r
 def _check_own(own: Sequence[Any]) -> None:
     if not own:
         logger.warning(
-            "None of the calibration samples has a label of the module, which is then cut on inputs that it is not "
-            "for. Pass samples of its labels, or data without labels."
+            "None of the calibration or validation samples has a label of the module: it would be cut on inputs that "
+            "it is not for, or can't be measured. Pass samples of its labels, or data without labels."
         )
 
 

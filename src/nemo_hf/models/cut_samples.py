@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from nemo_hf.neurons.trial_calls import on_device
 
-from .batches import Pair, sample_count, select_pair
+from .batches import Pair, one_of, sample_count, select_pair
 from .calibration import Calibration, read_calibration
 from .cut_source import CutTask, Inputs
 from .head_outputs import labels_last
@@ -88,7 +88,7 @@ class CutSamples:
                     part.append((own if bool(chosen.all()) or is_of_places else _trimmed(own), found))
 
     def _hold_back(self) -> None:
-        is_held = torch.arange(self.count) % HELD_OUT == HELD_OUT - 1
+        is_held = one_of(HELD_OUT, 0, self.count)
         parts = list(zip(self.own, is_held.split([sample_count(inputs) for inputs, _ in self.own]), strict=True))
         self.held_out = [select_pair(pair, part) for pair, part in parts if part.any()]
         self.own = [select_pair(pair, ~part) for pair, part in parts if not part.all()]

@@ -13,7 +13,7 @@ from nemo_hf.pruning.reconstruct import LayerError, Reconstruction
 from nemo_hf.pruning.statistics import admitted_tokens
 
 from .base import NeMoPreTrainedModel
-from .batches import sample_count, select_samples
+from .batches import one_of, sample_count, select_samples
 from .cut_source import Advance, CutTask, Inputs, Source
 from .head_outputs import answers
 from .query_choice import same_queries
@@ -21,7 +21,7 @@ from .query_choice import same_queries
 logger = logging.getLogger(__name__)
 
 RIDGES = (1e-2, 1e-1, 1.0)  # the first with which the module comes nearer; of the mean square of what a layer reads
-HELD_OUT, FIRST_HELD = 8, 3  # one sample of so many judges
+HELD_OUT = 8  # one sample of so many judges
 FEW_SAMPLES, MORE_HELD_OUT = 200, 4  # of fewer than these more judge, and the layers are then fitted again, to all
 ROUNDING = 1e-12  # of the mean square of the answers: what float32 leaves of equal ones
 
@@ -91,8 +91,8 @@ def _part(samples: Answered, every: int, is_held: bool) -> Iterator[tuple[Inputs
     """One sample of so many, which judge, or the others; of fewer than four none judges."""
     seen = 0
     for inputs, expected in samples:
-        places = torch.arange(seen, seen := seen + sample_count(inputs))
-        chosen = (places % every == FIRST_HELD) == is_held
+        chosen = one_of(every, seen, sample_count(inputs)) == is_held
+        seen += len(chosen)
         if chosen.all():
             yield inputs, expected
         elif chosen.any():

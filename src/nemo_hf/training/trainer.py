@@ -318,13 +318,16 @@ class NeMoTrainer(Trainer):
         self._report({name: value for name, value in measured.items() if value is not None})
         return measured
 
-    def extract_module(self, labels: LabelLike | Sequence[LabelLike], calibration: Any = None, **kwargs: Any) -> Any:
+    def extract_module(
+        self, labels: LabelLike | Sequence[LabelLike], calibration: Any = None,
+        retention: float | Sequence[float] | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go.
 
         With `retention` or `max_loss` the calibration samples are those of the training data, unless others are given:
         of `relevance_dataset` or else of `train_dataset`, through the trainer's collator.
         """
-        options = data.calibration_options(self, self._counted_data, calibration, kwargs)
+        options = data.calibration_options(self, self._counted_data, calibration, {"retention": retention, **kwargs})
         return self._whole_parent().extract_module(labels, **options)
 
     def evaluate_module(
