@@ -19,7 +19,7 @@ SITE_KEYS = {  # of a description of a site: required keys, and optional ones
     "fused attention": ({"fused", "output"}, {"heads", "layer", "pooled", "is_rotary", "layout"}),
 }
 LAYER_LISTS = ("producers", "passing", "readers")  # keys of a description that name several layers
-MASKS = ("generated", "static")
+MASKS = ("generated", "assigned", "static")
 OBJECTIVES = ("contrastive", "contrastive-authors", "cohesion-coupling", "moda")
 SHAPING_OPTIONS = (
     "targets",
@@ -30,12 +30,13 @@ SHAPING_OPTIONS = (
     "label_groups",
     "group_column",
     "has_generators",
+    "core_share",
 )
 """Options that decide the shape of a parent's masks."""
 LAYOUTS = ("one after another", "by key/value head")
 RANGES = {  # interval of each number among the options
     **dict.fromkeys(("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"), "[0, inf)"),
-    **dict.fromkeys(("warmup_ratio", "rehearsal_probability"), "[0, 1]"),
+    **dict.fromkeys(("warmup_ratio", "rehearsal_probability", "core_share"), "[0, 1]"),
     **dict.fromkeys(("relevance_threshold", "retention_target"), "(0, 1]"),
     "temperature": "(0, inf)",
     "mask_learning_rate": "[0, inf)",
@@ -50,8 +51,11 @@ class NeMoConfig:
     The symbols in brackets are those of the NeMo paper (arXiv 2508.11348) and of module rehearsal.
 
     Args:
-        masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`) or `"static"` (only
-            those that a call brings: what cutting a plain model needs).
+        masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`), `"assigned"` (each
+            label group keeps neurons that are drawn before training, `retention_target` of them; `NeMoTrainer` trains
+            the whole network, and taught by it the modules of random groups, see docs/training.md) or `"static"`
+            (only those that a call brings: what cutting a plain model needs).
+        core_share: Under `"assigned"`, share of a group's neurons, in [0, 1], that are those of all groups.
         targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
             stay within 10 % of the base model's parameters (6 % from hidden size 384 up).
@@ -78,8 +82,9 @@ class NeMoConfig:
             `sparsity_weight` grow linearly from 0, and before whose end no module is rehearsed.
         rehearsal_probability: Share of the optimizer steps, in [0, 1], in which a random set of groups
             is trained as the module that it would become [p].
-        specificity_weight: Weight of a term of rehearsed steps that makes the module's answers to samples of other
-            groups uniform. Modules of other labels then know less of these, at a price in the parent's accuracy.
+        specificity_weight: Weight of a term of rehearsed steps, under `"assigned"` of all, that makes the module's
+            answers to samples of other groups uniform. Modules of other labels then know less of these, at a price in
+            the parent's accuracy.
         relevance_threshold: Share of a group's samples, in (0, 1], that must open a neuron for the
             group's modules to keep it [theta]. Rehearsal and extraction both use it.
         label_groups: Which labels form a group: a mapping of group name to label names or ids. `None`
@@ -106,6 +111,7 @@ class NeMoConfig:
 
     targets: Sequence[str] = TARGETS
     masks: str = "generated"
+    core_share: float = 0.5
     generator_rank: int | None = None
     objective: str = "contrastive"
     contrastive_weight: float = 0.5
@@ -138,6 +144,16 @@ class NeMoConfig:
         if not self.has_generators and not self.hard_masks:
             given = "objective='moda'" if self.objective == "moda" else f"masks={self.masks!r}"
             raise ValueError(f"Got hard_masks=False with {given}; expected True: only mask generators make soft masks.")
+        if self.masks == "assigned" and self.retention_target is None:
+            raise ValueError(
+                "Got masks='assigned' without retention_target; expected the share of the weights that the module of "
+                "one group keeps. Pass retention_target=0.2, say."
+            )
+        if self.masks == "assigned" and self.objective != "contrastive":
+            raise ValueError(
+                f"Got masks='assigned' with objective={self.objective!r}, which is about masks by sample; expected "
+                "one of them. Leave the objective out."
+            )
         self._check_groups()
         if self.sites is not None:
             if not _is_list(self.sites) or not self.sites:

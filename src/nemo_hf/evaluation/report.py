@@ -16,12 +16,13 @@ from nemo_hf.models.batches import labelled_batches, select_samples
 from nemo_hf.models.equivalence import as_saved, sharing_copy
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
-from nemo_hf.models.labels import check_answers_once, group_indices, sample_groups
+from nemo_hf.models.labels import check_answers_once, group_indices, group_membership, sample_groups
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.models.rejection_calibration import auroc, own_samples
 from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.pruning.plan import is_relevant
 
 from .latency import LATENCY_BATCHES, count_macs, measure_latency
 from .metrics import LibraryMetrics, MetricLike, cohesion_and_coupling
@@ -264,7 +265,10 @@ def _collect_answers(
 def measure_modularity(
     parent: NeMoPreTrainedModel, batches: Iterable[Mapping[str, Any]], most: int
 ) -> dict[str, float | int | None]:
-    """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`, about `most`."""
+    """Measures `cohesion` and `coupling` (`None` without such pairs) over `modularity_samples`, about `most`.
+
+    Where masks don't depend on the sample, a sample's mask is that of its groups.
+    """
     opened, groups, samples = [], [], 0
     group_of_label = group_indices(parent)
     with as_saved(parent) as (parent,):
@@ -273,7 +277,13 @@ def measure_modularity(
             outputs = parent(**inputs, output_neuron_masks=True, return_dict=True)
             masks = outputs.neuron_masks
             check_outputs(parent, inputs, outputs.logits, list(parent.config.names.values()), numbers, masks)
-            opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
+            if masks is None:
+                tables = torch.cat([*parent.parent_masks().relevance().values()], -1)
+                kept = is_relevant(tables, parent.nemo_config.relevance_threshold)
+                is_of = group_membership(labels, group_of_label, len(kept))  # (batch, groups)
+                opened.append((is_of.float() @ kept.float()) > 0)
+            else:
+                opened.append(torch.cat([(mask > 0).any(1) for mask in masks.values()], -1))
             samples += len(labels)
             if samples >= most:
                 break

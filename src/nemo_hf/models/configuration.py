@@ -136,7 +136,7 @@ class NeMoModelConfig(SavedConfig):
         label_ids: Module: the parent's id of each label, in the order of the outputs.
         sites: One entry a site: `key`, `pruning_mode`, and for a module the `widths` of its layers and, under `kept`,
             how many neurons each of its groups uses and how many it keeps in all.
-        relevance_source: Parent: `"initial"`, `"running"` or `"exact"`.
+        relevance_source: Parent: `"initial"`, `"running"`, `"exact"`, or `"assigned"` before training.
         unseen_labels: Parent: ids of the labels of which the data of its relevance had no sample, or `None`.
         base_model: Hub repository that the plain model inside was loaded from, or `None`.
         parent: Module: Hub repository that it was cut from, or `None`.
@@ -175,7 +175,7 @@ class NeMoModelConfig(SavedConfig):
     id2label: Any = validated_field(checks.check_names, default=None)  # dict[int, str] | dict[str, str] | None
     label2id: Any = validated_field(checks.check_ids_by_name, default=None)  # dict[str, int] | None
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
-    relevance_source: Literal["initial", "running", "exact"] = "initial"
+    relevance_source: Literal["initial", "running", "exact", "assigned"] = "initial"
     unseen_labels: Any = validated_field(checks.check_label_ids, default=None)  # list[int] | None
     base_model: str | None = validated_field(checks.check_repository, default=None)
     parent: str | None = validated_field(checks.check_repository, default=None)

@@ -81,8 +81,8 @@ def check_trained_masks(model: Any, nemo_config: NeMoConfig) -> None:
         check_masks(model, nemo_config)
     if nemo_config.masks == "static":
         raise ValueError(
-            "Got masks='static', of which none is trained; expected 'generated'. Train the plain model with "
-            "transformers.Trainer, and then cut it with extract_module."
+            "Got masks='static', of which none is trained; expected 'assigned' or 'generated'. Train the plain "
+            "model with transformers.Trainer, and then cut it with extract_module."
         )
 
 

@@ -127,7 +127,7 @@ def _try_sites(
             f"Got model type {model.config.model_type!r}, which reads the weights of {found[0].name!r} and the like "
             "without calling these layers. Choose another architecture."
         )
-    if nemo_config.objective == "moda" and nemo_config.masks != "static":
+    if nemo_config.objective == "moda" and nemo_config.masks == "generated":
         reached = rectified_sites(model, reached, inputs)
     parent = attach_masks(model, nemo_config, label_groups, reached)
     try:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import NeMoConfig
 
+from .assignment import assign_neurons
 from .calls import Calls, FrameMask, MaskedCall, running_backward
 from .mask_hooks import ActivityMask, GeneratedMask, HookHandle, SiteMask, StaticMask
 from .sites import NeuronSite
@@ -133,6 +134,12 @@ def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters
         rank = config.generator_rank or default_rank(sites, base_parameters)
         masks = [GeneratedMask(site, groups, not config.hard_masks, rank) for site in sites]
     else:
-        kind = StaticMask if config.masks == "static" else ActivityMask
+        kind = ActivityMask if config.masks == "generated" else StaticMask
         masks = [kind(site, groups, keeps_mean=False) for site in sites]
+    if config.masks == "assigned":
+        assert config.retention_target is not None
+        assigned = assign_neurons(sites, groups, config.retention_target, config.core_share)
+        for mask in masks:
+            if not mask.relevance.is_meta:
+                mask.relevance.copy_(255 * assigned[mask.site.key].to(torch.uint8))
     return NeuronMasks(masks, config.hard_masks, config.detach_pooled)

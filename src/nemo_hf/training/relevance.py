@@ -92,7 +92,8 @@ def start_relevance(parent: NeMoPreTrainedModel, unseen: Collection[int]) -> Non
 
     closed = groups(unseen)
     reopened = groups(parent.config.unseen_labels or ()) - closed
-    for mask in parent.parent_masks().site_masks():
+    is_assigned = parent.nemo_config.masks == "assigned"
+    for mask in parent.parent_masks().site_masks() if not is_assigned else ():
         mask.relevance[sorted(closed)] = 0
         mask.relevance[sorted(reopened)] = RELEVANCE_SCALE
     note_unseen(parent, unseen)

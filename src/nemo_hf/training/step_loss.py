@@ -11,6 +11,7 @@ from nemo_hf.models.labels import group_indices, label_ids, labelled_cross_entro
 from nemo_hf.pruning.plan import module_masks
 
 from . import data, distributed, losses
+from .assigned_modules import first_samples, own_norm_statistics, taught_loss
 from .model_calls import MicroBatch, calls_of, check_own_loss, neuron_masks_of
 from .relevance import OpenCounts, sparsity_pressure, steer_size
 
@@ -60,7 +61,8 @@ class StepLoss:
         trainer = self._trainer
         inputs, given, _, labels = self._read_batch(model, inputs)
         real = self._real_samples(labels, is_last=trainer.accelerator.gradient_state.sync_gradients)
-        in_module, static = self._rehearsal(labels)
+        is_assigned = trainer.nemo_config.masks == "assigned"
+        in_module, static = (None, {}) if is_assigned else self._rehearsal(labels)
         share, labelled = distributed.sample_weights(labels[:real], trainer.args, self.mean_over_processes)
         current = self.micro_batch = MicroBatch(real, share, labelled, in_module)
         try:
@@ -72,7 +74,10 @@ class StepLoss:
         task, *others = found if isinstance(found, tuple) else (found,)
         if current.has_own_loss:
             check_own_loss("a compute_loss of your own", trainer.parent)
-        loss = task + self._mask_terms(neuron_masks_of(outputs, len(labels)), labels[:real], current)
+        if is_assigned:
+            loss = task + self._taught_module(model, inputs, outputs, labels, current)
+        else:
+            loss = task + self._mask_terms(neuron_masks_of(outputs, len(labels)), labels[:real], current)
         self._collect(loss_task=task)
         self._steps += 1
         return (loss, *others) if others else loss
@@ -158,6 +163,30 @@ class StepLoss:
         pressure = sparsity_pressure(parent.parent_masks(), config)
         terms: Tensor = config.contrastive_weight * contrast + pressure * sparsity
         return self.warmup * terms
+
+    def _taught_module(
+        self, model: nn.Module, inputs: dict[str, Any], outputs: Sequence[Any], labels: Tensor, current: MicroBatch
+    ) -> Tensor:
+        """Loss of the module of random groups on the first half of a micro-batch, taught by the whole network."""
+        trainer, self.is_counted = self._trainer, True
+        groups = trainer._rehearsed_groups()
+        logits = next((output.logits for output in outputs if len(output.logits) == len(labels)), None)
+        if logits is None:
+            raise ValueError(
+                "Got a compute_loss that does not call the model on a whole batch; expected outputs = model(**inputs) "
+                "in it, by which modules are taught. Call it so, or pass NeMoTrainer a compute_loss_func instead."
+            )
+        if groups is None:
+            return torch.zeros((), device=logits.device)
+        half = max(1, current.real // 2)
+        static = module_masks(trainer.parent.parent_masks(), groups, trainer.nemo_config.relevance_threshold)
+        with own_norm_statistics(trainer.parent.model):
+            found = model(**first_samples(inputs, len(labels), half), static_masks=static, return_dict=True)
+        in_module = torch.isin(self.group_of_label, groups)
+        specificity = trainer.nemo_config.specificity_weight
+        loss = current.share * taught_loss(found.logits, logits[:half], labels[:half], in_module, specificity)
+        self._collect(loss_module=loss)
+        return loss
 
     def _contrast(self, masks: Tensor, widths: Sequence[int], groups: Tensor) -> Tensor:
         """The objective over masks of shape (batch, neurons), compared over all processes if the options say so."""

@@ -45,7 +45,10 @@ class NeMoTrainer(Trainer):
     The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
     the cross-entropy a contrastive and a sparsity term over the masks and, in a share of the steps, runs the
     samples of a random set of groups as the module for these groups would (module rehearsal). The log gets
-    `loss_task`, `loss_contrastive`, `neuron_retention_rate` and `dead_neuron_rate`.
+    `loss_task`, `loss_contrastive`, `neuron_retention_rate` and `dead_neuron_rate`. With
+    `NeMoConfig(masks="assigned")` each step trains the whole network, and on half of the samples the module of a random
+    set of groups, which learns the whole network's answers; the log then gets `loss_task`, `loss_module` and
+    `dead_neuron_rate`, the share of neurons that are no module's.
 
     Args:
         model: A plain model, or a parent to train on.
@@ -220,7 +223,8 @@ class NeMoTrainer(Trainer):
                 "lowering args.per_device_eval_batch_size if memory was short, before you save it or cut modules.",
                 *(type(error).__name__, error), exc_info=error,
             )  # fmt: skip
-        warn_of_one_core(self._masks, self.nemo_config)
+        if self.nemo_config.masks != "assigned":
+            warn_of_one_core(self._masks, self.nemo_config)
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -259,7 +263,8 @@ class NeMoTrainer(Trainer):
         unseen = set(self.parent.config.unseen_labels or ())
         groups = [index for index, own in enumerate(self.parent.config.groups.values()) if not unseen >= set(own)]
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # noqa: S311 - not for cryptography
-        if self._step_loss.warmup < 1 or draw.random() >= self.nemo_config.rehearsal_probability or len(groups) < 2:
+        is_due = self._step_loss.warmup >= 1 and draw.random() < self.nemo_config.rehearsal_probability
+        if not (is_due or self.nemo_config.masks == "assigned") or len(groups) < 2:
             return None
         chosen = sorted(draw.sample(groups, draw.randint(1, len(groups) - 1)))
         return torch.tensor(chosen, device=self.parent.device)
@@ -275,6 +280,8 @@ class NeMoTrainer(Trainer):
     def update_relevance(self, dataset: Any = None) -> None:
         """Replaces the parent's relevance by the exact one, counted in one pass over a data set.
 
+        That of assigned masks is what was assigned, and stays.
+
         Args:
             dataset: Finite data with labels, without augmentation; `None` takes `relevance_dataset`, or without it
                 `train_dataset`.
@@ -282,6 +289,8 @@ class NeMoTrainer(Trainer):
         Raises:
             ValueError: If there are no such data, or their labels are not those of the model.
         """
+        if self.nemo_config.masks == "assigned":
+            return  # not counted but given
         if (counted := self._counted_data if dataset is None else dataset) is None:
             raise ValueError("Got no data set; expected one to count the relevance on. Pass update_relevance(dataset).")
         batches = data.sample_loader(self, counted, is_shared=True)

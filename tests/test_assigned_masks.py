@@ -1,0 +1,199 @@
+"""Assigned masks: what each group keeps, that parents are the plain model, and how their modules are trained."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import LABELS, build, fresh, image_samples, randomize, text_samples, tiny
+from torch.nn import functional as F
+from training_helpers import arguments, batch_of, without_dropout
+from transformers import Trainer
+
+from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, make_parent
+from nemo_hf.neurons.assignment import assign_neurons
+from nemo_hf.neurons.sites import AttentionSite
+from nemo_hf.pruning.plan import module_masks
+from nemo_hf.training.assigned_modules import taught_loss
+
+ASSIGNED = {"masks": "assigned", "retention_target": 0.4}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
+
+
+def assigned_parent(family="vit", **options):
+    return make_parent(without_dropout(build(family)), NeMoConfig(**{**ASSIGNED, **options}))
+
+
+def relevance_of(parent):
+    return {key: table.clone() for key, table in parent.masks.relevance().items()}
+
+
+def source_sites(family):
+    if family == "resnet":
+        return make_parent(randomize(tiny("ResNetForImageClassification", **STAGES))).sites
+    return make_parent(fresh(family)).sites
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "llama", "gpt2", "resnet"])
+@pytest.mark.parametrize(("groups", "retention", "core_share"), [(5, 0.4, 0.5), (2, 0.25, 0.0), (7, 0.3, 1.0)])
+def test_each_group_keeps_its_share_of_each_part(family, groups, retention, core_share):
+    sites = source_sites(family)
+    assigned = assign_neurons(sites, groups, retention, core_share)
+    for site in sites:
+        share = math.sqrt(retention) if site.kind == "conv" else retention
+        parts = assigned[site.key].split(list(site.parts.values()), -1)
+        for name, table in zip(site.parts, parts, strict=True):
+            heads = 1
+            if isinstance(site, AttentionSite):
+                heads = site.query_key_heads if name == "query_key" else site.key_value_heads
+            for head in table.view(groups, heads, -1).unbind(1):
+                kept = max(1, round(share * head.shape[1]))
+                assert head.sum(-1).tolist() == [kept] * groups
+                assert head.all(0).sum() >= min(kept, round(core_share * kept))
+                private = kept - min(kept, round(core_share * kept))
+                if private and groups * private <= head.shape[1] - (kept - private):
+                    assert head.sum(0).unique().tolist() in ([1, groups], [0, 1, groups], [0, 1], [1])
+
+
+def test_the_assignment_is_the_same_each_time():
+    sites = source_sites("vit")
+    first, second = (assign_neurons(sites, 5, 0.3, 0.5) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "llama"])
+def test_a_parent_answers_as_the_whole_network_and_its_modules_are_exact(family):
+    plain = without_dropout(build(family))
+    samples = (image_samples if family == "vit" else text_samples)(6)
+    batch = {name: value for name, value in batch_of(samples).items() if name != "labels"}
+    with torch.no_grad():
+        expected = plain(**batch).logits
+        parent = make_parent(copy.deepcopy(plain), NeMoConfig(**ASSIGNED)).eval()
+        assert torch.equal(parent(**batch).logits, expected)
+        assert torch.equal(parent.train()(**batch).logits, expected)
+        module = parent.eval().extract_module([3, 1])
+        static = module_masks(parent.masks, torch.tensor([1, 3]), 0.5)
+        masked = parent(**batch, static_masks=static).logits[:, [3, 1]]
+        torch.testing.assert_close(module(**batch).logits, masked, rtol=1e-4, atol=1e-5)
+    assert module.config.equivalence["status"] == "verified"
+
+
+def test_files_keep_the_assignment(tmp_path):
+    parent = assigned_parent()
+    parent.save_pretrained(tmp_path)
+    loaded = NeMoForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.relevance_source == "assigned"
+    for key, table in relevance_of(parent).items():
+        assert torch.equal(loaded.masks.relevance()[key], table)
+    module = NeMoForImageClassification.from_pretrained(tmp_path, labels=[1, 0])
+    assert torch.equal(
+        module(**batch_of(image_samples(4)[:2])).logits,
+        parent.eval().extract_module([1, 0])(**batch_of(image_samples(4)[:2])).logits,
+    )
+
+
+@pytest.mark.parametrize("specificity", [0.0, 0.3])
+def test_the_loss_of_a_module_is_that_of_a_loop_over_samples(specificity):
+    generator = torch.Generator().manual_seed(0)
+    logits, taught_by = (torch.randn(9, 5, generator=generator) for _ in range(2))
+    labels, in_module = torch.tensor([0, 1, 2, 3, 4, 0, -100, 1, 2]), torch.tensor([True, False, True, True, False])
+    total = 0.0
+    for own, target, label in zip(logits, taught_by, labels.tolist(), strict=True):
+        if label >= 0 and in_module[label]:
+            total += F.cross_entropy(own[in_module], target[in_module].softmax(-1)).item()
+        elif label >= 0:
+            total += specificity * F.cross_entropy(own, torch.full((5,), 0.2)).item()
+    found = taught_loss(logits, taught_by, labels, in_module, specificity)
+    assert found.item() == pytest.approx(total / 8, rel=1e-5)
+    several = taught_loss(logits, taught_by, torch.ones(9, 5, dtype=torch.bool), in_module, specificity)
+    expected = F.binary_cross_entropy_with_logits(logits[:, in_module], taught_by[:, in_module].sigmoid())
+    assert several.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_a_step_is_the_task_and_a_taught_module_on_half_of_the_samples(family, tmp_path):
+    samples = (image_samples if family == "vit" else text_samples)(10)
+    parent = assigned_parent(family, specificity_weight=0.3)
+    before = copy.deepcopy(parent).train()
+    args = arguments(tmp_path, per_device_train_batch_size=10, max_steps=1)
+    trainer = NeMoTrainer(parent, args, train_dataset=samples, nemo_config=parent.nemo_config)
+    drawn = []
+    draw = trainer._rehearsed_groups
+    trainer._rehearsed_groups = lambda: drawn.append(draw()) or drawn[-1]
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    with torch.no_grad():
+        loaded = next(iter(trainer.get_train_dataloader()))  # the same seed draws the same order
+        labels = loaded.pop("labels")
+        whole = before(**loaded).logits
+        static = module_masks(before.masks, drawn[0], 0.5)
+        half = {name: value[:5] for name, value in loaded.items()}
+        module = before(**half, static_masks=static).logits
+    in_module = torch.isin(torch.arange(len(LABELS)), drawn[0])
+    taught = taught_loss(module, whole[:5], labels[:5], in_module, 0.3).item()
+    assert logged["loss_task"] == pytest.approx(F.cross_entropy(whole, labels).item(), rel=1e-4)
+    assert logged["loss_module"] == pytest.approx(taught, rel=1e-4)
+    assert logged["loss"] == pytest.approx(F.cross_entropy(whole, labels).item() + taught, rel=1e-4)
+
+
+def test_training_leaves_the_assignment_and_reports_coupling(tmp_path):
+    parent = assigned_parent(core_share=0.5)
+    before = relevance_of(parent)
+    trainer = NeMoTrainer(
+        parent, arguments(tmp_path, max_steps=4), train_dataset=image_samples(20), eval_dataset=image_samples(20, 1)
+    )
+    trainer.train()
+    for key, table in relevance_of(trainer.parent).items():
+        assert torch.equal(table, before[key])
+    assert trainer.parent.config.relevance_source == "assigned"
+    found = trainer.evaluate_modularity()
+    kept = torch.cat([table > 0 for table in before.values()], -1)
+    pairs = [(kept[a] & kept[b]).sum() / (kept[a] | kept[b]).sum() for a in range(5) for b in range(5) if a != b]
+    assert found["cohesion"] == 1
+    assert min(pairs) <= found["coupling"] <= max(pairs)
+    report = trainer.evaluate_module([0, 1])
+    assert report.controls["random"] is not None
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
+    def trained(folder, steps, resume=None):
+        args = arguments(tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = NeMoTrainer(assigned_parent(), args, train_dataset=image_samples(40))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.parent.state_dict()
+
+    whole = trained("whole", 4)
+    resumed = trained("whole", 4, str(tmp_path / "whole" / "checkpoint-2"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_the_whole_network_keeps_its_own_norm_statistics(tmp_path):
+    def model():
+        return randomize(tiny("ResNetForImageClassification", **STAGES))
+
+    samples = image_samples(20)
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0)
+    plain = Trainer(model(), args, train_dataset=samples)
+    plain.train()
+    nemo = NeMoTrainer(model(), args, train_dataset=samples, nemo_config=NeMoConfig(**ASSIGNED))
+    nemo.train()
+    expected = dict(plain.model.named_buffers())
+    own = {name.removeprefix("model."): value for name, value in nemo.parent.named_buffers()}
+    assert any("running_mean" in name for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(own[name], value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"retention_target": None}, "without retention_target"),
+        ({"objective": "moda"}, "about masks by sample"),
+        ({"hard_masks": False}, "hard_masks=False"),
+        ({"core_share": 1.5}, "core_share=1.5"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        NeMoConfig(**{**ASSIGNED, **options})
