@@ -14,15 +14,15 @@ from transformers import pipeline
 
 from nemo_hf.cli import commands, main
 from nemo_hf.cli.data import load_data
-from nemo_hf.cli.main import build_parser
+from nemo_hf.cli.dispatch import COMMANDS
 from nemo_hf.models.rejection import REJECTED_LABEL
+from nemo_hf_cli import build_parser, parse
 
 pytestmark = pytest.mark.usefixtures("stage")
 BERT = "google-bert/bert-base-uncased"
 CUT = "cut parent --labels cat --output-dir m"
 ON_SAMPLES = "cut google/vit-base-patch16-224-in21k --dataset org/animals --labels cat --output-dir m"
 MEASURE = "evaluate --parent parent --labels cat --dataset org/animals"
-COMMANDS = ("demo", "train", "cut", "export", "evaluate", "push", "inspect")
 TRAIN = f"train --model {BERT} --dataset org/texts --output-dir out --max-steps 2 --use_cpu"
 TRAIN += " --label-column intent --input-column text --split test --train-split train --report-to none"
 TRAIN += ' --disable-tqdm true --nemo-config {"group_column":"domain"}'
@@ -39,7 +39,7 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         runpy.run_module("nemo_hf.cli", run_name="__main__")
     assert "nemo-hf extract: argument COMMAND: invalid choice: 'extract'" in capsys.readouterr().err
     (group,) = build_parser()._subparsers._group_actions
-    assert tuple(group.choices) == COMMANDS
+    assert tuple(group.choices) == tuple(COMMANDS)
     for parser in group.choices.values():
         assert [action.dest for action in parser._actions if not action.help] == []
 
@@ -154,10 +154,9 @@ def test_no_option_is_ignored(lines, hub, monkeypatch):
     monkeypatch.setattr(commands, "format_demo", str)
     read, known = set(), set()
     for line in lines.splitlines():
-        found = vars(build_parser().parse_args(line.split())) | {"command_line": line}
-        run = found.pop("run")
-        known |= set(found) - {"command", "command_line"}
-        run(Recorded(**found, _read=read))
+        found = vars(parse(build_parser(), line.split())) | {"command_line": line}
+        known |= set(found) - {"command", "command_line", "words"}
+        COMMANDS[found["command"]](Recorded(**found, _read=read))
     assert known - read == set()
 
 
@@ -226,7 +225,8 @@ def test_train_and_evaluate(stage, capsys):
     assert main(words.split()) == 0
     reports = json.loads((stage / "r.json").read_text())
     assert [report["labels"] for report in reports] == [["cat", "dog", "frog"], ["cat", "ship"]]
-    assert "cat,dog,frog" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["animals", "24"], ["cat+ship", "16"]]
 
 
 def test_evaluate_adds_metrics_of_the_library(stage, capsys):
@@ -235,7 +235,7 @@ def test_evaluate_adds_metrics_of_the_library(stage, capsys):
     assert main(words.split()) == 0
     (report,) = json.loads((stage / "r.json").read_text())
     assert report["metrics"]["agreement"] == pytest.approx(report["accuracy"])
-    assert f"cat,dog: {report['metrics']}, parent: {report['parent_metrics']}" in capsys.readouterr().out
+    assert f"cat+dog: {report['metrics']}, parent: {report['parent_metrics']}" in capsys.readouterr().out
     assert main([*words.split(), "none.py"]) == 2
     assert "The metric 'none.py' can't be loaded" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ from nemo_hf.models.rejection_calibration import calibrate_rejection
 from nemo_hf.neurons.masks import NeuronMasks
 
 from . import data, distributed, hub_pushes
-from .callbacks import TrainingChecks
+from .callbacks import PhaseNames, TrainingChecks
 from .evaluation_sets import one_dataset, spread_samples
 from .model_calls import check_own_loss, check_scaling, replaced_method
 from .optimizers import check_optimizer, split_mask_parameters
@@ -95,6 +95,7 @@ class NeMoTrainer(Trainer):
                 logger.warning("mask_learning_rate has no effect: the optimizer that you pass has rates of its own.")
         self._attach_processor(self.parent)
         self.add_callback(TrainingChecks(self))
+        self.add_callback(PhaseNames(self))
 
     @property
     def parent(self) -> NeMoClassifier:
