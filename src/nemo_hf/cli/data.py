@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorWithPadding, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    default_data_collator,
+)
 
 from nemo_hf.config import closest
 
@@ -65,7 +72,7 @@ def load_data(
         )
     processor = (AutoImageProcessor if is_image else AutoTokenizer).from_pretrained(model)
     if max_length is not None:
-        _limit_length(processor, max_length, is_image)
+        _limit_length(processor, AutoConfig.from_pretrained(model), max_length, is_image)
 
     def images(batch: Mapping[str, Any]) -> dict[str, Any]:
         pixels = processor(images=[image.convert("RGB") for image in batch[column]], return_tensors="pt")
@@ -81,14 +88,14 @@ def load_data(
     return LoadedData(found, processor, parts, collator, list(names))
 
 
-def _limit_length(processor: Any, max_length: int, is_image: bool) -> None:
+def _limit_length(processor: Any, config: PreTrainedConfig, max_length: int, is_image: bool) -> None:
     """Makes a number of tokens the most that a tokenizer returns."""
     if is_image:
         raise ValueError(f"Got --max-length {max_length} with images; expected texts. Leave it out.")
-    if max_length > processor.model_max_length:
+    most = min(processor.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    if max_length > most:
         raise ValueError(
-            f"Got --max-length {max_length}; expected at most the {processor.model_max_length} tokens that the "
-            "tokenizer allows. Lower it."
+            f"Got --max-length {max_length}; expected at most {most} tokens, which is what the model takes. Lower it."
         )
     processor.model_max_length = max_length
 

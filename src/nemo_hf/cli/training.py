@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from nemo_hf.auto_classes import AUTO_CLASSES
 from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.groups import format_groups, measure_groups
+from nemo_hf.evaluation.groups import format_groups, group_means, measure_groups
 from nemo_hf.models.privacy import hub_name
 from nemo_hf.training.callbacks import PhaseNames
 from nemo_hf.training.distributed import is_sharded, whole_copy
+from nemo_hf.training.step_loss import named_scalars
 from nemo_hf.training.trainer import NeMoTrainer
 from nemo_hf_cli import EVALUATION_BATCH, LEARNING_RATES, SMALL, STARTING_VALUES
 
@@ -56,7 +57,7 @@ def train(options: Namespace) -> None:
     data = load_data(options.dataset, options.model, splits, max_length=options.max_length, **columns)
     if options.label_groups:
         nemo_config = dataclasses.replace(nemo_config, label_groups=_label_groups(options, set(data.names)))
-    model = _plain_model(options.model, data)
+    model = _plain_model(options.model, data, arguments.seed)
     is_small = model.num_parameters() <= SMALL
     start = {**STARTING_VALUES[data.task], "per_device_eval_batch_size": EVALUATION_BATCH}
     for name, value in {**start, "learning_rate": LEARNING_RATES[not is_small]}.items():
@@ -81,11 +82,12 @@ def train(options: Namespace) -> None:
     if trainer.is_world_process_zero():
         print(json.dumps(metrics, indent=2))
         batches = DataLoader(eval_data, batch_size=arguments.per_device_eval_batch_size, collate_fn=data.collator)
-        print(format_groups(measure_groups(parent, batches, show_progress=not arguments.disable_tqdm)), flush=True)
+        groups = measure_groups(parent, batches, show_progress=not arguments.disable_tqdm)
+        trainer.log(named_scalars({f"group_{name}": value for name, value in group_means(groups).items()}))
+        print(format_groups(groups), flush=True)
     if options.baseline:
-        plain = Trainer(
-            *(_plain_model(options.model, data), _alone(arguments), data.collator, train_data, eval_data), **common
-        )
+        again = _plain_model(options.model, data, arguments.seed)
+        plain = Trainer(again, _alone(arguments), data.collator, train_data, eval_data, **common)
         plain.add_callback(PhaseNames(plain, "Plain model: "))
         plain.train()
         found = plain.evaluate()["eval_accuracy"]
@@ -119,7 +121,9 @@ def _label_groups(options: Namespace, known: set[str] | None = None) -> dict[str
     return groups
 
 
-def _plain_model(source: str, data: LoadedData) -> PreTrainedModel:
+def _plain_model(source: str, data: LoadedData, seed: int) -> PreTrainedModel:
+    """The model at `source` with the labels of the data; the seed is that of a head which is drawn anew."""
+    set_seed(seed)
     names = {"id2label": dict(enumerate(data.names)), "label2id": {name: i for i, name in enumerate(data.names)}}
     model: PreTrainedModel = AUTO_CLASSES[data.task].from_pretrained(source, **names, ignore_mismatched_sizes=True)
     return model

@@ -75,15 +75,16 @@ def _rows(masks: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {key: table.to(rows.device)[rows] for key, table in masks.items()}
 
 
+def group_means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over the groups that have a number, of what `measure_groups` found."""
+    values = {name: [group[name] for group in found.values() if name in group] for name in COLUMNS}
+    return {name: sum(own) / len(own) for name, own in values.items() if own}
+
+
 def format_groups(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Renders what `measure_groups` found as a table for a terminal, with the means of the groups in the last row."""
-    means = {
-        column: sum(values) / len(values)
-        for column in COLUMNS
-        if (values := [group[column] for group in found.values() if column in group])
-    }
+    """Renders what `measure_groups` found as a table for a terminal, with the means in the last row."""
     rows = [["label group", *COLUMNS]]
-    for name, group in {**found, "(mean)": means}.items():
-        cells = ["-" if column not in group else f"{group[column]:.3f}" for column in COLUMNS]
-        rows.append([name[:40], f"{group['samples']:.0f}", *cells[1:]])
+    for name, group in {**found, "(mean)": group_means(found)}.items():
+        cells = [f"{group[column]:.3f}" if column in group else "-" for column in COLUMNS[1:]]
+        rows.append([name[:40], f"{group['samples']:.0f}", *cells])
     return aligned(rows)

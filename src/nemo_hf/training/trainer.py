@@ -32,7 +32,7 @@ from .optimizers import check_optimizer, split_mask_parameters
 from .relevance import compute_relevance, warn_of_one_core
 from .resuming import check_checkpoint, whole_checkpoint
 from .search import training_arguments, trial_config
-from .step_loss import StepLoss, counted_items
+from .step_loss import StepLoss, counted_items, named_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class NeMoTrainer(Trainer):
 
     The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
     the cross-entropy a contrastive and a sparsity term over the masks and, in a share of the steps, runs the
-    samples of a random set of groups as the module for these groups would (module rehearsal). The log gets
-    `loss_task`, `loss_contrastive`, `neuron_retention_rate` and `dead_neuron_rate`.
+    samples of a random set of groups as the module for these groups would (module rehearsal). All that it logs of
+    masks starts with `nemo/`: `nemo/loss_task`, `nemo/neuron_retention_rate` and others.
 
     Args:
         model: A plain model, or a parent to train on.
@@ -269,8 +269,9 @@ class NeMoTrainer(Trainer):
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
         terms = self._step_loss.take_means() if "loss" in logs and self.model is not None else {}
         if terms:
-            logs.update(terms, dead_neuron_rate=round(self._masks.dead_share(), 6))
-            check_training(self.parent, logs)
+            terms["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
+            check_training(self.parent, {**logs, **terms})
+            logs.update(named_scalars(terms))
         super().log(logs, start_time)
 
     def update_relevance(self, dataset: Any = None) -> None:
@@ -316,7 +317,8 @@ class NeMoTrainer(Trainer):
         """
         dataset = spread_samples(one_dataset(eval_dataset, self.eval_dataset), MODULARITY_SAMPLES)
         measured = measure_modularity(self.parent, data.sample_loader(self, dataset), MODULARITY_SAMPLES)
-        self._report({name: value for name, value in measured.items() if value is not None})
+        self._report(known := {name: value for name, value in measured.items() if value is not None})
+        self.log(named_scalars(known))
         return measured
 
     def extract_module(self, labels: LabelLike | Sequence[LabelLike], calibration: Any = None, **kwargs: Any) -> Any:
