@@ -161,7 +161,7 @@ def evaluate_module(
             masks["other"] = empty
     module.to(parent.device)  # type: ignore[arg-type]
     with as_saved(parent, module) as saved:
-        progress = tqdm(batches, desc="Module", disable=not show_progress)
+        progress = tqdm(batches, desc="Module", leave=False, disable=not show_progress)
         answers, right, energies, is_own = _collect_answers(saved[0], saved[1], masks, progress)
         computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
         latency = measure_latency(saved[0], saved[1], LATENCY_BATCHES[:1] if quick else LATENCY_BATCHES)
