@@ -33,8 +33,9 @@ PLACE_TASKS = ("token-classification", "image-segmentation", "object-detection")
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 # Of from_pretrained, not for the configuration; and what `extract_module` takes besides.
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify", "calibration", "retention", "max_loss"}
-CUT_OPTIONS = {"processing_class", "validation", "label_groups", "nemo_config", "scores", "reconstruct", "vocabulary",
-               "refine_epochs", "max_positions", "rejection", "max_samples", "batch_size", "show_progress"}  # fmt: skip
+CUT_OPTIONS = {"processing_class", "validation", "label_groups", "nemo_config", "scores", "cost", "reconstruct",
+               "vocabulary", "refine_epochs", "max_positions", "rejection", "max_samples", "batch_size",
+               "show_progress"}  # fmt: skip
 LOADING_OPTIONS = MODEL_OPTIONS | CUT_OPTIONS | {"verify_files"}
 NAMED_LABELS = ("id2label", "label2id")
 # Attributes of any configuration that the plain model's alone holds, with their defaults.
