@@ -18,7 +18,7 @@ STARTING_VALUES = {
 }
 """What `train` takes for arguments of training that are not given, by the task."""
 EVALUATION_BATCH = 128  # samples; likewise, for evaluation and relevance
-SMALL, LEARNING_RATES = 50_000_000, (2e-4, 5e-5)  # likewise: up to so many parameters, and above
+SMALL, LEARNING_RATES = 50_000_000, (5e-4, 5e-5)  # likewise: up to so many parameters, and above
 TRAINING_NOTE = """
 All TrainingArguments of transformers are options as well; --help-all lists them. Those that are not given start from
 {texts[num_train_epochs]} epochs in batches of {texts[per_device_train_batch_size]} texts, or

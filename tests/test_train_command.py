@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import datasets
@@ -92,6 +93,15 @@ def test_training_starts_from_values_that_suit_unless_others_are_given(words, gi
     start = {"per_device_eval_batch_size": EVALUATION_BATCH, "learning_rate": LEARNING_RATES[0], "weight_decay": 0.0}
     expected = {**STARTING_VALUES[task], **start, **given}
     assert {name: seen[name] for name in expected} == expected
+
+
+def test_the_documented_values_are_those_that_training_starts_from():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ")[1:] for line in text.splitlines() if re.match(r"\| (texts|images),", line)]
+    values = [[own["num_train_epochs"], own["per_device_train_batch_size"]] for own in STARTING_VALUES.values()]
+    assert [[float(cell) for cell in row] for row in rows] == [[*own, *LEARNING_RATES] for own in values]
+    assert f"up to {nemo_hf_cli.SMALL // 10**6}M parameters" in text
+    assert f"per_device_eval_batch_size={EVALUATION_BATCH}" in text
 
 
 @pytest.mark.parametrize(
