@@ -58,10 +58,7 @@ def train(options: Namespace) -> None:
     if options.label_groups:
         nemo_config = dataclasses.replace(nemo_config, label_groups=_label_groups(options, set(data.names)))
     model = _plain_model(options.model, data, arguments.seed)
-    is_small = model.num_parameters() <= SMALL
-    start = {**STARTING_VALUES[data.task], "per_device_eval_batch_size": EVALUATION_BATCH}
-    for name, value in {**start, "learning_rate": LEARNING_RATES[not is_small]}.items():
-        setattr(arguments, name, given.get(name, value))
+    _start_values(arguments, given, data.task, model)
     if data.task == "image-classification":
         arguments.remove_unused_columns = False  # the columns are made when a sample is read
     train_data = data.splits[options.train_split]
@@ -93,6 +90,14 @@ def train(options: Namespace) -> None:
         found = plain.evaluate()["eval_accuracy"]
         if trainer.is_world_process_zero():
             print(f"\naccuracy: parent {metrics['eval_accuracy']:.4f}, plain model trained alike {found:.4f}")
+
+
+def _start_values(arguments: TrainingArguments, given: dict[str, Any], task: str, model: PreTrainedModel) -> None:
+    """Gives training arguments that are not given values that suit the task and the size of the model."""
+    is_small = model.num_parameters() <= SMALL
+    rest = {"per_device_eval_batch_size": EVALUATION_BATCH, "learning_rate": LEARNING_RATES[not is_small]}
+    for name, value in {**STARTING_VALUES[task], **rest}.items():
+        setattr(arguments, name, given.get(name, value))
 
 
 def _nemo_config(options: Namespace) -> NeMoConfig:
