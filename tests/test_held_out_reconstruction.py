@@ -5,6 +5,7 @@ import torch
 from conftest import fresh
 from cutting_helpers import assert_same_weights, batches_for, cut, distance
 
+from nemo_hf import NeMoConfig
 from nemo_hf.models import held_out_reconstruction
 from nemo_hf.pruning.reconstruct import Reconstruction
 
@@ -101,3 +102,16 @@ def test_a_module_that_keeps_every_neuron_needs_no_reconstruction(monkeypatch):
     module = cut(source, batches, retention=1.0)
     assert not runs
     assert distance(module, source, batches_for("bert", seed=1)) < 1e-10
+
+
+def test_nothing_is_fitted_where_the_cut_neurons_do_not_matter(monkeypatch, caplog):
+    runs, source, batches = watched_runs(monkeypatch), fresh("bert"), batches_for("bert", 240)
+    with torch.no_grad():
+        for layer in source.bert.encoder.layer:
+            layer.output.dense.weight[:, 16:] = 0
+    module = cut(source, batches, 0.5, nemo_config=NeMoConfig(targets=["ffn"]))
+    found = module.config.extraction
+    assert found["neurons"] < 1
+    assert not runs
+    assert found["distance"] == found["cut_distance"] < 1e-9
+    assert "not reconstructed" not in caplog.text

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NAMES, example_script, fresh, randomize
+from conftest import NAMES, example_script, fresh
 from cutting_helpers import assert_same_weights, batches_for, cut, seen_by
 from torch import nn
 from torch.nn import functional as F
@@ -269,4 +269,5 @@ def test_so_is_one_of_other_architectures(name):
 @pytest.mark.parametrize("name", paper.ARCHITECTURES)
 def test_so_is_one_of_plain_convolutional_networks(name):
     config = paper.PaperCNNConfig(architecture=name, width=4, **NAMES)
-    assert_nearer(randomize(paper.PaperCNNForImageClassification(config)))
+    torch.manual_seed(0)
+    assert_nearer(paper.PaperCNNForImageClassification(config).eval())  # random weights of any size would close all

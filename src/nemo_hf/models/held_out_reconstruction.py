@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 RIDGES = (1e-2, 1e-1, 1.0)  # the first with which the module comes nearer; of the mean square of what a layer reads
 HELD_OUT, FIRST_HELD = 8, 3  # one sample of so many judges
 FEW_SAMPLES, MORE_HELD_OUT = 200, 4  # of fewer than these more judge, and the layers are then fitted again, to all
+ROUNDING = 1e-12  # of the mean square of the answers: what float32 leaves of equal ones
 
 Answered = list[tuple[Inputs, Tensor]]  # batches, with the source's answers
 
@@ -54,25 +55,34 @@ def reconstruct_module(
     every_batch = [inputs for part in (fitted, judging, samples) for inputs, _ in part]
     with same_queries(source.plain, module.model, every_batch):
         raw = _distance(module, judging)
+        if raw <= ROUNDING * torch.cat([expected.flatten() for _, expected in judging]).double().square().mean().item():
+            return {"cut_distance": raw, "distance": raw}  # nothing that the answers depend on was cut
         for ridge in RIDGES:
             errors = fit(fitted, ridge)
             if (found := _distance(module, judging)) <= raw:
                 break
-        if is_worse := not found <= raw:
+        if not found <= raw:
             undo()
         elif are_few and judging is not samples:
             errors = fit(samples, ridge)
-    done: dict[str, Any] = {"cut_distance": raw, "distance": found, "ridge": ridge}
-    done["layers"] = {path: [error.before, error.after] for path, error in errors.items()}
-    done["scarce_layers"] = sum(error.is_scarce for error in errors.values())
-    if is_worse:
+    return {"cut_distance": raw, "distance": found, "ridge": ridge, **_described(errors, found, raw)}
+
+
+def _described(errors: Mapping[str, LayerError], found: float, raw: float) -> dict[str, Any]:
+    """What the report says of the layers; warns of few samples, and where the module stays as it was cut."""
+    scarce = sum(error.is_scarce for error in errors.values())
+    done: dict[str, Any] = {
+        "layers": {path: [error.before, error.after] for path, error in errors.items()},
+        "scarce_layers": scarce,
+    }
+    if not found <= raw:
         done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
         logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
-    elif done["scarce_layers"]:
+    elif scarce:
         logger.warning(
             "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
             "more, some hundreds.",
-            done["scarce_layers"],
+            scarce,
         )
     return done
 
