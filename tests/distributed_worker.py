@@ -104,7 +104,7 @@ def trained(directory, resumes_from=None, evaluates=False, trainer_class=NeMoTra
         relevance_dataset=image_samples(13), compute_metrics=accuracy,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resumes_from if resumes_from in (True, None) else str(resumes_from))
-    names = ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate", "grad_norm")
+    names = ("loss", "nemo/loss_task", "nemo/loss_contrastive", "nemo/neuron_retention_rate", "grad_norm")
     run_losses = {name: torch.tensor(history(trainer, name)) for name in names}
     found = {"losses": run_losses, "state": state(trainer._whole_parent())}
     if evaluates:

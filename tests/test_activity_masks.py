@@ -132,7 +132,7 @@ def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
     for name, parameter in trainer.parent.named_parameters():
         assert not torch.equal(parameter, before[name]), name
     assert trainer.parent.config.relevance_source == "exact"
-    assert all(0 < entry["loss_contrastive"] < 2 for entry in trainer.state.log_history if "loss" in entry)
+    assert all(0 < entry["nemo/loss_contrastive"] < 2 for entry in trainer.state.log_history if "loss" in entry)
     trainer.save_model()
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     expected = logits_of(trainer.parent.eval(), pixel_values=images())

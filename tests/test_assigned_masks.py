@@ -131,8 +131,8 @@ def test_a_step_is_the_task_and_a_taught_module_on_half_of_the_samples(family, t
         module = before(**half, static_masks=static).logits
     in_module = torch.isin(torch.arange(len(LABELS)), drawn[0])
     taught = taught_loss(module, whole[:5], labels[:5], in_module, 0.3).item()
-    assert logged["loss_task"] == pytest.approx(F.cross_entropy(whole, labels).item(), rel=1e-4)
-    assert logged["loss_module"] == pytest.approx(taught, rel=1e-4)
+    assert logged["nemo/loss_task"] == pytest.approx(F.cross_entropy(whole, labels).item(), rel=1e-4)
+    assert logged["nemo/loss_module"] == pytest.approx(taught, rel=1e-4)
     assert logged["loss"] == pytest.approx(F.cross_entropy(whole, labels).item() + taught, rel=1e-4)
 
 

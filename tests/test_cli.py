@@ -3,6 +3,7 @@
 import argparse
 import json
 import runpy
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,15 +15,16 @@ from transformers import pipeline
 
 from nemo_hf.cli import commands, main
 from nemo_hf.cli.data import load_data
-from nemo_hf.cli.main import build_parser
+from nemo_hf.cli.dispatch import COMMANDS
+from nemo_hf.cli.models import labels_of
 from nemo_hf.models.rejection import REJECTED_LABEL
+from nemo_hf_cli import build_parser, parse
 
 pytestmark = pytest.mark.usefixtures("stage")
 BERT = "google-bert/bert-base-uncased"
 CUT = "cut parent --labels cat --output-dir m"
 ON_SAMPLES = "cut google/vit-base-patch16-224-in21k --dataset org/animals --labels cat --output-dir m"
 MEASURE = "evaluate --parent parent --labels cat --dataset org/animals"
-COMMANDS = ("demo", "train", "cut", "export", "evaluate", "push", "inspect")
 TRAIN = f"train --model {BERT} --dataset org/texts --output-dir out --max-steps 2 --use_cpu"
 TRAIN += " --label-column intent --input-column text --split test --train-split train --report-to none"
 TRAIN += ' --disable-tqdm true --nemo-config {"group_column":"domain"}'
@@ -39,7 +41,7 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         runpy.run_module("nemo_hf.cli", run_name="__main__")
     assert "nemo-hf extract: argument COMMAND: invalid choice: 'extract'" in capsys.readouterr().err
     (group,) = build_parser()._subparsers._group_actions
-    assert tuple(group.choices) == COMMANDS
+    assert tuple(group.choices) == tuple(COMMANDS)
     for parser in group.choices.values():
         assert [action.dest for action in parser._actions if not action.help] == []
 
@@ -96,6 +98,11 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         ("inspect nothing/at/all", "Got 'nothing/at/all', which is no directory and no name"),
         (f"{MEASURE} --labels cat+none", "Got the unknown label 'none'"),
         (f"evaluate --parent {BERT} --labels cat --dataset org/texts", "name them with --modules"),
+        (f"{MEASURE} --labels cat+dgo", "Did you mean 'dog'?"),
+        (f"{CUT} --labels dog+cta", "Did you mean 'cat'?"),
+        (f"{ON_SAMPLES} --labels Catt", "Did you mean 'cat'?"),
+        ("push --parent parent --namespace me --modules shipp", "Did you mean 'ship'?"),
+        (f"{CUT} --labels cat+dog ship", "Join all of them, as in cat+dog+ship"),
         (f"{MEASURE} --batch-size 0", "Got '0'; expected a number of 1 or more"),
         (f"{MEASURE} --output parent", "Got --output parent, which is a directory; expected a file"),
         (f"{MEASURE} --dataset org/texts --label-column intent", "expected data of the same kind"),
@@ -155,10 +162,9 @@ def test_no_option_is_ignored(lines, hub, monkeypatch):
     monkeypatch.setattr(commands, "format_demo", str)
     read, known = set(), set()
     for line in lines.splitlines():
-        found = vars(build_parser().parse_args(line.split())) | {"command_line": line}
-        run = found.pop("run")
-        known |= set(found) - {"command", "command_line"}
-        run(Recorded(**found, _read=read))
+        found = vars(parse(build_parser(), line.split())) | {"command_line": line}
+        known |= set(found) - {"command", "command_line", "words"}
+        COMMANDS[found["command"]](Recorded(**found, _read=read))
     assert known - read == set()
 
 
@@ -177,6 +183,49 @@ def test_names_of_labels_come_before_ids(stage, capsys):
     (stage / "parent" / "config.json").write_text(json.dumps(config))
     assert main(["cut", "parent", "--labels", "1", "2", "--output-dir", "by-name"]) == 0
     assert "['1', '2']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", ["--threshold 0.9", "--dataset org/animals --split train"])
+def test_labels_that_are_joined_are_those_of_one_module(more, stage):
+    configs = []
+    for index, labels in enumerate(["dog cat", "dog+cat", "1+cat"]):
+        assert main(f"cut parent --labels {labels} --output-dir m{index} {more}".split()) == 0
+        configs.append(json.loads((stage / f"m{index}" / "config.json").read_text()))
+    assert [config["label_ids"] for config in configs] == [[1, 0]] * 3
+    assert configs[0]["sites"] == configs[1]["sites"] == configs[2]["sites"]
+    assert labels_of("c++", {"c++", "c"}) == ["c++"]
+
+
+def test_evaluate_prints_each_module_when_it_is_measured(capsys, monkeypatch):
+    measure, printed = commands.evaluate_module, []
+
+    def recorded(*args, **kwargs):
+        printed.append(capsys.readouterr().out)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(commands, "evaluate_module", recorded)
+    words = "evaluate --parent parent --dataset org/animals --split train --labels cat+dog car --output r.json"
+    assert main(words.split()) == 0
+    printed.append(capsys.readouterr().out)
+    heads = [text.split() for text in printed[0].splitlines()]
+    assert [set(heads[0]) >= {"samples", "AUROC", "speed-up"}, set("".join(heads[1]))] == [True, {"-"}]
+    assert [text.split()[:2] for text in printed[1:]] == [["cat+dog", "12"], ["car", "6"]]
+    for report, text in zip(json.loads(Path("r.json").read_text()), printed[1:], strict=True):
+        assert f"{report['rejection']['auroc']:.3f}" in text.split()
+        times = zip(report["parent_latency_ms"].values(), report["latency_ms"].values(), strict=True)
+        assert text.split()[-1] == "/".join(f"{parent / module:.1f}" for parent, module in times)
+
+
+def test_a_quick_evaluation_measures_less(monkeypatch):
+    monkeypatch.setattr(commands, "QUICK_SAMPLES", 10)
+    words = "evaluate --parent parent --dataset org/animals --split train --labels cat+dog --output"
+    for more in ("whole", "quick --quick"):
+        assert main(f"{words} {more}".split()) == 0
+    (whole,), (quick,) = (json.loads(Path(name).read_text()) for name in ("whole", "quick"))
+    assert (whole["samples"], quick["samples"]) == (12, 4)
+    assert list(quick["latency_ms"]) == ["1"]
+    assert set(quick["controls"].values()) == {None}
+    assert quick["parameters"] == whole["parameters"]
 
 
 def test_cut_makes_a_module_for_each_retention_and_prints_a_table(stage, capsys):
@@ -227,7 +276,8 @@ def test_train_and_evaluate(stage, capsys):
     assert main(words.split()) == 0
     reports = json.loads((stage / "r.json").read_text())
     assert [report["labels"] for report in reports] == [["cat", "dog", "frog"], ["cat", "ship"]]
-    assert "cat,dog,frog" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["animals", "24"], ["cat+ship", "16"]]
 
 
 def test_evaluate_adds_metrics_of_the_library(stage, capsys):
@@ -236,7 +286,7 @@ def test_evaluate_adds_metrics_of_the_library(stage, capsys):
     assert main(words.split()) == 0
     (report,) = json.loads((stage / "r.json").read_text())
     assert report["metrics"]["agreement"] == pytest.approx(report["accuracy"])
-    assert f"cat,dog: {report['metrics']}, parent: {report['parent_metrics']}" in capsys.readouterr().out
+    assert f"cat+dog: {report['metrics']}, parent: {report['parent_metrics']}" in capsys.readouterr().out
     assert main([*words.split(), "none.py"]) == 2
     assert "The metric 'none.py' can't be loaded" in capsys.readouterr().err
 
@@ -302,8 +352,8 @@ def test_labels_are_numbered_as_the_model_numbers_them(names):
     unnamed = ["LABEL_0", "LABEL_1"]
     if names:
         assert load_data(source, BERT, ["train"], names=unnamed).splits["train"]["labels"] == [0, 1, 0]
-    with pytest.raises(ValueError, match=r"Got the labels \['ant'\].*expected some of"):
-        load_data(source, BERT, ["train"], names=["dog", "bee"])
+    with pytest.raises(ValueError, match=r"Got the labels \['ant'\].*expected some of.*'ant' may be 'ants'"):
+        load_data(source, BERT, ["train"], names=["dog", "ants"])
 
 
 @pytest.mark.parametrize(

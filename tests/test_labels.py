@@ -117,7 +117,7 @@ def test_labels_train_and_measure_as_they_are(name, tmp_path):
                      per_device_eval_batch_size=20)  # fmt: skip
     trainer = NeMoTrainer(parent, args, collator(kind), Subset(samples, range(20)))
     trainer.train()
-    assert history(trainer, "loss_task") == pytest.approx([naive_loss(trained, labels, problem)], abs=1e-5)
+    assert history(trainer, "nemo/loss_task") == pytest.approx([naive_loss(trained, labels, problem)], abs=1e-5)
     counted = as_samples(samples, labels, problem)
     expected = naive_relevance(parent, counted)
     assert_relevance(parent, expected)
@@ -205,7 +205,7 @@ def test_label_smoothing_of_lists_counts_or_is_warned_about(problem, tmp_path, c
     for args.label_smoothing_factor in (0.0, 0.3):
         trainer = NeMoTrainer(copy.deepcopy(model), args, collator(mixed), text_samples(20))
         trainer.train()
-        losses_of += history(trainer, "loss_task")
+        losses_of += history(trainer, "nemo/loss_task")
     has_warned = "label_smoothing_factor has no effect" in caplog.text
     assert (losses_of[0] == losses_of[1]) == (problem is None) == has_warned
 

@@ -10,10 +10,10 @@ import yaml
 from conftest import image_samples
 
 from nemo_hf import extract_module
-from nemo_hf.cli.main import build_parser
 from nemo_hf.config import NeMoConfig
 from nemo_hf.hub.model_card import CardFacts, render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
+from nemo_hf_cli import build_parser
 
 REPORT = {
     "megabytes": 1.5, "parent_megabytes": 6.0, "macs": 1_111, "parent_macs": 4_444, "weight_retention_rate": 0.5,

@@ -21,7 +21,7 @@ from nemo_hf import (
     make_parent,
 )
 from nemo_hf.auto_classes import AUTO_CLASSES
-from nemo_hf.cli.main import main
+from nemo_hf.cli import main
 from nemo_hf.evaluation.latency import count_macs
 from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts

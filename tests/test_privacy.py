@@ -14,7 +14,7 @@ from saving_helpers import contents, without_drawing, without_tracing
 from transformers import AutoModelForImageClassification, AutoTokenizer, TrainingArguments
 
 from nemo_hf import NeMoForImageClassification, NeMoTrainer, compose, evaluate_module, make_parent
-from nemo_hf.cli.main import main
+from nemo_hf.cli import main
 from nemo_hf.hub.provenance import training_record
 from nemo_hf.hub.publish import CardOptions, write_companions
 from nemo_hf.models.privacy import clean, clean_command, clean_text, hub_name

@@ -16,7 +16,7 @@ SIGNATURES = {
     "compute_relevance": "parent batches accelerator show_progress",
     "extract_module": "model labels calibration retention processing_class max_loss validation label_groups nemo_config"
     " scores cost reconstruct refine_epochs vocabulary max_positions rejection max_samples batch_size show_progress",
-    "evaluate_module": "parent labels batches module threshold round_to seed show_progress metrics",
+    "evaluate_module": "parent labels batches module threshold round_to seed show_progress metrics quick",
     "make_parent": "model nemo_config label_groups inputs",
     "nemo_loss": "logits labels neuron_masks groups contrastive_weight sparsity_weight temperature",
     "propose_sites": "model inputs",

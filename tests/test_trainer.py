@@ -49,7 +49,7 @@ class TestSameAsTrainer:
         args = arguments(tmp_path, optim=optim, weight_decay=0.1, max_steps=3, max_grad_norm=0)
         trainer = NeMoTrainer(without_dropout(fresh(family)), args, train_dataset=SAMPLES[family](), nemo_config=config)
         trainer.train()
-        assert history(trainer, "neuron_retention_rate") == [1.0] * 3
+        assert history(trainer, "nemo/neuron_retention_rate") == [1.0] * 3
         plain = Trainer(without_dropout(fresh(family)), args, train_dataset=SAMPLES[family]())
         before = state(plain.model)
         plain.train()
@@ -106,9 +106,9 @@ class TestLossesAndLogs:
         args = arguments(tmp_path, per_device_train_batch_size=15, max_steps=1)
         trainer = NeMoTrainer(parent, args, train_dataset=samples)
         trainer.train()
-        assert history(trainer, "loss_task") == pytest.approx([task], abs=2e-6)
-        assert history(trainer, "loss_contrastive") == pytest.approx([contrast], abs=2e-6)
-        assert history(trainer, "neuron_retention_rate") == pytest.approx([retained], abs=2e-6)
+        assert history(trainer, "nemo/loss_task") == pytest.approx([task], abs=2e-6)
+        assert history(trainer, "nemo/loss_contrastive") == pytest.approx([contrast], abs=2e-6)
+        assert history(trainer, "nemo/neuron_retention_rate") == pytest.approx([retained], abs=2e-6)
         assert 0.2 < retained < 0.8
         expected = task + 0.7 * contrast + 0.3 * sparsity_loss(masks, widths).item()
         assert history(trainer) == pytest.approx([expected], rel=1e-5)
@@ -120,21 +120,22 @@ class TestLossesAndLogs:
             trainer = NeMoTrainer(varied_parent("vit", **self.config), args, train_dataset=image_samples())
             trainer.train()
             runs.append(trainer)
-        for name in ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate"):
+        for name in ("loss", "nemo/loss_task", "nemo/loss_contrastive", "nemo/neuron_retention_rate"):
             each = np.array(history(runs[0], name))
             assert history(runs[1], name) == pytest.approx(each.reshape(2, 3).mean(1).tolist(), abs=2e-6), name
         again = NeMoTrainer(varied_parent("vit", **TASK_ALONE), arguments(tmp_path, max_steps=3, logging_steps=2),
                             train_dataset=image_samples())  # fmt: skip
         for _ in range(2):  # a second training logs its own steps alone
             again.train()
-            assert history(again, "loss_task") == pytest.approx(history(again), abs=2e-6)
+            assert history(again, "nemo/loss_task") == pytest.approx(history(again), abs=2e-6)
 
     def test_mask_terms_grow_over_the_warm_up(self, tmp_path):
         config = {**self.config, "warmup_ratio": 0.5, "sparsity_weight": 0}
         args = arguments(tmp_path, max_steps=4)
         trainer = NeMoTrainer(varied_parent("vit", **config), args, train_dataset=image_samples())
         trainer.train()
-        terms = zip(history(trainer), history(trainer, "loss_task"), history(trainer, "loss_contrastive"), strict=True)
+        logged = (history(trainer, name) for name in ("loss", "nemo/loss_task", "nemo/loss_contrastive"))
+        terms = zip(*logged, strict=True)
         strengths = [(loss - task) / (0.7 * contrast) for loss, task, contrast in terms]
         assert strengths == pytest.approx([1 / 3, 2 / 3, 1, 1], abs=1e-4)
 
@@ -146,7 +147,7 @@ class TestLossesAndLogs:
             trainer.train()
         warnings = [record.getMessage() for record in caplog.records]
         assert [message[:23] for message in warnings] == (["No two of the 5 samples"] if batch == 5 else [])
-        assert [loss > 0 for loss in history(trainer, "loss_contrastive")] == [batch == 20] * 2
+        assert [loss > 0 for loss in history(trainer, "nemo/loss_contrastive")] == [batch == 20] * 2
 
     def test_mixed_precision_trains_and_modules_are_verified_in_float32(self, tmp_path):
         samples = image_samples(20)
@@ -172,7 +173,7 @@ class TestEvaluation:
         assert got.keys() == expected.keys()
         assert default_compute_objective(got) == default_compute_objective(expected) == expected["eval_accuracy"]
         for entry in trainer.state.log_history:
-            assert "eval_loss" not in entry or not {"loss_task", "eval_cohesion"} & set(entry)
+            assert "eval_loss" not in entry or not {"nemo/loss_task", "eval_cohesion"} & set(entry)
 
     def test_the_report_holds_all_data_sets_until_training_goes_on(self, tmp_path):
         sets = {"a": image_samples(10), "b": image_samples(10, seed=1)}
@@ -293,7 +294,7 @@ class TestRehearsal:
         is_rehearsed = torch.isin(batch["labels"], torch.tensor(chosen))
         expected = torch.where(is_rehearsed[:, None], rehearsed, own)
         expected = F.cross_entropy(expected, batch["labels"], label_smoothing=0.1).item()
-        assert history(trainer, "loss_task") == pytest.approx([expected], abs=1e-5)
+        assert history(trainer, "nemo/loss_task") == pytest.approx([expected], abs=1e-5)
 
 
 class TestGroupColumn:

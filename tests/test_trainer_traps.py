@@ -90,9 +90,9 @@ class TestC1AccumulationAndC2Smoothing:
         whole, parts = (
             accumulated(NeMoTrainer, parent, tmp_path, 15, steps, samples * steps, **options) for steps in (1, 2)
         )
-        names = ("loss", "grad_norm", "loss_task", "loss_contrastive", "neuron_retention_rate")
+        names = ("loss", "grad_norm", "nemo/loss_task", "nemo/loss_contrastive", "nemo/neuron_retention_rate")
         assert_same_training(parts, whole, names)
-        assert history(whole, "loss_contrastive")[0] > 0
+        assert history(whole, "nemo/loss_contrastive")[0] > 0
 
 
 class TestC4Columns:
@@ -155,7 +155,7 @@ class TestC6ActivationCheckpointing:
             runs.append(recorded(parent, args, train_dataset=SAMPLES[family]()))
         assert calls.count((True, True)) == 2 * calls.count((False, True))
         (plain, plain_recorder), (trainer, recorder) = runs
-        assert_same_training(trainer, plain, ("loss", "grad_norm", "loss_task", "loss_contrastive"))
+        assert_same_training(trainer, plain, ("loss", "grad_norm", "nemo/loss_task", "nemo/loss_contrastive"))
         for got, expected in zip(recorder.relevance, plain_recorder.relevance, strict=True):
             assert_same_state(got, expected, rtol=0, atol=0)
 
@@ -209,7 +209,7 @@ class TestC8ResumeAndBestModel:
             assert_same_state(call["static_masks"], expected["static_masks"], rtol=0, atol=0)
         for relevance, expected in zip(recorder.relevance, whole_recorder.relevance[3:], strict=True):
             assert_same_state(relevance, expected, rtol=0, atol=0)
-        for name in ("loss", "grad_norm", "loss_task", "loss_contrastive", "neuron_retention_rate"):
+        for name in ("loss", "grad_norm", "nemo/loss_task", "nemo/loss_contrastive", "nemo/neuron_retention_rate"):
             assert history(resumed, name) == pytest.approx(history(whole, name), abs=1e-6), name
         assert_same_state(resumed.parent.state_dict(), whole.parent.state_dict(), rtol=0, atol=1e-6)
 

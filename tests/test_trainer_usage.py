@@ -96,7 +96,7 @@ class TestComputeLoss:
         own = run(trainer_class, tmp_path, options=options, eval_dataset=text_samples(20, 1))
         passed = run(NeMoTrainer, tmp_path, options=options, eval_dataset=text_samples(20, 1), compute_loss_func=loss)
         assert_same_state(own.parent.state_dict(), passed.parent.state_dict(), rtol=0, atol=1e-6)
-        for name in ("loss", "loss_task", "loss_contrastive", "neuron_retention_rate", "grad_norm"):
+        for name in ("loss", "nemo/loss_task", "nemo/loss_contrastive", "nemo/neuron_retention_rate", "grad_norm"):
             assert history(own, name) == pytest.approx(history(passed, name), abs=1e-5), name
         assert own.evaluate()["eval_loss"] == pytest.approx(passed.evaluate()["eval_loss"], abs=1e-6)
 

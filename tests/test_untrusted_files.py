@@ -17,7 +17,7 @@ from test_hostile_files import saved as saved
 from transformers import AutoModelForImageClassification
 
 from nemo_hf import NeMoForImageClassification, NeMoModelConfig
-from nemo_hf.cli.main import main
+from nemo_hf.cli import main
 from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
 from nemo_hf.models.atomic_writes import write_json

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from nemo_hf import NeMoConfig, NeMoTrainer, make_parent, propose_sites
-from nemo_hf.cli.main import main
+from nemo_hf.cli import main
 from nemo_hf.neurons.patterns import find_sites
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.neurons.user_sites import build_user_sites

@@ -359,11 +359,17 @@ def _label_or_group(label: LabelLike, groups: Mapping[str, Sequence[int]], id2la
     return members
 
 
+def closest(name: str, names: Sequence[str]) -> str | None:
+    """The name that is most like another one, if any is."""
+    by_letters = {each.casefold(): each for each in names}
+    close = difflib.get_close_matches(name.casefold(), by_letters, n=1)
+    return by_letters[close[0]] if close else None
+
+
 def _meant(label: str, names: Sequence[str]) -> str:
     """Asks for the name that is most like an unknown one, or says where they all are."""
-    by_letters = {name.casefold(): name for name in names}
-    close = difflib.get_close_matches(label.casefold(), by_letters, n=1)
-    return f"Did you mean {by_letters[close[0]]!r}?" if close else "See model.config.id2label for all names."
+    close = closest(label, names)
+    return f"Did you mean {close!r}?" if close else "See model.config.id2label for all names."
 
 
 def _shortened(names: Sequence[str], most: int = 12) -> str:

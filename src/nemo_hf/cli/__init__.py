@@ -1,5 +1,5 @@
-"""The command line `nemo-hf`."""
+"""What the commands of `nemo-hf` do."""
 
-from .main import main
+from nemo_hf_cli import main
 
 __all__ = ["main"]

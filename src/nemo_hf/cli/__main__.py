@@ -1,5 +1,5 @@
 """Runs the command line as `python -m nemo_hf.cli`."""
 
-from .main import main
+from nemo_hf_cli import main
 
 raise SystemExit(main())

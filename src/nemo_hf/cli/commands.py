@@ -3,35 +3,42 @@
 import json
 from argparse import Namespace
 from collections.abc import Collection, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from nemo_hf.auto_classes import AUTO_CLASSES, NeMoClassifier
-from nemo_hf.config import LabelLike, NeMoConfig
-from nemo_hf.evaluation.report import aligned, evaluate_module, format_table
+from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
+from nemo_hf.evaluation.report import aligned, evaluate_module, table_head, table_row
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.calibrated_cut import extract_module
 from nemo_hf.models.calibration_inputs import input_kind
-from nemo_hf.models.configuration import PLACE_TASKS, TASKS, NeMoModelConfig, model_class, task_of
+from nemo_hf.models.configuration import PLACE_TASKS, task_of
 from nemo_hf.models.cut_saved import saved_processor
 from nemo_hf.models.files import find_file
 from nemo_hf.models.privacy import clean, hub_name, is_repository
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.neurons.mask_hooks import GeneratedMask
 from nemo_hf.neurons.proposals import propose_sites
-from nemo_hf.training.trainer import NeMoTrainer
 
-from .data import load_data, load_samples
-from .demo import accuracy, format_demo, run_demo
+from .data import load_samples
+from .demo import format_demo, run_demo
+from .models import (
+    known_names,
+    labels_of,
+    load,
+    load_any,
+    load_batches,
+    load_plain,
+    names_of,
+    read_config,
+    read_own_config,
+)
 
+QUICK_SAMPLES = 1000  # most that `evaluate --quick` measures on
 ALONE = {"path", "repo_id", "parent_repo", "dry_run"}  # options of `push` for one model
 BY_RELEVANCE = {"threshold", "round_to"}  # options of `cut` without samples
 ON_SAMPLES = {"retention", "max_loss", "validation_split", "vocabulary", "max_positions", "refine_epochs", "samples",
@@ -46,42 +53,6 @@ def demo(options: Namespace) -> None:
     print(f"\n{format_demo(report)}\n\n{options.output_dir}: plain/, parent/, modules/, report.json, modules.png")
 
 
-def train(options: Namespace) -> None:
-    """Trains a parent, evaluates it, saves it and prints its metrics."""
-    trained_on = hub_name(options.dataset)  # a local folder of that name may be gone after the training
-    chosen = {field.name: getattr(options, field.name) for field in fields(TrainingArguments) if field.init}
-    arguments, given = TrainingArguments(**chosen), options.nemo_config or "{}"
-    is_inline = given.lstrip().startswith("{")
-    try:
-        nemo_config = NeMoConfig.from_dict(json.loads(given)) if is_inline else NeMoConfig.from_json_file(given)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"Got --nemo-config {given}, which is no JSON ({error}); expected options by name. Quote names and texts: "
-            '{"retention_target": 0.2}'
-        ) from error
-    _read_config(options.model)
-    splits = [options.train_split, options.split]
-    groups = [nemo_config.group_column] if nemo_config.group_column else []
-    data = load_data(options.dataset, options.model, splits, options.label_column, options.input_column, keep=groups)
-    names = {"id2label": dict(enumerate(data.names)), "label2id": {name: i for i, name in enumerate(data.names)}}
-    model = AUTO_CLASSES[data.task].from_pretrained(options.model, **names, ignore_mismatched_sizes=True)
-    if data.task == "image-classification":
-        arguments.remove_unused_columns = False  # the columns are made when a sample is read
-    trainer = NeMoTrainer(
-        *(model, arguments, data.collator, *(data.splits[split] for split in splits)),
-        processing_class=data.processor,
-        compute_metrics=accuracy,
-        nemo_config=nemo_config,
-    )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    metrics = trainer.evaluate()
-    record = {"command": options.command_line, "datasets": [trained_on] if trained_on else []}
-    trainer.parent.config.training = {**(trainer.parent.config.training or {}), **record}
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(json.dumps(metrics, indent=2))
-
-
 def cut(options: Namespace) -> None:
     """Cuts modules out of a plain model or a parent, saves them and prints a table."""
     _check_apart(options.model, options.output_dir)
@@ -92,8 +63,8 @@ def cut(options: Namespace) -> None:
         words = [f"--{name.replace('_', '-')}" for name in wrong]
         raise ValueError(f"Got {' '.join(words)} {'with' if options.dataset else 'without'} --dataset; {CUTS}. {do}")
     if not options.dataset:
-        labels = _labels(options.labels, _known(_config(options.model)))
-        module = _load(options.model, labels=labels, threshold=options.threshold, round_to=options.round_to)
+        labels = _one_module(options.labels, known_names(read_own_config(options.model)))
+        module = load(options.model, labels=labels, threshold=options.threshold, round_to=options.round_to)
         module.save_pretrained(options.output_dir)
         names, share = list(module.config.names.values()), module.config.retained_neurons
         print(f"{options.output_dir}: {names}, {base_parameters(module):,} parameters, {share:.1%} of the neurons")
@@ -118,15 +89,15 @@ def cut(options: Namespace) -> None:
 
 def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
     """Loads a model and samples, and cuts a module for each retention."""
-    model = _load_any(options.model, **({"trust_remote_code": True} if options.trust_remote_code else {}))
+    model = load_any(options.model, **({"trust_remote_code": True} if options.trust_remote_code else {}))
     chosen = {name: getattr(options, name) for name in ("max_loss", "max_positions", "refine_epochs", "scores", "cost")}
     chosen |= {"max_samples": options.samples, "vocabulary": options.vocabulary}
     retention = options.retention if len(options.retention or ()) > 1 else next(iter(options.retention or ()), None)
-    read = partial(load_samples, options.dataset, kind=input_kind(model), names=list(_names(model.config).values()),
+    read = partial(load_samples, options.dataset, kind=input_kind(model), names=list(names_of(model.config).values()),
                    label_column=options.label_column, input_column=options.input_column)  # fmt: skip
     modules = extract_module(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        _labels(options.labels, _known(model.config)),
+        _one_module(options.labels, known_names(model.config)),
         read(split=options.split),
         retention,
         processing_class=saved_processor(model, options.model),
@@ -140,7 +111,7 @@ def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
 def export(options: Namespace) -> None:
     """Writes a module in another format and prints what changed."""
     _check_apart(options.module, options.output_dir)
-    module = _load(options.module)
+    module = load(options.module)
     if options.format == "plain":
         plain = module.save_plain(options.output_dir)
         sizes = f"{plain.parameters:,} parameters (module: {plain.module_parameters:,}), changed: {plain.changes}"
@@ -161,22 +132,29 @@ def evaluate(options: Namespace) -> None:
             "Got both or none of --labels and --modules; expected one. Name labels to cut by relevance, or saved "
             "modules."
         )
-    parent = _load_any(options.parent)
+    parent = load_any(options.parent)
     if options.labels and not isinstance(parent, NeMoPreTrainedModel):
         raise ValueError(
             f"Got --labels for {options.parent}, a plain model; expected a parent, or modules of it. Cut some with "
             "nemo-hf cut, and name them with --modules."
         )
     parent.to("cuda" if torch.cuda.is_available() else "cpu")
-    loader = _batches(options, options.split, parent)
-    modules: list[Any] = [(_labels(word.split("+"), _known(parent.config)), None) for word in options.labels or ()]
-    modules += [(list(each.config.names.values()), each) for each in map(_load, options.modules or ())]
-    cut = {"threshold": options.threshold, "round_to": options.round_to}
+    known = known_names(parent.config)
+    asked: dict[str, Any] = {word: labels_of(word, known) for word in options.labels or ()}
+    for labels in asked.values():
+        resolve_labels(labels, getattr(parent.config, "groups", {}), names_of(parent.config))
+    asked |= {path: list(read_own_config(path).names.values()) for path in options.modules or ()}
+    loader = load_batches(options, options.split, parent, QUICK_SAMPLES if options.quick else None)
+    cut = {"threshold": options.threshold, "round_to": options.round_to, "quick": options.quick}
     measure = partial(evaluate_module, parent, batches=loader, metrics=options.metrics)
-    reports = [measure(labels, module=each, **cut).to_dict() for labels, each in modules]
-    print(format_table(reports))
-    for report in reports if options.metrics else ():
-        print(f"{','.join(report['labels'])}: {report['metrics']}, parent: {report['parent_metrics']}")
+    width, reports = max(map(len, asked)), []
+    print(table_head(width), flush=True)
+    for name, labels in asked.items():
+        report = measure(labels, module=load(name) if options.modules else None, **cut).to_dict()
+        print(table_row(name, report, width), flush=True)
+        reports.append(report)
+    for name, report in zip(asked, reports, strict=True) if options.metrics else ():
+        print(f"{name}: {report['metrics']}, parent: {report['parent_metrics']}")
     if options.output:
         write_json(options.output, clean(reports))
 
@@ -200,7 +178,7 @@ def push(options: Namespace) -> None:
             raise ValueError(f"Got {name!r}; expected the name of a Hub repository, such as me/cat-dog. Correct it.")
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
     card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
-    model = _load(options.path if is_alone else options.parent)
+    model = load(options.path if is_alone else options.parent)
     if options.dry_run:
         path = find_file(options.path, CARD_NAME, {})
         before = path.read_text(encoding="utf-8") if path else None
@@ -211,11 +189,11 @@ def push(options: Namespace) -> None:
     else:
         done = push_modules(
             model,
-            {word: _labels(word.split("+"), _known(model.config)) for word in options.modules},
+            {word: labels_of(word, known_names(model.config)) for word in options.modules},
             options.namespace,
             options.name or Path(options.parent).absolute().name,
-            _batches(options, options.split, model) if options.dataset else None,
-            _batches(options, options.calibration_split, model) if options.calibration_split else None,
+            load_batches(options, options.split, model) if options.dataset else None,
+            load_batches(options, options.calibration_split, model) if options.calibration_split else None,
             *(card, options.threshold, options.round_to, options.compare_formats),
             private=options.private or None,
         )
@@ -225,11 +203,11 @@ def push(options: Namespace) -> None:
 def inspect(options: Namespace) -> None:
     """Prints the neuron sites of a plain model, parent or module."""
     code = {"trust_remote_code": True} if options.trust_remote_code else {}
-    config = _read_config(options.model, **code)
+    config = read_config(options.model, **code)
     if config.model_type == "nemo_hf":
-        model: NeMoPreTrainedModel = _load(options.model)
+        model: NeMoPreTrainedModel = load(options.model)
     else:
-        plain = _load_plain(options.model, config, **code)
+        plain = load_plain(options.model, config, **code)
         sites = propose_sites(plain) if options.propose else None
         if options.propose:
             print(json.dumps({"sites": sites}, indent=1))
@@ -246,92 +224,22 @@ def inspect(options: Namespace) -> None:
         print(f"mask generators: {made}; equivalence check: {(model.config.equivalence or {}).get('status')}")
 
 
+def _one_module(words: Sequence[str], known: Collection[str]) -> list[LabelLike]:
+    """The labels of one module: words, or one word that joins them."""
+    if len(words) > 1 and (joined := [word for word in words if len(labels_of(word, known)) > 1]):
+        raise ValueError(
+            f"Got --labels {' '.join(words)}; expected the labels of one module, which {joined[0]!r} is by itself. "
+            f"Join all of them, as in {'+'.join(words)}, or cut one module after another."
+        )
+    return [label for word in words for label in labels_of(word, known)]
+
+
 def _check_apart(source: str, output: str) -> None:
     if Path(source).resolve() == Path(output).resolve():
         raise ValueError(
             f"Got {source!r} to read from and as --output-dir; expected two places, since what is there would be "
             "replaced. Name another --output-dir."
         )
-
-
-def _read_config(source: str, **options: Any) -> PreTrainedConfig:
-    """Reads the configuration of any model."""
-    is_here = Path(source).is_dir()
-    if not is_here and hub_name(source) is None:
-        got = f"Got {source!r}, which is no directory and no name of a Hub repository"
-        raise NotADirectoryError(f"{got}; expected one of them. Correct the path.")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
-    except OSError as error:
-        if is_here:
-            raise
-        raise OSError(f"Got {source!r}, which is no directory here and can't be read from the Hub. {error}") from error
-    return config
-
-
-def _config(source: str) -> NeMoModelConfig:
-    config = _read_config(source)
-    if not isinstance(config, NeMoModelConfig):
-        raise ValueError(
-            f"Got {source!r} of model type {config.model_type!r}; expected a parent or module. Train a "
-            "parent with nemo-hf train."
-        )
-    return config
-
-
-def _load_plain(source: str, config: PreTrainedConfig, **code: Any) -> PreTrainedModel:
-    """Loads a plain classifier with the Auto class for its task."""
-    own, name = getattr(config, "auto_map", None) or {}, (getattr(config, "architectures", None) or [""])[0]
-    fitting = {task: a for task, a in AUTO_CLASSES.items() if type(config) in a._model_mapping or a.__name__ in own}
-    if not fitting:
-        raise ValueError(
-            f"Got {source!r} of model type {config.model_type!r}; expected a classifier of images, texts or "
-            "audio. Name another model, or add --trust-remote-code if the classifier is code of its repository."
-        )
-    saved = [auto_class for task, auto_class in fitting.items() if TASKS[task][0] in name]  # BERT's may be several
-    model: PreTrainedModel = next(iter([*saved, *fitting.values()])).from_pretrained(source, **code)
-    return model
-
-
-def _load_any(source: str, **code: Any) -> Any:
-    """Loads a plain classifier, parent or module."""
-    config = _read_config(source, **code)
-    return _load(source) if isinstance(config, NeMoModelConfig) else _load_plain(source, config, **code)
-
-
-def _load(source: str, **options: Any) -> NeMoClassifier:
-    kind: type[NeMoClassifier] = model_class(task_of(_config(source).plain_class), NeMoModelConfig)
-    return kind.from_pretrained(source, **options)
-
-
-def _names(config: PreTrainedConfig) -> dict[int, str]:
-    """Label names of a plain model, parent or module by id."""
-    return (
-        config.names if isinstance(config, NeMoModelConfig) else {int(i): n for i, n in (config.id2label or {}).items()}
-    )
-
-
-def _known(config: PreTrainedConfig) -> set[str]:
-    """Names of labels and groups."""
-    return {*_names(config).values(), *(config.groups if isinstance(config, NeMoModelConfig) else ())}
-
-
-def _labels(words: Sequence[str], known: Collection[str]) -> list[LabelLike]:
-    """Reads labels as names if there are such names, and as ids otherwise."""
-    return [int(word) if word.isdecimal() and word not in known else word for word in words]
-
-
-def _batches(options: Namespace, split: str, parent: PreTrainedModel) -> DataLoader[Any]:
-    """Batches of data for a parent or a plain model."""
-    if not isinstance(parent, NeMoPreTrainedModel):
-        task = task_of(type(parent))
-    else:
-        task = parent.task
-        parent.parent_masks()  # a module has none, and not all labels of the data: a ValueError
-    names = list(_names(parent.config).values())
-    columns = (options.label_column, options.input_column)
-    data = load_data(options.dataset, str(parent.name_or_path), [split], *columns, names=names, task=task)
-    return DataLoader(data.splits[split], batch_size=options.batch_size, collate_fn=data.collator)
 
 
 def _neurons(model: NeMoPreTrainedModel, index: int) -> int:

@@ -1,11 +1,21 @@
 """Loads a data set of images, texts or audio for the commands that train, measure or cut."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorWithPadding, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    default_data_collator,
+)
+
+from nemo_hf.config import closest
 
 LABEL_COLUMN = "label"
 TEXT_TYPES = ("string", "large_string")
@@ -37,11 +47,12 @@ def load_data(
     keep: Sequence[str] = (),
     names: Sequence[str] | None = None,
     task: str | None = None,
+    max_length: int | None = None,
 ) -> LoadedData:
     """Loads a Hub data set or local folder and prepares it for the model at `model`.
 
     Without `input_column` it takes the only column of images or texts; with `names` labels get ids in their order; with
-    `task` it must be data for that.
+    `task` it must be data for that. `max_length` truncates texts, and is the tokenizer's own from then on.
     """
     parts = _splits(source, splits, [label_column, input_column, *keep])
     first = next(iter(parts.values()))
@@ -60,6 +71,8 @@ def load_data(
             "another data set or --input-column."
         )
     processor = (AutoImageProcessor if is_image else AutoTokenizer).from_pretrained(model)
+    if max_length is not None:
+        _limit_length(processor, AutoConfig.from_pretrained(model), max_length, is_image)
 
     def images(batch: Mapping[str, Any]) -> dict[str, Any]:
         pixels = processor(images=[image.convert("RGB") for image in batch[column]], return_tensors="pt")
@@ -73,6 +86,30 @@ def load_data(
         parts[split] = part.with_transform(images) if is_image else part.map(texts, batched=True, remove_columns=column)
     collator = default_data_collator if is_image else DataCollatorWithPadding(processor)
     return LoadedData(found, processor, parts, collator, list(names))
+
+
+def _limit_length(processor: Any, config: PreTrainedConfig, max_length: int, is_image: bool) -> None:
+    """Makes a number of tokens the most that a tokenizer returns."""
+    if is_image:
+        raise ValueError(f"Got --max-length {max_length} with images; expected texts. Leave it out.")
+    most = min(processor.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    if max_length > most:
+        raise ValueError(
+            f"Got --max-length {max_length}; expected at most {most} tokens, which is what the model takes. Lower it."
+        )
+    processor.model_max_length = max_length
+
+
+def spread_samples(dataset: Any, most: int | None) -> Any:
+    """At most so many samples of a data set with `labels`, as evenly of all labels as there are; `None`: all."""
+    if most is None or most >= len(dataset):
+        return dataset
+    seen: Counter[int] = Counter()
+    ranked = []
+    for row, label in enumerate(dataset.with_format(None)["labels"]):
+        ranked.append((seen[label], row))
+        seen[label] += 1
+    return dataset.select(sorted(row for _, row in sorted(ranked)[:most]))
 
 
 def load_samples(
@@ -135,7 +172,9 @@ def _with_label_ids(dataset: Any, column: str, names: Sequence[str]) -> Any:
     labels = [own[value] if own else str(value) for value in dataset[column]]
     if unknown := sorted(set(labels) - set(ids)):
         named = f"Got the labels {unknown[:12]} in the column {column!r}; expected some of {list(names)[:12]}."
-        raise ValueError(f"{named} Remove these samples, or rename their labels.")
+        close = closest(unknown[0], names)
+        mean = f"{unknown[0]!r} may be {close!r}. " if close else ""
+        raise ValueError(f"{named} {mean}Remove these samples, or rename their labels.")
     renumbered = dataset.remove_columns(column).add_column("labels", [ids[label] for label in labels])
     return renumbered.cast_column("labels", datasets.ClassLabel(names=list(names)))
 

@@ -85,10 +85,12 @@ def count_macs(model: NeMoPreTrainedModel) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def measure_latency(parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel) -> Latency:
+def measure_latency(
+    parent: NeMoPreTrainedModel, module: NeMoPreTrainedModel, batch_sizes: Sequence[int] = LATENCY_BATCHES
+) -> Latency:
     """Times a module (`"module"`) and the plain model inside its parent (`"parent"`), both in eval mode."""
     runners = {"module": module.model, "parent": copy.deepcopy(parent).detach_masks().eval()}
-    return time_runs(runners, on_device(module, random_inputs(module)), LATENCY_BATCHES)
+    return time_runs(runners, on_device(module, random_inputs(module)), batch_sizes)
 
 
 @contextmanager

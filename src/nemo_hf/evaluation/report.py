@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ from .latency import LATENCY_BATCHES, count_macs, measure_latency
 from .metrics import LibraryMetrics, MetricLike, cohesion_and_coupling
 
 RANDOM_DRAWS = 5
+CONTROLS = ("random", "other", "empty")
+COLUMNS = {  # of a table of reports, with the widths of their cells; times are the parent's over the module's
+    "samples": 7, "accuracy": 8, "parent": 6, **dict.fromkeys(CONTROLS, 6), "AUROC": 5, "neurons": 7, "weights": 7,
+    "MB": 16, "MACs": 4, f"speed-up {'/'.join(f'b{size}' for size in LATENCY_BATCHES)}": 18,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def evaluate_module(
     seed: int = 0,
     show_progress: bool = True,
     metrics: MetricLike | None = None,
+    quick: bool = False,
 ) -> ModuleReport:
     """Evaluates a module and its controls on the samples that have its labels.
 
@@ -117,6 +124,7 @@ def evaluate_module(
         metrics: Names of metrics of the library `evaluate`, or paths of metric scripts; or keyword arguments of
             their `compute` by name, as in `{"f1": {"average": "macro"}}`. They get ids of the module's labels,
             0 for the first, or 0 and 1 for each label where a sample may have several.
+        quick: Whether to leave the controls out, and to take times of single samples alone.
 
     Returns:
         The report.
@@ -142,21 +150,22 @@ def evaluate_module(
     check_finite(parent)
     check_finite(module)
     plan = _plan_of(module, parent, labels, threshold=threshold, round_to=round_to)
-    masks = {"empty": [{site.key: torch.zeros(site.neurons) for site in parent.sites}]}
+    empty = [{site.key: torch.zeros(site.neurons) for site in parent.sites}]
+    masks = {} if quick else {"empty": empty}
     groups = list(module.config.groups)
-    if plan is not None:
+    if plan is not None and not quick:
         masks["random"] = random_masks(plan.static, parent, seed)
-    if plan is not None and (other := other_groups(parent, groups, seed)):
+    if plan is not None and not quick and (other := other_groups(parent, groups, seed)):
         try:
             masks["other"] = [make_plan(parent, other, plan.threshold, plan.round_to).static]
         except ValueError:  # these groups open no neuron at all
-            masks["other"] = masks["empty"]
+            masks["other"] = empty
     module.to(parent.device)  # type: ignore[arg-type]
     with as_saved(parent, module) as saved:
-        progress = tqdm(batches, desc="Module", disable=not show_progress)
+        progress = tqdm(batches, desc="Module", leave=False, disable=not show_progress)
         answers, right, energies, is_own = _collect_answers(saved[0], saved[1], masks, progress)
         computed = [library_metrics.compute(answers[name][0], right) for name in ("module", "parent")]
-        latency = measure_latency(*saved)
+        latency = measure_latency(saved[0], saved[1], LATENCY_BATCHES[:1] if quick else LATENCY_BATCHES)
     accuracy = {name: (found == right).double().mean().item() for name, found in answers.items()}
     sizes: dict[str, Any] = {}
     for prefix, model in (("", module), ("parent_", parent)):
@@ -168,7 +177,7 @@ def evaluate_module(
         groups=groups,
         accuracy=accuracy["module"],
         parent_restricted_accuracy=accuracy["parent"],
-        controls={name: accuracy.get(name) for name in ("random", "other", "empty")},
+        controls={name: accuracy.get(name) for name in CONTROLS},
         samples=len(right),
         neuron_retention_rate=(module.config.retained_neurons or 0.0) if plan is None else plan.retained,
         weight_retention_rate=sizes["parameters"] / sizes["parent_parameters"],
@@ -324,24 +333,34 @@ def other_groups(parent: NeMoPreTrainedModel, groups: Sequence[str], seed: int) 
 
 def format_table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Renders reports, as `ModuleReport.to_dict` gives them, as a table for a terminal with a row for each module."""
-    header = ["module", "neurons", "weights", "parameters", "MB", "MACs", "raw acc", "parent"]
-    rows = [[*header, "random", "other", "empty", f"ms {'/'.join(f'b{n}' for n in LATENCY_BATCHES)}"]]
-    for report in reports:
-        labels = ",".join(str(name) for name in report["labels"])
-        shares = [report[name] for name in ("accuracy", "parent_restricted_accuracy")]
-        shares += [report["controls"][name] for name in ("random", "other", "empty")]
-        times = [[report[name].get(str(n)) for n in LATENCY_BATCHES] for name in ("latency_ms", "parent_latency_ms")]
-        rows.append([
-            labels if len(labels) <= 24 else "+".join(report["groups"])[:24],
-            f"{report['neuron_retention_rate']:.2f}",
-            f"{report['weight_retention_rate']:.2f}",
-            f"{report['parameters']:,}",
-            f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
-            f"{report['macs'] / report['parent_macs']:.2f}",
-            *("-" if share is None else f"{share:.3f}" for share in shares),
-            " of ".join("/".join("-" if time is None else f"{time:.1f}" for time in of) for of in times),
-        ])  # fmt: skip
-    return aligned(rows)
+    names = [",".join(map(str, report["labels"])) for report in reports]
+    by_name = zip(names, reports, strict=True)
+    names = [name if len(name) <= 24 else "+".join(report["groups"])[:24] for name, report in by_name]
+    width = max(map(len, names), default=0)
+    return "\n".join([table_head(width), *map(partial(table_row, width=width), names, reports)])
+
+
+def table_head(width: int) -> str:
+    """The head of a table whose rows `table_row` renders one by one, with names of up to `width` letters."""
+    names = ("module".ljust(width), *(name.ljust(size) for name, size in COLUMNS.items()))
+    return "\n".join(["  ".join(names).rstrip(), "  ".join("-" * len(name) for name in names)])
+
+
+def table_row(name: str, report: Mapping[str, Any], width: int) -> str:
+    """The row of a module of some name."""
+    times = [[report[name].get(str(n)) for n in LATENCY_BATCHES] for name in ("latency_ms", "parent_latency_ms")]
+    shares = [report["accuracy"], report["parent_restricted_accuracy"], *map(report["controls"].get, CONTROLS)]
+    cells = [
+        str(report["samples"]),
+        *("-" if share is None else f"{share:.3f}" for share in (*shares, report["rejection"]["auroc"])),
+        f"{report['neuron_retention_rate']:.2f}",
+        f"{report['weight_retention_rate']:.2f}",
+        f"{report['megabytes']:.2f} of {report['parent_megabytes']:.2f}",
+        f"{report['macs'] / report['parent_macs']:.2f}",
+        "/".join("-" if None in pair else f"{pair[1] / pair[0]:.1f}" for pair in zip(*times, strict=True)),
+    ]
+    sizes = (max(width, len("module")), *COLUMNS.values())
+    return "  ".join(cell.ljust(size) for cell, size in zip([name, *cells], sizes, strict=True)).rstrip()
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

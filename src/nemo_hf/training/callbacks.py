@@ -1,8 +1,8 @@
-"""What a trainer does when a training begins and before each optimizer step."""
+"""What a trainer does when a training begins and before each optimizer step, and the names of its progress bars."""
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from nemo_hf.hub.provenance import training_record
@@ -39,3 +39,24 @@ class TrainingChecks(TrainerCallback):
                 "expected super().training_step(...) in it. Call it, or override compute_loss alone."
             )
         self._trainer._step_loss.is_counted = False
+
+
+class PhaseNames(TrainerCallback):
+    """Names the progress bars of a trainer, which `transformers` leaves without; `before` stands before the names."""
+
+    def __init__(self, trainer: Any, before: str = "") -> None:
+        self._trainer, self._before = trainer, before
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Names the bar of the training."""
+        self._name("training_bar", "Training")
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Names the bar of an evaluation or prediction."""
+        self._name("prediction_bar", "Evaluation")
+
+    def _name(self, attribute: str, name: str) -> None:
+        for callback in self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, attribute, None) if isinstance(callback, ProgressCallback) else None
+            if bar is not None and not bar.desc:
+                bar.set_description(f"{self._before}{name}")

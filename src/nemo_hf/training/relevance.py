@@ -124,6 +124,8 @@ def _kept(masks: NeuronMasks, config: NeMoConfig) -> tuple[Tensor, Tensor]:
 
 def warn_of_one_core(masks: NeuronMasks, config: NeMoConfig) -> None:
     """Warns if all groups keep nearly the same neurons although the contrastive term was to separate them."""
+    if config.masks == "assigned":
+        return
     kept, scale = _kept(masks, config)
     users = kept.mean(0) * scale
     shared = users[users > 0].mean().nan_to_num(0.0).item()
@@ -171,6 +173,8 @@ def compute_relevance(
 ) -> None:
     """Replaces a parent's relevance by the exact one, counted over a data set in eval mode.
 
+    That of assigned masks is what was assigned, and stays.
+
     Other threads may classify with the parent meanwhile, but not train it or cut modules out of it.
 
     Args:
@@ -185,6 +189,8 @@ def compute_relevance(
     """
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
+    if parent.nemo_config.masks == "assigned":
+        return
     check_finite(parent)
     counts, seen, names = OpenCounts(parent.masks, group_indices(parent)), 0, list(parent.config.names.values())
     failed: Exception | None = None

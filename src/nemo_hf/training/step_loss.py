@@ -1,7 +1,7 @@
 """The loss of a micro-batch in training: the task's, under module rehearsal in some steps, and the masks' terms."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from .relevance import OpenCounts, sparsity_pressure, steer_size
 logger = logging.getLogger(__name__)
 
 WATCHED_STEPS = 10  # first steps in which values of batches are looked at: the host has to wait for a GPU
+
+
+def named_scalars(values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers as they are logged: under one prefix, by which trackers show them together."""
+    return {f"nemo/{name}": value for name, value in values.items()}
 
 
 def counted_items(labels: Tensor) -> Tensor:

@@ -25,14 +25,14 @@ from nemo_hf.models.rejection_calibration import calibrate_rejection
 from nemo_hf.neurons.masks import NeuronMasks
 
 from . import data, distributed, hub_pushes
-from .callbacks import TrainingChecks
+from .callbacks import PhaseNames, TrainingChecks
 from .evaluation_sets import one_dataset, spread_samples
 from .model_calls import check_own_loss, check_scaling, replaced_method
 from .optimizers import check_optimizer, split_mask_parameters
 from .relevance import compute_relevance, warn_of_one_core
 from .resuming import check_checkpoint, whole_checkpoint
 from .search import training_arguments, trial_config
-from .step_loss import StepLoss, counted_items
+from .step_loss import StepLoss, counted_items, named_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,8 @@ class NeMoTrainer(Trainer):
 
     The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
     the cross-entropy a contrastive and a sparsity term over the masks and, in a share of the steps, runs the
-    samples of a random set of groups as the module for these groups would (module rehearsal). The log gets
-    `loss_task`, `loss_contrastive`, `neuron_retention_rate` and `dead_neuron_rate`. With
-    `NeMoConfig(masks="assigned")` each step trains the whole network, and on half of the samples the module of a random
-    set of groups, which learns the whole network's answers; the log then gets `loss_task`, `loss_module` and
-    `dead_neuron_rate`, the share of neurons that are no module's.
+    samples of a random set of groups as the module for these groups would (module rehearsal). All that it logs of
+    masks starts with `nemo/`: `nemo/loss_task` and others. `NeMoConfig(masks="assigned")` trains otherwise.
 
     Args:
         model: A plain model, or a parent to train on.
@@ -98,6 +95,7 @@ class NeMoTrainer(Trainer):
                 logger.warning("mask_learning_rate has no effect: the optimizer that you pass has rates of its own.")
         self._attach_processor(self.parent)
         self.add_callback(TrainingChecks(self))
+        self.add_callback(PhaseNames(self))
 
     @property
     def parent(self) -> NeMoClassifier:
@@ -223,8 +221,7 @@ class NeMoTrainer(Trainer):
                 "lowering args.per_device_eval_batch_size if memory was short, before you save it or cut modules.",
                 *(type(error).__name__, error), exc_info=error,
             )  # fmt: skip
-        if self.nemo_config.masks != "assigned":
-            warn_of_one_core(self._masks, self.nemo_config)
+        warn_of_one_core(self._masks, self.nemo_config)
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -273,14 +270,13 @@ class NeMoTrainer(Trainer):
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
         terms = self._step_loss.take_means() if "loss" in logs and self.model is not None else {}
         if terms:
-            logs.update(terms, dead_neuron_rate=round(self._masks.dead_share(), 6))
-            check_training(self.parent, logs)
+            terms["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
+            check_training(self.parent, {**logs, **terms})
+            logs.update(named_scalars(terms))
         super().log(logs, start_time)
 
     def update_relevance(self, dataset: Any = None) -> None:
-        """Replaces the parent's relevance by the exact one, counted in one pass over a data set.
-
-        That of assigned masks is what was assigned, and stays.
+        """Replaces the parent's relevance, unless it was assigned, by the exact one, counted in one pass over a data set.
 
         Args:
             dataset: Finite data with labels, without augmentation; `None` takes `relevance_dataset`, or without it
@@ -289,8 +285,6 @@ class NeMoTrainer(Trainer):
         Raises:
             ValueError: If there are no such data, or their labels are not those of the model.
         """
-        if self.nemo_config.masks == "assigned":
-            return  # not counted but given
         if (counted := self._counted_data if dataset is None else dataset) is None:
             raise ValueError("Got no data set; expected one to count the relevance on. Pass update_relevance(dataset).")
         batches = data.sample_loader(self, counted, is_shared=True)
@@ -324,13 +318,11 @@ class NeMoTrainer(Trainer):
         """
         dataset = spread_samples(one_dataset(eval_dataset, self.eval_dataset), MODULARITY_SAMPLES)
         measured = measure_modularity(self.parent, data.sample_loader(self, dataset), MODULARITY_SAMPLES)
-        self._report({name: value for name, value in measured.items() if value is not None})
+        self._report(known := {name: value for name, value in measured.items() if value is not None})
+        self.log(named_scalars(known))
         return measured
 
-    def extract_module(
-        self, labels: LabelLike | Sequence[LabelLike], calibration: Any = None,
-        retention: float | Sequence[float] | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    def extract_module(self, labels: Any, calibration: Any = None, retention: Any = None, **kwargs: Any) -> Any:
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go.
 
         With `retention` or `max_loss` the calibration samples are those of the training data, unless others are given:

@@ -1,112 +1,142 @@
-"""The command line `nemo-hf`: its commands, their options, and what happens on wrong input."""
+"""The command line `nemo-hf`: its commands, their options, and what happens on wrong input.
+
+It stands beside the package, whose import takes seconds, and imports it once the options are read.
+"""
 
 import argparse
-import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
-from datasets.exceptions import DatasetsError
-from transformers import HfArgumentParser, TrainingArguments
-
-from nemo_hf.models.calibrated_cut import VOCABULARIES
-from nemo_hf.models.cut_source import Score
-from nemo_hf.models.equivalence import EquivalenceError
-from nemo_hf.models.privacy import clean_command
-from nemo_hf.pruning.budget import Cost
-
-from . import commands
-from .demo import EPOCHS
+COSTS = ("weights", "operations")
+SCORES = ("activity", "fisher", "magnitude", "relevance")
+VOCABULARIES = ("shared", "calibration")
+STARTING_VALUES = {
+    "text-classification": {"num_train_epochs": 8, "per_device_train_batch_size": 32},
+    "image-classification": {"num_train_epochs": 8, "per_device_train_batch_size": 64},
+}
+"""What `train` takes for arguments of training that are not given, by the task."""
+EVALUATION_BATCH = 128  # samples; likewise, for evaluation and relevance
+SMALL, LEARNING_RATES = 50_000_000, (5e-4, 5e-5)  # likewise: up to so many parameters, and above
+TRAINING_NOTE = """
+All TrainingArguments of transformers are options as well; --help-all lists them. Those that are not given start from
+{texts[num_train_epochs]} epochs in batches of {texts[per_device_train_batch_size]} texts, or
+{images[num_train_epochs]} epochs in batches of {images[per_device_train_batch_size]} images, and a learning rate of
+{rates[0]:g} for models of up to {small:.0f} million parameters, {rates[1]:g} for larger ones. Evaluation and relevance
+take batches of {evaluation} (--per-device-eval-batch-size). With --max-steps for less than an epoch, a dry run, they
+are limited to a few samples of each label.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 after one line on standard error if the input is wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING)
     parser = build_parser()
     try:
         if empty := [word for word in words if re.fullmatch(r"--[\w-]+=", word)]:
             raise ValueError(f"Got {empty[0]} without a value; expected one. Write it behind the equals sign.")
-        options = parser.parse_args([_with_dashes(word) for word in words])
-        options.command_line = clean_command(["nemo-hf", *words])
-        options.run(options)
-    except (ValueError, TypeError, OSError, ImportError, EquivalenceError, DatasetsError) as error:
+        options = parse(parser, words)
+        if options.command is None:
+            parser.print_help()
+        else:
+            from nemo_hf.cli.dispatch import run  # here, since it takes seconds that --help and mistakes need not wait
+
+            run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(" ".join(["nemo-hf", *words[:1]]) + ":", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
 
-class _Parser(HfArgumentParser):
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Reads the options of a command; of `train` those that are not its own, `TrainingArguments`, stay as words."""
+    options, others = parser.parse_known_args([_with_dashes(word) for word in words])
+    if options.command == "train":
+        options.training_words = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.words = list(words)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
     """Wrong usage is a ValueError, as other wrong input is."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. See {self.prog} --help.")
 
 
+class _HelpAll(argparse.Action):
+    """Prints the help of `TrainingArguments` and behind it that of the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from nemo_hf.cli.training import training_parser
+
+        print("TrainingArguments of transformers:\n")
+        training_parser().print_help()
+        print(f"\nOptions of {parser.prog}:\n")
+        parser.print_help()
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of all commands; each sets `run` to the function that runs it."""
+    """Builds the parser of all commands."""
     text = "Cut small stand-alone modules out of a trained classifier, or train one so that they are smaller still."
-    parser = _Parser(prog="nemo-hf", description=text, formatter_class=argparse.HelpFormatter)
-    parser.set_defaults(run=lambda options: parser.print_help())
+    parser = _Parser(prog="nemo-hf", description=text)
     group = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], None], text: str, **options: Any) -> Callable[..., Any]:
-        options = {"formatter_class": argparse.HelpFormatter, "allow_abbrev": False, **options}
-        found = group.add_parser(run.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.", **options)
-        found.set_defaults(run=run)
-        return found.add_argument
+    def command(name: str, text: str, **options: Any) -> Callable[..., Any]:
+        options = {"allow_abbrev": False, "description": f"{text[0].upper()}{text[1:]}.", **options}
+        return group.add_parser(name, help=text, **options).add_argument
 
     cutting = argparse.ArgumentParser(add_help=False)
     cutting.add_argument("--threshold", type=float, help="relevance from which a neuron is kept, above 0 up to 1")
     cutting.add_argument("--round-to", type=int, metavar="N", help="fill widths up to multiples of N, such as 8")
 
-    add = command(commands.demo, "train, cut and measure on scikit-learn's digits, offline, in two minutes")
+    add = command("demo", "train, cut and measure on scikit-learn's digits, offline, in two minutes")
     add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json and modules.png")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
-    add(
-        "--epochs",
-        type=_count,
-        default=EPOCHS,
-        help=f"epochs of the plain model, and half as many with masks ({EPOCHS})",
-    )
+    add("--epochs", type=_count, default=40, help="epochs of the plain model, half as many with masks (default: 40)")
 
+    texts, images = STARTING_VALUES["text-classification"], STARTING_VALUES["image-classification"]
+    values = {"rates": LEARNING_RATES, "small": SMALL / 1e6, "evaluation": EVALUATION_BATCH}
     add = command(
-        commands.train,
-        "train a parent from a plain model; takes all TrainingArguments as options too",
-        parents=[_data_options(is_required=True, has_batches=False)],
-        dataclass_types=TrainingArguments,
+        "train",
+        "train a parent from a plain model, of labels or label groups",
+        parents=[_data_options(is_required=True, batch_size=None)],
         usage="nemo-hf train --model MODEL --dataset DATA --output-dir DIR [options]",
+        epilog=TRAINING_NOTE.format(texts=texts, images=images, **values),
     )
-    add("--model", required=True, help="plain model: Hub repository or directory")
-    add("--nemo-config", metavar="JSON", help="NeMoConfig as a JSON file or inline JSON")
-    add("--train-split", default="train", help="split to train on")
+    _train_options(add)
 
+    samples = _data_options(is_required=False, batch_size=None, has_length=False, split="train", label_column=None)
     add = command(
-        commands.cut,
+        "cut",
         "cut modules out of a plain model or a parent on calibration samples, without training",
-        parents=[_data_options(is_required=False, has_batches=False, split="train", label_column=None), cutting],
+        parents=[samples, cutting],
         usage="nemo-hf cut MODEL --labels LABEL ... --dataset DATA [--retention SHARE ... | --max-loss POINTS] "
         "--output-dir DIR [options]\n"
         "       nemo-hf cut PARENT --labels LABEL ... [--threshold T] [--round-to N] --output-dir DIR",
     )
     _cut_options(add)
 
-    add = command(commands.export, "write a module as a plain model of transformers, or as ONNX")
+    add = command("export", "write a module as a plain model of transformers, or as ONNX")
     add("--module", required=True, help="module: directory or Hub repository")
     add("--output-dir", required=True, help="directory of the export")
     add("--format", choices=["plain", "onnx"], default="plain", help="format of the export (default: plain)")
 
     inputs = [_data_options(is_required=True), cutting]
-    add = command(commands.evaluate, "measure modules beside their parent and controls", parents=inputs)
+    add = command("evaluate", "measure modules beside their parent and controls", parents=inputs)
     add("--parent", required=True, help="parent, or plain model of --modules: directory or Hub repository")
     add("--labels", nargs="+", help="modules to cut by relevance, each as labels joined by '+': cat+dog car")
     add("--modules", nargs="+", metavar="DIR", help="saved modules in place of --labels: directories or repositories")
     add("--metrics", nargs="+", metavar="NAME", help="metrics of the library evaluate, or paths of metric scripts")
     add("--output", metavar="FILE", help="JSON file for the reports")
+    add("--quick", action="store_true", help="at most 1000 samples, no controls, and times for single samples alone")
 
     add = command(
-        commands.push,
+        "push",
         "upload a parent or module with its card, or a parent with modules of it",
         parents=[_data_options(is_required=False), cutting],
         usage="nemo-hf push DIR --repo-id ME/NAME [options]\n"
@@ -126,17 +156,34 @@ def build_parser() -> argparse.ArgumentParser:
     add("--datasets", nargs="+", default=[], help="Hub data sets, for the cards")
     add("--private", action="store_true", help="create private repositories")
 
-    add = command(commands.inspect, "print a model's neuron sites and how modules of it would be cut")
+    add = command("inspect", "print a model's neuron sites and how modules of it would be cut")
     add("model", metavar="MODEL", help="plain model, parent or module: directory or Hub repository")
     add("--propose", action="store_true", help="find sites by experiment and not by name, and print them as options")
     add("--trust-remote-code", action="store_true", help="let the model's own code run")
     return parser
 
 
+def _train_options(add: Callable[..., Any]) -> None:
+    """Adds the options of `train` that are not training arguments."""
+    add("--model", required=True, help="plain model: Hub repository or directory")
+    add("--output-dir", required=True, help="directory of the parent")
+    add("--group-column", metavar="NAME", help="column of the label group of each sample, such as an intent's domain")
+    text = "label groups, each as NAME=LABEL+LABEL (without any: each label by itself): pets=cat+dog boats=ship"
+    add("--label-groups", nargs="+", metavar="GROUP", help=text)
+    add("--nemo-config", metavar="JSON", help="options of NeMoConfig, as a JSON file or inline JSON")
+    add("--train-split", default="train", help="split to train on")
+    add("--baseline", action="store_true", help="train the plain model alike too, and show it beside the parent")
+    text = "samples, spread over the labels, to {} (default: all, or 2 of each label in a dry run)"
+    add("--max-relevance-samples", type=_count, metavar="N", help=text.format("count the relevance on"))
+    add("--max-eval-samples", type=_count, metavar="N", help=text.format("evaluate on"))
+    add("--help-all", action=_HelpAll, nargs=0, dest=argparse.SUPPRESS, help="show the TrainingArguments too, and exit")
+
+
 def _cut_options(add: Callable[..., Any]) -> None:
     """Adds the options of `cut`, which are those of `nemo_hf.extract_module`."""
     add("model", metavar="MODEL", help="plain model or parent: directory or Hub repository")
-    add("--labels", required=True, nargs="+", help="label names, group names or label ids, in the order of the outputs")
+    text = "label names, group names or label ids, in the order of the outputs: cat dog, or cat+dog"
+    add("--labels", required=True, nargs="+", help=text)
     add("--output-dir", required=True, help="directory of the module; of several, each in a folder named as its share")
     add("--retention", nargs="+", type=float, metavar="SHARE", help="share of the weights to keep (default: 0.2)")
     add("--max-loss", type=float, metavar="POINTS", help="find the smallest module that loses at most so many points")
@@ -145,8 +192,8 @@ def _cut_options(add: Callable[..., Any]) -> None:
         help="split to measure the module or its loss, and to calibrate rejection on",
     )
     add("--samples", type=_count, metavar="N", help="most samples of the module's labels (default: 1000)")
-    add("--scores", choices=get_args(Score), help="how neurons are scored (default: activity)")
-    add("--cost", choices=get_args(Cost), help="what the retention counts (default: weights)")
+    add("--scores", choices=SCORES, help="how neurons are scored (default: activity)")
+    add("--cost", choices=COSTS, help="what the retention counts (default: weights)")
     add("--no-reconstruct", action="store_true", help="leave the layers as they are after the cut")
     add("--refine-epochs", type=_count, metavar="N", help="train the module towards the model's answers")
     add("--vocabulary", choices=VOCABULARIES, help="texts: which tokens have embeddings of their own")
@@ -155,7 +202,11 @@ def _cut_options(add: Callable[..., Any]) -> None:
 
 
 def _data_options(
-    is_required: bool, has_batches: bool = True, split: str = "test", label_column: str | None = "label"
+    is_required: bool,
+    batch_size: int | None = 64,
+    has_length: bool = True,
+    split: str = "test",
+    label_column: str | None = "label",
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--dataset", required=is_required, help="Hub data set or local folder")
@@ -164,8 +215,12 @@ def _data_options(
     named = "label" if label_column else "label, if there is one"
     parser.add_argument("--label-column", default=label_column, help=f"column of the labels (default: {named})")
     parser.add_argument("--input-column", help="column of the samples; found if left out")
-    if has_batches:
-        parser.add_argument("--batch-size", type=_count, default=64, help="samples per batch (default: 64)")
+    if has_length:
+        text = "texts: tokens of the longest; longer ones are truncated, also by the tokenizer that is saved"
+        parser.add_argument("--max-length", type=_count, metavar="N", help=text)
+    if batch_size:
+        text = f"samples per batch (default: {batch_size})"
+        parser.add_argument("--batch-size", type=_count, default=batch_size, help=text)
     return parser
 
 
