@@ -53,8 +53,7 @@ class NeMoTrainer(Trainer):
         data_collator: As in `Trainer`, to which `trainer_args` and `trainer_kwargs` go as well.
         train_dataset: Training data with labels.
         nemo_config: The options; `None` takes the defaults, or those of the parent.
-        relevance_dataset: Finite data without augmentation on which the exact relevance is counted after
-            training; `None` takes `train_dataset`.
+        relevance_dataset: Finite data on which relevance is counted after training; `None` takes `train_dataset`.
 
     Raises:
         ValueError: If the data, the model or the options can't work together; the message says what to do.
@@ -276,7 +275,7 @@ class NeMoTrainer(Trainer):
         super().log(logs, start_time)
 
     def update_relevance(self, dataset: Any = None) -> None:
-        """Replaces the parent's relevance, unless it was assigned, by the exact one, counted in one pass over a data set.
+        """Replaces the parent's relevance, if it was not assigned, by the exact one, counted in a pass over a data set.
 
         Args:
             dataset: Finite data with labels, without augmentation; `None` takes `relevance_dataset`, or without it
