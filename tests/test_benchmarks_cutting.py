@@ -262,3 +262,13 @@ def test_the_script_writes_means_over_sets_and_keeps_the_other_table(bench, enco
     assert "| ms, batch 8 |" in table
     assert "| 7.2 |" in table
     assert f"{row['bytes'] / 1e6:.1f} |" in table
+
+
+@pytest.mark.parametrize(("widths", "is_same"), [((8, 8), True), ((8, 6), False)])
+def test_a_control_gets_the_head_if_it_reads_as_many_neurons(widths, is_same):
+    models = [torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Linear(width, 2)) for width in widths]
+    found = cutting.with_head(models[0], models[1], ["1"])
+    assert (found is not None) == is_same
+    if found is not None:
+        assert torch.equal(found[1].weight, models[1][1].weight)
+        assert torch.equal(found[0].weight, models[0][0].weight)

@@ -382,7 +382,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    name = given.task if given.source is None or given.task == "clinc150" else f"{given.task}-{given.source.name}"
+    is_named = given.source is None or given.task == "clinc150"
+    name = given.task if is_named else f"{given.task}-{given.source.name.removeprefix(f'{given.task}-')}"
     output = given.output or compact.RESULTS / f"cutting_{name}.json"
     work = given.work or output.with_suffix(".work.jsonl")
     bench = build(given, work)
