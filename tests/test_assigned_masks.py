@@ -197,3 +197,21 @@ def test_the_whole_network_keeps_its_own_norm_statistics(tmp_path):
 def test_options_that_make_no_sense_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):
         NeMoConfig(**{**ASSIGNED, **options})
+
+
+def test_a_loss_of_ones_own_trains_the_whole_network(tmp_path):
+    called = []
+
+    def own(outputs, labels, num_items_in_batch=None):
+        called.append(len(labels))
+        return F.cross_entropy(outputs.logits, labels)
+
+    samples, args = image_samples(20), arguments(tmp_path, max_steps=2)
+    parents = []
+    for options in ({}, {"compute_loss_func": own}):
+        trainer = NeMoTrainer(assigned_parent(specificity_weight=0.2), args, train_dataset=samples, **options)
+        trainer.train()
+        parents.append(trainer.parent.state_dict())
+    assert called == [20, 20]
+    for name, tensor in parents[0].items():
+        torch.testing.assert_close(tensor, parents[1][name], msg=name)

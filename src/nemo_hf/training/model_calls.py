@@ -73,7 +73,8 @@ def check_own_loss(name: str, parent: NeMoPreTrainedModel) -> None:
     """Refuses a task loss of the user's where rehearsal decides which answers count."""
     config = parent.nemo_config
     decides = config.specificity_weight > 0 or parent.config.has_several_labels
-    if config.rehearsal_probability > 0 and decides:
+    is_rehearsed = config.rehearsal_probability > 0 and config.masks != "assigned"  # whose modules learn apart
+    if is_rehearsed and decides:
         raise ValueError(
             f"Got {name} and module rehearsal, which decides here which answers count; expected one of them. Set "
             "NeMoConfig(rehearsal_probability=0)."
