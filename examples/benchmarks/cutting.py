@@ -388,6 +388,7 @@ def main() -> None:
     work = given.work or output.with_suffix(".work.jsonl")
     bench = build(given, work)
     data = " --data DATA" if given.data else ""
+    data += "" if given.source is None or given.task == "clinc150" else " --source SOURCE"
     about = {"command": f"python examples/benchmarks/cutting.py {given.task}{data} --methods METHOD --sets KIND"}
     about = {**compact.load(output), **about, "task": bench.task.text, "source": bench.fingerprint}
     if given.latency:

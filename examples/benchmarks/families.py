@@ -243,7 +243,9 @@ def reconstruction(row: dict) -> str:
     """What a reconstruction leaves of the distance of a raw cut, or why there is none."""
     if row["status"] != "supported":
         return "-"
-    return f"refused: {row['refused']}" if row.get("refused") else f"{row['reconstructed'] / row['raw']:.1%}"
+    if row.get("refused"):
+        return f"refused: {row['refused']}"
+    return f"{row['reconstructed'] / row['raw']:.1%}" if row["reconstructed"] != row["raw"] else "no need"
 
 
 def support_table() -> str:
@@ -288,7 +290,8 @@ def main() -> None:
             print(class_name, *(rows[-1][kind] or "-" for kind in KINDS), rows[-1]["status"], flush=True)
     if not chosen:
         RESULTS.unlink(missing_ok=True)  # transformers may have lost a class
-    compact.update(RESULTS, {"command": "python examples/benchmarks/families.py"}, "families", rows, "task", "class")
+    about = {"command": "python examples/benchmarks/families.py"}
+    compact.update(RESULTS, about, "families", rows, "task", "model_type", "class")
 
 
 if __name__ == "__main__":
