@@ -215,3 +215,17 @@ def test_a_loss_of_ones_own_trains_the_whole_network(tmp_path):
     assert called == [20, 20]
     for name, tensor in parents[0].items():
         torch.testing.assert_close(tensor, parents[1][name], msg=name)
+
+
+def test_a_cut_by_relevance_keeps_assigned_channels_alone(tmp_path):
+    model = randomize(tiny("ResNetForImageClassification", **STAGES))
+    trainer = NeMoTrainer(
+        model, arguments(tmp_path), train_dataset=image_samples(60), nemo_config=NeMoConfig(**ASSIGNED)
+    )
+    trainer.train()
+    module = trainer.extract_module([0], retention=0.4, scores="relevance", reconstruct=False, show_progress=False)
+    kept = {entry["key"]: sum(entry["kept"]) for entry in module.config.sites}
+    masks = module_masks(trainer.parent.masks, torch.tensor([0]), 0.5)
+    assert all(count <= masks[key].sum() for key, count in kept.items())
+    mended = trainer.extract_module([0], retention=0.4, scores="relevance", show_progress=False)
+    assert mended.config.extraction["distance"] < mended.config.extraction["cut_distance"]

@@ -280,6 +280,9 @@ def measure_modularity(
     """
     opened, groups, samples = [], [], 0
     group_of_label = group_indices(parent)
+    kept = is_relevant(
+        torch.cat([*parent.parent_masks().relevance().values()], -1), parent.nemo_config.relevance_threshold
+    )
     with as_saved(parent) as (parent,):
         for inputs, labels, numbers in labelled_batches(parent, batches):
             groups.append(sample_groups(labels, group_of_label, len(parent.config.groups)))
@@ -287,8 +290,6 @@ def measure_modularity(
             masks = outputs.neuron_masks
             check_outputs(parent, inputs, outputs.logits, list(parent.config.names.values()), numbers, masks)
             if masks is None:
-                tables = torch.cat([*parent.parent_masks().relevance().values()], -1)
-                kept = is_relevant(tables, parent.nemo_config.relevance_threshold)
                 is_of = group_membership(labels, group_of_label, len(kept))  # (batch, groups)
                 opened.append((is_of.float() @ kept.float()) > 0)
             else:

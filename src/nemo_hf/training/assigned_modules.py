@@ -1,8 +1,7 @@
 """Trains modules of assigned masks beside the whole network, which teaches them: one more pass over half a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +32,6 @@ def taught_loss(logits: Tensor, taught_by: Tensor, labels: Tensor, in_module: Te
     spread = -logits.log_softmax(-1).mean(-1)
     by_sample = torch.where(is_own, lost, specificity * spread)
     return (by_sample * known).sum() / known.sum().clamp(min=1)
-
-
-def first_samples(inputs: Mapping[str, Any], samples: int, count: int) -> dict[str, Any]:
-    """The inputs of the first `count` of so many samples."""
-    return {
-        name: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == samples else value
-        for name, value in inputs.items()
-    }
 
 
 @contextmanager

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_hf.models.batches import select_samples
 from nemo_hf.models.labels import group_indices, label_ids, labelled_cross_entropy, sample_groups, shares_group
 from nemo_hf.pruning.plan import module_masks
 
 from . import data, distributed, losses
-from .assigned_modules import first_samples, own_norm_statistics, taught_loss
+from .assigned_modules import own_norm_statistics, taught_loss
 from .model_calls import MicroBatch, calls_of, check_own_loss, neuron_masks_of
 from .relevance import OpenCounts, sparsity_pressure, steer_size
 
@@ -186,7 +187,7 @@ class StepLoss:
         half = max(1, current.real // 2)
         static = module_masks(trainer.parent.parent_masks(), groups, trainer.nemo_config.relevance_threshold)
         with own_norm_statistics(trainer.parent.model):
-            found = model(**first_samples(inputs, len(labels), half), static_masks=static, return_dict=True)
+            found = model(**select_samples(inputs, torch.arange(half)), static_masks=static, return_dict=True)
         in_module = torch.isin(self.group_of_label, groups)
         specificity = trainer.nemo_config.specificity_weight
         loss = current.share * taught_loss(found.logits, logits[:half], labels[:half], in_module, specificity)
