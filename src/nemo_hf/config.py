@@ -36,7 +36,7 @@ SHAPING_OPTIONS = (
 LAYOUTS = ("one after another", "by key/value head")
 RANGES = {  # interval of each number among the options
     **dict.fromkeys(("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"), "[0, inf)"),
-    **dict.fromkeys(("warmup_ratio", "rehearsal_probability", "core_share"), "[0, 1]"),
+    **dict.fromkeys(("warmup_ratio", "rehearsal_probability", "core_share", "plain_ratio"), "[0, 1]"),
     **dict.fromkeys(("relevance_threshold", "retention_target"), "(0, 1]"),
     "temperature": "(0, inf)",
     "mask_learning_rate": "[0, inf)",
@@ -52,10 +52,12 @@ class NeMoConfig:
 
     Args:
         masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`), `"assigned"` (each
-            label group keeps neurons that are drawn before training, `retention_target` of them; `NeMoTrainer` trains
-            the whole network, and taught by it the modules of random groups, see docs/training.md) or `"static"`
-            (only those that a call brings: what cutting a plain model needs).
+            label group keeps the neurons that do most for it, `retention_target` of them; `NeMoTrainer` trains the
+            whole network, and taught by it the modules of random groups, see docs/training.md) or `"static"` (only
+            those that a call brings: what cutting a plain model needs).
         core_share: Under `"assigned"`, share of a group's neurons, in [0, 1], that are those of all groups.
+        plain_ratio: Under `"assigned"`, share of the training steps, in [0, 1], in which the network trains as a plain
+            model does; after them neurons are assigned. 0 suits a trained classifier.
         targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
             stay within 10 % of the base model's parameters (6 % from hidden size 384 up).
@@ -112,6 +114,7 @@ class NeMoConfig:
     targets: Sequence[str] = TARGETS
     masks: str = "generated"
     core_share: float = 0.5
+    plain_ratio: float = 0.5
     generator_rank: int | None = None
     objective: str = "contrastive"
     contrastive_weight: float = 0.5

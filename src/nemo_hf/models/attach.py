@@ -51,7 +51,6 @@ def _parent(
         base_class=type(model).__name__,
         base_model=downloaded_name(model.name_or_path),
         nemo_config=nemo_config.to_dict(),
-        relevance_source="assigned" if nemo_config.masks == "assigned" else "initial",
         label_groups=[{"name": name, "labels": list(ids)} for name, ids in groups.items()],
         id2label=names,
         label2id={name: index for index, name in names.items()},

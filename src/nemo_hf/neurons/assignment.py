@@ -1,33 +1,49 @@
-"""Assigns the neurons of a model to label groups before training: a core that all share, and neurons of their own."""
+"""Assigns the neurons of a model to label groups: a core that all share, and neurons of their own. Pure functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .sites import AttentionSite, NeuronSite
 
+LEAST = 128  # stored relevance of the last neuron that a group keeps; that of the first is 255
+TURNS = 16  # most turns in which a group chooses neurons of its own
+
 
 def assign_neurons(
-    sites: Sequence[NeuronSite], groups: int, retention: float, core_share: float, seed: int = 0
+    sites: Sequence[NeuronSite], scores: Mapping[str, Tensor], retention: float, core_share: float
 ) -> dict[str, Tensor]:
-    """Draws for each site which neurons each group keeps: site key to booleans, (groups, neurons).
+    """Chooses for each site which neurons each group keeps: site key to stored relevance, uint8, (groups, neurons).
 
     Every group keeps the share `retention` of each part of a site, of channels its square root, since these are cut on
-    both sides, and at least one neuron; `core_share` of them are those of all groups. The others are private as far as
-    there are enough: else few groups share each. Attention heads keep equally many dimensions each, as dense layers
-    need it.
+    both sides, and at least one neuron. `core_share` of them are those of all groups: the best on average. Then the
+    groups choose in turn among those that fewest have, so that none is shared while there are enough. Attention heads
+    keep equally many dimensions each, as dense layers need it.
+
+    The relevance falls from 255 to `LEAST` in the order of choice, so that a higher threshold makes a smaller module of
+    the same proportions; 0 is not kept.
+
+    Args:
+        sites: The sites.
+        scores: What each neuron does for each group, at least 0, (groups, neurons) by site key.
+        retention: Share of the weights that the module of one group keeps, in (0, 1].
+        core_share: Share of a group's neurons, in [0, 1].
     """
-    generator = torch.Generator().manual_seed(seed)
     found = {}
     for place, site in enumerate(sites):
         share = math.sqrt(retention) if site.kind == "conv" else retention
         parts = []
-        for part, size in site.parts.items():
+        for (part, size), own in zip(
+            site.parts.items(), scores[site.key].double().cpu().split(list(site.parts.values()), -1), strict=True
+        ):
             heads = _heads(site, part)
-            drawn = [_draw(size // heads, groups, share, core_share, place + head, generator) for head in range(heads)]
-            parts.append(torch.cat(drawn, -1))
+            kept = max(1, round(share * (size // heads)))
+            chosen = [
+                _choose(head, kept, core_share, place + index) for index, head in enumerate(own.chunk(heads, -1))
+            ]
+            parts.append(torch.cat(chosen, -1))
         found[site.key] = torch.cat(parts, -1)
     return found
 
@@ -38,15 +54,27 @@ def _heads(site: NeuronSite, part: str) -> int:
     return site.query_key_heads if part == "query_key" else site.key_value_heads
 
 
-def _draw(size: int, groups: int, share: float, core_share: float, first: int, generator: torch.Generator) -> Tensor:
-    """Which of `size` neurons each group keeps: (groups, size); `first` is the group that chooses first."""
-    kept = max(1, round(share * size))
+def _choose(scores: Tensor, kept: int, core_share: float, first: int) -> Tensor:
+    """Stored relevance of the neurons of one part or head, (groups, neurons); the group `first` chooses first."""
+    scores = scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)
+    groups, size = scores.shape
     core = min(kept, round(core_share * kept))
-    order = torch.randperm(size, generator=generator)
-    chosen = torch.zeros(groups, size, dtype=torch.bool)
-    chosen[:, order[:core]] = True
-    rest = order[core:]
-    for turn in range(groups):
-        own = torch.arange(turn * (kept - core), (turn + 1) * (kept - core)) % max(1, len(rest))
-        chosen[(first + turn) % groups, rest[own]] = True
-    return chosen
+    relevance = torch.zeros(groups, size, dtype=torch.uint8)
+    shared = scores.mean(0).argsort(descending=True, stable=True)[:core]
+    relevance[:, shared] = _falling(core)
+    order, block = _falling(kept - core), max(1, -(-(kept - core) // TURNS))
+    owners = torch.zeros(size, dtype=torch.float64).index_fill(0, shared, math.inf)
+    preference = scores / scores.amax(-1, keepdim=True).clamp(min=1e-30) / 2  # below one owner more or less
+    for turn, start in enumerate(range(0, kept - core, block)):
+        for each in range(groups):
+            group = (first + turn + each) % groups
+            cost = (owners - preference[group]).masked_fill(relevance[group] > 0, math.inf)
+            best = cost.argsort(stable=True)[: min(block, kept - core - start)]
+            relevance[group, best] = order[start : start + len(best)]
+            owners[best] += 1
+    return relevance
+
+
+def _falling(count: int) -> Tensor:
+    """Stored relevance of neurons in the order in which they were chosen, (count,)."""
+    return (255 - torch.arange(count) * (256 - LEAST) // max(1, count)).to(torch.uint8)

@@ -1,6 +1,7 @@
 """The masks of one neuron site: the network that makes them, and the hooks that apply them to a model's layers."""
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from .calls import Calls, MaskedCall
 from .masked_products import ReplacedForward, apply_mask, expand_mask, is_replaceable, masked_linear
-from .sites import NeuronSite, Rows, neuron_dim
+from .sites import NeuronSite, Rows, neuron_dim, spread
 
 MASK_BIAS = 1.0  # at the start: tanh(1) = .76, so that every neuron is open and can still close
 HookHandle = torch.utils.hooks.RemovableHandle | ReplacedForward
@@ -210,6 +211,39 @@ class ActivityMask(StaticMask):
             activity = self._pool(call, magnitudes).unflatten(-1, (self.site.neurons, -1)).mean(-1)
             self._collect(call, activity)
         return super()._read_mask(hidden_states, dim)
+
+
+class AssignedMask(StaticMask):
+    """Collects, where it is asked to, the mean squares by which neurons are assigned; static masks alone close them.
+
+    They are those of what is read, values, units and channels, and of queries.
+    """
+
+    is_measured = False
+
+    def mask_outputs(
+        self, rows: Rows, part: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        """As in `SiteMask`."""
+        if part == "query":
+            places = rows.indices(torch.arange(rows.size)).to(output.device)
+            self._measure(output.index_select(-1, places), partial(self.site.part_mask, part))
+        return super().mask_outputs(rows, part, layer, inputs, output)
+
+    def _read_mask(self, hidden_states: Tensor, dim: int) -> Tensor | None:
+        rows = hidden_states if dim == -1 else hidden_states.movedim(1, -1)
+        if self.site.kind == "conv":
+            self._measure(rows, lambda places: spread(places, rows.shape[-1]))
+        else:
+            self._measure(rows, self.site.read_mask)
+        return super()._read_mask(hidden_states, dim)
+
+    def _measure(self, rows: Tensor, owners: Callable[[Tensor], Tensor]) -> None:
+        call = self.calls.get()
+        if self.is_measured and call.is_enabled and not self._is_shared(call, rows):
+            squares = self._pool(call, rows.float().square())
+            places = owners(torch.arange(self.site.neurons, device=rows.device))
+            self._collect(call, squares.new_zeros(len(squares), self.site.neurons).index_add_(1, places, squares))
 
 
 def _fit_attention_mask(call: MaskedCall, attention_mask: Tensor, tokens: int) -> Tensor:

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import NeMoConfig
 
-from .assignment import assign_neurons
 from .calls import Calls, FrameMask, MaskedCall, running_backward
-from .mask_hooks import ActivityMask, GeneratedMask, HookHandle, SiteMask, StaticMask
+from .mask_hooks import ActivityMask, AssignedMask, GeneratedMask, HookHandle, SiteMask, StaticMask
 from .sites import NeuronSite
 
 LARGEST_RANK = 64
@@ -98,6 +97,18 @@ class NeuronMasks(nn.ModuleList):
         with self.calls.entered(call):
             yield collected
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Lets assigned masks collect the mean squares of their neurons in calls."""
+        own = [mask for mask in self.site_masks() if isinstance(mask, AssignedMask)]
+        for mask in own:
+            mask.is_measured = True
+        try:
+            yield
+        finally:
+            for mask in own:
+                mask.is_measured = False
+
     def relevance(self) -> dict[str, Tensor]:
         """Returns site key to relevance, uint8, shape (groups, neurons): round(255 f)."""
         return {mask.site.key: mask.relevance for mask in self.site_masks()}
@@ -134,12 +145,6 @@ def build_masks(sites: Sequence[NeuronSite], config: NeMoConfig, base_parameters
         rank = config.generator_rank or default_rank(sites, base_parameters)
         masks = [GeneratedMask(site, groups, not config.hard_masks, rank) for site in sites]
     else:
-        kind = ActivityMask if config.masks == "generated" else StaticMask
-        masks = [kind(site, groups, keeps_mean=False) for site in sites]
-    if config.masks == "assigned":
-        assert config.retention_target is not None
-        assigned = assign_neurons(sites, groups, config.retention_target, config.core_share)
-        for mask in masks:
-            if not mask.relevance.is_meta:
-                mask.relevance.copy_(255 * assigned[mask.site.key].to(torch.uint8))
+        kinds = {"generated": ActivityMask, "assigned": AssignedMask, "static": StaticMask}
+        masks = [kinds[config.masks](site, groups, keeps_mean=False) for site in sites]
     return NeuronMasks(masks, config.hard_masks, config.detach_pooled)

@@ -48,6 +48,20 @@ def magnitude_scores(model: nn.Module, sites: Sequence[NeuronSite]) -> Scores:
     return scores
 
 
+def activity_factors(model: nn.Module, site: NeuronSite) -> Tensor:
+    """What mean squares of neurons are multiplied by to get their activity scores, (neurons,), float64.
+
+    For dimensions of q.k, of which q is measured, that is the squared norm of the weights that make k.
+    """
+    factors = _read_norms(model, site, {})
+    if isinstance(site, AttentionSite):
+        layer = model.get_submodule(site.key_rows.layer)
+        norms = layer_weight(layer).cpu().flatten(1).square().sum(1)
+        own = norms[site.key_rows.indices(torch.arange(site.key_rows.size))]
+        factors[: site.parts["query_key"]] = _to_neurons(site, "key", own)
+    return factors
+
+
 def relevance_scores(sites: Sequence[NeuronSite], relevance: Mapping[str, Tensor], activity: Scores) -> Scores:
     """The relevance that training with masks gave each neuron, (neurons,) by site key; ties go by activity."""
     scores: Scores = {}

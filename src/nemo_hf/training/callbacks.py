@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from nemo_hf.hub.provenance import training_record
@@ -10,6 +11,7 @@ from nemo_hf.models.finiteness import check_finite
 
 from .data import check_before_training
 from .optimizers import check_optimizer
+from .relevance import has_assignment
 from .step_loss import StepLoss
 
 
@@ -29,7 +31,19 @@ class TrainingChecks(TrainerCallback):
         base_model = (parent.config.training or {}).get("base_model") or parent.config.base_model
         parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
         parent.report = None
+        if parent.nemo_config.masks == "assigned":  # those of a checkpoint may have been read into it
+            parent.config.relevance_source = "assigned" if has_assignment(parent.masks) else "initial"
         check_before_training(trainer, trainer._counted_data)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Assigns the neurons to label groups when their time has come, if they are to be assigned."""
+        trainer = self._trainer
+        parent, config = trainer.parent, trainer.nemo_config
+        is_due = state.global_step >= config.plain_ratio * state.max_steps
+        if config.masks != "assigned" or parent.config.relevance_source == "assigned" or not is_due:
+            return
+        with torch.random.fork_rng(devices=[]):  # the order of the training data stays what it was
+            trainer.update_relevance()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Checks that the masks have been trained."""

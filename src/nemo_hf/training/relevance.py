@@ -14,11 +14,13 @@ from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.batches import checked_batch
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import group_indices, group_membership
+from nemo_hf.neurons.assignment import assign_neurons
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.trial_calls import evaluating
 from nemo_hf.pruning.plan import RELEVANCE_SCALE, is_relevant
+from nemo_hf.pruning.scores import activity_factors
 
-from .distributed import in_step, is_sharded, raise_together
+from .distributed import in_step, is_sharded, raise_together, whole_copy
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,9 @@ class OpenCounts:
             if counts.numel():
                 counts.copy_(accelerator.reduce(counts, reduction="sum"))
 
-    def write(self) -> None:
-        """Replaces the masks' relevance by the counted shares."""
+    def write(self, parent: NeMoPreTrainedModel) -> None:
+        """Replaces the relevance of a parent by the counted shares."""
+        parent.config.relevance_source = "exact"
         total = self.samples.clamp(min=1)[:, None]
         self._store((self.opened / total * RELEVANCE_SCALE).round(), torch.ones_like(self.samples, dtype=torch.bool))
         means = (self.values / total).split(self._neurons, -1) if self.values.numel() else []
@@ -82,6 +85,40 @@ class OpenCounts:
     def _store(self, relevance: Tensor, groups: Tensor) -> None:
         for mask, part in zip(self._masks, relevance.to(torch.uint8).split(self._neurons, -1), strict=True):
             mask.relevance.copy_(torch.where(groups[:, None], part, mask.relevance))
+
+
+class ActivitySums(OpenCounts):
+    """Sums of what neurons do for the samples of each group, by which they are assigned."""
+
+    @torch.no_grad()
+    def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Adds a batch's first samples, as many as `label_ids`, by what `AssignedMask` measured."""
+        squares = torch.cat([neuron_masks[mask.site.key][: len(labels)].sum(1) for mask in self._masks], -1)
+        member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(squares.dtype)
+        self.samples += member.sum(-1)
+        self.labels += (labels[:, None] == self._label_ids if labels.ndim == 1 else labels).sum(0)
+        self.opened += member @ squares
+
+    def write(self, parent: NeMoPreTrainedModel) -> None:
+        """Assigns the neurons of a parent."""
+        config = parent.nemo_config
+        assert config.retention_target is not None
+        whole = whole_copy(parent) if is_sharded(parent) else parent
+        means = (self.opened / self.samples.clamp(min=1)[:, None]).split(self._neurons, -1)
+        sites = [mask.site for mask in self._masks]
+        scores = {
+            site.key: mean.double().cpu() * activity_factors(whole.model, site)
+            for site, mean in zip(sites, means, strict=True)
+        }
+        assigned = assign_neurons(sites, scores, config.retention_target, config.core_share)
+        for mask in self._masks:
+            mask.relevance.copy_(assigned[mask.site.key])
+        parent.config.relevance_source = "assigned"
+
+
+def has_assignment(masks: NeuronMasks) -> bool:
+    """Whether some group does without a neuron; masks start with all neurons for all groups."""
+    return any(int(table.min()) < RELEVANCE_SCALE for table in masks.relevance().values())
 
 
 def start_relevance(parent: NeMoPreTrainedModel, unseen: Collection[int]) -> None:
@@ -173,7 +210,8 @@ def compute_relevance(
 ) -> None:
     """Replaces a parent's relevance by the exact one, counted over a data set in eval mode.
 
-    That of assigned masks is what was assigned, and stays.
+    With `NeMoConfig(masks="assigned")` it assigns the neurons, by what they do for the samples of each group, unless
+    they were assigned already.
 
     Other threads may classify with the parent meanwhile, but not train it or cut modules out of it.
 
@@ -189,10 +227,27 @@ def compute_relevance(
     """
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
-    if parent.nemo_config.masks == "assigned":
+    is_assigned = parent.nemo_config.masks == "assigned"
+    if is_assigned and has_assignment(parent.masks):
         return
     check_finite(parent)
-    counts, seen, names = OpenCounts(parent.masks, group_indices(parent)), 0, list(parent.config.names.values())
+    counts: OpenCounts = (ActivitySums if is_assigned else OpenCounts)(parent.masks, group_indices(parent))
+    with parent.masks.measuring():
+        _count(parent, batches, counts, accelerator, show_progress)
+    counts.write(parent)
+    parent.report = None
+    note_unseen(parent, [index for index, count in enumerate(counts.labels.tolist()) if not count])
+
+
+def _count(
+    parent: NeMoPreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    counts: OpenCounts,
+    accelerator: Any,
+    show_progress: bool,
+) -> None:
+    """Runs the parent in eval mode over all batches, whose neuron masks are counted, in all processes together."""
+    seen, names = 0, list(parent.config.names.values())
     failed: Exception | None = None
     try:
         with evaluating(parent):
@@ -214,6 +269,3 @@ def compute_relevance(
         counts.reduce(accelerator)
     if not bool(counts.labels.any()):
         raise ValueError("Got data without a sample of any label; expected at least one. Pass data with labels.")
-    counts.write()
-    parent.config.relevance_source, parent.report = "exact", None
-    note_unseen(parent, [index for index, count in enumerate(counts.labels.tolist()) if not count])

@@ -12,7 +12,7 @@ from nemo_hf.models.labels import group_indices, label_ids, labelled_cross_entro
 from nemo_hf.pruning.plan import module_masks
 
 from . import data, distributed, losses
-from .assigned_modules import own_norm_statistics, taught_loss
+from .assigned_modules import SIZES, own_norm_statistics, taught_loss, taught_samples
 from .model_calls import MicroBatch, calls_of, check_own_loss, neuron_masks_of
 from .relevance import OpenCounts, sparsity_pressure, steer_size
 
@@ -173,7 +173,7 @@ class StepLoss:
     def _taught_module(
         self, model: nn.Module, inputs: dict[str, Any], outputs: Sequence[Any], labels: Tensor, current: MicroBatch
     ) -> Tensor:
-        """Loss of the module of random groups on the first half of a micro-batch, taught by the whole network."""
+        """Loss of the module of random groups on half of a micro-batch, taught by the whole network."""
         trainer, self.is_counted = self._trainer, True
         groups = trainer._rehearsed_groups()
         logits = next((output.logits for output in outputs if len(output.logits) == len(labels)), None)
@@ -182,15 +182,16 @@ class StepLoss:
                 "Got a compute_loss that does not call the model on a whole batch; expected outputs = model(**inputs) "
                 "in it, by which modules are taught. Call it so, or pass NeMoTrainer a compute_loss_func instead."
             )
-        if groups is None:
+        if groups is None or trainer.parent.config.relevance_source != "assigned":
             return torch.zeros((), device=logits.device)
-        half = max(1, current.real // 2)
-        static = module_masks(trainer.parent.parent_masks(), groups, trainer.nemo_config.relevance_threshold)
-        with own_norm_statistics(trainer.parent.model):
-            found = model(**select_samples(inputs, torch.arange(half)), static_masks=static, return_dict=True)
         in_module = torch.isin(self.group_of_label, groups)
+        chosen = taught_samples(labels[: current.real], in_module)
+        threshold = 1 - (1 - trainer.nemo_config.relevance_threshold) * trainer._drawn("size").choice(SIZES)
+        static = module_masks(trainer.parent.parent_masks(), groups, threshold)
+        with own_norm_statistics(trainer.parent.model):
+            found = model(**select_samples(inputs, chosen), static_masks=static, return_dict=True)
         specificity = trainer.nemo_config.specificity_weight
-        loss = current.share * taught_loss(found.logits, logits[:half], labels[:half], in_module, specificity)
+        loss = current.share * taught_loss(found.logits, logits[chosen], labels[chosen], in_module, specificity)
         self._collect(loss_module=loss)
         return loss
 
