@@ -76,7 +76,8 @@ def test_a_higher_threshold_keeps_the_first_of_the_same_neurons(family):
         assert kept[-1].any(-1).all()
         assert (kept[0] == (table > 0)).all()
         if site.kind != "attention":  # whose heads are small here
-            assert abs(kept[1].sum() / kept[0].sum() - 0.5) < 0.1
+            whole, half = (each.sum(-1) for each in kept[:2])
+            assert (half - whole / 2).abs().max() <= 1  # a neuron of the core and one of the group's own, rounded
 
 
 def test_the_core_is_best_on_average_and_private_neurons_are_best_for_their_group():
