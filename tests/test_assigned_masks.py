@@ -77,7 +77,7 @@ def test_a_higher_threshold_keeps_the_first_of_the_same_neurons(family):
         assert (kept[0] == (table > 0)).all()
         if site.kind != "attention":  # whose heads are small here
             whole, half = (each.sum(-1) for each in kept[:2])
-            assert (half - whole / 2).abs().max() <= 1  # a neuron of the core and one of the group's own, rounded
+            assert (half - whole / 2).abs().max() <= 2  # a neuron of the core and one of the group's own more
 
 
 def test_the_core_is_best_on_average_and_private_neurons_are_best_for_their_group():

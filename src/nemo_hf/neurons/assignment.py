@@ -40,9 +40,7 @@ def assign_neurons(
         ):
             heads = _heads(site, part)
             kept = max(1, round(share * (size // heads)))
-            chosen = [
-                _choose(head, kept, core_share, place + index) for index, head in enumerate(own.chunk(heads, -1))
-            ]
+            chosen = [_choose(head, kept, core_share, place + index) for index, head in enumerate(own.chunk(heads, -1))]
             parts.append(torch.cat(chosen, -1))
         found[site.key] = torch.cat(parts, -1)
     return found
