@@ -103,7 +103,7 @@ class ActivitySums(OpenCounts):
         """Assigns the neurons of a parent."""
         config = parent.nemo_config
         assert config.retention_target is not None
-        whole = whole_copy(parent) if is_sharded(parent) else parent
+        whole: Any = whole_copy(parent) if is_sharded(parent) else parent  # type: ignore[arg-type]
         means = (self.opened / self.samples.clamp(min=1)[:, None]).split(self._neurons, -1)
         sites = [mask.site for mask in self._masks]
         scores = {

@@ -1,6 +1,7 @@
 """The loss of a micro-batch in training: the task's, under module rehearsal in some steps, and the masks' terms."""
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,11 @@ class StepLoss:
         if self._group_of_label is None:
             self._group_of_label = group_indices(self._trainer.parent)
         return self._group_of_label
+
+    def draws(self, what: str = "") -> random.Random:
+        """Random choices of this optimizer step, equal in its micro-batches and processes."""
+        trainer = self._trainer
+        return random.Random(f"{trainer.args.seed} {trainer.state.global_step}{what}")  # noqa: S311 - no secrets
 
     def whole(
         self, compute_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], **kwargs: Any
@@ -186,7 +192,7 @@ class StepLoss:
             return torch.zeros((), device=logits.device)
         in_module = torch.isin(self.group_of_label, groups)
         chosen = taught_samples(labels[: current.real], in_module)
-        threshold = 1 - (1 - trainer.nemo_config.relevance_threshold) * trainer._drawn("size").choice(SIZES)
+        threshold = 1 - (1 - trainer.nemo_config.relevance_threshold) * self.draws("size").choice(SIZES)
         static = module_masks(trainer.parent.parent_masks(), groups, threshold)
         with own_norm_statistics(trainer.parent.model):
             found = model(**select_samples(inputs, chosen), static_masks=static, return_dict=True)

@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -254,15 +253,11 @@ class NeMoTrainer(Trainer):
         labels = batch_samples[-1].get("labels") if batch_samples else None
         return counted_items(labels) if isinstance(labels, Tensor) else None
 
-    def _drawn(self, what: str = "") -> random.Random:
-        """Draws for this optimizer step, equal in its micro-batches and processes."""
-        return random.Random(f"{self.args.seed} {self.state.global_step}{what}")  # noqa: S311 - not for cryptography
-
     def _rehearsed_groups(self) -> Tensor | None:
         """Draws some but not all groups for this optimizer step, or none."""
         unseen = set(self.parent.config.unseen_labels or ())
         groups = [index for index, own in enumerate(self.parent.config.groups.values()) if not unseen >= set(own)]
-        draw = self._drawn()
+        draw = self._step_loss.draws()
         is_due = self._step_loss.warmup >= 1 and draw.random() < self.nemo_config.rehearsal_probability
         if not (is_due or self.nemo_config.masks == "assigned") or len(groups) < 2:
             return None
