@@ -68,6 +68,11 @@ def randomize(model: PreTrainedModel, spread: float = 0.15, seed: int = 0) -> Pr
     return model.eval()
 
 
+def generated(**options) -> NeMoConfig:
+    """Options of masks that generators make by sample."""
+    return NeMoConfig(**{"masks": "generated", **options})
+
+
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model of a family, randomized."""
     class_name, sizes = FAMILIES[family]
@@ -100,7 +105,7 @@ def parent_of(family: str, **options) -> PreTrainedModel:
 
     `options` are those of `NeMoConfig`; the threshold is 0.6 unless they say otherwise.
     """
-    config = NeMoConfig(**{"relevance_threshold": 0.6, **options})
+    config = generated(**{"relevance_threshold": 0.6, **options})
     key = family + repr(config.to_dict())
     if key not in _PARENTS:
         _PARENTS[key] = make_parent(fresh(family), config).eval()

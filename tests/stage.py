@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import LABELS, fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import LABELS, fresh, generated, image_processor, image_samples, randomize_relevance, tokenizer
 from PIL import Image
 
 from nemo_hf import make_parent
@@ -44,7 +44,7 @@ def write_stage(directory: Path) -> None:
     tokenizer().save_pretrained(bert)
     write_animals(directory / "org/animals")
     write_texts(directory / "org/texts")
-    parent = make_parent(fresh("vit"))
+    parent = make_parent(fresh("vit"), generated())
     randomize_relevance(parent)
     parent.attach_processor(image_processor())
     parent.save_pretrained(directory / "parent")

@@ -5,11 +5,11 @@ import functools
 
 import pytest
 import torch
-from conftest import NAMES, TEXT, example_script, hooks_of, image_samples, logits_of, randomize, tiny
+from conftest import NAMES, TEXT, example_script, generated, hooks_of, image_samples, logits_of, randomize, tiny
 from training_helpers import arguments, batch_of
 from transformers import AutoModelForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoTrainer, UnsupportedArchitectureError, make_parent
+from nemo_hf import NeMoTrainer, UnsupportedArchitectureError, make_parent
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.training.relevance import compute_relevance
 
@@ -29,7 +29,7 @@ def plain_model(name):
 
 @functools.cache
 def built_parent(name):
-    return make_parent(plain_model(name), NeMoConfig(**MODA))
+    return make_parent(plain_model(name), generated(**MODA))
 
 
 def parent_of(name):
@@ -51,7 +51,7 @@ def masks_of(parent, *inputs, **named):
 
 def test_the_model_inside_a_parent_gets_no_second_masks():
     with pytest.raises(ValueError, match=r"Got the model inside a parent.*detach_masks"):
-        make_parent(parent_of("bert").model)
+        make_parent(parent_of("bert").model, generated())
 
 
 @pytest.mark.parametrize("name", paper.ARCHITECTURES)
@@ -124,7 +124,7 @@ def test_relevance_is_the_share_of_samples_in_which_a_unit_is_active_and_modules
 
 @pytest.mark.parametrize("rehearsal", [0.0, 1.0])
 def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
-    config = NeMoConfig(**{**MODA, "rehearsal_probability": rehearsal, "relevance_threshold": 0.5})
+    config = generated(**{**MODA, "rehearsal_probability": rehearsal, "relevance_threshold": 0.5})
     args = arguments(tmp_path, per_device_train_batch_size=5)
     trainer = NeMoTrainer(plain_model("simcnn"), args, train_dataset=samples(), nemo_config=config)
     before = {name: parameter.clone() for name, parameter in trainer.parent.named_parameters()}
@@ -141,22 +141,22 @@ def test_training_moves_weights_and_saves_a_parent(rehearsal, tmp_path):
 
 def test_networks_without_rectified_units_are_refused(vit):
     with pytest.raises(UnsupportedArchitectureError, match=r"model type 'vit'.*expected a network with ReLU"):
-        make_parent(vit, NeMoConfig(**MODA))
+        make_parent(vit, generated(**MODA))
     assert hooks_of(vit) == 0
 
 
 def test_streams_that_a_pooling_reads_are_rectified_too():
     stages = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "layer_type": "basic"}
     model = tiny("ResNetForImageClassification", **stages)
-    sites = make_parent(copy.deepcopy(model), NeMoConfig(**MODA)).sites
-    assert [site.key for site in sites] == [site.key for site in make_parent(model).sites]
+    sites = make_parent(copy.deepcopy(model), generated(**MODA)).sites
+    assert [site.key for site in sites] == [site.key for site in make_parent(model, generated()).sites]
 
 
 def test_soft_masks_and_a_change_of_kind_are_refused():
     with pytest.raises(ValueError, match="hard_masks=False with objective='moda'"):
-        NeMoConfig(objective="moda", hard_masks=False)
+        generated(objective="moda", hard_masks=False)
     parent = parent_of("simcnn")
     with pytest.raises(ValueError, match="has_generators=True for a parent trained with False"):
-        parent.set_nemo_config(NeMoConfig())
-    parent.set_nemo_config(NeMoConfig(**{**MODA, "sparsity_weight": 0.1}))
+        parent.set_nemo_config(generated())
+    parent.set_nemo_config(generated(**{**MODA, "sparsity_weight": 0.1}))
     assert parent.nemo_config.sparsity_weight == 0.1

@@ -8,12 +8,22 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import NAMES, example_script, logits_of, random_static, randomize, randomize_relevance, tiny, without
+from conftest import (
+    NAMES,
+    example_script,
+    generated,
+    logits_of,
+    random_static,
+    randomize,
+    randomize_relevance,
+    tiny,
+    without,
+)
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from nemo_hf import NeMoConfig, make_parent
+from nemo_hf import make_parent
 from nemo_hf.evaluation.latency import count_macs
 from nemo_hf.hub.pictures import draw_neurons
 from nemo_hf.models.extraction import make_plan
@@ -77,7 +87,7 @@ INPUTS = {"pixel_values": INPUTS}
 
 @cache
 def _parent(name: str, is_hard: bool) -> PreTrainedModel:
-    config = NeMoConfig(relevance_threshold=0.6, hard_masks=is_hard, generator_rank=4)
+    config = generated(relevance_threshold=0.6, hard_masks=is_hard, generator_rank=4)
     parent = make_parent(built(name), config, inputs=INPUTS).eval()
     randomize_relevance(parent)
     return parent
@@ -215,17 +225,17 @@ def test_a_damaged_list_of_sites_is_refused(change, message, tmp_path):
 
 
 def test_targets_that_a_model_does_not_have_make_no_difference(vit):
-    parent = make_parent(vit, NeMoConfig(targets=["attention", "ffn"]))
+    parent = make_parent(vit, generated(targets=["attention", "ffn"]))
     assert all(set(entry) == {"key", "pruning_mode"} for entry in parent.config.sites)
-    parent.set_nemo_config(NeMoConfig(warmup_ratio=0.3))
+    parent.set_nemo_config(generated(warmup_ratio=0.3))
     with pytest.raises(UnsupportedArchitectureError, match=r"no neuron sites of kind \['attention', 'ffn'\]"):
-        make_parent(built("resnet"), NeMoConfig(targets=["attention", "ffn"]), inputs=INPUTS)
+        make_parent(built("resnet"), generated(targets=["attention", "ffn"]), inputs=INPUTS)
 
 
 def test_channels_and_other_neurons_live_in_one_model():
     sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]}
     model = randomize(tiny("LevitForImageClassification", **sizes, image_size=32), 0.3)
-    parent = make_parent(model, NeMoConfig(relevance_threshold=0.6)).eval()
+    parent = make_parent(model, generated(relevance_threshold=0.6)).eval()
     kinds = [site.kind for site in parent.sites]
     assert (kinds.count("conv"), kinds.count("ffn")) == (3, 5)
     randomize_relevance(parent)
@@ -285,7 +295,7 @@ def test_channels_that_are_not_read_one_by_one_stay_whole(kind, registered, capl
     model = randomized(OddForImageClassification(OddConfig(kind=kind, **NAMES)))
     explanation, reason = find_channels(model).explanation, KINDS[kind][1]
     with caplog.at_level(logging.WARNING, "nemo_hf"):
-        parent = make_parent(model)  # the others are cut
+        parent = make_parent(model, generated())  # the others are cut
     assert {"body", "last"} <= {path for site in parent.sites for path in site.producers} or reason == MIXED
     assert any("stem" in site.producers for site in parent.sites) == (not reason)
     if kind == "weights":

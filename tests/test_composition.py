@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, fresh, image_processor, image_samples, randomize_relevance, rewrite_weights, tiny
+from conftest import NAMES, fresh, generated, image_processor, image_samples, randomize_relevance, rewrite_weights, tiny
 from safetensors.torch import load_file
 from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy
@@ -23,7 +23,7 @@ SEVERAL = "multi_label_classification"
 
 
 def parent_of(plain, seed=0):
-    parent = make_parent(plain).eval()
+    parent = make_parent(plain, generated()).eval()
     randomize_relevance(parent, seed)
     return parent
 
@@ -58,7 +58,7 @@ def test_joint_logits_are_the_modules_own_in_the_order_asked_for(modules):
 
 
 def test_modules_of_one_parent_for_all_labels_answer_as_it_does_also_in_the_trainer(tmp_path):
-    parent = make_parent(fresh("vit")).eval()  # no mask is closed yet: modules keep everything
+    parent = make_parent(fresh("vit"), generated()).eval()  # no mask is closed yet: modules keep everything
     joint = compose([parent.extract_module([ALL[2]]), parent.extract_module([n for n in ALL if n != ALL[2]])], ALL)
     samples = image_samples(6)
     batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import transformers
-from conftest import IMAGE, LABELS, TEXT, fresh, randomize_relevance
+from conftest import IMAGE, LABELS, TEXT, fresh, generated, randomize_relevance
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -80,16 +80,16 @@ def test_a_missing_class_is_refused_with_how_to_register_it(name):
 def test_a_model_whose_class_could_not_be_found_again_gets_no_masks(registered):
     model = OwnViT(OwnConfig(**IMAGE))
     with pytest.raises(TypeError, match=r"^Got a OwnViT; "):
-        make_parent(model)
+        make_parent(model, generated())
     named = MyForImageClassification(OwnConfig(**IMAGE))
     with pytest.raises(UnsupportedArchitectureError, match=r"^Got the model class 'MyForImageClass\w+'; expected"):
-        make_parent(named)
+        make_parent(named, generated())
     registered(OwnConfig, AutoModelForImageClassification, MyForImageClassification)
     with pytest.raises(TypeError, match=r"^Got a OwnViT; "):
-        make_parent(model)
+        make_parent(model, generated())
     impostor = type("ViTForImageClassification", (ViTForImageClassification,), {})  # its name means another in files
     with pytest.raises(UnsupportedArchitectureError, match="files mean by this name"):
-        make_parent(impostor(ViTConfig(**IMAGE)))
+        make_parent(impostor(ViTConfig(**IMAGE)), generated())
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
 
 
@@ -124,7 +124,7 @@ def test_labels_without_names_are_numbered(vit, tmp_path):
 
 
 def test_the_configuration_survives_the_file(tmp_path):
-    options = NeMoConfig(temperature=0.5, targets=["ffn"], label_groups={"b": ["cat", 1], "a": [2, "ship", "frog"]})
+    options = generated(temperature=0.5, targets=["ffn"], label_groups={"b": ["cat", 1], "a": [2, "ship", "frog"]})
     groups = {f"group {index}": [index] for index in reversed(range(12))}  # the rows of the relevance have this order
     said = {
         "role": "module",

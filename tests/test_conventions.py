@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from conftest import LABELS, fresh, hooks_of, image_samples, parent_of, text_samples
+from conftest import LABELS, fresh, generated, hooks_of, image_samples, parent_of, text_samples
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoModelConfig, compose, make_parent
+from nemo_hf import NeMoForImageClassification, NeMoModelConfig, compose, make_parent
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.neurons.masks import NeuronMasks
 from nemo_hf.neurons.trial_inputs import random_inputs
@@ -459,7 +459,7 @@ def test_a_parent_that_cannot_be_built_leaves_the_plain_model_as_it_was(monkeypa
 
     monkeypatch.setattr(NeuronMasks, method, fail)
     with pytest.raises(MemoryError, match="no room"):
-        attach_masks(plain, NeMoConfig())
+        attach_masks(plain, generated())
     assert plain.config.to_dict() == before
     assert hooks_of(plain) == 0
 
@@ -505,7 +505,7 @@ def test_exports_are_of_what_was_set(tmp_path):
     module.save_plain(tmp_path)
     plain = auto("gpt2").from_pretrained(tmp_path)
     assert (plain.config.pad_token_id, plain.config.output_hidden_states) == (4, True)
-    parent = make_parent(plain)
+    parent = make_parent(plain, generated())
     assert (parent.config.pad_token_id, parent.config.output_hidden_states) == (4, True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fresh, randomize_relevance
+from conftest import fresh, generated, randomize_relevance
 from hub_server import hub as hub
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
@@ -32,7 +32,7 @@ def saved(tmp_path_factory) -> Path:
         ("other", "vit", 1, "5GB"), ("bert", "bert", 0, "30KB"),
     ):  # fmt: skip
         torch.manual_seed(seed)
-        parent = make_parent(fresh(family)).eval()
+        parent = make_parent(fresh(family), generated()).eval()
         with torch.no_grad():
             next(iter(parent.model.parameters())).add_(seed)
         randomize_relevance(parent, seed)

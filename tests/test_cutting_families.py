@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import TEXT, fresh, hooks_of, logits_of, parent_of, randomize, randomize_relevance, tiny
+from conftest import TEXT, fresh, generated, hooks_of, logits_of, parent_of, randomize, randomize_relevance, tiny
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from nemo_hf import EquivalenceError, NeMoConfig, make_parent
+from nemo_hf import EquivalenceError, make_parent
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.base import base_parameters
 from nemo_hf.models.equivalence import check_equivalence
@@ -83,7 +83,7 @@ def test_parents_and_modules_survive_files_and_a_cut_on_load_is_the_same(family,
 @pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.sweep), "gpt2", "llama"])
 @pytest.mark.parametrize("pruning_mode", ["scatter", "scatter-gated", "dense-heads-kept", "dense-heads-kept-gated"])
 def test_other_pruning_modes_compute_the_same(family, pruning_mode, hard, tmp_path):
-    parent = attach_masks(fresh(family), NeMoConfig(hard_masks=hard))
+    parent = attach_masks(fresh(family), generated(hard_masks=hard))
     randomize_relevance(parent)
     last = {mask.site.kind: mask for mask in parent.masks.site_masks()}
     attention, units = last["attention"], last["ffn"]
@@ -108,13 +108,13 @@ def test_other_pruning_modes_compute_the_same(family, pruning_mode, hard, tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parents_are_cut_unless_masks_are_soft(bert, dtype):
-    parent = make_parent(bert.to(dtype), NeMoConfig(relevance_threshold=0.6)).eval()
+    parent = make_parent(bert.to(dtype), generated(relevance_threshold=0.6)).eval()
     randomize_relevance(parent)
     assert {p.dtype for p in parent.masks.parameters()} == {torch.float32}
     module = parent.extract_module(LABELS_CUT)
     assert (module.dtype, module.config.equivalence["status"]) == (dtype, "verified")
     with pytest.raises(ValueError, match="expected float32"):  # soft masks would be rounded
-        make_parent(parent.detach_masks(), NeMoConfig(hard_masks=False))
+        make_parent(parent.detach_masks(), generated(hard_masks=False))
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "swin"])
@@ -124,7 +124,7 @@ def test_activation_checkpointing_changes_no_cut_and_stays_on(family):
         model = fresh(family)
         if is_on:
             model.activation_checkpointing_enable()
-        parent = make_parent(model, NeMoConfig(relevance_threshold=0.6)).eval()
+        parent = make_parent(model, generated(relevance_threshold=0.6)).eval()
         randomize_relevance(parent)
         modules.append(parent.extract_module(LABELS_CUT))
         assert parent.detach_masks().is_activation_checkpointing is is_on
@@ -135,7 +135,9 @@ def test_activation_checkpointing_changes_no_cut_and_stays_on(family):
 
 def test_a_softmax_scale_that_follows_the_head_width_is_made_up_for():
     """MPNet computes it in forward: dense cuts are silently wrong unless q is scaled."""
-    parent = make_parent(randomize(tiny("MPNetForSequenceClassification", **{**TEXT, "num_hidden_layers": 1}), 0.3))
+    parent = make_parent(
+        randomize(tiny("MPNetForSequenceClassification", **{**TEXT, "num_hidden_layers": 1}), 0.3), generated()
+    )
     site = next(site for site in parent.sites if site.kind == "attention")
     assert site.cut_by.rescales
     randomize_relevance(parent)

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import distributed_worker as worker
 import pytest
 import torch
+from conftest import generated
 from training_helpers import assert_same_state, check_message, state, varied_parent
 from transformers import ViTConfig, ViTForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, compute_relevance, make_parent
+from nemo_hf import NeMoForImageClassification, NeMoTrainer, compute_relevance, make_parent
 from nemo_hf.neurons.masks import build_masks
 from nemo_hf.neurons.user_sites import model_sites
 from nemo_hf.training.distributed import check_parallelism, gather_masks, in_step, sharded_layers
@@ -173,8 +174,8 @@ def test_the_page_counts_parameters_as_the_library_does():
         size = {"hidden_size": int(width), "num_hidden_layers": int(layers), "num_attention_heads": int(width) // 64}
         with torch.device("meta"):
             model = ViTForImageClassification(ViTConfig(**size, intermediate_size=4 * int(width), num_labels=100))
-            sites = model_sites(model, NeMoConfig())
-            masks = build_masks(sites, NeMoConfig(), model.num_parameters(), 100)
+            sites = model_sites(model, generated())
+            masks = build_masks(sites, generated(), model.num_parameters(), 100)
         counts = [model.num_parameters() / 1e6, sum(p.numel() for p in masks.parameters()) / 1e6]
         claims = [float(value.replace(",", "")) for value in claimed[:2]]
         assert [float(f"{count:.3g}") for count in counts] == [float(f"{claim:.3g}") for claim in claims]
@@ -185,7 +186,7 @@ def test_the_page_counts_parameters_as_the_library_does():
 def test_the_page_measures_memory_as_the_library_does():
     size = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 100}
     plain, kept = ViTForImageClassification(ViTConfig(**size)).eval(), []
-    for make in (lambda: plain, lambda: make_parent(plain)):
+    for make in (lambda: plain, lambda: make_parent(plain, generated())):
         model, stored = make(), {}
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         inputs = {"pixel_values": torch.zeros(4, 3, 224, 224), "labels": torch.zeros(4, dtype=torch.long)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import LABELS, image_processor, image_samples
+from conftest import LABELS, generated, image_processor, image_samples
 from hub_server import hub as hub
 from PIL import Image
 from saving_helpers import without_drawing
@@ -69,7 +69,7 @@ def run_bash(code):
 
 RUNNERS = {
     "bash": run_bash,
-    "json": lambda code: nemo_hf.NeMoConfig(**json.loads(code)),
+    "json": lambda code: generated(**json.loads(code)),
     "bibtex": lambda code: re.fullmatch(r"@article\{\w+,\n(  \w+ += \{.*\},?\n)+\}\n", code).group(),
 }
 

@@ -7,11 +7,11 @@ from functools import cache
 import datasets
 import pytest
 import torch
-from conftest import fresh, image_samples, randomize_relevance, tiny, tokenizer
+from conftest import fresh, generated, image_samples, randomize_relevance, tiny, tokenizer
 from torch.utils.data import DataLoader
 from transformers import pipeline
 
-from nemo_hf import NeMoConfig, evaluate_module, make_parent
+from nemo_hf import evaluate_module, make_parent
 from nemo_hf.evaluation.latency import count_macs
 from nemo_hf.evaluation.report import other_groups, random_masks
 from nemo_hf.models.extraction import make_plan
@@ -37,7 +37,7 @@ class Agreement(evaluate.Metric):
 
 @cache
 def built(family="vit", seed=0, targets=("ffn", "attention")):
-    parent = make_parent(fresh(family), NeMoConfig(relevance_threshold=0.6, targets=list(targets))).eval()
+    parent = make_parent(fresh(family), generated(relevance_threshold=0.6, targets=list(targets))).eval()
     randomize_relevance(parent, seed)
     return parent
 
@@ -154,7 +154,9 @@ def test_evaluation_ignores_autocast_and_leaves_the_parent_as_it_was(parent):
 
 
 def test_random_inputs_do_not_move_the_statistics_of_norms():
-    model = make_parent(tiny("ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    model = make_parent(
+        tiny("ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]), generated()
+    )
     before = {name: value.clone() for name, value in model.train().state_dict().items()}
     assert count_macs(model) > 0
     assert model.training
@@ -182,7 +184,7 @@ def test_library_metrics_get_ids_of_the_modules_labels_and_survive_files(parent,
 def test_library_metrics_get_zeros_and_ones_where_samples_have_several_labels(metric):
     base = fresh("vit")
     base.config.problem_type = "multi_label_classification"
-    parent = make_parent(base, NeMoConfig(relevance_threshold=0.6)).eval()
+    parent = make_parent(base, generated(relevance_threshold=0.6)).eval()
     randomize_relevance(parent)
     samples = [{**s, "labels": torch.eye(5)[s["labels"]]} for s in SAMPLES]
     report = report_of(parent, [3, 0], samples, metrics=metric)

@@ -10,10 +10,10 @@ from unittest.mock import Mock
 import onnx
 import pytest
 import torch
-from conftest import fresh, image_processor, image_samples, randomize_relevance, tokenizer
+from conftest import fresh, generated, image_processor, image_samples, randomize_relevance, tokenizer
 from torch.utils.data import DataLoader
 
-from nemo_hf import NeMoConfig, UnsupportedArchitectureError, calibrate_rejection
+from nemo_hf import UnsupportedArchitectureError, calibrate_rejection
 from nemo_hf.evaluation import latency
 from nemo_hf.export.onnx import OnnxRunner
 from nemo_hf.export.plain_model import compare_latency
@@ -25,7 +25,7 @@ from nemo_hf.neurons.trial_inputs import random_inputs
 
 @cache
 def built_parent(family, hard_masks=True):
-    parent = attach_masks(fresh(family), NeMoConfig(relevance_threshold=0.6, hard_masks=hard_masks)).eval()
+    parent = attach_masks(fresh(family), generated(relevance_threshold=0.6, hard_masks=hard_masks)).eval()
     randomize_relevance(parent)
     return parent
 

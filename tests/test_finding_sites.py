@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import TEXT, fresh, random_static, randomize, randomize_relevance, tiny, without
+from conftest import TEXT, fresh, generated, random_static, randomize, randomize_relevance, tiny, without
 
-from nemo_hf import NeMoConfig, make_parent
+from nemo_hf import make_parent
 from nemo_hf.models.extraction import make_plan
 from nemo_hf.neurons.patterns import find_heads, find_sites
 from nemo_hf.neurons.sites import Rows
@@ -77,7 +77,7 @@ def test_q_k_and_v_are_found_where_they_lie(name):
 def test_a_closed_neuron_is_one_that_the_model_doesn_t_have_and_modules_are_exact(name):
     model = randomize(model_of(name), 0.2)
     plain = copy.deepcopy(model)
-    parent = make_parent(model)
+    parent = make_parent(model, generated())
     assert parent.config.equivalence["status"] == "verified"
     modes = {site.kind: site.pruning_mode for site in parent.sites}
     assert modes == {"attention": MODES.get(name, "scatter"), "ffn": "dense"}
@@ -87,7 +87,7 @@ def test_a_closed_neuron_is_one_that_the_model_doesn_t_have_and_modules_are_exac
         torch.testing.assert_close(got, without(plain, parent, static)(**inputs).logits, atol=1e-5, rtol=0)
         assert not torch.allclose(got, parent(**inputs).logits, atol=1e-3)
     for hard in (True, False):
-        parent = make_parent(parent.detach_masks(), NeMoConfig(hard_masks=hard, relevance_threshold=0.6))
+        parent = make_parent(parent.detach_masks(), generated(hard_masks=hard, relevance_threshold=0.6))
         randomize_relevance(parent)
         module = parent.extract_module([3, 1])
         assert module.config.equivalence["status"] == "verified"

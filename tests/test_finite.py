@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-from conftest import fresh, image_samples, parent_of, randomize_relevance, rewrite_weights
+from conftest import fresh, generated, image_samples, parent_of, randomize_relevance, rewrite_weights
 from safetensors.torch import load_file
 from training_helpers import arguments, assert_same_state, batch_of, state
 
 from nemo_hf import (
-    NeMoConfig,
     NeMoForImageClassification,
     NeMoTrainer,
     UnsupportedArchitectureError,
@@ -160,10 +159,10 @@ def test_a_plain_model_is_not_given_masks(vit):
     before = state(spoiled(vit, "classifier.weight"))
     model = spoiled(vit, "classifier.weight")
     with pytest.raises(ValueError, match=r"^Got NaN .*classifier\.weight; expected finite"):
-        make_parent(model)
+        make_parent(model, generated())
     assert_same_state(state(model), before, equal_nan=True)
     with pytest.raises(ValueError, match="whose pixel_values are not finite either"):
-        make_parent(vit, inputs={"pixel_values": torch.full((4, 3, 16, 16), NAN)})
+        make_parent(vit, generated(), inputs={"pixel_values": torch.full((4, 3, 16, 16), NAN)})
 
 
 def test_a_cut_on_load_reads_and_checks_only_what_stays(parent, tmp_path):
@@ -230,7 +229,7 @@ def test_a_parent_of_nan_is_neither_trained_on_nor_evaluated(parent, tmp_path):
 
 def test_a_loss_of_nan_with_finite_weights_is_a_warning(tmp_path, caplog):
     """As under a gradient scaler, which leaves such steps out."""
-    config = NeMoConfig(rehearsal_probability=0)
+    config = generated(rehearsal_probability=0)
 
     def loss(outputs, labels, num_items_in_batch=None):
         return outputs.logits.sum() * 0 + NAN
@@ -258,7 +257,7 @@ def test_another_labels_huge_bias_does_not_loosen_the_equivalence_check(bias):
     model = fresh("vit")
     with torch.no_grad():
         model.classifier.bias[4] = bias
-    parent = make_parent(model, NeMoConfig(relevance_threshold=0.6))
+    parent = make_parent(model, generated(relevance_threshold=0.6))
     randomize_relevance(parent)
     module = parent.extract_module(LABELS)
     check = module.config.equivalence

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import LABELS, fresh, image_processor, image_samples, logits_of, randomize_relevance, tokenizer
+from conftest import LABELS, fresh, generated, image_processor, image_samples, logits_of, randomize_relevance, tokenizer
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 import nemo_hf
@@ -17,7 +17,7 @@ TEXTS = [f"w{index % 7} w{index % 11} w{index % 5}" for index in range(24)]
 
 @pytest.fixture
 def parent(vit):
-    parent = nemo_hf.make_parent(vit)
+    parent = nemo_hf.make_parent(vit, generated())
     randomize_relevance(parent)
     parent.attach_processor(image_processor())
     return parent

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import LABELS, build, fresh, image_samples, logits_of, parent_of, text_samples, tiny, tokenizer
+from conftest import LABELS, build, fresh, generated, image_samples, logits_of, parent_of, text_samples, tiny, tokenizer
 from cutting_helpers import batches_for, batches_of, cut, words
 from place_helpers import IDS, plain_model, run
 from tokenizers.processors import TemplateProcessing
@@ -163,7 +163,7 @@ def test_the_second_argument_is_the_same_everywhere():
 def test_modules_cut_on_samples_are_evaluated(kind):
     source, samples = fresh("vit"), image_samples(40, seed=3)
     groups = {"pets": ["cat", "dog"], "rest": LABELS[2:]}
-    cut_from = source if kind == "plain" else make_parent(fresh("vit"), label_groups=groups)
+    cut_from = source if kind == "plain" else make_parent(fresh("vit"), generated(), label_groups=groups)
     named = {"label_groups": groups} if kind == "plain" else {}
     module = extract_module(cut_from, "pets", image_samples(), 0.4, show_progress=False, **named)
     report = evaluate_module(cut_from, "pets", DataLoader(samples, batch_size=15), module, show_progress=False)
@@ -214,7 +214,7 @@ def test_inputs_over_the_positions_are_refused_and_others_run(class_name):
     longest, padding = LONGEST[class_name]
     more = {"num_key_value_heads": 2} if class_name.startswith("Llama") else {}
     plain = tiny(class_name, **SIZES, **more)
-    model = make_parent(plain)
+    model = make_parent(plain, generated())
     module = model.extract_module([0, 1])
     for each in (model, module):
         assert logits_of(each, **inputs_of(longest, padding)).isfinite().all()

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import fresh
+from conftest import fresh, generated
 from cutting_helpers import assert_same_weights, batches_for, cut, distance
 
-from nemo_hf import NeMoConfig
 from nemo_hf.models import held_out_reconstruction
 from nemo_hf.pruning.reconstruct import Reconstruction
 
@@ -122,7 +121,7 @@ def test_nothing_is_fitted_where_the_cut_neurons_do_not_matter(monkeypatch, capl
     with torch.no_grad():
         for layer in source.bert.encoder.layer:
             layer.output.dense.weight[:, 16:] = 0
-    module = cut(source, batches, 0.5, nemo_config=NeMoConfig(targets=["ffn"]))
+    module = cut(source, batches, 0.5, nemo_config=generated(targets=["ffn"]))
     found = module.config.extraction
     assert found["neurons"] < 1
     assert not runs

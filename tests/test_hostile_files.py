@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fresh, randomize_relevance, rewrite_weights
+from conftest import fresh, generated, randomize_relevance, rewrite_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoForSequenceClassification, NeMoModelConfig
+from nemo_hf import NeMoForImageClassification, NeMoForSequenceClassification, NeMoModelConfig
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.models.weight_files import WeightFiles
 from nemo_hf.neurons.sites import with_pruning_modes
@@ -38,7 +38,7 @@ def saved(tmp_path_factory) -> Path:
     """
     root = tmp_path_factory.mktemp("saved")
     for name, family in (("", "vit"), ("scattered-", "vit"), ("rotary-", "llama")):
-        parent = attach_masks(fresh(family), NeMoConfig(hard_masks=name != "rotary-", generator_rank=4)).eval()
+        parent = attach_masks(fresh(family), generated(hard_masks=name != "rotary-", generator_rank=4)).eval()
         if name == "scattered-":
             parent.set_sites(with_pruning_modes(parent.sites, {site.key: "scatter" for site in parent.sites}))
         randomize_relevance(parent)

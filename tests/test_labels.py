@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, fresh, parent_of, text_samples
+from conftest import LABELS, fresh, generated, parent_of, text_samples
 from test_relevance import assert_relevance, naive_relevance
 from torch.nn import functional as F
 from torch.utils.data import Subset
@@ -29,7 +29,7 @@ from training_helpers import (
 )  # fmt: skip
 from transformers import AutoModelForSequenceClassification, Trainer, default_data_collator
 
-from nemo_hf import NeMoConfig, NeMoTrainer, calibrate_rejection, compute_relevance, evaluate_module
+from nemo_hf import NeMoTrainer, calibrate_rejection, compute_relevance, evaluate_module
 from nemo_hf.training.losses import mask_objective, specific_cross_entropy
 
 SINGLE, SEVERAL = "single_label_classification", "multi_label_classification"
@@ -173,7 +173,7 @@ def test_mixed_labels_and_a_loss_function_that_takes_them(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func") as error:
         NeMoTrainer(fresh("bert"), args, train_dataset=text_samples(20), **hopeless).train()
     check_message(error, "rehearsal_probability=0")
-    config = NeMoConfig(rehearsal_probability=0)
+    config = generated(rehearsal_probability=0)
     NeMoTrainer(fresh("bert"), args, train_dataset=text_samples(20), nemo_config=config, **hopeless).train()
 
 
@@ -559,7 +559,7 @@ class TestGroupColumn:
         labels = [label if label not in (1, 3) else -100 for label in IDS]
         data = text_table(label=labels, domain=DOMAINS * 4)
         trainer = NeMoTrainer(fresh("bert"), arguments(tmp_path, max_steps=1), train_dataset=data,
-                              nemo_config=NeMoConfig(group_column="domain"))  # fmt: skip
+                              nemo_config=generated(group_column="domain"))  # fmt: skip
         trainer.train()
         assert trainer.parent.config.groups == {"pet": [0, 4], "vehicle": [2], "dog": [1], "ship": [3]}
         assert trainer.parent.config.unseen_labels == [1, 3]
@@ -572,7 +572,7 @@ class TestGroupColumn:
 
         data = text_table(domain=DOMAINS * 4).with_transform(transform)
         args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
-        trainer = NeMoTrainer(fresh("bert"), args, train_dataset=data, nemo_config=NeMoConfig(group_column="domain"))
+        trainer = NeMoTrainer(fresh("bert"), args, train_dataset=data, nemo_config=generated(group_column="domain"))
         if shift:
             with pytest.raises(ValueError, match="group_column") as error:
                 trainer.train()
@@ -593,7 +593,7 @@ class TestGroupColumn:
         ids=["null", "empty", "stream"],
     )
     def test_without_groups_is_refused(self, data, words, tmp_path):
-        config, more = NeMoConfig(group_column="domain"), {"relevance_dataset": text_table(label=IDS)}
+        config, more = generated(group_column="domain"), {"relevance_dataset": text_table(label=IDS)}
         with pytest.raises(ValueError, match="Got") as error:
             NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=data, nemo_config=config, **more)
         check_message(error, *words)

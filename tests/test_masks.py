@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import SIZES, fresh, hooks_of, logits_of, random_static, randomize_relevance, tiny
+from conftest import SIZES, fresh, generated, hooks_of, logits_of, random_static, randomize_relevance, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 from transformers.initialization import no_init_weights
 
-from nemo_hf import NeMoConfig, nemo_loss
+from nemo_hf import nemo_loss
 from nemo_hf.models.attach import attach_masks
 from nemo_hf.neurons.mask_hooks import MaskGenerator
 from nemo_hf.neurons.masks import build_masks, default_rank, untied_parameters
@@ -25,7 +25,7 @@ LABELS = torch.tensor([0, 0, 1, 1])
 
 def parent_of(model, **options):
     """A parent whose masks differ from sample to sample and are closed for about half of the neurons."""
-    parent = attach_masks(model, NeMoConfig(**{"generator_rank": 16, "static_evaluation": False, **options}))
+    parent = attach_masks(model, generated(**{"generator_rank": 16, "static_evaluation": False, **options}))
     torch.manual_seed(0)
     for mask in parent.masks.site_masks():
         for parameter in mask.generator.parameters():
@@ -61,7 +61,7 @@ def test_the_default_rank_is_the_largest_within_the_budget(hidden, budget):
         model = ViTForImageClassification(config)
         sites, base = find_sites(model), model.num_parameters()
         for rank, fits in ((default_rank(sites, base), True), (default_rank(sites, base) + 1, False)):
-            masks = build_masks(sites, NeMoConfig(generator_rank=rank), base, 5)
+            masks = build_masks(sites, generated(generator_rank=rank), base, 5)
             assert (sum(p.numel() for p in masks.parameters()) <= budget * base) == fits
     assert {mask.generator.down.out_features for mask in masks.site_masks()} == {rank}
     assert (default_rank(sites, 10), default_rank(sites, 10**12)) == (1, 64)
@@ -210,7 +210,7 @@ class WithPositions(nn.Module):
 def test_what_belongs_to_no_sample_is_not_masked_and_the_order_of_layers_is_checked(pruning_mode):
     model = WithPositions()
     site = FeedForwardSite("block", "up", 4, "down", producers=(Rows("up", 0, 6),), pruning_mode=pruning_mode)
-    masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
+    masks = build_masks([site], generated(generator_rank=2), 10**5, 2)
     hidden, positions = torch.randn(4, 3, 4), torch.randn(7, 4)
     expected = model(hidden, positions)
     static = (torch.rand(4, 6) < 0.5).float()
@@ -224,7 +224,7 @@ def test_what_belongs_to_no_sample_is_not_masked_and_the_order_of_layers_is_chec
     torch.testing.assert_close(masked, opened @ model.down.weight.T + model.down.bias)
     model = WithPositions()
     site = FeedForwardSite("block", "down", 6, "up", producers=(Rows("down", 0, 4),))  # the wrong way round
-    masks = build_masks([site], NeMoConfig(generator_rank=2), 10**5, 2)
+    masks = build_masks([site], generated(generator_rank=2), 10**5, 2)
     masks.attach(model)
     with masks.call(4, None, None, None), pytest.raises(RuntimeError, match=r"^Got a call .* before its input 'down'"):
         model(hidden, positions)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, fresh, image_processor, image_samples, parent_of, randomize_relevance, tokenizer
+from conftest import TEXT, fresh, generated, image_processor, image_samples, parent_of, randomize_relevance, tokenizer
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -165,7 +165,7 @@ def test_a_parent_in_half_precision_whose_cut_scales_weights_is_cut_exactly(tmp_
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(8 if parameter.ndim > 1 else 1)
-    parent = make_parent(plain.to(torch.bfloat16)).eval()
+    parent = make_parent(plain.to(torch.bfloat16), generated()).eval()
     randomize_relevance(parent)
     assert any("rescaled" in site.pruning_mode for site in parent.sites)
     module = parent.extract_module(["cat", "dog"])

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import fresh, image_samples, randomize_relevance
+from conftest import fresh, generated, image_samples, randomize_relevance
 from datasets import Dataset
 from training_helpers import arguments, batch_of, history
 from transformers import AutoModelForImageClassification
 
-from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance, evaluate_module, make_parent
+from nemo_hf import NeMoTrainer, compute_relevance, evaluate_module, make_parent
 from nemo_hf.training import losses
 
 GROUPS = {"pets": ["cat", "dog"], "vehicles": ["car", "ship"], "rest": ["frog"]}
@@ -23,7 +23,7 @@ def several_labels_vit():
 
 
 def several_labels_parent(**options):
-    parent = make_parent(several_labels_vit(), NeMoConfig(**options)).eval()
+    parent = make_parent(several_labels_vit(), generated(**options)).eval()
     randomize_relevance(parent)
     return parent
 
@@ -56,7 +56,7 @@ def test_the_binary_loss_counts_allowed_labels_only():
 
 def test_training_goes_on_and_a_module_answers_yes_or_no(tmp_path):
     samples = several_label_samples()
-    config = NeMoConfig(label_groups=GROUPS, rehearsal_probability=1.0, warmup_ratio=0.0, relevance_threshold=0.6)
+    config = generated(label_groups=GROUPS, rehearsal_probability=1.0, warmup_ratio=0.0, relevance_threshold=0.6)
     trainer = trainer_of(several_labels_vit(), samples, tmp_path, config, max_steps=6)
     before = {name: p.detach().clone() for name, p in trainer.parent.named_parameters()}
     trainer.train()
@@ -82,7 +82,7 @@ def test_a_rehearsed_step_runs_every_sample_as_the_module(has_several, tmp_path,
     """Where a sample has several labels, and where a module is to be ignorant of other labels."""
     samples = several_label_samples() if has_several else image_samples()
     options = {"rehearsal_probability": 1.0, "warmup_ratio": 0.0, "contrastive_weight": 0, "sparsity_weight": 0}
-    config = NeMoConfig(**options, specificity_weight=0.0 if has_several else 0.5)
+    config = generated(**options, specificity_weight=0.0 if has_several else 0.5)
     trainer = trainer_of(several_labels_vit() if has_several else fresh("vit"), samples, tmp_path, config)
     randomize_relevance(trainer.parent)
     seen, forward, batch = {}, trainer.parent.forward, batch_of(samples[:10])
@@ -113,7 +113,7 @@ def test_a_rehearsed_step_runs_every_sample_as_the_module(has_several, tmp_path,
 def test_wrong_label_lists_and_a_group_column_are_refused(labels, options, message, tmp_path):
     data = Dataset.from_dict({"pixel_values": [torch.zeros(3, 16, 16).tolist()] * 3, "labels": [labels] * 3})
     with pytest.raises(ValueError, match=message):
-        trainer_of(several_labels_vit(), data, tmp_path, NeMoConfig(**options))
+        trainer_of(several_labels_vit(), data, tmp_path, generated(**options))
 
 
 @pytest.mark.parametrize("has_several", [True, False])
@@ -121,7 +121,7 @@ def test_labels_of_the_other_kind_are_refused(tmp_path, has_several):
     model = several_labels_vit() if has_several else fresh("vit")
     model.config.problem_type = model.config.problem_type or "single_label_classification"
     samples = image_samples(12) if has_several else several_label_samples(12)
-    parent, batch = make_parent(copy.deepcopy(model)), batch_of(samples)
+    parent, batch = make_parent(copy.deepcopy(model), generated()), batch_of(samples)
     for run in (
         lambda: trainer_of(model, samples, tmp_path),
         lambda: compute_relevance(parent, [batch], show_progress=False),

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import LABELS, tiny
+from conftest import LABELS, generated, tiny
 from datasets import Dataset
 from place_helpers import CHOSEN, MODELS, inputs_of, module_of, parent_of, plain_model, run
 from training_helpers import arguments, history
@@ -90,8 +90,8 @@ def test_masks_of_whole_samples_are_refused(name, tmp_path):
     model = plain_model(name)
     data = [{"labels": torch.zeros(4, dtype=torch.long), "input_ids": torch.ones(4, dtype=torch.long)}] * 2
     for attach in (
-        lambda: make_parent(model),
-        lambda: make_parent(model, NeMoConfig(objective="moda")),
+        lambda: make_parent(model, generated()),
+        lambda: make_parent(model, generated(objective="moda")),
         lambda: NeMoTrainer(model, arguments(tmp_path), train_dataset=data),
     ):
         with pytest.raises(ValueError, match=rf"Got a {MODELS[name][0]} to train with masks.*with transformers"):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import fresh, randomize
+from conftest import fresh, generated, randomize
 from cutting_helpers import batches_for
 from place_helpers import CHOSEN, IDS, close, inputs_of, plain_model, restricted, run
 from test_place_heads import AUTO
 from transformers import AutoModelForImageClassification
 
-from nemo_hf import NeMoConfig, extract_module
+from nemo_hf import extract_module
 
 DETECTORS = ("detr", "yolos", "rt-detr")
 PIXELS = ("segformer", "beit")
@@ -35,7 +35,7 @@ def batches_of(name, count=128, seed=0, size=16):
 
 
 def cut(name, source, samples, retention=0.4, **options):
-    config = NeMoConfig(targets=("attention", "ffn") if name in SLOW else ("attention", "ffn", "conv"))
+    config = generated(targets=("attention", "ffn") if name in SLOW else ("attention", "ffn", "conv"))
     return extract_module(source, CHOSEN, samples, retention, nemo_config=config, show_progress=False, **options)
 
 

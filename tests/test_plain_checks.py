@@ -8,16 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, SIZES, fresh, hooks_of, logits_of, parent_of, randomize, tiny
+from conftest import LABELS, NAMES, SIZES, fresh, generated, hooks_of, logits_of, parent_of, randomize, tiny
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForSequenceClassification
 
-from nemo_hf import NeMoConfig, UnsupportedArchitectureError, evaluate_module, make_parent
+from nemo_hf import UnsupportedArchitectureError, evaluate_module, make_parent
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 UNITS = "bert.encoder.layer.0.intermediate.dense"
-FEW = NeMoConfig(targets=["ffn"])  # few trials
+FEW = generated(targets=["ffn"])  # few trials
 WORDS = "bert.embeddings.word_embeddings"
 LAYERS = {"units": UNITS, "query": "bert.encoder.layer.1.attention.self.query", "head": "classifier",
           "pooler": "bert.pooler.dense", "embeddings": WORDS}  # fmt: skip
@@ -183,7 +183,7 @@ def test_wrapped_models_are_refused_with_the_way_to_the_plain_one(bert, wrap):
     with pytest.raises(
         TypeError, match=r"^Got a (compiled|wrapped) model.* Pass model\.(_orig_mod|module);"
     ) as refused:
-        make_parent(wrap(bert))
+        make_parent(wrap(bert), generated())
     inner = re.search(r"Pass model\.(\w+)", str(refused.value))[1]
     assert make_parent(getattr(wrap(bert), inner), FEW).is_parent
 
@@ -267,7 +267,7 @@ def test_inputs_of_trials_are_samples_that_the_model_takes(inputs, message):
 
 def test_a_model_in_half_precision_that_casts_no_images_is_cut_and_measured():
     model = tiny("ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]).bfloat16()
-    parent = make_parent(model)
+    parent = make_parent(model, generated())
     assert parent.config.equivalence["status"] == "verified"
     batch = {"pixel_values": torch.randn(4, 3, 16, 16).bfloat16(), "labels": torch.arange(4)}
     assert evaluate_module(parent, [0, 1], [batch], show_progress=False).samples == 2

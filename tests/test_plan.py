@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from conftest import generated
 
-from nemo_hf.config import NeMoConfig
 from nemo_hf.neurons.masks import build_masks
 from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, Rows
 from nemo_hf.pruning.plan import is_relevant, module_masks, plan_module, retained_neurons, static_masks
@@ -41,7 +41,7 @@ def test_a_neuron_that_no_sample_opens_is_never_kept(threshold):
     assert kept_units([0, 1, 255, 0], threshold=threshold) == [1, 2]
     assert is_relevant(torch.tensor([0, 1], dtype=torch.uint8), threshold).tolist() == [False, True]
     site = feed_forward(3)
-    masks = build_masks([site], NeMoConfig(), 10**5, 2)
+    masks = build_masks([site], generated(), 10**5, 2)
     next(masks.site_masks()).relevance.copy_(torch.tensor([[0, 0, 2], [0, 1, 0]]))
     assert module_masks(masks, slice(None), threshold)[site.key].tolist() == [0, 1, 1]
     assert module_masks(masks, torch.tensor([0]), threshold)[site.key].tolist() == [0, 0, 1]

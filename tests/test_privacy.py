@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, image_processor, image_samples, tokenizer
+from conftest import build, generated, image_processor, image_samples, tokenizer
 from hub_server import hub as hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,12 +115,12 @@ def test_only_what_came_from_the_hub_is_credited(hub, private, vit, monkeypatch)
     without_drawing(monkeypatch)
     assert [hub_name(name) for name in (str(private), "./x", "/no/x", "a/b/c", "", None)] == [None] * 6
     assert hub_name("org/model") == "org/model"
-    make_parent(vit).push_to_hub("me/parent")
+    make_parent(vit, generated()).push_to_hub("me/parent")
     build("vit").save_pretrained("me/base")
     build("vit").push_to_hub("me/real")
     local = AutoModelForImageClassification.from_pretrained("me/base")
     credited = AutoModelForImageClassification.from_pretrained("me/real")
-    parent = make_parent(local)
+    parent = make_parent(local, generated())
     parent.save_pretrained("runs/parent")
     by_path = NeMoForImageClassification.from_pretrained("runs/parent")
     cut = {"labels": ["cat", "dog"]}
@@ -130,10 +130,10 @@ def test_only_what_came_from_the_hub_is_credited(hub, private, vit, monkeypatch)
     Path("runs").rename("left")
     modules += [by_path.extract_module(["cat"]), parent.extract_module(["cat"])]
     assert [module.config.parent for module in modules] == [None] * 3
-    assert make_parent(local.__class__.from_pretrained("gone/base")).config.base_model is None
+    assert make_parent(local.__class__.from_pretrained("gone/base"), generated()).config.base_model is None
     local.name_or_path = local.config.name_or_path = "me/base"
-    assert make_parent(parent.detach_masks()).config.base_model is None  # of a directory that is gone
-    parent = make_parent(credited)
+    assert make_parent(parent.detach_masks(), generated()).config.base_model is None  # of a directory that is gone
+    parent = make_parent(credited, generated())
     assert parent.config.base_model == "me/real"
     parent.save_pretrained("again")
     assert NeMoForImageClassification.from_pretrained("again").config.base_model == "me/real"
@@ -248,7 +248,7 @@ def test_a_tokenizer_that_is_saved_reads_alike(tmp_path, bert):
     special = {"pad_token": "~", "cls_token": "/b/", "sep_token": "//", "mask_token": "/a/c"}
     own.add_special_tokens({**special, "additional_special_tokens": ["/INST", "C:\\x", TOKEN]})
     own.chat_template = "/opt/x C:\\x https://a@b/{{ messages[0].content }}"
-    parent = make_parent(bert)
+    parent = make_parent(bert, generated())
     parent.attach_processor(own)
     parent.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -263,7 +263,7 @@ def test_a_tokenizer_that_is_saved_reads_alike(tmp_path, bert):
 def test_a_processor_s_files_lose_the_machine_s_paths(tmp_path, bert):
     own = tokenizer()
     own.init_kwargs |= {"vocab_file": f"/{MARKER}/vocab.txt", "cache": f"/{MARKER}/cache", "hf_token": TOKEN}
-    parent = make_parent(bert)
+    parent = make_parent(bert, generated())
     parent.attach_processor(own)
     parent.save_pretrained(tmp_path)
     assert found(contents(tmp_path), [MARKER, TOKEN]) == []

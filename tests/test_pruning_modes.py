@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SIZES, TEXT, fresh, hooks_of, logits_of, randomize, randomize_relevance, tiny
+from conftest import SIZES, TEXT, fresh, generated, hooks_of, logits_of, randomize, randomize_relevance, tiny
 from transformers import AutoModelForAudioClassification
 
 import nemo_hf.models.extraction
-from nemo_hf import NeMoConfig, UnsupportedArchitectureError, make_parent
+from nemo_hf import UnsupportedArchitectureError, make_parent
 from nemo_hf.auto_classes import NeMoForImageClassification
 from nemo_hf.models.pruning_modes import random_keep
 from nemo_hf.neurons.patterns import find_sites
@@ -46,7 +46,7 @@ def test_a_site_whose_layers_are_never_called_is_left_out_of_masks_and_files_wit
     model = wavlm()
     keys = [site.key for site in find_sites(model)]
     with caplog.at_level(logging.WARNING, "nemo_hf"):
-        parent = make_parent(model)
+        parent = make_parent(model, generated())
     assert "Got a model in which only ffn neurons were found; the rest stays whole." in caplog.messages
     assert len(keys) == 4
     assert list(parent.masks.relevance()) == [key for key in keys if key.endswith(":ffn")]
@@ -77,14 +77,14 @@ def test_a_model_that_can_t_be_cut_is_refused_and_left_as_it_was(build):
     model(**inputs)  # may attach hooks of transformers' own
     before = hooks_of(model)
     with pytest.raises(UnsupportedArchitectureError, match=REFUSED[build]):
-        make_parent(model, NeMoConfig(targets=["attention" if build is wavlm else "ffn"]))
+        make_parent(model, generated(targets=["attention" if build is wavlm else "ffn"]))
     assert hooks_of(model) == before
 
 
 def test_a_model_that_does_not_run_on_the_inputs_is_refused(vit):
     message = r"^Got ViTForImageClassification, which does not run on .* \(2, 3, 20, 20\) \(.*\); expected .*make_p"
     with pytest.raises(ValueError, match=message) as refused:
-        make_parent(vit.train(), inputs={"pixel_values": torch.zeros(2, 3, 20, 20)})
+        make_parent(vit.train(), generated(), inputs={"pixel_values": torch.zeros(2, 3, 20, 20)})
     assert not isinstance(refused.value, UnsupportedArchitectureError)  # other inputs may do
     assert hooks_of(vit) == 0
     assert vit.training
@@ -144,7 +144,7 @@ def test_the_first_pruning_mode_that_is_exact_is_taken(vit, monkeypatch, spoil):
         return site.kind == "attention" and "heads-kept" not in site.pruning_mode
 
     tried = spoil(monkeypatch, is_spoiled)
-    parent = make_parent(vit)
+    parent = make_parent(vit, generated())
     assert {site.kind: site.pruning_mode for site in parent.sites} == {"attention": "dense-heads-kept", "ffn": "dense"}
     assert [entry["pruning_mode"] for entry in parent.config.sites] == [site.pruning_mode for site in parent.sites]
     assert parent.config.equivalence["status"] == "verified"
@@ -169,7 +169,7 @@ def test_a_site_that_no_pruning_mode_cuts_exactly_is_refused(vit, monkeypatch, w
         match=rf"^Got model type 'vit', whose {kind} neurons in 'vit.layers.0.*' can't be cut: no pruning mode cuts "
         rf"them exactly \(.*{reason}.*\)\. Leave them whole with NeMoConfig\(targets=\['{other}'\]\)\.$",
     ):
-        make_parent(vit)
+        make_parent(vit, generated())
     site = next(site for site in find_sites(plain) if site.kind == kind)
     assert {name for key, name in tried if key == site.key} == {mode.name for mode in site.pruning_modes}
     assert_unchanged(vit, plain)
@@ -191,7 +191,7 @@ def test_an_error_that_is_not_about_a_cut_is_raised_as_it_is(vit, monkeypatch, e
     plain = copy.deepcopy(vit)
     failing(monkeypatch, lambda site: True, error)
     with pytest.raises(type(error)) as raised:
-        make_parent(vit)
+        make_parent(vit, generated())
     assert raised.value is error
     monkeypatch.undo()
     assert_unchanged(vit, plain)
@@ -203,7 +203,7 @@ def test_an_error_while_a_cut_is_made_is_raised_as_it_is(vit, monkeypatch):
 
     spoiled(monkeypatch, lambda site: True, broken)
     with pytest.raises(RuntimeError, match="of a bug"):
-        make_parent(vit)
+        make_parent(vit, generated())
     assert hooks_of(vit) == 0
 
 
@@ -213,7 +213,7 @@ def test_layers_of_one_class_share_a_pruning_mode(vit, monkeypatch):
         return site.key == "vit.layers.1.attention:attention" and not site.cut_by.is_scattered
 
     spoiled(monkeypatch, is_spoiled, off_by_a_little)
-    parent = make_parent(vit)
+    parent = make_parent(vit, generated())
     assert [site.pruning_mode for site in parent.sites if site.kind == "attention"] == ["scatter", "scatter"]
 
 
@@ -221,7 +221,7 @@ def test_samples_of_ones_own_or_a_single_one_are_tried_without_their_labels(vit)
     seen = []
     vit.register_forward_pre_hook(lambda layer, inputs, kwargs: seen.append(kwargs), with_kwargs=True)
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    parent = make_parent(vit, inputs={"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])})
+    parent = make_parent(vit, generated(), inputs={"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])})
     assert parent.config.equivalence["samples"] == 3
     orders = [torch.stack([(call["pixel_values"] == image).flatten(1).all(1) for image in pixels]) for call in seen]
     assert all(bool((order.sum(0) == 1).all()) for order in orders)  # these samples and no others
@@ -229,14 +229,14 @@ def test_samples_of_ones_own_or_a_single_one_are_tried_without_their_labels(vit)
     assert all(call.get("labels") is None for call in seen)
     model = fresh("gpt2")
     model.config.pad_token_id = None  # then it takes one text at a time
-    assert make_parent(model).config.equivalence["samples"] == 1
+    assert make_parent(model, generated()).config.equivalence["samples"] == 1
 
 
 def test_a_model_keeps_its_mode_its_weights_and_statistics_and_gets_rid_of_hooks():
     sizes = {"embedding_size": 8, "hidden_sizes": [12, 16], "depths": [1, 2], "layer_type": "basic"}
     model = randomize(tiny("ResNetForImageClassification", **sizes)).train()
     before = copy.deepcopy(model.state_dict())
-    parent = make_parent(model)
+    parent = make_parent(model, generated())
     assert parent.training
     assert model.training
     assert parent.model is model
@@ -262,7 +262,7 @@ def test_about_half_of_the_chosen_neurons_are_kept_no_values_of_the_first_head_a
 def test_fresh_weights_do_not_hide_what_reads_all_units():
     """A new response norm multiplies by 0; trained, it mixes all units."""
     sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32}
-    parent = make_parent(tiny("ConvNextV2ForImageClassification", **sizes))
+    parent = make_parent(tiny("ConvNextV2ForImageClassification", **sizes), generated())
     assert {site.pruning_mode for site in parent.sites} == {"scatter-gated"}
 
 
@@ -270,12 +270,12 @@ def test_soft_masks_that_shared_positions_would_take_twice_are_refused():
     positions = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
     model = tiny("DebertaV2ForSequenceClassification", **TEXT, **positions, share_att_key=True)
     with pytest.raises(UnsupportedArchitectureError, match="deberta-v2"):
-        make_parent(model, NeMoConfig(hard_masks=False))
-    make_parent(model, NeMoConfig(hard_masks=True))
+        make_parent(model, generated(hard_masks=False))
+    make_parent(model, generated(hard_masks=True))
 
 
 def test_a_warning_says_that_described_sites_are_exact_only_with_gates(vit, caplog):
     layer = "vit.layers.*.attention"
     odd = {"kind": "ffn", "producers": [f"{layer}.q_proj"], "output": f"{layer}.o_proj"}
-    make_parent(vit, NeMoConfig(sites=[odd]))
+    make_parent(vit, generated(sites=[odd]))
     assert "look for a layer in the wrong place" in caplog.text

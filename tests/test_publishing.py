@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import LABELS, fresh, image_processor, image_samples, parent_of
+from conftest import LABELS, fresh, generated, image_processor, image_samples, parent_of
 from hub_server import hub as hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -113,7 +113,7 @@ def test_a_model_arrives_whole_and_its_snippet_runs(hub, built, kind, tmp_path, 
 def test_the_card_of_a_composed_model_says_what_it_was_joined_from(hub, parent):
     parent.push_to_hub("me/parent")
     first = AutoModelForImageClassification.from_pretrained("me/parent", labels=["car", "frog"])
-    composed = compose([first, make_parent(fresh("deit")).extract_module(["cat"])])
+    composed = compose([first, make_parent(fresh("deit"), generated()).extract_module(["cat"])])
     composed.config.scales, composed.config.biases = [1.5, 0.75], [0.25, -2.0]
     composed.push_to_hub("me/joined")
     text, metadata = card_of(hub, "me/joined")

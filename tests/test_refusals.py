@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, TEXT, fresh, logits_of, parent_of, randomize_relevance
+from conftest import LABELS, TEXT, fresh, generated, logits_of, parent_of, randomize_relevance
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -43,10 +43,10 @@ def refused(error: type[Exception], got: str, expected: str = "", do: str = ""):
 def test_heads_other_than_classification_are_refused(vit):
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
     with refused(ValueError, "1 labels", "classification with at least 2 labels", "Load the model with num_labels"):
-        make_parent(ViTForImageClassification(ViTConfig(**sizes, num_labels=1)))
+        make_parent(ViTForImageClassification(ViTConfig(**sizes, num_labels=1)), generated())
     vit.config.problem_type = "regression"
     with refused(ValueError, "problem_type='regression'", "single-label or multi-label", "Load the model with"):
-        make_parent(vit)
+        make_parent(vit, generated())
 
 
 def test_a_model_without_sites_is_refused():
@@ -58,7 +58,7 @@ def test_a_model_without_sites_is_refused():
         "attention",
         f"{reason}.*NeMoConfig.sites=.*choose a",
     ):
-        make_parent(BitForImageClassification(BitConfig(**sizes, num_labels=3)))
+        make_parent(BitForImageClassification(BitConfig(**sizes, num_labels=3)), generated())
 
 
 @pytest.mark.parametrize("attach", [attach_masks, make_parent])
@@ -75,11 +75,11 @@ def test_masks_are_attached_once(vit, attach):
 def test_adapters_and_quantized_weights_are_refused(vit):
     vit.is_quantized = True
     with refused(ValueError, "a quantized model", "plain weights", "without quantization_config"):
-        make_parent(vit)
+        make_parent(vit, generated())
     vit.peft_config = {}
     for model, call in ((vit, r"PeftModel.from_pretrained\(.*\)"), (SimpleNamespace(peft_config={}), "= model")):
         with refused(ValueError, "PEFT", "a plain one", rf"{call}.merge_and_unload\(\)"):
-            make_parent(model)
+            make_parent(model, generated())
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_adapters_and_quantized_weights_are_refused(vit):
 )
 def test_other_classes_are_refused(model, got):
     with refused(TypeError, f"a {got}"):
-        make_parent(model())
+        make_parent(model(), generated())
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_module_is_no_parent(parent):
         with refused(ValueError, "a module", "a parent", "Load the parent"):
             request()
     with refused(ValueError, "nemo_hf model", "a plain one"):
-        make_parent(module)
+        make_parent(module, generated())
 
 
 def test_a_module_of_one_label_classifies_but_does_not_train(parent):
@@ -251,7 +251,7 @@ def test_labels_of_a_module_are_ids_or_names_in_a_list(parent, labels, outcome, 
 
 
 def test_groups_of_numpy_ids_are_saved(vit, tmp_path):
-    options = NeMoConfig(label_groups={"first": list(np.arange(2)), "rest": [np.int64(2), 3, "frog"]})
+    options = generated(label_groups={"first": list(np.arange(2)), "rest": [np.int64(2), 3, "frog"]})
     attach_masks(vit, options).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert loaded.config.groups == {"first": [0, 1], "rest": [2, 3, 4]}
@@ -282,7 +282,7 @@ def test_a_head_of_other_labels_comes_from_the_plain_model(parent, tmp_path):
     for name in ("module", "parent"):
         plain = AutoModelForImageClassification.from_pretrained(tmp_path / name, **SEVEN)
         assert logits_of(plain, **PIXELS).shape == (2, 7)
-        assert make_parent(plain).config.num_labels == 7
+        assert make_parent(plain, generated()).config.num_labels == 7
 
 
 def test_joined_modules_keep_their_labels(saved):

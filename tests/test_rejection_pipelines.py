@@ -6,7 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import image_processor, image_samples, parent_of, randomize, randomize_relevance, tiny, tokenizer
+from conftest import (
+    generated,
+    image_processor,
+    image_samples,
+    parent_of,
+    randomize,
+    randomize_relevance,
+    tiny,
+    tokenizer,
+)
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
@@ -17,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from nemo_hf import NeMoConfig, calibrate_rejection, compose, evaluate_module, make_parent
+from nemo_hf import calibrate_rejection, compose, evaluate_module, make_parent
 from nemo_hf.hub.model_card import render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
 from nemo_hf.models.rejection import energy, with_rejected
@@ -111,7 +120,7 @@ def text_case(folder, _):
 
 def audio_case(folder, _):
     plain = randomize(tiny("Wav2Vec2ForSequenceClassification", **WAV2VEC2))
-    parent = make_parent(plain, NeMoConfig(relevance_threshold=0.5)).eval()
+    parent = make_parent(plain, generated(relevance_threshold=0.5)).eval()
     randomize_relevance(parent)
     module = parent.extract_module(OWN)
     module.attach_processor(Wav2Vec2FeatureExtractor())

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import build, fresh, parent_of, randomize, tiny
+from conftest import build, fresh, generated, parent_of, randomize, tiny
 from cutting_helpers import assert_same_weights, batches_for, cut, seen_by
 from torch.nn import functional as F
 
-from nemo_hf import NeMoConfig, extract_module, make_parent
+from nemo_hf import extract_module, make_parent
 from nemo_hf.neurons.sites import AttentionSite
 from nemo_hf.pruning.budget import kept_share, layer_operations, layer_weights, plan_budget
 from nemo_hf.pruning.layer_edits import layer_weight
@@ -22,7 +22,7 @@ def source_of(name):
     if name != "resnet":
         return fresh(name), parent_of(name).sites
     model = randomize(tiny("ResNetForImageClassification", **STAGES))
-    parent = make_parent(model)
+    parent = make_parent(model, generated())
     return parent.detach_masks(), parent.sites
 
 
@@ -255,6 +255,6 @@ def test_every_score_gives_exact_cuts(scores):
 
 def test_targets_say_what_is_cut():
     model, batches = fresh("bert"), batches_for("bert")
-    module = extract_module(model, [0, 1], batches, 0.3, nemo_config=NeMoConfig(targets=["ffn"]), show_progress=False)
+    module = extract_module(model, [0, 1], batches, 0.3, nemo_config=generated(targets=["ffn"]), show_progress=False)
     assert module.model.bert.encoder.layer[0].attention.self.query.weight.shape == (32, 32)
     assert module.model.bert.encoder.layer[0].intermediate.dense.out_features < 16

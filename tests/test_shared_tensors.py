@@ -6,7 +6,17 @@ import logging
 
 import pytest
 import torch
-from conftest import LABELS, build, image_samples, logits_of, parent_of, randomize, randomize_relevance, rewrite_weights
+from conftest import (
+    LABELS,
+    build,
+    generated,
+    image_samples,
+    logits_of,
+    parent_of,
+    randomize,
+    randomize_relevance,
+    rewrite_weights,
+)
 from conftest import tiny as tiny_model
 from safetensors.torch import load_file
 from transformers import (
@@ -16,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nemo_hf import NeMoConfig, calibrate_rejection, compose, make_parent
+from nemo_hf import calibrate_rejection, compose, make_parent
 from nemo_hf.auto_classes import NeMoComposedForImageClassification
 from nemo_hf.neurons.trial_inputs import random_inputs
 
@@ -32,7 +42,7 @@ BART = {
 def source(family, **options):
     if family != "bart":
         return parent_of(family, **options)
-    parent = make_parent(randomize(tiny_model("BartForSequenceClassification", **BART))).eval()
+    parent = make_parent(randomize(tiny_model("BartForSequenceClassification", **BART)), generated()).eval()
     randomize_relevance(parent)
     return parent
 
@@ -147,7 +157,7 @@ def test_a_smaller_joint_cut_is_named(case, level, caplog):
 
 
 def test_modules_of_other_sources_share_nothing_large_and_have_no_joint_cut():
-    other = make_parent(build("vit", seed=1), NeMoConfig(relevance_threshold=0.6)).eval()
+    other = make_parent(build("vit", seed=1), generated(relevance_threshold=0.6)).eval()
     randomize_relevance(other)
     modules = [parent_of("vit").extract_module(["dog"]), other.extract_module(["cat"])]
     counts = sum(module.num_parameters() for module in modules)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import fresh, image_samples, randomize_relevance
+from conftest import fresh, generated, image_samples, randomize_relevance
 from transformers import AutoModelForImageClassification
 
 from nemo_hf import calibrate_rejection, make_parent
@@ -15,7 +15,7 @@ REPORT = {"metrics": {"eval_accuracy": 0.5}}
 
 @pytest.fixture(scope="module")
 def built():
-    parent = make_parent(fresh("vit")).eval()
+    parent = make_parent(fresh("vit"), generated()).eval()
     randomize_relevance(parent)
     return parent, parent.extract_module(["cat", "dog", "car"])
 

@@ -10,7 +10,7 @@ from typing import get_args
 import datasets
 import pytest
 import torch
-from conftest import LABELS, image_samples, parent_of
+from conftest import LABELS, generated, image_samples, parent_of
 from stage import stage as stage
 from stage import template as template
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 import nemo_hf_cli
-from nemo_hf import NeMoConfig, NeMoTrainer
+from nemo_hf import NeMoTrainer
 from nemo_hf.cli import demo, main, training
 from nemo_hf.cli.data import spread_samples
 from nemo_hf.cli.dispatch import COMMANDS
@@ -235,7 +235,7 @@ def test_trackers_get_all_that_only_this_trainer_logs_under_one_prefix(tmp_path)
 def test_every_progress_bar_has_a_name(tmp_path, capsys):
     args = arguments(tmp_path, disable_tqdm=False, eval_strategy="steps", eval_steps=1)
     data = {"train_dataset": image_samples(40), "eval_dataset": image_samples(20)}
-    trainer = NeMoTrainer(varied_parent("vit"), args, nemo_config=NeMoConfig(), **data)
+    trainer = NeMoTrainer(varied_parent("vit"), args, nemo_config=generated(), **data)
     trainer.train()
     trainer.evaluate()
     states = re.split(r"[\r\n]", capsys.readouterr().err)

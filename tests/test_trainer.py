@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import fresh, image_processor, image_samples, text_samples, tokenizer
+from conftest import fresh, generated, image_processor, image_samples, text_samples, tokenizer
 from torch.nn import functional as F
 from training_helpers import (
     DOMAINS,
@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_utils import default_compute_objective
 
 import nemo_hf.training.trainer
-from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer
+from nemo_hf import NeMoForImageClassification, NeMoTrainer
 from nemo_hf.cli.demo import accuracy
 from nemo_hf.evaluation.metrics import cohesion_and_coupling
 from nemo_hf.training.losses import flatten_masks, mask_objective, sparsity_loss
@@ -44,7 +44,7 @@ from nemo_hf.training.losses import flatten_masks, mask_objective, sparsity_loss
 class TestSameAsTrainer:
     @pytest.mark.parametrize(("family", "optim"), [("vit", "sgd"), ("bert", "adamw_torch")])
     def test_base_weights_are_those_of_trainer(self, family, optim, tmp_path):
-        config = NeMoConfig(**TASK_ALONE, mask_learning_rate=0.0)
+        config = generated(**TASK_ALONE, mask_learning_rate=0.0)
         # Generators have gradients too, which count in the norm that clips.
         args = arguments(tmp_path, optim=optim, weight_decay=0.1, max_steps=3, max_grad_norm=0)
         trainer = NeMoTrainer(without_dropout(fresh(family)), args, train_dataset=SAMPLES[family](), nemo_config=config)
@@ -73,7 +73,7 @@ class TestOptimizer:
     @pytest.mark.parametrize(("given", "rate"), [(0.5, 0.5), (None, 3e-3)])
     def test_only_generators_get_the_mask_learning_rate(self, given, rate, vit, tmp_path):
         args = arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1)
-        config = NeMoConfig(mask_learning_rate=given)
+        config = generated(mask_learning_rate=given)
         trainer = NeMoTrainer(vit, args, train_dataset=image_samples(), nemo_config=config)
         decayed, rates = trainer.get_decay_parameter_names(trainer.parent), {}
         for group in trainer.create_optimizer().param_groups:
@@ -302,13 +302,13 @@ class TestGroupColumn:
         strings = text_table(domain=DOMAINS * 4)
         class_labels = strings.cast_column("domain", datasets.ClassLabel(names=["vehicle", "pet"]))
         for dataset in (strings, class_labels, strings.with_format("torch")):
-            config = NeMoConfig(group_column="domain")
+            config = generated(group_column="domain")
             parent = NeMoTrainer(fresh("bert"), arguments(tmp_path), train_dataset=dataset, nemo_config=config).parent
             assert parent.config.groups == {"pet": [0, 1, 4], "vehicle": [2, 3]}
             assert all(len(relevance) == 2 for relevance in parent.masks.relevance().values())
 
     def test_is_refused(self, tmp_path):
-        config, model = NeMoConfig(group_column="domain"), fresh("bert")
+        config, model = generated(group_column="domain"), fresh("bert")
         two_groups = text_table(domain=["vehicle", *(DOMAINS * 4)[1:]])
         for dataset, words in (
             (two_groups, ["'cat'", "'pet'", "'vehicle'", "'domain'"]),
@@ -336,7 +336,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="module") as error:
             NeMoTrainer(varied_parent("vit").extract_module(["cat", "dog"]), args, **given)
         check_message(error, "transformers.Trainer")
-        given |= {"compute_loss_func": lambda *args: 0, "nemo_config": NeMoConfig(specificity_weight=1.0)}
+        given |= {"compute_loss_func": lambda *args: 0, "nemo_config": generated(specificity_weight=1.0)}
         with pytest.raises(ValueError, match="compute_loss_func") as error:
             NeMoTrainer(vit, args, **given)
         check_message(error, "rehearsal_probability=0")
@@ -346,7 +346,7 @@ class TestRefusals:
         parent, given = varied_parent("vit"), {"train_dataset": image_samples()}
         for name, value in (options | {"label_groups": {"a": [0, 1], "b": [2, 3, 4]}}).items():
             with pytest.raises(ValueError, match=name) as error:
-                NeMoTrainer(parent, arguments(tmp_path), nemo_config=NeMoConfig(**{name: value}), **given)
+                NeMoTrainer(parent, arguments(tmp_path), nemo_config=generated(**{name: value}), **given)
             check_message(error)
 
     def test_several_gpus_of_one_process(self, vit, tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ class TestStartingPoints:
     def test_a_parent_takes_new_options_of_the_same_structure(self, detach_pooled, tmp_path):
         parent = varied_parent("vit", detach_pooled=not detach_pooled, label_groups={"a": [0, 1], "b": (2, 3, 4)})
         options = {"detach_pooled": detach_pooled, "label_groups": {"a": (0, 1), "b": [2, 3, 4]}}
-        config = NeMoConfig(**options, contrastive_weight=0, rehearsal_probability=0)
+        config = generated(**options, contrastive_weight=0, rehearsal_probability=0)
         trainer = NeMoTrainer(parent, arguments(tmp_path), train_dataset=image_samples(), nemo_config=config)
         assert trainer.parent is parent
         gradients = []
@@ -389,7 +389,7 @@ class TestStartingPoints:
     def test_model_init_begins_anew_and_keeps_processor_and_training_record(self, tmp_path):
         trainer = NeMoTrainer(
             args=arguments(tmp_path), train_dataset=image_samples(), model_init=lambda: fresh("vit"),
-            nemo_config=NeMoConfig(targets=["ffn"]), processing_class=image_processor(), eval_dataset=image_samples(10),
+            nemo_config=generated(targets=["ffn"]), processing_class=image_processor(), eval_dataset=image_samples(10),
         )  # fmt: skip
         trainer.train()
         assert trainer.parent.config.relevance_source == "exact"

@@ -6,7 +6,7 @@ import types
 import datasets
 import pytest
 import torch
-from conftest import LABELS, TEXT, fresh, randomize, text_samples, tiny
+from conftest import LABELS, TEXT, fresh, generated, randomize, text_samples, tiny
 from torch.nn import functional as F
 from training_helpers import (
     REHEARSED,
@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.hyperparameter_search import HyperParamSearchBackendBase
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
-from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
+from nemo_hf import NeMoTrainer, make_parent
 
 WEIGHTS = torch.tensor([1.0, 2.0, 1.0, 0.5, 3.0])
 
@@ -174,7 +174,7 @@ class TestOptimizers:
         with pytest.raises(ValueError, match="without 16 parameters of the mask generators") as error:
             NeMoTrainer(plain, args, train_dataset=text_samples(), optimizers=(optimizer, None))
         check_message(error, "make_parent", "optimizer_cls_and_kwargs")
-        parent = make_parent(fresh("bert"))
+        parent = make_parent(fresh("bert"), generated())
         optimizer = torch.optim.AdamW(parent.parameters(), lr=1e-2)
         for model, given in (
             (parent, {"optimizers": (optimizer, None)}),
@@ -265,7 +265,7 @@ SHAPES = {"generator_rank": 2, "label_groups": {"a": [0, 1], "b": [2, 3, 4]}}
 def folders(tmp_path_factory):
     """Output directories of a trainer of ours and of the plain one, with checkpoints."""
     saving, found = {"save_strategy": "steps", "save_steps": 1}, {}
-    for kind, given in ((NeMoTrainer, {"nemo_config": NeMoConfig(**SHAPES)}), (Trainer, {})):
+    for kind, given in ((NeMoTrainer, {"nemo_config": generated(**SHAPES)}), (Trainer, {})):
         found[kind] = tmp_path_factory.mktemp(kind.__name__)
         run(kind, found[kind], fresh("bert"), saving, **given)
     return found
@@ -291,7 +291,7 @@ class TestResuming:
     )
     def test_of_another_model_or_masks_is_refused_by_name(self, make_model, options, words, folders, tmp_path):
         model = make_model("bert")
-        config = NeMoConfig(**{**SHAPES, **options})
+        config = generated(**{**SHAPES, **options})
         trainer = NeMoTrainer(model, arguments(tmp_path), train_dataset=text_samples(), nemo_config=config)
         before = state(trainer.parent)
         with pytest.raises(ValueError, match="Got") as error:
@@ -310,13 +310,13 @@ class TestResuming:
     def test_the_same_options_in_other_words_and_weights_of_losses_may_change(self, folders, tmp_path, caplog):
         groups = {"a": ["dog", "cat"], "b": [4, 3, "car"]}
         for changed in ({}, {"contrastive_weight": 0.25, "objective": "cohesion-coupling"}):
-            config = NeMoConfig(**{**SHAPES, "label_groups": groups, **changed})
+            config = generated(**{**SHAPES, "label_groups": groups, **changed})
             args = arguments(tmp_path, per_device_train_batch_size=10)
             trainer = NeMoTrainer(fresh("bert"), args, train_dataset=text_samples(), nemo_config=config)
             trainer.train(resume_from_checkpoint=str(folders[NeMoTrainer] / "checkpoint-1"))
             for name, value in changed.items():
                 assert f"{name}={value!r}" in caplog.text
-                assert f"{name}={getattr(NeMoConfig(), name)!r}" in caplog.text
+                assert f"{name}={getattr(generated(), name)!r}" in caplog.text
             assert ("Training goes on with" in caplog.text) == bool(changed)
             assert trainer.parent.config.nemo_config["contrastive_weight"] == config.contrastive_weight
 
@@ -375,7 +375,7 @@ class TestHyperparameterSearch:
         trials, data = Trials(), {"train_dataset": text_samples(20), "eval_dataset": text_samples(20, 1)}
         trainer = NeMoTrainer(
             None, arguments(tmp_path), model_init=lambda: varied_parent("bert"), callbacks=[trials],
-            nemo_config=NeMoConfig(temperature=0.3), compute_metrics=metrics, **data,
+            nemo_config=generated(temperature=0.3), compute_metrics=metrics, **data,
         )  # fmt: skip
 
         def space(trial):
@@ -398,12 +398,12 @@ class TestHyperparameterSearch:
         trainer.log({"loss": 1.0})
         trainer.args.learning_rate = best.hyperparameters["learning_rate"]  # as the message says
         trainer.train()
-        assert trainer.nemo_config == NeMoConfig(temperature=0.3)
+        assert trainer.nemo_config == generated(temperature=0.3)
         found = []
         for rate in RATES:
             args, config = (
                 arguments(tmp_path, learning_rate=rate),
-                NeMoConfig(contrastive_weight=rate * 10, temperature=0.3),
+                generated(contrastive_weight=rate * 10, temperature=0.3),
             )
             alone = NeMoTrainer(varied_parent("bert"), args, nemo_config=config, compute_metrics=metrics, **data)
             alone.train()
@@ -417,7 +417,7 @@ class TestHyperparameterSearch:
 
         def model_init(trial):
             seen.append(trial)
-            return make_parent(fresh("bert"), NeMoConfig(targets=["ffn"] if len(seen) % 2 else ["attention"]))
+            return make_parent(fresh("bert"), generated(targets=["ffn"] if len(seen) % 2 else ["attention"]))
 
         data = {"train_dataset": text_samples(20), "eval_dataset": text_samples(20)}
         trainer = NeMoTrainer(None, arguments(tmp_path), model_init=model_init, callbacks=[trials], **data)
@@ -480,7 +480,7 @@ class TestCallbacks:
 @pytest.mark.parametrize("own_streams", [True, False])
 def test_streams_train_as_in_trainer(own_streams, tmp_path):
     stream = Stream(text_samples(20)) if own_streams else text_table().to_iterable_dataset()
-    config = NeMoConfig(**TASK_ALONE, mask_learning_rate=0.0)
+    config = generated(**TASK_ALONE, mask_learning_rate=0.0)
     args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=5, max_grad_norm=0, optim="sgd")
     given = {"nemo_config": config, "relevance_dataset": text_samples(20)}
     trainer = NeMoTrainer(without_dropout(fresh("bert")), args, train_dataset=stream, eval_dataset=stream, **given)

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, NAMES, example_script, fresh, hooks_of, image_samples, randomize, randomize_relevance, tiny
+from conftest import (
+    LABELS,
+    NAMES,
+    example_script,
+    fresh,
+    generated,
+    hooks_of,
+    image_samples,
+    randomize,
+    randomize_relevance,
+    tiny,
+)
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -40,16 +51,16 @@ def rows_model():
 
 
 def test_described_sites_shape_the_masks(vit):
-    parent = make_parent(vit, NeMoConfig(sites=VIT_SITES))
-    assert make_parent(fresh("vit"), NeMoConfig(sites=VIT_SITES, targets=["attention"])).kinds == {"attention"}
+    parent = make_parent(vit, generated(sites=VIT_SITES))
+    assert make_parent(fresh("vit"), generated(sites=VIT_SITES, targets=["attention"])).kinds == {"attention"}
     with pytest.raises(ValueError, match="no site of these targets"):
-        make_parent(fresh("vit"), NeMoConfig(sites=[UNITS], targets=["attention"]))
+        make_parent(fresh("vit"), generated(sites=[UNITS], targets=["attention"]))
     known = {site.output: site for site in find_sites(vit)}
     assert {site.output: site.parts for site in parent.sites} == {path: site.parts for path, site in known.items()}
     stars = {"kind": "ffn", "producers": ["*.layers.*.mlp.fc1"], "output": "*.layers.*.mlp.fc2"}  # filled in order
     assert build_user_sites(vit, stars) == build_user_sites(vit, UNITS)
     with pytest.raises(ValueError, match="Got sites="):
-        parent.set_nemo_config(NeMoConfig())
+        parent.set_nemo_config(generated())
 
 
 def test_sites_are_proposed_for_layers_of_any_name_and_the_model_stays_as_it_is():
@@ -80,7 +91,7 @@ def test_proposals_agree_with_what_is_known_by_name(family):
 
 
 def test_an_unknown_architecture_trains_and_its_modules_are_exact(tmp_path):
-    config = NeMoConfig(sites=ROWS_SITES, relevance_threshold=0.6)
+    config = generated(sites=ROWS_SITES, relevance_threshold=0.6)
     args = TrainingArguments(str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True)
     samples = [{**sample, "pixel_values": sample["pixel_values"][:1]} for sample in image_samples(10)]
     trainer = NeMoTrainer(rows_model(), args, train_dataset=samples, nemo_config=config)
@@ -113,7 +124,7 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path / "plain", trust_remote_code=True)
     model = AutoModelForImageClassification.from_config(loaded, trust_remote_code=True)
     randomize(model, 0.3)
-    parent = make_parent(model, NeMoConfig(sites=propose_sites(model), relevance_threshold=0.6))
+    parent = make_parent(model, generated(sites=propose_sites(model), relevance_threshold=0.6))
     randomize_relevance(parent)
     module = parent.extract_module(["cat", "car"])
     assert module.config.equivalence["status"] == "verified"
@@ -136,10 +147,10 @@ def test_a_model_of_remote_code_works_in_the_process_that_trusts_it(tmp_path):
 )
 def test_a_description_that_can_t_be_one_is_refused(site, message):
     with pytest.raises(ValueError, match=message):
-        NeMoConfig(sites=[site])
+        generated(sites=[site])
     for no_list in ([], site, 3):
         with pytest.raises(TypeError, match="expected a list of descriptions"):
-            NeMoConfig(sites=no_list)
+            generated(sites=no_list)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +169,7 @@ def test_a_description_that_can_t_be_one_is_refused(site, message):
 )
 def test_descriptions_that_don_t_fit_the_model_are_refused(vit, sites, message):
     with pytest.raises(ValueError, match=message):
-        make_parent(vit, NeMoConfig(sites=sites))
+        make_parent(vit, generated(sites=sites))
 
 
 def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
@@ -167,6 +178,6 @@ def test_inspect_proposes_options_that_work(vit, tmp_path, capsys):
     printed = capsys.readouterr().out
     options = json.loads(printed[: printed.index("\n}") + 2])
     assert options == {"sites": VIT_SITES}
-    NeMoConfig(**options).to_json_file(tmp_path / "options.json")
-    assert NeMoConfig.from_json_file(tmp_path / "options.json") == NeMoConfig(sites=VIT_SITES)
+    generated(**options).to_json_file(tmp_path / "options.json")
+    assert NeMoConfig.from_json_file(tmp_path / "options.json") == generated(sites=VIT_SITES)
     assert "equivalence check: verified" in printed

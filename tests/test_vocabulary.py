@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import LABELS, fresh, image_samples, logits_of, parent_of, randomize, text_samples, tiny
+from conftest import LABELS, fresh, generated, image_samples, logits_of, parent_of, randomize, text_samples, tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -92,7 +92,7 @@ def _module(family: str):
     if family == "t5":
         ids["decoder_start_token_id"] = ids["pad_token_id"]
     model = randomize(tiny(f"{name}ForSequenceClassification", vocab_size=len(own) + 4, **sizes, **ids), 0.3)
-    return make_parent(model).extract_module(LABELS[:3])
+    return make_parent(model, generated()).extract_module(LABELS[:3])
 
 
 def module_of(family: str):

@@ -5,10 +5,10 @@ import re
 
 import datasets
 import torch
-from conftest import build, image_samples, randomize_relevance, text_samples
+from conftest import build, generated, image_samples, randomize_relevance, text_samples
 from transformers import TrainerCallback, TrainingArguments
 
-from nemo_hf import NeMoConfig, NeMoTrainer, make_parent
+from nemo_hf import NeMoTrainer, make_parent
 from nemo_hf.config import SHAPING_OPTIONS
 
 TASK_ALONE = {"contrastive_weight": 0, "sparsity_weight": 0, "rehearsal_probability": 0}
@@ -38,7 +38,7 @@ def varied_parent(family, seed=0, **options):
     shaping = {name: value for name, value in options.items() if name in SHAPING_OPTIONS}
     key = (family, seed, repr(shaping))
     if key not in _PARENTS:
-        parent = without_dropout(make_parent(build(family, seed), NeMoConfig(**shaping)))
+        parent = without_dropout(make_parent(build(family, seed), generated(**shaping)))
         generator = torch.Generator().manual_seed(seed)
         for mask in parent.masks.site_masks():
             for weight in (mask.generator.down.weight, mask.generator.up.weight):
@@ -47,7 +47,7 @@ def varied_parent(family, seed=0, **options):
         randomize_relevance(parent, seed)
         _PARENTS[key] = parent
     parent = copy.deepcopy(_PARENTS[key])
-    parent.set_nemo_config(NeMoConfig(**options))
+    parent.set_nemo_config(generated(**options))
     return parent
 
 

@@ -33,6 +33,12 @@ SHAPING_OPTIONS = (
     "core_share",
 )
 """Options that decide the shape of a parent's masks."""
+GENERATED_OPTIONS = (
+    *("generator_rank", "objective", "contrastive_weight", "coupling_weight", "temperature", "gather_across_devices"),
+    *("sparsity_weight", "hard_masks", "static_evaluation", "detach_pooled", "mask_learning_rate", "warmup_ratio"),
+    "rehearsal_probability",
+)
+"""Options that have no effect on masks that are not generated."""
 LAYOUTS = ("one after another", "by key/value head")
 RANGES = {  # interval of each number among the options
     **dict.fromkeys(("contrastive_weight", "coupling_weight", "sparsity_weight", "specificity_weight"), "[0, inf)"),
@@ -51,13 +57,14 @@ class NeMoConfig:
     The symbols in brackets are those of the NeMo paper (arXiv 2508.11348) and of module rehearsal.
 
     Args:
-        masks: `"generated"` (by sample, from a network at each site, trained by `NeMoTrainer`), `"assigned"` (each
-            label group keeps the neurons that do most for it, `retention_target` of them; `NeMoTrainer` trains the
-            whole network, and taught by it the modules of random groups, see docs/training.md) or `"static"` (only
-            those that a call brings: what cutting a plain model needs).
+        masks: `"assigned"` (each label group keeps the neurons that do most for it, `retention_target` of them;
+            `NeMoTrainer` trains the whole network, and taught by it the modules of random groups, see
+            docs/training.md), `"generated"` (by sample, from a network at each site, as the paper has them) or
+            `"static"` (only those that a call brings: what cutting a plain model needs).
         core_share: Under `"assigned"`, share of a group's neurons, in [0, 1], that are those of all groups.
         plain_ratio: Under `"assigned"`, share of the training steps, in [0, 1], in which the network trains as a plain
-            model does; after them neurons are assigned. 0 suits a trained classifier.
+            model does, bit for bit; after them neurons are assigned, and modules are taught in the steps that are left.
+            1, the default, costs nothing and leaves modules to reconstruction; 0 suits a trained classifier.
         targets: Kinds of neurons that get masks, any of `"attention"`, `"ffn"` and `"conv"` (channels of convolutions).
         generator_rank: Hidden width of each mask generator. `None` takes the largest rank, at most 64, whose generators
             stay within 10 % of the base model's parameters (6 % from hidden size 384 up).
@@ -112,9 +119,9 @@ class NeMoConfig:
     """
 
     targets: Sequence[str] = TARGETS
-    masks: str = "generated"
+    masks: str = "assigned"
     core_share: float = 0.5
-    plain_ratio: float = 0.5
+    plain_ratio: float = 1.0
     generator_rank: int | None = None
     objective: str = "contrastive"
     contrastive_weight: float = 0.5
@@ -147,16 +154,8 @@ class NeMoConfig:
         if not self.has_generators and not self.hard_masks:
             given = "objective='moda'" if self.objective == "moda" else f"masks={self.masks!r}"
             raise ValueError(f"Got hard_masks=False with {given}; expected True: only mask generators make soft masks.")
-        if self.masks == "assigned" and self.retention_target is None:
-            raise ValueError(
-                "Got masks='assigned' without retention_target; expected the share of the weights that the module of "
-                "one group keeps. Pass retention_target=0.2, say."
-            )
-        if self.masks == "assigned" and self.objective != "contrastive":
-            raise ValueError(
-                f"Got masks='assigned' with objective={self.objective!r}, which is about masks by sample; expected "
-                "one of them. Leave the objective out."
-            )
+        if self.masks == "assigned":
+            self._check_assigned()
         self._check_groups()
         if self.sites is not None:
             if not _is_list(self.sites) or not self.sites:
@@ -167,6 +166,26 @@ class NeMoConfig:
     def has_generators(self) -> bool:
         """Whether networks make the masks; under `"moda"` the units' own activity takes their place."""
         return self.masks == "generated" and self.objective != "moda"
+
+    @property
+    def trains_modules(self) -> bool:
+        """Whether training makes modules that can do without reconstruction."""
+        return self.masks != "assigned" or self.plain_ratio < 1
+
+    def _check_assigned(self) -> None:
+        if self.retention_target is None:
+            raise ValueError(
+                "Got masks='assigned' without retention_target; expected the share of the weights that the module of "
+                "one group keeps. Pass retention_target=0.2, say."
+            )
+        defaults = {field.name: field.default for field in fields(self)}
+        given = {name: getattr(self, name) for name in GENERATED_OPTIONS if getattr(self, name) != defaults[name]}
+        if given:
+            shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ValueError(
+                f"Got {shown} for assigned masks, on which that has no effect; expected options of theirs. For masks "
+                f"by sample pass NeMoConfig(masks='generated', {shown})."
+            )
 
     def _check_masks(self) -> None:
         if not _is_list(self.targets):

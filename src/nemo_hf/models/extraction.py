@@ -107,6 +107,11 @@ def make_plan(
             "This parent's relevance was never measured, so its modules keep every neuron. Train it with NeMoTrainer, "
             "or call compute_relevance(parent, dataloader) first."
         )
+    if not source.options.trains_modules:
+        logger.warning(
+            "This parent was trained as a plain model does, no module beside it, so modules that are cut without "
+            "samples lose much. Pass calibration=..., which reconstructs them, or train with NeMoConfig(plain_ratio=0.5)."
+        )
     places = {name: index for index, name in enumerate(config.groups)}
     indices = [places[name] for name in names]
     keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)

@@ -140,6 +140,9 @@ def sample_loader(trainer: Any, dataset: Any, is_shared: bool = False, workers: 
 
 def calibration_options(trainer: Any, dataset: Any, calibration: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a cut, with the samples of a data set for one that needs some and is given none."""
+    config, asked = trainer.nemo_config, {name for name, value in options.items() if value is not None}
+    if config.masks == "assigned" and not asked & {"retention", "max_loss", "threshold", "round_to", "inputs"}:
+        options = {**options, "retention": config.retention_target}
     if calibration is None and all(options.get(name) is None for name in ("retention", "max_loss")):
         return dict(options)
     if calibration is None and dataset is None:

@@ -182,14 +182,14 @@ class StepLoss:
         """Loss of the module of random groups on half of a micro-batch, taught by the whole network."""
         trainer, self.is_counted = self._trainer, True
         groups = trainer._rehearsed_groups()
+        if groups is None or trainer.parent.config.relevance_source != "assigned":
+            return torch.zeros((), device=labels.device)
         logits = next((output.logits for output in outputs if len(output.logits) == len(labels)), None)
         if logits is None:
             raise ValueError(
                 "Got a compute_loss that does not call the model on a whole batch; expected outputs = model(**inputs) "
                 "in it, by which modules are taught. Call it so, or pass NeMoTrainer a compute_loss_func instead."
             )
-        if groups is None or trainer.parent.config.relevance_source != "assigned":
-            return torch.zeros((), device=logits.device)
         in_module = torch.isin(self.group_of_label, groups)
         chosen = taught_samples(labels[: current.real], in_module)
         threshold = 1 - (1 - trainer.nemo_config.relevance_threshold) * self.draws("size").choice(SIZES)

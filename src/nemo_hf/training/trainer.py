@@ -324,7 +324,8 @@ class NeMoTrainer(Trainer):
         """Cuts a module out of the parent: see `parent.extract_module`, to which all arguments go.
 
         With `retention` or `max_loss` the calibration samples are those of the training data, unless others are given:
-        of `relevance_dataset` or else of `train_dataset`, through the trainer's collator.
+        of `relevance_dataset` or else of `train_dataset`, through the trainer's collator. Assigned masks take
+        `retention_target` for a retention that is not given: what training leaves to do, reconstruction does.
         """
         options = data.calibration_options(self, self._counted_data, calibration, {"retention": retention, **kwargs})
         return self._whole_parent().extract_module(labels, **options)
