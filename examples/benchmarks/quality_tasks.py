@@ -290,9 +290,6 @@ TASKS: dict[str, Callable[[str, str], Task]] = {
     "digits": lambda data, model: digits(),
     "clinc150": clinc150,
     "clinc150-2000": partial(clinc150, count=2000),
-    **{
-        f"cifar10-{name}": lambda data, model, name=name: image_task(data, "cifar10", name, RATES[name])
-        for name in RATES
-    },
+    **{f"cifar10-{name}": lambda data, model, name=name: image_task(data, "cifar10", name) for name in RATES},
 }
 """Tasks by name, from the folder of the data and the name of a pretrained model."""
