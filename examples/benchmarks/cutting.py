@@ -30,9 +30,9 @@ from cutting_baselines import BASELINES, RATES, TUNED
 from cutting_units import Job, logits_of, plain_network, site_paths, site_weights
 from image_sources import TASKS as IMAGES
 from image_sources import VALIDATION
-from quality_tasks import PAIRS, Split, Task, clinc150, drawn_sets, images
 from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
+from tasks import PAIRS, Split, Task, clinc150, drawn_sets, images
 from timing import made_within
 from torch import Tensor
 from transformers import (
@@ -262,9 +262,8 @@ def summary(
             line[name] = round(mean) if name in ("parameters", "bytes") and known else mean
         losses = [100 * (row["restricted"] - row["module"]) for row in own]
         line |= {"loss": statistics.fmean(losses), "worst_loss": max(losses)}
-        lines.append(
-            line | {"specificity": None if line.get("other") is None else 100 * (line["module"] - line["other"])}
-        )
+        has_other = line.get("other") is not None
+        lines.append(line | {"specificity": 100 * (line["module"] - line["other"]) if has_other else None})
     return lines
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from quality_tasks import Split
+from tasks import Split
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

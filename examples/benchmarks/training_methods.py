@@ -21,6 +21,7 @@ Test data choose nothing: between ways the column "validation" may; `--validatio
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -33,8 +34,8 @@ import compact
 import torch
 from cutting import Bench, accuracy, append, key_of, other_set, stored_rows, summary, with_head
 from cutting_units import logits_of, plain_network, site_weights
-from quality_tasks import TASKS, CountedSeconds, Task
 from sklearn.metrics import roc_auc_score
+from tasks import TASKS, CountedSeconds, Task
 from timing import made_within
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging as transformers_logging
@@ -48,13 +49,12 @@ from nemo_hf.pruning.plan import RELEVANCE_SCALE
 
 WAYS: dict[str, dict] = {
     "raw": {"reconstruct": False},
-    "raw, relevance": {"reconstruct": False, "scores": "relevance"},
     "reconstructed": {},
     "reconstructed, relevance": {"scores": "relevance"},
     "fine-tuned": {"refine_epochs": 10},
     "fine-tuned, relevance": {"refine_epochs": 10, "scores": "relevance"},
 }
-"""Options of `nemo_hf.extract_module` by way; those by relevance are for parents only."""
+"""Options of `nemo_hf.extract_module` by way. Raw modules of parents are by relevance, too, which plain models lack."""
 RETENTIONS = (0.5, 0.3, 0.2, 0.1, 0.05)
 SAMPLES = 300  # calibration samples
 STRANGERS = 1000  # most samples of other labels that rejection is measured on
@@ -76,11 +76,12 @@ def trained(task: Task, name: str, method: str, seed: int, epochs: int, keep: Pa
 
     It is saved in `keep`. A training that was stopped goes on after its last whole epoch if the task makes checkpoints.
     """
-    options = task.methods[method]
+    options = json.loads(method) if method[:1] == "{" else task.methods[method]
     if options is not None and any(len(labels) > 1 for labels in task.groups.values()):
         options = {**options, "label_groups": task.groups}
     run = json.loads(json.dumps({"task": task.text, "options": options, "seed": seed, "epochs": epochs}))
-    folder = keep / f"{name}-{method}-{seed}"
+    shown = hashlib.sha256(method.encode()).hexdigest()[:12] if method[:1] == "{" else method
+    folder = keep / f"{name}-{shown}-{seed}"
     about, checkpoints = folder / "training.json", folder / "checkpoints"
     if not about.exists():
         train, validation, _ = task.splits(seed)
@@ -125,6 +126,8 @@ class Cuts(Bench):
                     source, labels = static_parent(source, labels), list(range(len(labels)))
             batches = [{name: v for name, v in batch.items() if name != "labels"} for batch in samples.batches(50)]
             options = {"max_samples": len(samples), "show_progress": False, **WAYS[way]}
+            if way == "raw" and self.parent is not None:
+                options["scores"] = "relevance"
             modules = nemo_hf.extract_module(source, labels, batches, list(retentions), **options)
             self.kept[key] = [module.eval() for module in modules]
         return self.kept[key]
@@ -270,7 +273,7 @@ def arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", help="All of the task if left out.")
+    parser.add_argument("--methods", nargs="+", help="All of the task if left out; or options of NeMoConfig as JSON.")
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS), help="None: train only.")
     parser.add_argument("--sets", nargs="+", help="Kinds of sets of label groups; all of the task if left out.")
     parser.add_argument("--retention", nargs="+", type=float, default=list(RETENTIONS))

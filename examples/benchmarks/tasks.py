@@ -1,4 +1,4 @@
-"""Data sets, models and label sets of `quality.py`: digits, CLINC150 and CIFAR-10."""
+"""Data sets, models and label sets of `training_methods.py` and `cutting.py`: digits, CLINC150 and CIFAR-10."""
 
 import random
 import sys
