@@ -15,7 +15,8 @@ Modules are cut on 300 unlabelled training samples of their labels. What is reco
 what serves a method best: of the plain model, `moda` and `assigned` the whole network; of `generated` the network with
 the neurons of all its modules, which it is in eval mode; of parents with soft masks (`mwt`, `nemo`, `nemo-authors`) the
 network whose neurons are scaled by the masks' means over training samples of the module's labels. "restricted" is
-always the model as it was trained, choosing among the same labels; "other" a module of other labels with this head.
+always the model as it was trained, choosing among the same labels; "other" a module of other labels with this head, or
+where the head reads neurons that are cut, the module of these labels by the scores and samples of other labels.
 Test data choose nothing: between ways the column "validation" may; `--validation` measures on it, and only prints.
 """
 
@@ -110,13 +111,18 @@ class Cuts(Bench):
         """The model, if it is one."""
         return self.source if isinstance(self.source, NeMoPreTrainedModel) else None
 
+    @property
+    def network(self) -> PreTrainedModel:
+        """The model without masks."""
+        return plain_network(self.source)
+
     def cut(
         self, way: str, groups: tuple[int, ...], seed: int, retentions: Sequence[float], others: tuple[int, ...] = ()
     ) -> list[NeMoPreTrainedModel]:
         """The modules of some groups by size, or those that `others` would make of these groups' labels."""
         key = (way, groups, others)
         if key not in self.kept:
-            while len(self.kept) >= 2:
+            while len(self.kept) >= 3:  # a set's, its control's and those of the set before
                 del self.kept[next(iter(self.kept))]
             labels, samples = self.labels(groups), self.job(others or groups, 0, SAMPLES, seed).calibration
             source = self.source
@@ -134,7 +140,12 @@ class Cuts(Bench):
 
     def share(self, model: PreTrainedModel) -> float:
         """Share of the weights of the layers that are cut."""
-        return site_weights(model, self.paths) / site_weights(plain_network(self.source), self.paths)
+        return site_weights(model, self.paths) / site_weights(self.network, self.paths)
+
+    def has_own_head(self, model: PreTrainedModel) -> bool:
+        """Whether the head reads neurons that were cut, so that no other module can have it."""
+        widths = [[net.get_submodule(path).weight.shape[1] for path in self.heads] for net in (model, self.network)]
+        return widths[0] != widths[1]
 
     def restricted(self, labels: Sequence[int]) -> float:
         """Accuracy of the whole model among some labels."""
@@ -196,9 +207,10 @@ def measure_module(cuts: Cuts, way: str, kind: str, groups: tuple[int, ...], see
     row["weights"] = cuts.share(model)
     other = other_set(cuts.task.sets[kind], groups, len(cuts.task.groups))
     if other is not None:
-        stranger = with_head(cuts.cut(way, other, seed, sizes)[place].model, model, cuts.heads)
-        if stranger is None:  # the head reads other neurons
+        if cuts.has_own_head(model):
             stranger = cuts.cut(way, groups, seed, sizes, other)[place].model
+        else:
+            stranger = with_head(cuts.cut(way, other, seed, sizes)[place].model, model, cuts.heads)
         row["other"] = accuracy(logits_of(stranger, own), own.labels)
     return row
 
