@@ -10,7 +10,7 @@ import torch
 from conftest import LABELS, benchmark_script, build
 from torch import nn
 
-tasks, cutting = benchmark_script("quality_tasks"), benchmark_script("cutting")
+tasks, cutting = benchmark_script("tasks"), benchmark_script("cutting")
 units_of, fisher = benchmark_script("cutting_units"), benchmark_script("cutting_fisher")
 baselines = benchmark_script("cutting_baselines")
 GROUPS = {name: [label] for label, name in enumerate(LABELS)}
@@ -50,7 +50,7 @@ def job(source, split, encoder):
 def bench(source, split, encoder, monkeypatch):
     trainer = partial(tasks.build_trainer, partial(copy.deepcopy, source), {})
     sets = {"pairs": [(3, 1), (0, 4), (2, 3)]}
-    task = tasks.Task("stripes", lambda seed: [split] * 3, trainer, 1, sets, [(3, 1)], 20, 1e-3, GROUPS)
+    task = tasks.Task("stripes", lambda seed: [split] * 3, trainer, 1, sets, 20, 1e-3, GROUPS)
     monkeypatch.setattr(cutting, "clinc150", lambda data, model: task)
     return cutting.Bench(task, source, [split] * 3, split, 3, encoder)
 

@@ -27,10 +27,12 @@ from pathlib import Path
 import compact
 import torch
 from cutting_baselines import BASELINES, RATES, TUNED
-from cutting_units import Images, Job, logits_of, site_paths, site_weights
-from quality_tasks import Split, Task, clinc150, drawn_sets
+from cutting_units import Job, logits_of, plain_network, site_paths, site_weights
+from image_sources import TASKS as IMAGES
+from image_sources import VALIDATION
 from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
+from tasks import PAIRS, Split, Task, clinc150, drawn_sets, images
 from timing import made_within
 from torch import Tensor
 from transformers import (
@@ -57,10 +59,7 @@ OURS: dict[str, dict] = {
 FIXED = {name for name in BASELINES if name.endswith("layers")}  # rows whose size does not follow the retention
 EPOCHS = 3  # of the source of texts
 LARGE_IMAGES, FEWER_IMAGES = 64, 2000  # images above this size are tested on fewer
-PAIRS = {
-    "cifar10": [(3, 5), (0, 8), (1, 9), (2, 4), (6, 7)],
-    "fashion-mnist": [(0, 6), (2, 4), (5, 7), (1, 3), (8, 9)],
-}
+KEYS = ("source", "data", "method", "kind", "groups", "retention", "samples", "seed", "rate")
 MEANS = ("restricted", "module", "other", "rejection", "weights", "parameters", "bytes", "peak_mib")
 BATCHES = (1, 8, 32)  # of latency
 
@@ -80,7 +79,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.paths = site_paths(self.source)
-        self.heads = find_heads(self.source, self.source.config.num_labels)
+        network = plain_network(self.source)
+        self.heads = find_heads(network, network.config.num_labels)
         self.logits = logits_of(self.source, self.measured)
         self.fingerprint = hashlib.sha256(save(tensors_of(self.source))).hexdigest()[:12]
 
@@ -189,16 +189,15 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
-def key_of(row: Mapping) -> tuple:
+def key_of(row: Mapping, names: Sequence[str] = KEYS) -> tuple:
     """What makes a row of the work file another one."""
-    names = ("source", "data", "method", "kind", "groups", "retention", "samples", "seed", "rate")
     return tuple(str(row.get(name)) for name in names)
 
 
-def stored_rows(path: Path) -> dict[tuple, dict]:
+def stored_rows(path: Path, names: Sequence[str] = KEYS) -> dict[tuple, dict]:
     """The rows of a work file by key; a line that was cut off is left out."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return {key_of(row): row for row in (json.loads(line) for line in lines if line.endswith("}"))}
+    return {key_of(row, names): row for row in (json.loads(line) for line in lines if line.endswith("}"))}
 
 
 def run(bench: Bench, given: argparse.Namespace, work: Path) -> list[dict]:
@@ -249,19 +248,22 @@ def append(path: Path, row: Mapping) -> None:
         file.write(f"{start}{json.dumps(row)}\n")
 
 
-def summary(rows: Iterable[dict]) -> list[dict]:
+def summary(
+    rows: Iterable[dict], keys: Sequence[str] = ("method", "kind", "retention", "samples", "rate"),
+    means: Sequence[str] = MEANS,
+) -> list[dict]:  # fmt: skip
     """Means over sets and seeds, and the largest loss, in points, of a module to the restricted source."""
-    keys = ("method", "kind", "retention", "samples", "rate")
     lines = []
     for values, own in compact.grouped(rows, *keys).items():
         line = {**dict(zip(keys, values, strict=True)), "seeds": sorted({row["seed"] for row in own}), "sets": len(own)}
-        for name in MEANS:
+        for name in means:
             known = [row[name] for row in own if row.get(name) is not None]
             mean = statistics.fmean(known) if known else None
             line[name] = round(mean) if name in ("parameters", "bytes") and known else mean
         losses = [100 * (row["restricted"] - row["module"]) for row in own]
         line |= {"loss": statistics.fmean(losses), "worst_loss": max(losses)}
-        lines.append(line | {"specificity": None if line["other"] is None else 100 * (line["module"] - line["other"])})
+        has_other = line.get("other") is not None
+        lines.append(line | {"specificity": 100 * (line["module"] - line["other"]) if has_other else None})
     return lines
 
 
@@ -298,14 +300,8 @@ def median_sample(data: Split) -> Tensor:
 
 def image_task(name: str, data: str, source: Path) -> Task:
     """Images for a source that `image_sources.py` trained: its training images calibrate; groups are labels."""
-    from image_sources import TASKS as IMAGES
-    from image_sources import VALIDATION
-
-    read, names = IMAGES[name]
     size = json.loads((source / "preprocessor_config.json").read_text())["size"]["height"]
-    known, test = (
-        Images({"pixel_values": p}, y, size=size) for p, y in (read(Path(data), s) for s in ("train", "test"))
-    )
+    known, test = images(data, name, size)
     train, validation = (known.rows(part) for part in (slice(-VALIDATION), slice(-VALIDATION, None)))
     if size > LARGE_IMAGES:
         test = test.rows(slice(FEWER_IMAGES))
@@ -321,10 +317,9 @@ def image_task(name: str, data: str, source: Path) -> Task:
             "triples": drawn_sets(10, 3, 3),
             "fives": drawn_sets(10, 5, 3),
         },
-        modules=[],
         batch=64,
         rate=1e-3,
-        groups={label: [index] for index, label in enumerate(names)},
+        groups={label: [index] for index, label in enumerate(IMAGES[name][1])},
     )
 
 

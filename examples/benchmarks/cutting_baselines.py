@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from cutting_fisher import fisher
 from cutting_units import Job, cut, logits_of, restrict, site_paths, site_weights, unit_groups
-from quality_tasks import Split, collate
+from tasks import Split, collate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed

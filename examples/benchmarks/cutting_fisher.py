@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from cutting_units import Job, Masks, UnitGroup, cut, unit_groups
-from quality_tasks import Split
+from tasks import Split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel

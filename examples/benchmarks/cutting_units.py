@@ -1,16 +1,16 @@
 """What the rows of `cutting.py` share: what a module is made from, heads and units of a transformer, and their cut."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from quality_tasks import Split
+from tasks import Split
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nemo_hf import make_parent
+from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.neurons.patterns import find_heads, find_sites
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 
@@ -33,31 +33,15 @@ class Job:
     encoder: str = ""  # folder or name of the pretrained encoder
 
 
-@dataclass(frozen=True)
-class Images(Split):
-    """Images in memory as bytes; models read them between -1 and 1, in their own size."""
-
-    size: int = 32
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = super().__getitem__(index)
-        return {**sample, "pixel_values": self._as_input(sample["pixel_values"][None])[0]}
-
-    def batches(self, size: int = 250) -> Iterator[dict[str, Tensor]]:
-        """All images in order."""
-        for batch in super().batches(size):
-            yield {**batch, "pixel_values": self._as_input(batch["pixel_values"])}
-
-    def _as_input(self, pixels: Tensor) -> Tensor:
-        values = pixels.float() / 127.5 - 1
-        if values.shape[-1] == self.size:
-            return values
-        return F.interpolate(values, size=(self.size, self.size), mode="bilinear", align_corners=False)
+def plain_network(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain model within a parent; a plain model is its own."""
+    return model.model if isinstance(model, NeMoPreTrainedModel) else model
 
 
 def site_paths(model: PreTrainedModel) -> list[str]:
     """Paths of the layers whose weights `retention` counts: those that make or read masked neurons."""
-    sites = make_parent(copy.deepcopy(model)).sites
+    is_parent = isinstance(model, NeMoPreTrainedModel)
+    sites = model.sites if is_parent else make_parent(copy.deepcopy(model)).sites
     return list(dict.fromkeys(path for site in sites for path in weight_paths(site)))
 
 

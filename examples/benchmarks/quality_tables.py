@@ -1,4 +1,4 @@
-"""Tables and pictures of what `quality.py` measured; `readme_tables.py` writes them into the pages."""
+"""Tables and pictures of the earlier results/quality_*.json; `readme_tables.py` writes them into the pages."""
 
 import statistics
 from collections.abc import Sequence
@@ -144,16 +144,6 @@ def page(task: str) -> str:
     found = ", ".join(f"{mean(rows, 'strangers'):.3f} ({name})" for name, rows in strangers.items())
     parts += [f"AUROC of rejecting inputs of no label: {found}."] if found else []
     return "\n\n".join([*parts, commands(stored)])
-
-
-def validation_line(name: str, stored: dict) -> str:
-    """A line of what_was_tried.md."""
-    rows, own = grouped(stored["methods"], "method")[name], sets_of(stored).get(name)
-    line = [f"`{name}`", seeds_of(rows), *cells(rows, "accuracy"), *["-"] * 4]
-    if own:
-        lost = mean(own, loss_in_points)
-        line[3:] = [*cells(own, "neurons"), f"{lost:.1f}", f"{mean(own, specificity):.1f}", *cells(rows, "coupling")]
-    return f"| {' | '.join(line)} |"
 
 
 def patching_table() -> str:
