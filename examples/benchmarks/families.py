@@ -67,7 +67,9 @@ def attach(model: PreTrainedModel) -> tuple:
     reasons = {}
     for targets in TRIED:
         try:
-            parent = make_parent(copy.deepcopy(model), NeMoConfig(targets=targets, relevance_threshold=0.6))
+            parent = make_parent(
+                copy.deepcopy(model), NeMoConfig(targets=targets, masks="generated", relevance_threshold=0.6)
+            )
         except UnsupportedArchitectureError as error:
             reasons["+".join(targets)] = str(error)
             continue

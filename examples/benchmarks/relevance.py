@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 def parent_of(model: PreTrainedModel, kept: float = 0.5, **options) -> NeMoPreTrainedModel:
     """A parent whose relevance is drawn, so that each group opens about the share `kept` of the neurons."""
-    parent = make_parent(model, NeMoConfig(**options)).to(device()).eval()
+    parent = make_parent(model, NeMoConfig(masks="generated", **options)).to(device()).eval()
     for mask in parent.masks.site_masks():
         mask.relevance.copy_((torch.rand(mask.relevance.shape) < kept).to(torch.uint8) * 255)
     parent.config.relevance_source = "exact"

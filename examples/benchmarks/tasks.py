@@ -38,7 +38,7 @@ METHODS: dict[str, dict | None] = {
     "nemo": PAPER,
     "nemo-authors": {**PAPER, "objective": "contrastive-authors"},
     "generated": {"masks": "generated"},
-    "assigned": {"masks": "assigned"},
+    "assigned": {"plain_ratio": 0.5},
 }
 """Options of `NeMoConfig` by method; `None` trains without masks."""
 CNN_METHODS = {**METHODS, "mwt": MWT, "nemo": NEMO, "nemo-authors": NEMO_AUTHORS, "moda": MODA}

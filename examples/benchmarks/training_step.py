@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from nemo_hf import NeMoConfig, NeMoTrainer
+from nemo_hf import NeMoConfig, NeMoTrainer, compute_relevance
 
 LABELS = 10
 
@@ -62,10 +62,13 @@ SETTINGS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[int], dict[st
     "ViT 128 x 6, batch 64": (lambda: vit(128, 6, 4), images, 64),
     "MiniLM, batch 32": (minilm, texts, 32),
 }
+GENERATED = {"masks": "generated", "warmup_ratio": 0.0}
 KINDS: dict[str, dict | None] = {
     "plain": None,
-    "masks": {"rehearsal_probability": 0.0},
-    "masks and rehearsal": {"rehearsal_probability": 1.0},
+    "before assignment": {},
+    "taught modules": {"plain_ratio": 0.0},
+    "masks": {**GENERATED, "rehearsal_probability": 0.0},
+    "masks and rehearsal": {**GENERATED, "rehearsal_probability": 1.0},
 }
 
 
@@ -84,7 +87,9 @@ class Step:
         if options is None:
             self.trainer = Trainer(build(), args)
         else:
-            self.trainer = NeMoTrainer(build(), args, nemo_config=NeMoConfig(warmup_ratio=0.0, **options))
+            self.trainer = NeMoTrainer(build(), args, nemo_config=NeMoConfig(**options))
+        if options == KINDS["taught modules"]:
+            compute_relevance(self.trainer.parent, [data], show_progress=False)
         model = self.trainer.model.train()
         self.trainer.create_optimizer_and_scheduler(args.max_steps)
         self.model, self.optimizer = self.trainer.accelerator.prepare(model, self.trainer.optimizer)
@@ -111,7 +116,7 @@ def measure(setting: str, rounds: int) -> list[dict]:
     peaks = {kind: float(fresh_process(__file__, "--peak", setting, kind)) for kind in KINDS}
     return [
         {"setting": setting, "step": kind, **ratio(seconds[kind], seconds["plain"]), "peak_mib": peaks[kind],
-         "generators": generators if KINDS[kind] else 0.0}
+         "generators": generators if "masks" in (KINDS[kind] or {}) else 0.0}
         for kind in KINDS
     ]  # fmt: skip
 

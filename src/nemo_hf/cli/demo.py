@@ -34,7 +34,7 @@ EPOCHS = 40  # of the plain model; half as many with masks
 SOURCES = {"plain": "Cut from the plain model", "parent": "Cut after training with masks"}
 MEASURED = {"restricted": "whole model", "accuracy": "module", "raw": "before reconstruction",
             "random": "random neurons", "other": "module of other labels"}  # fmt: skip
-OPTIONS = NeMoConfig(contrastive_weight=0.4, rehearsal_probability=0.3, retention_target=0.1)
+OPTIONS = NeMoConfig(plain_ratio=0.0, retention_target=0.1)
 
 
 class Digits(torch.utils.data.Dataset[dict[str, Any]]):

@@ -28,15 +28,19 @@ def measure_groups(
     By group: its `samples`; the shares of `neurons` and of masked layers' `weights` that its module keeps; `accuracy`
     of the module and the `parent` on these samples, answers restricted to the group's labels; and `specificity`, by
     how much the accuracy is above that under the mask of another group. Where each label is its own group, answers are
-    not restricted: there would be one. A group without a sample has sizes alone.
+    not restricted: there would be one. A group without a sample has sizes alone. Where training left modules to
+    reconstruction, there are no modules yet, and the parent alone is measured.
     """
     groups, group_of_label = parent.config.groups, group_indices(parent)
-    plans = {name: _plan(parent, ids) for name, ids in groups.items()}
+    has_modules = parent.nemo_config.trains_modules
+    plans = {name: _plan(parent, ids) if has_modules else None for name, ids in groups.items()}
     costs = layer_weights(parent.model, parent.sites)
     found: dict[str, dict[str, float]] = {}
     for name, plan in plans.items():
         share = kept_share(parent.model, parent.sites, costs, plan.keep) if plan else 0.0
-        found[name] = {"samples": 0, "neurons": plan.retained if plan else 0.0, "weights": share}
+        found[name] = {"samples": 0}
+        if has_modules:
+            found[name] |= {"neurons": plan.retained if plan else 0.0, "weights": share}
     others = [other_groups(parent, [name], seed) for name in groups]
     closed = {site.key: torch.zeros(site.neurons) for site in parent.sites}
     static = [plan.static if plan else closed for plan in plans.values()]
@@ -50,7 +54,9 @@ def measure_groups(
             outside = group_of_label[None, :] != index[:, None]
             outside &= len(groups) < len(group_of_label)
             of_other = torch.tensor(place, device=index.device)[index]
-            runs: list[dict[str, Any]] = [{}, *({"static_masks": _rows(own, rows)} for rows in (index, of_other))]
+            runs: list[dict[str, Any]] = [{}]
+            if has_modules:
+                runs += [{"static_masks": _rows(own, rows)} for rows in (index, of_other)]
             for row, masks in enumerate(runs):
                 logits = model(**inputs, **masks, return_dict=True).logits.masked_fill(outside, -torch.inf)
                 right[row].index_add_(0, index.cpu(), (logits.argmax(-1) == labels).float().cpu())
@@ -58,8 +64,9 @@ def measure_groups(
     for row, name in enumerate(groups):
         if counts[row]:
             whole, module, other = (right[:, row] / counts[row]).tolist()
-            found[name] |= {"samples": int(counts[row]), "accuracy": module, "parent": whole}
-            found[name] |= {"specificity": module - other} if others[row] else {}
+            found[name] |= {"samples": int(counts[row]), "parent": whole}
+            found[name] |= {"accuracy": module} if has_modules else {}
+            found[name] |= {"specificity": module - other} if has_modules and others[row] else {}
     return found
 
 

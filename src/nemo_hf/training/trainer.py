@@ -21,7 +21,6 @@ from nemo_hf.models.plain_checks import check_trained_masks
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.rejection import REJECTED_LABEL
 from nemo_hf.models.rejection_calibration import calibrate_rejection
-from nemo_hf.neurons.masks import NeuronMasks
 
 from . import data, distributed, hub_pushes
 from .callbacks import PhaseNames, TrainingChecks
@@ -112,12 +111,6 @@ class NeMoTrainer(Trainer):
     def nemo_config(self) -> NeMoConfig:
         """The options of this run."""
         return self.parent.nemo_config
-
-    @property
-    def _masks(self) -> NeuronMasks:
-        masks = self.parent.masks
-        assert masks is not None
-        return masks
 
     @property
     def _counted_data(self) -> Any:
@@ -219,7 +212,7 @@ class NeMoTrainer(Trainer):
                 "lowering args.per_device_eval_batch_size if memory was short, before you save it or cut modules.",
                 *(type(error).__name__, error), exc_info=error,
             )  # fmt: skip
-        warn_of_one_core(self._masks, self.nemo_config)
+        warn_of_one_core(self.parent.parent_masks(), self.nemo_config)
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -268,7 +261,7 @@ class NeMoTrainer(Trainer):
         """Logs as `Trainer` does; with the training loss go the means of its terms since the last time."""
         terms = self._step_loss.take_means() if "loss" in logs and self.model is not None else {}
         if terms:
-            terms["dead_neuron_rate"] = round(self._masks.dead_share(), 6)
+            terms["dead_neuron_rate"] = round(self.parent.parent_masks().dead_share(), 6)
             check_training(self.parent, {**logs, **terms})
             logs.update(named_scalars(terms))
         super().log(logs, start_time)
@@ -333,7 +326,12 @@ class NeMoTrainer(Trainer):
     def evaluate_module(
         self, labels: LabelLike | Sequence[LabelLike], eval_dataset: Any = None, **kwargs: Any
     ) -> ModuleReport:
-        """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`."""
+        """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`.
+
+        Where training left modules to reconstruction, it is that of `extract_module(labels)` unless `module` is given.
+        """
+        if not self.nemo_config.trains_modules and kwargs.get("module") is None:
+            kwargs["module"] = self.extract_module(labels)
         batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
         progress = not self.args.disable_tqdm
         return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
