@@ -14,12 +14,13 @@ from training_helpers import SAMPLES, arguments, batch_of, without_dropout
 from transformers import Trainer, TrainerCallback
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, compute_relevance, make_parent
+from nemo_hf.evaluation.groups import measure_groups
 from nemo_hf.neurons.assignment import assign_neurons
 from nemo_hf.neurons.sites import AttentionSite
 from nemo_hf.pruning.plan import is_relevant, module_masks
 from nemo_hf.training.assigned_modules import taught_loss
 
-ASSIGNED = {"masks": "assigned", "retention_target": 0.4}
+ASSIGNED = {"masks": "assigned", "retention_target": 0.4, "plain_ratio": 0.0}
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
 
 
@@ -139,6 +140,30 @@ def scores_of_sample(plain, sites, sample):
     return scores
 
 
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_by_default_training_is_that_of_the_plain_model(family, tmp_path, caplog):
+    samples, states = (image_samples if family == "vit" else text_samples)(60), []
+    args = arguments(tmp_path, max_steps=5, per_device_train_batch_size=12, label_smoothing_factor=0.1)
+    for kind in (Trainer, NeMoTrainer):  # with dropout
+        trainer = kind(build(family), args, train_dataset=samples, eval_dataset=samples)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][f"model.{name}"], tensor, msg=name)
+    parent = trainer.parent
+    assert parent.config.relevance_source == "assigned"
+    assert all((table == 0).any() for table in relevance_of(parent).values())
+    module = trainer.extract_module(["cat", "dog"])
+    assert module.config.extraction["distance"] <= module.config.extraction["cut_distance"]
+    assert trainer.extract_module([0], retention=0.5).config.extraction["retention"] == 0.5
+    assert trainer.evaluate_module(["cat", "dog"]).parameters == module.num_parameters()
+    assert not caplog.records
+    assert parent.extract_module([0]).config.extraction is None
+    assert "No module was trained beside this parent" in caplog.text
+    groups = measure_groups(parent, [batch_of(samples[:20])], show_progress=False)
+    assert {key for group in groups.values() for key in group} == {"samples", "parent"}
+
+
 class StepRecorder(TrainerCallback):
     def __init__(self, seen):
         self.seen = seen
@@ -149,7 +174,10 @@ class StepRecorder(TrainerCallback):
 
 def test_training_is_plain_until_neurons_are_assigned(tmp_path):
     samples, states = image_samples(60), []
-    for kind, options in ((Trainer, {}), (NeMoTrainer, {"nemo_config": NeMoConfig(**ASSIGNED, plain_ratio=0.5)})):
+    for kind, options in (
+        (Trainer, {}),
+        (NeMoTrainer, {"nemo_config": NeMoConfig(**{**ASSIGNED, "plain_ratio": 0.5})}),
+    ):
         args = arguments(tmp_path, max_steps=6, per_device_train_batch_size=12)
         trainer = kind(without_dropout(build("vit")), args, train_dataset=samples, **options)
         states.append([])
@@ -267,7 +295,7 @@ def test_training_leaves_the_assignment_and_reports_coupling(tmp_path):
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
     def trained(resume=None):
         args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=1)
-        model, config = without_dropout(build("vit")), NeMoConfig(**ASSIGNED, plain_ratio=0.5)
+        model, config = without_dropout(build("vit")), NeMoConfig(**{**ASSIGNED, "plain_ratio": 0.5})
         trainer = NeMoTrainer(model, args, train_dataset=image_samples(40), nemo_config=config)
         trainer.train(resume_from_checkpoint=resume)
         assert trainer.parent.config.relevance_source == "assigned"
@@ -301,9 +329,11 @@ def test_the_whole_network_keeps_its_own_norm_statistics(tmp_path):
     ("options", "reason"),
     [
         ({"retention_target": None}, "without retention_target"),
-        ({"objective": "moda"}, "about masks by sample"),
+        ({"objective": "moda"}, "objective='moda' for assigned masks"),
         ({"hard_masks": False}, "hard_masks=False"),
         ({"core_share": 1.5}, "core_share=1.5"),
+        ({"plain_ratio": -0.1}, "plain_ratio=-0.1"),
+        ({"contrastive_weight": 0.3, "warmup_ratio": 0.2}, r"NeMoConfig\(masks='generated', contrastive_weight=0.3"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, reason):

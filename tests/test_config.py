@@ -13,6 +13,7 @@ NAMES = dict(enumerate(LABELS))
 GROUPS = {"animals": [0, 1, 4], "vehicles": [2, 3]}
 OTHER_THAN_DEFAULT = {
     "targets": ["ffn"],
+    "masks": "generated",
     "generator_rank": 3,
     "contrastive_weight": 0.0,
     "temperature": 0.5,

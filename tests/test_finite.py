@@ -188,7 +188,7 @@ def test_training_on_a_nan_sample_ends_in_an_error_at_the_next_log_or_the_end(op
     trainer = NeMoTrainer(
         fresh("vit"), arguments(tmp_path, max_steps=6, **options), train_dataset=samples_with(NAN)[:20]
     )
-    with pytest.raises(ValueError, match=r"^Got NaN .* and 53 more; expected finite ones\. Go back to weights from"):
+    with pytest.raises(ValueError, match=r"^Got NaN .* and \d+ more; expected finite ones\. Go back to weights from"):
         trainer.train()
     assert trainer.state.global_step == (1 if options == {"logging_steps": 1} else 6)
 
@@ -214,7 +214,7 @@ def test_checkpoints_of_before_stay_and_training_goes_on_from_them(tmp_path):
     trainer.is_spoiled = False
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert trainer.state.global_step == 6
-    assert trainer.parent.config.relevance_source == "exact"
+    assert trainer.parent.config.relevance_source == "assigned"
 
 
 def test_a_parent_of_nan_is_neither_trained_on_nor_evaluated(parent, tmp_path):

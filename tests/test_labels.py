@@ -166,12 +166,12 @@ def test_mixed_labels_and_a_loss_function_that_takes_them(tmp_path):
         args = arguments(tmp_path)
         trainer = NeMoTrainer(model, args, collator(mixed), text_samples(20), compute_loss_func=loss)
         trainer.train()
-        assert trainer.parent.config.relevance_source == "exact"
+        assert trainer.parent.config.relevance_source == ("exact" if model is trainer.parent else "assigned")
         assert trainer.parent.config.problem_type == SINGLE
     assert all(labels.shape == (20, 5) and labels.is_floating_point() for labels in seen)
     hopeless = {"data_collator": collator(lambda ids: several(ids).float()), "compute_loss_func": loss}
     with pytest.raises(ValueError, match="compute_loss_func") as error:
-        NeMoTrainer(fresh("bert"), args, train_dataset=text_samples(20), **hopeless).train()
+        NeMoTrainer(fresh("bert"), args, train_dataset=text_samples(20), nemo_config=generated(), **hopeless).train()
     check_message(error, "rehearsal_probability=0")
     config = generated(rehearsal_probability=0)
     NeMoTrainer(fresh("bert"), args, train_dataset=text_samples(20), nemo_config=config, **hopeless).train()
@@ -301,7 +301,7 @@ def test_the_remedy_of_a_column_works(name, tmp_path):
     check_message(error, word)
     trainer = NeMoTrainer(model, args, train_dataset=remedy(data, model))
     trainer.train()
-    assert trainer.parent.config.relevance_source == "exact"
+    assert trainer.parent.config.relevance_source == "assigned"
 
 
 def test_class_labels_in_another_order_are_refused_in_training_and_evaluation(tmp_path):

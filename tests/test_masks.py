@@ -90,7 +90,7 @@ def test_a_mask_is_the_formula_in_0_to_1_under_autocast_too():
 
 def test_attached_masks_change_nothing_until_they_close_and_detached_ones_leave_the_plain_model(family):
     plain, reference = fresh(family), fresh(family)
-    parent = attach_masks(fresh(family))
+    parent = attach_masks(fresh(family), generated())
     assert not parent.training
     assert all(torch.equal(r, torch.full_like(r, 255)) and len(r) == 5 for r in parent.masks.relevance().values())
     inputs = random_inputs(parent)
@@ -110,7 +110,7 @@ def test_no_layer_is_skipped_at_random():
     """A layer that LayerDrop skips would have no masks in that step."""
     options = dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop"), 0.9)
     model = bart(**options)
-    parent = attach_masks(model).train()
+    parent = attach_masks(model, generated()).train()
     for config in (parent.model.config, parent.config.base_config):
         assert [getattr(config, option) for option in options] == [0.0, 0.0]
     assert {layer.layerdrop for layer in model.modules() if hasattr(layer, "layerdrop")} == {0.0}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import generated, image_samples
+from conftest import image_samples
 
 from nemo_hf import extract_module
 from nemo_hf.config import NeMoConfig
@@ -135,7 +135,7 @@ def test_commands_and_options_read_back():
     names = {"NeMoTrainer": dict, "AutoModelForImageClassification": auto, "NeMoConfig": NeMoConfig}
     found = eval(code.replace(", ...)", ")"), {**names, "TrainingArguments": lambda directory, **given: given})
     assert found["args"] == TRAINING["arguments"]
-    assert found["nemo_config"] == generated(**options)
+    assert found["nemo_config"] == NeMoConfig(**options)
 
 
 NASTY = ["a|b", "---", "[x](http://y)", "# h", "line\nbreak", "q: 'z'", "<b>", "été ✓", "```", "{{ x }}", "", " ", "\0"]

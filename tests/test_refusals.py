@@ -100,7 +100,7 @@ def test_other_classes_are_refused(model, got):
 
 @pytest.fixture
 def parent():
-    parent = attach_masks(fresh("vit"))
+    parent = attach_masks(fresh("vit"), generated())
     randomize_relevance(parent)
     return parent
 

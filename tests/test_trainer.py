@@ -327,7 +327,7 @@ def test_a_stream_is_not_read_before_training(tmp_path):
     assert len(reads) == 0
     trainer.train()
     assert reads
-    assert trainer.parent.config.relevance_source == "exact"
+    assert trainer.parent.config.relevance_source == "assigned"
 
 
 class TestRefusals:

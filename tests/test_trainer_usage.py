@@ -172,13 +172,18 @@ class TestOptimizers:
         args, plain = arguments(tmp_path), fresh("bert")
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
         with pytest.raises(ValueError, match="without 16 parameters of the mask generators") as error:
-            NeMoTrainer(plain, args, train_dataset=text_samples(), optimizers=(optimizer, None))
+            NeMoTrainer(
+                plain, args, train_dataset=text_samples(), optimizers=(optimizer, None), nemo_config=generated()
+            )
         check_message(error, "make_parent", "optimizer_cls_and_kwargs")
         parent = make_parent(fresh("bert"), generated())
         optimizer = torch.optim.AdamW(parent.parameters(), lr=1e-2)
         for model, given in (
             (parent, {"optimizers": (optimizer, None)}),
-            (fresh("bert"), {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 1e-2})}),
+            (
+                fresh("bert"),
+                {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 1e-2}), "nemo_config": generated()},
+            ),
         ):
             trainer = NeMoTrainer(model, args, train_dataset=text_samples(), **given)
             before = [parameter.clone() for parameter in trainer.parent.masks.parameters()]

@@ -1,7 +1,8 @@
 """Options of `NeMoConfig` for the objectives of other papers, with their settings for convolutional models."""
 
-PAPER = {"masks": "generated", "contrastive_weight": 0.5, "hard_masks": False, "rehearsal_probability": 0.0, "sparsity_weight": 0.0,
-         "detach_pooled": False, "retention_target": None, "relevance_threshold": 0.9}  # fmt: skip
+PAPER = {"masks": "generated", "contrastive_weight": 0.5, "hard_masks": False, "rehearsal_probability": 0.0,
+         "sparsity_weight": 0.0, "detach_pooled": False, "retention_target": None,
+         "relevance_threshold": 0.9}  # fmt: skip
 """As in the NeMo paper (arXiv 2508.11348): soft masks, no rehearsal, modules cut at a threshold of .9."""
 NEMO = {**PAPER, "contrastive_weight": 1.2}
 """Within the range that the paper gives for CNNs."""

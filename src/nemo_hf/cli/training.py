@@ -81,10 +81,10 @@ def train(options: Namespace) -> None:
         batches = DataLoader(eval_data, batch_size=arguments.per_device_eval_batch_size, collate_fn=data.collator)
         groups = measure_groups(parent, batches, show_progress=not arguments.disable_tqdm)
         trainer.log(named_scalars({f"group_{name}": value for name, value in group_means(groups).items()}))
-        print(format_groups(groups), flush=True)
         if not trainer.nemo_config.trains_modules:
             cut = f"nemo-hf cut {options.output_dir} --labels GROUP --dataset {options.dataset}"
-            print(f"\nThe parent was trained as a plain model does. To cut and reconstruct modules of it:\n{cut}")
+            print(f"\nThe parent was trained as a plain model. To cut modules and reconstruct them:\n{cut}\n")
+        print(format_groups(groups), flush=True)
     if options.baseline:
         again = _plain_model(options.model, data, arguments.seed)
         plain = Trainer(again, _alone(arguments), data.collator, train_data, eval_data, **common)

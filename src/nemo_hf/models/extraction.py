@@ -109,8 +109,8 @@ def make_plan(
         )
     if not source.options.trains_modules:
         logger.warning(
-            "This parent was trained as a plain model does, no module beside it, so modules that are cut without "
-            "samples lose much. Pass calibration=..., which reconstructs them, or train with NeMoConfig(plain_ratio=0.5)."
+            "No module was trained beside this parent, so one that is cut without samples loses much. Pass "
+            "calibration=..., by which it is reconstructed, or train with NeMoConfig(plain_ratio=0.5)."
         )
     places = {name: index for index, name in enumerate(config.groups)}
     indices = [places[name] for name in names]
