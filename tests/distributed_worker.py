@@ -11,10 +11,10 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, reduce
-from conftest import image_samples
-from training_helpers import Spoiled, Stream, arguments, batch_of, history, state, varied_parent
+from conftest import build, image_samples
+from training_helpers import Spoiled, Stream, arguments, batch_of, history, state, varied_parent, without_dropout
 
-from nemo_hf import NeMoTrainer
+from nemo_hf import NeMoConfig, NeMoTrainer
 from nemo_hf.cli.demo import accuracy
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -70,6 +70,17 @@ def counted(directory):
     source = trainer.parent.config.relevance_source
     trainer.update_relevance(Stream(image_samples(13)))
     return {"source": source, "parent": state(trainer.parent)}
+
+
+def assigned(directory):
+    """The parent after two plain steps, the assignment, and two steps with taught modules."""
+    backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
+    args = arguments(directory, per_device_train_batch_size=10 // PROCESSES, max_steps=4, optim="sgd", **backend)
+    config = NeMoConfig(plain_ratio=0.5, retention_target=0.4, specificity_weight=0.2)
+    model = without_dropout(build("vit"))
+    trainer = NeMoTrainer(model, args, train_dataset=image_samples(63), nemo_config=config)
+    trainer.train()
+    return {"losses": history(trainer, "nemo/loss_module"), "state": state(trainer.parent)}
 
 
 class ShardedTrainer(NeMoTrainer):
@@ -130,6 +141,7 @@ def replicated(out):
     found["resumed"] = trained(out / "two again", out / "one" / "checkpoint-2")
     found["checkpointing"] = trained(out / "replayed", activation_checkpointing=True)
     found["counted"] = counted(out / "counted")
+    found["assigned"] = assigned(out / "assigned")
     found["bf16"] = trained(out / "bf16", bf16=True)
     return found
 

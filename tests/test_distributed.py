@@ -87,6 +87,19 @@ def test_a_process_that_can_not_count_its_samples_stops_no_other_and_streams_are
         assert_same_state(state(parent), result["counted"]["parent"], rtol=0, atol=0)
 
 
+def test_neurons_are_assigned_alike_in_all_processes(two, tmp_path):
+    """Each teaches modules on samples of its own, so that losses differ from those of one process."""
+    first, second = (result["assigned"] for result in two)
+    assert_same_state(first["state"], second["state"], rtol=0, atol=0)
+    assert len(first["losses"]) >= 2
+    expected = worker.assigned(tmp_path)["state"]
+    tables = [name for name in expected if name.endswith("relevance")]
+    assert tables
+    for name in tables:
+        assert (first["state"][name] == expected[name]).float().mean() > 0.9, name  # but for near ties
+        assert (expected[name] == 0).any()
+
+
 def test_a_run_is_that_of_one_process(one, two):
     assert worker.EVALUATED % 4 not in (0, 1)  # the last batches of an evaluation are filled up
     for name in ("trained", "checkpointing", "bf16", "resumed"):

@@ -1,4 +1,4 @@
-"""`NeMoTrainer`: `transformers.Trainer` that trains a classifier together with its neuron masks."""
+"""`NeMoTrainer`: `transformers.Trainer` that trains a classifier from which modules are cut."""
 
 import inspect
 import logging
@@ -38,12 +38,13 @@ MODULARITY_SAMPLES = 1000  # most samples over which cohesion and coupling are m
 
 
 class NeMoTrainer(Trainer):
-    """Trains a classification model together with neuron masks, in place of `transformers.Trainer`.
+    """Trains a classification model from which modules are cut, in place of `transformers.Trainer`.
 
-    The plain model becomes part of a parent (`trainer.model`), from which modules are cut. Training adds to
-    the cross-entropy a contrastive and a sparsity term over the masks and, in a share of the steps, runs the
-    samples of a random set of groups as the module for these groups would (module rehearsal). All that it logs of
-    masks starts with `nemo/`: `nemo/loss_task` and others. `NeMoConfig(masks="assigned")` trains otherwise.
+    The plain model becomes part of a parent (`trainer.model`). By default it trains as under `Trainer`, and then label
+    groups get their neurons; with `NeMoConfig(plain_ratio=...)` below 1 it teaches modules in the steps that are left.
+    `NeMoConfig(masks="generated")` adds to the cross-entropy a contrastive and a sparsity term over masks by sample
+    and, in a share of the steps, runs the samples of random groups as their module would (module rehearsal). All that
+    is logged of masks starts with `nemo/`: `nemo/loss_task` and others.
 
     Args:
         model: A plain model, or a parent to train on.
@@ -208,8 +209,9 @@ class NeMoTrainer(Trainer):
         except Exception as error:  # whatever the data, the collator or the device raises: the training is not lost
             logger.warning(
                 "Training is complete, but the exact relevance could not be counted (%s: %s), so the parent has the "
-                "running one of the last steps. Call trainer.update_relevance(dataset) with other data, or after "
-                "lowering args.per_device_eval_batch_size if memory was short, before you save it or cut modules.",
+                "running one of the last steps, or with assigned masks none. Call trainer.update_relevance(dataset) with "
+                "other data, or after lowering args.per_device_eval_batch_size if memory was short, before you save it "
+                "or cut modules.",
                 *(type(error).__name__, error), exc_info=error,
             )  # fmt: skip
         warn_of_one_core(self.parent.parent_masks(), self.nemo_config)
