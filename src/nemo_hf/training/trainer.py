@@ -209,7 +209,7 @@ class NeMoTrainer(Trainer):
         except Exception as error:  # whatever the data, the collator or the device raises: the training is not lost
             logger.warning(
                 "Training is complete, but the exact relevance could not be counted (%s: %s), so the parent has the "
-                "running one of the last steps, or with assigned masks none. Call trainer.update_relevance(dataset) with "
+                "running one of the last steps, or of assigned masks none. Call trainer.update_relevance(dataset) with "
                 "other data, or after lowering args.per_device_eval_batch_size if memory was short, before you save it "
                 "or cut modules.",
                 *(type(error).__name__, error), exc_info=error,
