@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import fresh, generated, image_samples, logits_of, parent_of, randomize, text_samples
+from conftest import fresh, generated, image_samples, logits_of, parent_of, randomize, text_samples, tiny
 from torch.nn import functional as F
 from training_helpers import arguments, assert_same_state, batch_of, check_message, state
 from transformers import Trainer
@@ -64,6 +64,20 @@ def test_a_module_comes_nearer_to_its_source_which_stays_as_it_is(family, with_l
     assert all(parameter.grad is None for model in (source, module) for parameter in model.parameters())
     assert not any(layer.training for layer in module.modules())
     assert (module.config.is_tuned, module.config.equivalence) == (True, None)
+
+
+def test_batch_norms_keep_their_statistics():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    source = make_parent(randomize(tiny("ResNetForImageClassification", **sizes)), generated()).eval()
+    module = source.extract_module([0, 1])
+    before = state(module)
+    refine_module(source, module, read_calibration(source, image_samples(30)), 2, 1e-2, **QUIET)
+    after, norms = state(module), ("running_mean", "running_var", "num_batches_tracked")
+    assert any(name.endswith("running_mean") for name in after)
+    for name, tensor in after.items():
+        if name.endswith(norms):
+            assert torch.equal(tensor, before[name]), name
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
 def test_the_same_seed_gives_the_same_module_and_leaves_no_trace(tmp_path, monkeypatch):

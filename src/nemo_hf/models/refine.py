@@ -43,7 +43,7 @@ def refine_module(
     The loss is the divergence of the module's answers from the source's, with a small weight the distance of their
     energies, for rejection, and where samples have labels of the module the task loss; samples of other labels add
     their energies only. Models of several labels a sample take the binary cross-entropy with the source's answers, and
-    the task loss. The samples are held in memory.
+    the task loss. Batch norms keep their statistics. The samples are held in memory.
 
     Args:
         source: The model that the module was cut from, a plain model or a parent.
