@@ -177,6 +177,9 @@ class _Distillation(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """The divergence from the source's answers, and the task loss where samples have labels."""
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()  # statistics of few samples are worse than those that the module has
         inputs = dict(inputs)
         answers, is_own, labels = inputs.pop(ANSWERS), inputs.pop(OWN), inputs.pop("labels", None)
         outputs = model(**inputs, return_dict=True)
