@@ -213,7 +213,8 @@ def training_page(results: Results) -> str:
 
 def headlines(results: Results) -> str:
     """README's table: what training methods cost, and modules of one kind of sets."""
-    header = ["data and model", "training", "points lost", *(f"module, {size:.0%}" for size in HEADLINE_RETENTIONS)]
+    sizes = [f"module, {size:.0%}" for size in HEADLINE_RETENTIONS]
+    header = ["data and model", "training", "seeds", "points lost", *sizes]
     lines = []
     for task, (kind, methods) in HEADLINES.items():
         stored = results.get(task, {"methods": [], "modules": []})
@@ -223,7 +224,8 @@ def headlines(results: Results) -> str:
                 rows = [modules.get((method, kind, size), []) for size in HEADLINE_RETENTIONS]
                 found = [best(own, RECONSTRUCTED, widest(own)) for own in rows]
                 shown = ["-" if row is None else f"{row['module']:.3f}" for row in found]
-                lines.append([title(task), method, upper_bound(losses(measured[method])), *shown])
+                line = [title(task), method, seeds_of([row["seed"] for row in measured[method]])]
+                lines.append([*line, upper_bound(losses(measured[method])), *shown])
     return markdown(header, lines) if lines else ""
 
 
