@@ -14,7 +14,7 @@ from scipy.stats import t as student
 TITLES = {
     "digits": "Digits, ViT",
     "clinc150": "CLINC150, MiniLM",
-    "clinc150-2000": "CLINC150, 2,000 queries, MiniLM",
+    "clinc150-2000": "CLINC150-2000, MiniLM",
     **{f"cifar10-{name.lower()}": f"CIFAR-10, {name}" for name in ("ResNet18", "VGG16", "ViT", "SimCNN", "ResCNN")},
 }
 RECONSTRUCTED = ("reconstructed", "reconstructed, relevance")
