@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from nemo_hf import NeMoConfig, make_parent
 from nemo_hf.models.extraction import make_plan
 
-compact, tables, cutting = (benchmark_script(name) for name in ("compact", "quality_tables", "cutting"))
+cutting = benchmark_script("cutting")
 tasks, methods, sources = (benchmark_script(name) for name in ("tasks", "training_methods", "image_sources"))
 GROUPS = {name: [label] for label, name in enumerate("abcde")}
 SETS = {"pairs": [(3, 1), (0, 4)]}
@@ -165,22 +165,3 @@ def test_rows_are_what_models_do_and_are_measured_once(task, split, method, tmp_
     found = methods.tables(work.asked)
     assert [len(found[name]) for name in ("methods", "modules", "own")] == [1, ways * 2, 1]
     assert found["methods"][0]["lost"] == (0 if method == "plain" else None)
-
-
-def test_tables_average_over_kinds_and_seeds():
-    row = {"method": "m", "kind": "pairs", "module": 0.8, "restricted": 0.9}
-    sets = [{**row, "seed": seed, "other": other} for seed, other in ((0, 0.5), (1, 0.7))]
-    sets.append({**row, "seed": 0, "kind": "singles", "restricted": 1.0})  # among one label there is nothing to choose
-    own = tables.sets_of({"sets": sets})["m"]
-    assert own == sets[:2]
-    assert tables.cells(own, "other", "module", "random") == ["0.600", "0.800", "-"]
-    assert compact.mean(own, tables.specificity) == pytest.approx(20)
-    assert tables.upper_bound([1.0, 2.0, 3.0]) == "2.00 (at most 3.69)"
-
-
-def test_blocks_are_written_between_markers_and_missing_ones_reported(monkeypatch):
-    script = benchmark_script("readme_tables")
-    monkeypatch.setattr(script, "BLOCKS", {"results": lambda: "new", "costs": lambda: "more"})
-    page = "above\n<!-- results -->\nold\n<!-- /results -->\nbelow <!-- costs -->"
-    assert script.rendered(page) == page.replace("old", "new")
-    assert script.missing(page, ["results", "costs"]) == ["costs"]

@@ -93,6 +93,13 @@ def mean(rows: Sequence[dict], column: str | Callable[[dict], float]) -> float:
     return statistics.fmean(column(row) if callable(column) else row[column] for row in rows)
 
 
+def cells(rows: Rows, *columns: str) -> list[str]:
+    """Means of columns with three decimals, shares and indices with two; "-" where not all rows were measured."""
+    decimals = dict.fromkeys(("cohesion", "coupling", "weights"), 2)
+    known = {name for name in columns if rows and all(row.get(name) is not None for row in rows)}
+    return [f"{mean(rows, name):.{decimals.get(name, 3)}f}" if name in known else "-" for name in columns]
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))

@@ -3,8 +3,8 @@
     python examples/benchmarks/readme_tables.py
     python examples/benchmarks/readme_tables.py --demo demo0 demo1 demo2  # takes up runs of `nemo-hf demo` first
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md, quality.md or
-supported_models.md; the text around it is written by hand.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md or supported_models.md; the
+text around it is written by hand. What is not measured is left out.
 """
 
 import argparse
@@ -15,18 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compact import RESULTS, devices, grouped, load, markdown, stamped, write
+from compact import RESULTS, cells, devices, grouped, load, markdown, mean, stamped, write
 from families import support_line, support_table
-from quality_tables import cells, draw, page, patching_table, sets_of, stored_results, summary
+from training_tables import draw, headlines, stored_results, training_page
 
 ROOT = Path(__file__).parents[2]
-TASKS = ("digits", "clinc150", "cifar10", "cifar10-resnet18", "cifar10-vgg16")
-DRAWN_TASKS = {"digits": "Digits, ViT", "cifar10": "CIFAR-10, ViT", "cifar10-vgg16": "CIFAR-10, VGG16"}
-DRAWN_METHODS = ("ours, by sample", "ours, specific, by sample", "mwt", "nemo", "nemo-authors", "moda")
-HEADLINES = {"digits": ("Digits, ViT", "ours"), "clinc150": ("CLINC150, MiniLM", "ours, by sample"),
-             "cifar10": ("CIFAR-10, ViT", "ours, by sample"),
-             "cifar10-vgg16": ("CIFAR-10, VGG16", "ours, by sample")}  # fmt: skip
-"""The rows of README's table by task: their name and the method."""
 CUT_SAMPLES = 300
 CUT_ROWS = [
     *((0.2, method) for method in ("ours", "ours, fewer tokens", "fisher, mask tuning", "torch-pruning, taylor")),
@@ -34,25 +27,6 @@ CUT_ROWS = [
     *((0.1, method) for method in ("truncated", "student")),
 ]
 """The rows of README's table of cuts, where they are measured: share asked for and method."""
-
-
-def results() -> str:
-    """README's table: our method on four tasks."""
-    header = ["data and model", "seeds", "plain model", "parent", "neurons kept", "module", "parent, same labels",
-              "random neurons", "other labels' neurons"]  # fmt: skip
-    lines = []
-    for task, (title, method) in HEADLINES.items():
-        stored = stored_results(task)
-        rows, sets = grouped(stored["methods"], "method")[method], sets_of(stored)[method]
-        neurons, module, *controls = cells(sets, "neurons", "module", "restricted", "random", "other")
-        line = [title, str(len(rows)), *cells(rows, "plain", "accuracy"), neurons, f"**{module}**", *controls]
-        lines.append(line)
-    return markdown(header, lines)
-
-
-def quality() -> str:
-    """The methods on each task, and the modules of the demo."""
-    return "\n\n".join([*(summary(stored_results(task)) for task in TASKS), demo()])
 
 
 def cuts() -> str:
@@ -82,7 +56,7 @@ def demo() -> str:
     stored = load(RESULTS / "demo.json")
     header = ["modules cut from", "weights", "whole model", "module", "before reconstruction", "random neurons",
               "module of other labels"]  # fmt: skip
-    names = {"plain": "the plain model", "parent": "the model trained with masks"}
+    names = {"plain": "the plain model", "parent": "the model trained on"}
     lines = []
     for (source, _), rows in grouped(stored["modules"], "source", "retention").items():
         weights, *accuracies = cells(rows, "weights", "restricted", "accuracy", "raw", "random", "other")
@@ -92,7 +66,7 @@ def demo() -> str:
     plain, parent = cells(stored["models"], "plain", "parent")
     return (
         f"`nemo-hf demo`, mean over three sets of digits and the seeds {seeds}: plain model {plain}, trained on with "
-        f"masks {parent}.\n\n{markdown(header, lines)}"
+        f"assigned masks (`plain_ratio=0`) {parent}.\n\n{markdown(header, lines)}"
     )
 
 
@@ -115,20 +89,21 @@ def store_demo(folders: list[Path]) -> None:
 
 def costs() -> str:
     """What masks, relevance and extraction cost, and how much faster modules are."""
-    return "\n\n".join([training(), afterwards(), latency()])
-
-
-def training() -> str:
-    """Training steps with masks over plain ones."""
     found = load(RESULTS / "training_step.json")
+    text = f"{devices(found, found['steps'])}; time and peak memory over those of a plain `Trainer` step:"
+    return "\n\n".join([text, training_steps(found["steps"]), afterwards(), latency()])
+
+
+def training_steps(rows: list[dict]) -> str:
+    """Steps of `NeMoTrainer` over plain ones, whatever kinds were measured; and the parameters of generators."""
+    kinds = [kind for kind in grouped(rows, "step") if kind != "plain"]
     lines = []
-    for setting, (plain, masks, rehearsal) in grouped(found["steps"], "setting").items():
-        ratios = [f"{row['ratio']:.2f}" for row in (masks, rehearsal)]
-        peak = f"{masks['peak_mib'] / plain['peak_mib']:.2f}"
-        lines.append([setting, f"{plain['ms']:.0f}", *ratios, peak, f"{masks['generators']:.1%}"])
-    header = ["training step", "plain ms", "masks", "and rehearsal", "peak memory", "generators"]
-    device = devices(found, found["steps"])
-    return f"{device}; times and memory over those of a plain `Trainer` step:\n\n{markdown(header, lines)}"
+    for setting, steps in grouped(rows, "setting").items():
+        own = {row["step"]: row for row in steps}
+        base = own["plain"]["peak_mib"]
+        shown = [f"{own[k]['ratio']:.2f}, {own[k]['peak_mib'] / base:.2f}" if k in own else "-" for k in kinds]
+        lines.append([setting, f"{own['plain']['ms']:.0f}", *shown, f"{max(row['generators'] for row in steps):.1%}"])
+    return markdown(["training step", "plain ms", *kinds, "generators"], lines)
 
 
 def afterwards() -> str:
@@ -158,6 +133,19 @@ def latency() -> str:
     header = ["module", "operations", *(f"batch {row['batch']}" for row in next(iter(modules.values())))]
     text = "Speedup of modules over their parent; *operations* is the parent's number over the module's:"
     return f"{text}\n\n{markdown(header, lines)}"
+
+
+def patching() -> str:
+    """Labels of a weak model before and after patching: means over labels."""
+    stored = load(RESULTS / "patching.json")
+    header = ["strong model", "model", "precision", "recall", "accuracy on others", "labels with more recall"]
+    weak = {row["label"]: row for row in stored["labels"] if row["model"] == "weak"}
+    lines = []
+    for (strong, model), rows in grouped(stored["labels"], "strong", "model").items():
+        better = sum(row["recall"] > weak[row["label"]]["recall"] for row in rows)
+        line = [strong, model, *(f"{mean(rows, key):.3f}" for key in ("precision", "recall", "others"))]
+        lines.append([*line, "-" if model == "weak" else f"{better} of {len(rows)}"])
+    return f"{stored['task']}; seed {stored['seed']}; `{stored['command']}`:\n\n{markdown(header, lines)}"
 
 
 def cutting() -> str:
@@ -191,14 +179,13 @@ def cutting_page(stored: dict) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "results": results, "quality": quality, "costs": costs, "support": support_line, "demo": demo, "cuts": cuts,
-    "patching": patching_table, "cutting": cutting, "supported models": support_table,
-    **{f"quality of {task}": lambda task=task: page(task) for task in TASKS},
+    "results": lambda: headlines(stored_results()), "training": lambda: training_page(stored_results()),
+    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "patching": patching, "cutting": cutting,
+    "supported models": support_table,
 }  # fmt: skip
 PAGES = {
     ROOT / "README.md": ["cuts", "results"],
-    ROOT / "docs" / "results.md": ["quality", "costs", "support"],
-    Path(__file__).with_name("quality.md"): [*(f"quality of {task}" for task in TASKS), "patching"],
+    ROOT / "docs" / "results.md": ["training", "demo", "costs", "patching", "support"],
     Path(__file__).with_name("supported_models.md"): ["support", "supported models"],
 }
 """The pages and the tables that each must have; other tables are made where their markers are found."""
@@ -209,7 +196,7 @@ def rendered(text: str) -> str:
     for name, make in BLOCKS.items():
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         if pattern.search(text):
-            block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+            block = "\n".join(filter(None, (f"<!-- {name} -->", make(), f"<!-- /{name} -->")))
             text = pattern.sub(lambda _, block=block: block, text)
     return text
 
@@ -235,7 +222,7 @@ def main() -> None:
         problems += [
             f"{path.relative_to(ROOT)} has no <!-- {name} --> ... <!-- /{name} -->." for name in missing(text, names)
         ]
-    draw(DRAWN_TASKS, DRAWN_METHODS, Path(__file__).with_name("quality.png"))
+    draw(stored_results(), ROOT / "docs" / "training.png")
     if problems:
         sys.exit("\n".join(problems))
 
