@@ -30,8 +30,8 @@ from nemo_hf.training.trainer import NeMoTrainer
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
 RETENTIONS = [0.2, 0.1, 0.05]
 SAMPLES = 150  # most calibration samples of a module
-EPOCHS = 40  # of the plain model; half as many with masks
-SOURCES = {"plain": "Cut from the plain model", "parent": "Cut after training with masks"}
+EPOCHS = 40  # of the plain model; half as many beside modules
+SOURCES = {"plain": "Cut from the plain model", "parent": "Cut after modules were trained, too"}
 MEASURED = {"restricted": "whole model", "accuracy": "module", "raw": "before reconstruction",
             "random": "random neurons", "other": "module of other labels"}  # fmt: skip
 OPTIONS = NeMoConfig(plain_ratio=0.0, retention_target=0.1)
@@ -52,7 +52,7 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
 
 @one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Trains a small ViT, cuts modules out of it, trains it on with masks, and cuts the same modules; returns a report.
+    """Trains a small ViT, cuts modules out of it, trains modules, too, and cuts them again; returns a report.
 
     Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json` and `modules.png`.
     """
@@ -209,8 +209,8 @@ def format_demo(report: Mapping[str, Any]) -> str:
     plain, parent = ([report[name]["accuracy"], report[name]["parameters"]] for name in SOURCES)
     return (
         f"plain model, {report['epochs']} epochs: accuracy {plain[0]:.3f}, {plain[1]:,} parameters\n"
-        f"trained on with masks, {report['mask_epochs']} epochs: accuracy {parent[0]:.3f}\n\n"
-        f"Accuracies of modules cut from the plain model, left, and from the one trained with masks, right, on up to\n"
+        f"trained on beside its modules, {report['mask_epochs']} epochs: accuracy {parent[0]:.3f}\n\n"
+        f"Accuracies of modules cut from the plain model, left, and from the one trained on, right, on up to\n"
         f"{report['samples']} samples. whole: the model they are cut from, choosing among their labels; raw: before\n"
         "reconstruction; random: other neurons, reconstructed; other: a module of other labels with this head.\n\n"
         f"{aligned(rows)}"
