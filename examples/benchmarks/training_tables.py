@@ -87,13 +87,13 @@ def times_plain(rows: Rows, plain: Mapping[int, dict], column: str) -> str:
 
 def methods_table(stored: Mapping) -> str:
     """One line a method: what it does to the whole model, and what its training costs."""
-    header = ["method", "seeds", "accuracy", "points lost to plain", "cohesion", "coupling", "CPU time", "memory"]
+    header = ["method", "seeds", "accuracy", "points lost to plain", "cohesion", "coupling", "memory"]
     plain = {row["seed"]: row for row in stored["methods"] if row["method"] == "plain"}
     lines = []
     for method, rows in grouped(stored["methods"], "method").items():
         line = [method, seeds_of([row["seed"] for row in rows]), spread([row["accuracy"] for row in rows])]
-        costs = [times_plain(rows, plain, column) for column in ("cpu_seconds", "peak_mib")]
-        lines.append([*line, upper_bound(losses(rows)), *cells(rows, "cohesion", "coupling"), *costs])
+        memory = times_plain(rows, plain, "peak_mib")
+        lines.append([*line, upper_bound(losses(rows)), *cells(rows, "cohesion", "coupling"), memory])
     return markdown(header, lines)
 
 
