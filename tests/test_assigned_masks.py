@@ -164,6 +164,40 @@ def test_by_default_training_is_that_of_the_plain_model(family, tmp_path, caplog
     assert {key for group in groups.values() for key in group} == {"samples", "parent"}
 
 
+def test_training_a_parent_on_is_plain_too_and_assigns_its_neurons_anew(tmp_path):
+    states, tables = [], []
+    for kind in (Trainer, NeMoTrainer):
+        trainer = kind(build("vit"), arguments(tmp_path), train_dataset=image_samples(40))
+        for _ in range(2):
+            trainer.train()
+            tables += [relevance_of(trainer.parent)] if kind is NeMoTrainer else []
+        states.append(trainer.model.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][f"model.{name}"], tensor), name
+    assert any(not torch.equal(table, tables[1][key]) for key, table in tables[0].items())
+
+
+def test_labels_without_a_sample_get_a_module_once_there_are_some(tmp_path):
+    samples = [sample for sample in image_samples(40) if sample["labels"] != 4]
+    trainer = NeMoTrainer(build("vit"), arguments(tmp_path), train_dataset=samples)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"'frog'.*call compute_relevance"):
+        trainer.parent.extract_module(["frog"])
+    compute_relevance(trainer.parent, [batch_of(image_samples(20))], show_progress=False)
+    assert trainer.parent.config.unseen_labels is None
+    trainer.parent.extract_module(["frog"])
+
+
+def test_a_threshold_measures_a_cut_by_relevance_which_warns_once(tmp_path, caplog):
+    samples = image_samples(20)
+    trainer = NeMoTrainer(build("vit"), arguments(tmp_path), train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    report = trainer.evaluate_module([0, 1], threshold=0.75)
+    assert report.threshold == 0.75
+    assert report.controls["random"] is not None
+    assert caplog.text.count("No module was trained") == 1
+
+
 class StepRecorder(TrainerCallback):
     def __init__(self, seen):
         self.seen = seen

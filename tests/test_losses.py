@@ -152,6 +152,8 @@ def test_nemo_loss_is_the_weighted_sum(has_several):
     expected = loss(logits, labels) + 0.3 * contrast + 2.0 * sparsity
     torch.testing.assert_close(nemo_loss(logits, labels, outputs, GROUPS, 0.3, 2.0, 0.7), expected)
     assert nemo_loss(logits.half(), GROUPS, outputs, GROUPS).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"no neuron_masks; .*masks='generated'"):
+        nemo_loss(logits, labels, None, GROUPS)
 
 
 def test_a_batch_that_runs_as_a_module_is_right_on_its_labels_and_even_on_others():

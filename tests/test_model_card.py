@@ -1,5 +1,6 @@
 """Cards say what they are handed, whatever characters the labels have."""
 
+import copy
 import dataclasses
 import importlib
 import shlex
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from conftest import image_samples
 
-from nemo_hf import extract_module
+from nemo_hf import extract_module, make_parent
 from nemo_hf.config import NeMoConfig
 from nemo_hf.hub.model_card import CardFacts, render_model_card
 from nemo_hf.hub.publish import CardOptions, card_facts
@@ -167,6 +168,15 @@ def test_committed_cards_are_those_of_the_facts(monkeypatch):
     for folder, text in rendered.items():
         assert (cards.CARDS / folder / "README.md").read_text(encoding="utf-8") == text
         assert (cards.CARDS / folder / "neurons.png").is_file()
+
+
+def test_a_parent_whose_modules_need_samples_says_so(vit):
+    parents = [make_parent(copy.deepcopy(vit), NeMoConfig(plain_ratio=ratio)) for ratio in (1.0, 0.5)]
+    texts = [render_model_card(card_facts(parent, "me/p", CardOptions(), None)) for parent in parents]
+    words = ["are reconstructed on samples", "from_pretrained('me/p', labels=labels, calibration=samples)"]
+    assert [missing(text, words) for text in texts] == [[], words]
+    assert missing(card(PARENT), ["trained so that each label group uses few"]) == []
+    assert "few neurons of its own" not in card(PARENT, needs_samples=True)
 
 
 def test_a_module_that_was_cut_on_samples_says_how(vit):

@@ -166,6 +166,13 @@ def test_label_groups_are_options(stage, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_command_that_is_shown_cuts_a_module_on_its_own_samples(stage, capsys):
+    assert main([*TEXTS.split(), "--max-steps", "1"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nemo-hf cut "))
+    assert main(line.replace("GROUP", "cat").split()[1:]) == 0
+    assert "cut on 8 samples" in capsys.readouterr().out
+
+
 def test_the_plain_model_is_trained_alike_beside_the_parent(stage, capsys):
     assert main([*TEXTS.split(), "--max-steps", "4", "--learning-rate", "0.01", "--baseline"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]

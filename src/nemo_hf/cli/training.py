@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shlex
 from argparse import SUPPRESS, HelpFormatter, Namespace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,8 +83,7 @@ def train(options: Namespace) -> None:
         groups = measure_groups(parent, batches, show_progress=not arguments.disable_tqdm)
         trainer.log(named_scalars({f"group_{name}": value for name, value in group_means(groups).items()}))
         if not trainer.nemo_config.trains_modules:
-            cut = f"nemo-hf cut {options.output_dir} --labels GROUP --dataset {options.dataset}"
-            print(f"\nThe parent was trained as a plain model. To cut modules and reconstruct them:\n{cut}\n")
+            print(f"\nThe parent was trained as a plain model. To cut a module and reconstruct it:\n{_cut(options)}\n")
         print(format_groups(groups), flush=True)
     if options.baseline:
         again = _plain_model(options.model, data, arguments.seed)
@@ -93,6 +93,14 @@ def train(options: Namespace) -> None:
         found = plain.evaluate()["eval_accuracy"]
         if trainer.is_world_process_zero():
             print(f"\naccuracy: parent {metrics['eval_accuracy']:.4f}, plain model trained alike {found:.4f}")
+
+
+def _cut(options: Namespace) -> str:
+    """The command that cuts a module out of the trained parent, on the data that it was trained on."""
+    words = ["nemo-hf", "cut", options.output_dir, "--labels", "GROUP", "--dataset", options.dataset]
+    given = {"split": options.train_split, "label-column": options.label_column, "input-column": options.input_column}
+    words += [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    return shlex.join([*words, "--output-dir", "MODULE"])
 
 
 def _start_values(arguments: TrainingArguments, given: dict[str, Any], task: str, model: PreTrainedModel) -> None:

@@ -53,6 +53,7 @@ class CardFacts:
     generator_parameters: int = 0
     groups: Sequence[Mapping[str, Any]] = ()  # parent: `name` and `labels` (names); empty if each label is its own
     parts: Sequence[Mapping[str, Any]] = ()  # composed: the facts of each module, with `scale` and `bias`
+    needs_samples: bool = False  # parent: whether its modules are left to reconstruction
     several_labels: bool = False  # whether a sample may have several labels
     parent: str | None = None  # module: repository of its parent
     base_model: str | None = None  # parent: repository of the model that its training started from
@@ -155,7 +156,9 @@ def _code(facts: CardFacts) -> dict[str, tuple[str, str]]:
     lines += [f"classify = pipeline({facts.task!r}, model={repo})", f"print(classify({sample!r}))"]
     if facts.role == "parent":
         lines += ["", f"labels = {list(facts.labels)[:2]!r}  # cut a module while loading"]
-        lines += [f"module = {auto_class}.from_pretrained({repo}, labels=labels)"]
+        lines += ["samples = [...]  # some hundred inputs with these labels"] if facts.needs_samples else []
+        given = "labels=labels, calibration=samples" if facts.needs_samples else "labels=labels"
+        lines += [f"module = {auto_class}.from_pretrained({repo}, {given})"]
     blocks = {"use": ("python", "\n".join(lines))}
     if command := extraction_command(facts):
         blocks["command"] = ("bash", command)

@@ -136,7 +136,7 @@ class NeMoModelConfig(SavedConfig):
         label_ids: Module: the parent's id of each label, in the order of the outputs.
         sites: One entry a site: `key`, `pruning_mode`, and for a module the `widths` of its layers and, under `kept`,
             how many neurons each of its groups uses and how many it keeps in all.
-        relevance_source: Parent: `"initial"`, `"running"`, `"exact"`, or `"assigned"` before training.
+        relevance_source: Parent: `"initial"`, `"running"`, `"exact"`, or `"assigned"`.
         unseen_labels: Parent: ids of the labels of which the data of its relevance had no sample, or `None`.
         base_model: Hub repository that the plain model inside was loaded from, or `None`.
         parent: Module: Hub repository that it was cut from, or `None`.

@@ -107,11 +107,6 @@ def make_plan(
             "This parent's relevance was never measured, so its modules keep every neuron. Train it with NeMoTrainer, "
             "or call compute_relevance(parent, dataloader) first."
         )
-    if not source.options.trains_modules:
-        logger.warning(
-            "No module was trained beside this parent, so one that is cut without samples loses much. Pass "
-            "calibration=..., by which it is reconstructed, or train with NeMoConfig(plain_ratio=0.5)."
-        )
     places = {name: index for index, name in enumerate(config.groups)}
     indices = [places[name] for name in names]
     keep = plan_module(source.sites, source.relevance, indices, threshold, round_to)
@@ -123,6 +118,15 @@ def make_plan(
     counts = {key: [*counted.get(key, ()), sum(len(part) for part in parts.values())] for key, parts in keep.items()}
     retained = retained_neurons(source.sites, keep)
     return ModulePlan(label_ids, names, keep, static, threshold, round_to, retained, counts)
+
+
+def _warn_untrained(options: NeMoConfig) -> None:
+    """Warns of a cut by relevance where training left modules to reconstruction."""
+    if not options.trains_modules:
+        logger.warning(
+            "No module was trained beside this parent, so one that is cut without samples loses much. Pass "
+            "calibration=..., by which it is reconstructed, or train with NeMoConfig(plain_ratio=0.5)."
+        )
 
 
 def read_tensor(state: Mapping[str, Tensor], name: str, cut: TensorCut | None) -> Tensor:
@@ -148,6 +152,7 @@ def extract_module(
         check_runs(parent, inputs)
     state = parent.model.state_dict()
     plan = make_plan(source, labels, threshold, round_to)
+    _warn_untrained(source.options)
     module = build_module(type(parent), source, plan, partial(read_tensor, state))
     module.to(parent.device)  # type: ignore[arg-type]
     check_module(parent, module, plan, inputs)
@@ -253,6 +258,7 @@ def cut_on_load(
     saved = _saved_source(config, weights)
     settle_labels(config)  # options may have renamed them
     plan = make_plan(saved, labels, threshold, round_to)
+    _warn_untrained(saved.options)
     stored = {name: weights.float_dtype(f"model.{name}") for name in saved.plain.state_dict()}
     module = build_module(cls, saved, plan, lambda name, cut: weights.read(f"model.{name}", cut), saved.plain)
     module.processor_files, _ = read_companions(source, hub_options, config.processor_files)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from nemo_hf.hub.provenance import training_record
@@ -35,12 +35,11 @@ class TrainingChecks(TrainerCallback):
             parent.config.relevance_source = "assigned" if has_assignment(parent.masks) else "initial"
         check_before_training(trainer, trainer._counted_data)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Assigns the neurons to label groups when their time has come, if they are to be assigned."""
         trainer = self._trainer
-        parent, config = trainer.parent, trainer.nemo_config
-        is_due = state.global_step >= config.plain_ratio * state.max_steps
-        if config.masks != "assigned" or parent.config.relevance_source == "assigned" or not is_due:
+        is_done = trainer.nemo_config.masks != "assigned" or trainer.parent.config.relevance_source == "assigned"
+        if is_done or trainer._step_loss.is_plain:
             return
         with torch.random.fork_rng(devices=[]):  # the order of the training data stays what it was
             trainer.update_relevance()

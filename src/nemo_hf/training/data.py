@@ -146,7 +146,10 @@ def calibration_options(trainer: Any, dataset: Any, calibration: Any, options: M
     if calibration is None and all(options.get(name) is None for name in ("retention", "max_loss")):
         return dict(options)
     if calibration is None and dataset is None:
-        raise ValueError("Got no data to cut on; expected samples. Pass extract_module(..., calibration=...).")
+        raise ValueError(
+            "Got no data to cut on; expected samples. Pass extract_module(..., calibration=...), and its module to "
+            "evaluate_module(..., module=...)."
+        )
     samples = sample_loader(trainer, dataset) if calibration is None else calibration
     return {"calibration": samples, "show_progress": not trainer.args.disable_tqdm, **options}
 

@@ -158,7 +158,7 @@ def restricted_binary_cross_entropy(logits: Tensor, labels: Tensor, allowed: Ten
 def nemo_loss(
     logits: Tensor,
     labels: Tensor,
-    neuron_masks: Mapping[str, Tensor],
+    neuron_masks: Mapping[str, Tensor] | None,
     groups: Tensor,
     contrastive_weight: float = 0.5,
     sparsity_weight: float = 0.0,
@@ -183,6 +183,11 @@ def nemo_loss(
     References:
         NeMo (arXiv 2508.11348), overall objective; the sparsity term is ours.
     """
+    if neuron_masks is None:
+        raise ValueError(
+            "Got no neuron_masks; expected those of a parent whose masks are generated. Make it with "
+            "make_parent(model, NeMoConfig(masks='generated'))."
+        )
     masks, widths = flatten_masks(neuron_masks)
     is_list = labels.ndim == 2
     task = restricted_binary_cross_entropy(logits, labels) if is_list else labelled_cross_entropy(logits, labels)

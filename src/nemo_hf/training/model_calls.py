@@ -77,7 +77,7 @@ def check_own_loss(name: str, parent: NeMoPreTrainedModel) -> None:
     if is_rehearsed and decides:
         raise ValueError(
             f"Got {name} and module rehearsal, which decides here which answers count; expected one of them. Set "
-            "NeMoConfig(rehearsal_probability=0)."
+            "rehearsal_probability=0 in its NeMoConfig."
         )
 
 

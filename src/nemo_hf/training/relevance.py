@@ -210,8 +210,8 @@ def compute_relevance(
 ) -> None:
     """Replaces a parent's relevance by the exact one, counted over a data set in eval mode.
 
-    With `NeMoConfig(masks="assigned")` it assigns the neurons, by what they do for the samples of each group, unless
-    they were assigned already.
+    With `NeMoConfig(masks="assigned")` it assigns the neurons, by what they do for the samples of each group, anew
+    unless modules are trained with those that were assigned (`plain_ratio` below 1).
 
     Other threads may classify with the parent meanwhile, but not train it or cut modules out of it.
 
@@ -228,7 +228,7 @@ def compute_relevance(
     if parent.masks is None:
         raise ValueError("Got a module; expected a parent. Load the parent that the module was cut from.")
     is_assigned = parent.nemo_config.masks == "assigned"
-    if is_assigned and has_assignment(parent.masks):
+    if is_assigned and parent.nemo_config.trains_modules and has_assignment(parent.masks):
         return
     check_finite(parent)
     counts: OpenCounts = (ActivitySums if is_assigned else OpenCounts)(parent.masks, group_indices(parent))

@@ -55,6 +55,12 @@ class StepLoss:
         return min(1.0, float((state.global_step + 1) / (ratio * state.max_steps + 1)))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether this step, of assigned masks, is one in which the network trains as a plain model does."""
+        state: Any = self._trainer.state
+        return bool(state.global_step < self._trainer.nemo_config.plain_ratio * state.max_steps)
+
+    @property
     def group_of_label(self) -> Tensor:
         """Index of each label's group, shape (labels,)."""
         if self._group_of_label is None:
@@ -182,7 +188,7 @@ class StepLoss:
         """Loss of the module of random groups on half of a micro-batch, taught by the whole network."""
         trainer, self.is_counted = self._trainer, True
         groups = trainer._rehearsed_groups()
-        if groups is None or trainer.parent.config.relevance_source != "assigned":
+        if groups is None or self.is_plain or trainer.parent.config.relevance_source != "assigned":
             return torch.zeros((), device=labels.device)
         logits = next((output.logits for output in outputs if len(output.logits) == len(labels)), None)
         if logits is None:

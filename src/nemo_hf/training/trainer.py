@@ -269,7 +269,7 @@ class NeMoTrainer(Trainer):
         super().log(logs, start_time)
 
     def update_relevance(self, dataset: Any = None) -> None:
-        """Replaces the parent's relevance, if it was not assigned, by the exact one, counted in a pass over a data set.
+        """Replaces the parent's relevance by the exact one, counted in a pass over a data set: see `compute_relevance`.
 
         Args:
             dataset: Finite data with labels, without augmentation; `None` takes `relevance_dataset`, or without it
@@ -330,9 +330,11 @@ class NeMoTrainer(Trainer):
     ) -> ModuleReport:
         """Measures a module on the evaluation data, or other data: see `nemo_hf.evaluate_module`.
 
-        Where training left modules to reconstruction, it is that of `extract_module(labels)` unless `module` is given.
+        Where training left modules to reconstruction, it is that of `extract_module(labels)`, unless `module` is given,
+        or `threshold` or `round_to`, which cut by relevance.
         """
-        if not self.nemo_config.trains_modules and kwargs.get("module") is None:
+        is_given = any(kwargs.get(name) is not None for name in ("module", "threshold", "round_to"))
+        if not self.nemo_config.trains_modules and not is_given:
             kwargs["module"] = self.extract_module(labels)
         batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
         progress = not self.args.disable_tqdm
