@@ -179,8 +179,12 @@ def test_training_a_parent_on_is_plain_too_and_assigns_its_neurons_anew(tmp_path
 
 def test_labels_without_a_sample_get_a_module_once_there_are_some(tmp_path):
     samples = [sample for sample in image_samples(40) if sample["labels"] != 4]
-    trainer = NeMoTrainer(build("vit"), arguments(tmp_path), train_dataset=samples)
+    config = NeMoConfig(core_share=0.0, retention_target=0.24)
+    trainer = NeMoTrainer(build("vit"), arguments(tmp_path), train_dataset=samples, nemo_config=config)
     trainer.train()
+    units = relevance_of(trainer.parent)["vit.layers.0.mlp:ffn"] > 0
+    assert units.sum(-1).tolist() == [12, 12, 12, 12, 0]
+    assert units.sum(0).max() == 1  # those of no group are left to the others
     with pytest.raises(ValueError, match=r"'frog'.*call compute_relevance"):
         trainer.parent.extract_module(["frog"])
     compute_relevance(trainer.parent, [batch_of(image_samples(20))], show_progress=False)

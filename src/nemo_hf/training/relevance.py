@@ -100,19 +100,21 @@ class ActivitySums(OpenCounts):
         self.opened += member @ squares
 
     def write(self, parent: NeMoPreTrainedModel) -> None:
-        """Assigns the neurons of a parent."""
-        config = parent.nemo_config
+        """Assigns the neurons of a parent to the groups that have samples."""
+        config, seen = parent.nemo_config, self.samples.cpu() > 0
         assert config.retention_target is not None
         whole: Any = whole_copy(parent) if is_sharded(parent) else parent  # type: ignore[arg-type]
         means = (self.opened / self.samples.clamp(min=1)[:, None]).split(self._neurons, -1)
         sites = [mask.site for mask in self._masks]
         scores = {
-            site.key: mean.double().cpu() * activity_factors(whole.model, site)
+            site.key: mean.double().cpu()[seen] * activity_factors(whole.model, site)
             for site, mean in zip(sites, means, strict=True)
         }
         assigned = assign_neurons(sites, scores, config.retention_target, config.core_share)
         for mask in self._masks:
-            mask.relevance.copy_(assigned[mask.site.key])
+            table = torch.zeros_like(mask.relevance, device="cpu")
+            table[seen] = assigned[mask.site.key]
+            mask.relevance.copy_(table)
         parent.config.relevance_source = "assigned"
 
 
