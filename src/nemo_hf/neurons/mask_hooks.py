@@ -225,7 +225,7 @@ class AssignedMask(StaticMask):
         self, rows: Rows, part: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
         """As in `SiteMask`."""
-        if part == "query":
+        if part == "query" and self.is_measured:
             places = rows.indices(torch.arange(rows.size)).to(output.device)
             self._measure(output.index_select(-1, places), partial(self.site.part_mask, part))
         return super().mask_outputs(rows, part, layer, inputs, output)
