@@ -328,10 +328,10 @@ def main() -> None:
         return
     output = given.output or compact.RESULTS / f"training_{given.task}.json"
     options = " --data DATA" if given.data else ""
-    about = {"command": f"python examples/benchmarks/training_methods.py {given.task}{options} --keep KEEP --own"}
+    command = f"python examples/benchmarks/training_methods.py {given.task}{options} --keep KEEP --own"
+    about = {"command": command, "task": task.text, "epochs": epochs}
     for name, keys in TABLE_KEYS.items():
-        about = {**compact.load(output), **about, "task": task.text, "epochs": epochs}
-        compact.update(output, about, name, found[name], *keys)
+        compact.update(output, {**compact.load(output), **about}, name, found[name], *keys)
 
 
 if __name__ == "__main__":
