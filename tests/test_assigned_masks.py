@@ -14,7 +14,7 @@ from training_helpers import SAMPLES, arguments, batch_of, without_dropout
 from transformers import Trainer, TrainerCallback
 
 from nemo_hf import NeMoConfig, NeMoForImageClassification, NeMoTrainer, compute_relevance, make_parent
-from nemo_hf.evaluation.groups import measure_groups
+from nemo_hf.evaluation.groups import format_groups, measure_groups
 from nemo_hf.neurons.assignment import assign_neurons
 from nemo_hf.neurons.sites import AttentionSite
 from nemo_hf.pruning.plan import is_relevant, module_masks
@@ -162,6 +162,7 @@ def test_by_default_training_is_that_of_the_plain_model(family, tmp_path, caplog
     assert "No module was trained beside this parent" in caplog.text
     groups = measure_groups(parent, [batch_of(samples[:20])], show_progress=False)
     assert {key for group in groups.values() for key in group} == {"samples", "parent"}
+    assert format_groups(groups).split()[:4] == ["label", "group", "samples", "parent"]
 
 
 def test_training_a_parent_on_is_plain_too_and_assigns_its_neurons_anew(tmp_path):

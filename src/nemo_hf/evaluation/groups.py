@@ -90,8 +90,10 @@ def group_means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def format_groups(found: Mapping[str, Mapping[str, float]]) -> str:
     """Renders what `measure_groups` found as a table for a terminal, with the means in the last row."""
-    rows = [["label group", *COLUMNS]]
-    for name, group in {**found, "(mean)": group_means(found)}.items():
-        cells = [f"{group[column]:.3f}" if column in group else "-" for column in COLUMNS[1:]]
+    means = group_means(found)
+    columns = [column for column in COLUMNS if column in means]
+    rows = [["label group", *columns]]
+    for name, group in {**found, "(mean)": means}.items():
+        cells = [f"{group[column]:.3f}" if column in group else "-" for column in columns[1:]]
         rows.append([name[:40], f"{group['samples']:.0f}", *cells])
     return aligned(rows)
