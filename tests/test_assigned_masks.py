@@ -178,6 +178,17 @@ def test_training_a_parent_on_is_plain_too_and_assigns_its_neurons_anew(tmp_path
     assert any(not torch.equal(table, tables[1][key]) for key, table in tables[0].items())
 
 
+def test_training_on_follows_a_new_size(tmp_path):
+    parent = assigned_parent(plain_ratio=0.5, retention_target=0.25)
+    config = NeMoConfig(**{**ASSIGNED, "plain_ratio": 0.5, "retention_target": 0.75})
+    args = arguments(tmp_path, max_steps=4)
+    trainer = NeMoTrainer(parent, args, train_dataset=image_samples(20), nemo_config=config)
+    trainer.train()
+    for site in parent.sites:
+        kept = (parent.masks.relevance()[site.key] > 0).float().mean(-1)
+        torch.testing.assert_close(kept, torch.full_like(kept, 0.75))
+
+
 def test_labels_without_a_sample_get_a_module_once_there_are_some(tmp_path):
     samples = [sample for sample in image_samples(40) if sample["labels"] != 4]
     config = NeMoConfig(core_share=0.0, retention_target=0.24)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from nemo_hf.hub.provenance import training_record
@@ -11,7 +11,7 @@ from nemo_hf.models.finiteness import check_finite
 
 from .data import check_before_training
 from .optimizers import check_optimizer
-from .relevance import has_assignment
+from .relevance import forget_assignment, has_assignment
 from .step_loss import StepLoss
 
 
@@ -21,7 +21,7 @@ class TrainingChecks(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Checks the model and its data, and records how it is trained."""
         trainer = self._trainer
         parent, samples = trainer.parent, trainer.train_dataset
@@ -32,6 +32,8 @@ class TrainingChecks(TrainerCallback):
         parent.config.training = training_record(args, base_model, len(samples) if has_length(samples) else None)
         parent.report = None
         if parent.nemo_config.masks == "assigned":  # those of a checkpoint may have been read into it
+            if state.global_step == 0 and parent.nemo_config.plain_ratio > 0:
+                forget_assignment(parent.masks)  # it is made anew, by the options and weights of this training
             parent.config.relevance_source = "assigned" if has_assignment(parent.masks) else "initial"
         check_before_training(trainer, trainer._counted_data)
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,16 @@ class OpenCounts:
 
     @torch.no_grad()
     def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Counts a batch's first samples, as many as `label_ids`, by the neurons that soft masks open in any call."""
-        soft = torch.cat([neuron_masks[mask.site.key][: len(labels)].amax(1) for mask in self._masks], -1)
-        member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(soft.dtype)
+        """Counts a batch's first samples, as many as `label_ids`, whose masks have shape (batch, calls, neurons)."""
+        own = [neuron_masks[mask.site.key][: len(labels)] for mask in self._masks]
+        member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(own[0].dtype)
         self.samples += member.sum(-1)
         self.labels += (labels[:, None] == self._label_ids if labels.ndim == 1 else labels).sum(0)
+        self._sum(own, member)
+
+    def _sum(self, neuron_masks: Sequence[Tensor], member: Tensor) -> None:
+        """Counts the neurons that soft masks open in any call; `member` has shape (groups, batch)."""
+        soft = torch.cat([masks.amax(1) for masks in neuron_masks], -1)
         self.opened += member @ (soft > 0).to(soft.dtype)
         if self.values.numel():
             self.values += member @ soft
@@ -90,14 +95,9 @@ class OpenCounts:
 class ActivitySums(OpenCounts):
     """Sums of what neurons do for the samples of each group, by which they are assigned."""
 
-    @torch.no_grad()
-    def add(self, neuron_masks: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Adds a batch's first samples, as many as `label_ids`, by what `AssignedMask` measured."""
-        squares = torch.cat([neuron_masks[mask.site.key][: len(labels)].sum(1) for mask in self._masks], -1)
-        member = group_membership(labels, self._group_of_label, len(self.samples)).T.to(squares.dtype)
-        self.samples += member.sum(-1)
-        self.labels += (labels[:, None] == self._label_ids if labels.ndim == 1 else labels).sum(0)
-        self.opened += member @ squares
+    def _sum(self, neuron_masks: Sequence[Tensor], member: Tensor) -> None:
+        """Adds what `AssignedMask` measured."""
+        self.opened += member @ torch.cat([squares.sum(1) for squares in neuron_masks], -1)
 
     def write(self, parent: NeMoPreTrainedModel) -> None:
         """Assigns the neurons of a parent to the groups that have samples."""
@@ -121,6 +121,12 @@ class ActivitySums(OpenCounts):
 def has_assignment(masks: NeuronMasks) -> bool:
     """Whether some group does without a neuron; masks start with all neurons for all groups."""
     return any(int(table.min()) < RELEVANCE_SCALE for table in masks.relevance().values())
+
+
+def forget_assignment(masks: NeuronMasks) -> None:
+    """Gives all groups all neurons again, as masks start."""
+    for table in masks.relevance().values():
+        table.fill_(RELEVANCE_SCALE)
 
 
 def start_relevance(parent: NeMoPreTrainedModel, unseen: Collection[int]) -> None:
