@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.models.vit import ViTConfig, ViTForImageClassification
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
 from nemo_hf.evaluation.latency import one_thread, time_runs
@@ -34,6 +34,7 @@ EPOCHS = 40  # of the plain model; half as many beside modules
 SOURCES = {"plain": "Cut from the plain model", "parent": "Cut after modules were trained, too"}
 MEASURED = {"restricted": "whole model", "accuracy": "module", "raw": "before reconstruction",
             "random": "random neurons", "other": "module of other labels"}  # fmt: skip
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 OPTIONS = NeMoConfig(plain_ratio=0.0, retention_target=0.1)
 
 
@@ -57,8 +58,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json` and `modules.png`.
     """
     start, output = time.perf_counter(), Path(output_dir)
-    half = [0.5] * 3
-    processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}, image_mean=half, image_std=half)
+    processor = _processor()
     train, test, test_indices = load_digits_split(processor, seed)
     plain = digits_trainer(Trainer, train, test, seed, epochs)
     plain.train()
@@ -82,14 +82,24 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     return report
 
 
+def _processor() -> Any:
+    """The image processor of the digits; missing packages of the demo are an `ImportError`."""
+    if missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]:
+        raise ImportError(
+            f"Got no {' and no '.join(missing)}; the demo needs these packages. Run: pip install 'nemo-hf[demo]'"
+        )
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    half = [0.5] * 3
+    return ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}, image_mean=half, image_std=half)
+
+
 def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[int]]:
     """Splits the 1,797 digits by class; returns training data, test data and the latter's places in `load_digits()`."""
-    try:
-        from PIL import Image
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError(f"The demo needs {error.name}. Run: pip install nemo-hf[demo]") from error
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)).convert("RGB") for image in digits.images]
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]

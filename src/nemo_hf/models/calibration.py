@@ -6,7 +6,6 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.image_utils import is_pil_image
 
 from .batches import Pair, sample_count, select_pair
-from .calibration_inputs import MIXED, MOST_NAMED, InputReader
+from .calibration_inputs import MIXED, MOST_NAMED, InputReader, is_data_set
 from .labels import LABEL_COLUMNS, check_label_numbers
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def _opened(calibration: Any, reader: InputReader) -> tuple[Any, Any, Sequence[i
     if hasattr(calibration, "iloc") or not (is_listed or isinstance(calibration, Iterable)):
         do = "Pass datasets.Dataset.from_pandas(...) of it." if hasattr(calibration, "iloc") else "Pass a list of them."
         raise TypeError(f"Got a {name} as calibration; expected {reader.expected}. {do}")
-    if not is_listed or isinstance(calibration, (IterableDataset, datasets.IterableDataset)):
+    if not is_listed or isinstance(calibration, IterableDataset) or is_data_set(calibration, "IterableDataset"):
         return iter(calibration), None, ()
     _check_some(len(calibration) > 0)
     return calibration, None, range(len(calibration))
@@ -181,7 +180,7 @@ def _check_own(own: Sequence[Any]) -> None:
 def _label_column(source: Any, reader: InputReader) -> list[Any] | None:
     """The labels of a `datasets.Dataset`, read without its other columns, if some are wanted more than others."""
     name = next((name for name in LABEL_COLUMNS if name in (getattr(source, "column_names", None) or ())), None)
-    if name is None or not isinstance(source, datasets.Dataset):
+    if name is None or not is_data_set(source):
         return None
     check_label_numbers(getattr(source.features[name], "names", None) or [], name, reader.names)
     return list(source.with_format(None)[name]) if reader.wanted else None
@@ -189,7 +188,7 @@ def _label_column(source: Any, reader: InputReader) -> list[Any] | None:
 
 def _warn_of_other_name(source: Any, reader: InputReader) -> None:
     """Warns of a column with the names of the model's labels that is called otherwise, and so not read."""
-    if not isinstance(source, datasets.Dataset) or set(LABEL_COLUMNS) & set(source.column_names):
+    if not is_data_set(source) or set(LABEL_COLUMNS) & set(source.column_names):
         return
     names = set(reader.names.values())
     columns = {name: set(getattr(feature, "names", None) or ()) for name, feature in source.features.items()}

@@ -1,10 +1,10 @@
 """Turns samples and batches of calibration data into a model's inputs: raw or prepared, named or not."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ def input_kind(model: PreTrainedModel) -> str:
     """What a model's samples are: `"text"`, `"image"` or `"audio"`."""
     inputs = random_inputs(model, samples=1)
     return next((kind for kind, names in MAIN_INPUTS.items() if not inputs.keys().isdisjoint(names)), "text")
+
+
+def is_data_set(data: Any, kind: str = "Dataset") -> bool:
+    """Whether data are a `Dataset` or `IterableDataset` of the library `datasets`, which is imported by who has one."""
+    return isinstance(data, getattr(sys.modules.get("datasets"), kind, ()))
 
 
 class InputReader:
@@ -116,7 +121,7 @@ class InputReader:
 
     def columns_needed(self, dataset: Any, first: Any) -> Any:
         """The columns of a `datasets.Dataset` that are read, prepared ones as tensors; other data as they are."""
-        if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        if not is_data_set(dataset) or dataset.format["type"] == "custom":
             return dataset
         columns = self._input_columns(self._named(first))
         labels = [name for name in LABEL_COLUMNS if name in dataset.column_names][:1]

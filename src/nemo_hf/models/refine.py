@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from nemo_hf.neurons.trial_calls import evaluating, on_device
 
@@ -83,7 +83,7 @@ def refine_module(
                 dataloader_pin_memory=False, use_cpu=device.type == "cpu",
             )  # fmt: skip
             args._n_gpu = min(args.n_gpu, 1)  # transformers 5.24 would replicate the module
-            _Distillation(module, args, _Collator(pad or 0), samples).train()
+            _train(module, args, pad or 0, samples)
             module.drop_stale_results()
     finally:
         module.to(dtype).to(device)  # type: ignore[arg-type]
@@ -165,27 +165,31 @@ class _Collator:
         return {name: stacked(name, [s[name] for s in samples], self._padding.get(name, 0)) for name in samples[0]}
 
 
-class _Distillation(Trainer):
+def _train(module: NeMoPreTrainedModel, args: TrainingArguments, pad: int, samples: list[Sample]) -> None:
     """Trains a module on samples that hold the answers of its source."""
+    from transformers import Trainer  # here, since it takes a second and 90 MB that a module in use has no need of
 
-    loss_is_scaled_for_ga = False  # a mean over each micro-batch
+    class Distillation(Trainer):
+        loss_is_scaled_for_ga = False  # a mean over each micro-batch
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Says nothing: the progress bar is enough."""
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            """Says nothing: the progress bar is enough."""
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The divergence from the source's answers, and the task loss where samples have labels."""
-        for layer in model.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.eval()  # statistics of few samples are worse than those that the module has
-        inputs = dict(inputs)
-        answers, is_own, labels = inputs.pop(ANSWERS), inputs.pop(OWN), inputs.pop("labels", None)
-        outputs = model(**inputs, return_dict=True)
-        has_several: bool = self.accelerator.unwrap_model(model).config.has_several_labels
-        loss = distillation_loss(outputs.logits, answers, is_own, labels, has_several, inputs.get("attention_mask"))
-        return (loss, outputs) if return_outputs else loss
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Tensor | tuple[Tensor, Any]:
+            """The divergence from the source's answers, and the task loss where samples have labels."""
+            for layer in model.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval()  # statistics of few samples are worse than those that the module has
+            inputs = dict(inputs)
+            answers, is_own, labels = inputs.pop(ANSWERS), inputs.pop(OWN), inputs.pop("labels", None)
+            outputs = model(**inputs, return_dict=True)
+            has_several: bool = self.accelerator.unwrap_model(model).config.has_several_labels
+            loss = distillation_loss(outputs.logits, answers, is_own, labels, has_several, inputs.get("attention_mask"))
+            return (loss, outputs) if return_outputs else loss
+
+    Distillation(module, args, _Collator(pad), samples).train()
 
 
 def distillation_loss(
