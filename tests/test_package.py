@@ -1,5 +1,6 @@
 """What is published: the wheel, its types, its versions, and what it imports and requires."""
 
+import ast
 import configparser
 import importlib.util
 import os
@@ -141,6 +142,21 @@ def test_the_oldest_versions_that_are_tried_are_those_that_are_allowed():
     for line in extras["test"].split():  # what a test needs of an extra is as old there
         own = Requirement(line)
         assert str(own.specifier) == f">={tried.get(own.name, str(own.specifier)[2:])}"
+
+
+def test_what_the_code_imports_is_required_and_nothing_else():
+    named = {"huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "PIL": "pillow", "markupsafe": "jinja2"}
+    imported = set()
+    for node in (
+        node for path in (ROOT / "src").rglob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
+    ):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        imported |= {named.get(top, top) for top in (name.split(".")[0] for name in names)}
+    imported -= {*sys.stdlib_module_names, "nemo_hf", "nemo_hf_cli"}
+    needed = {Requirement(line).name for line in SETUP["options"]["install_requires"].split()}
+    extras = {Requirement(line).name for line in "".join(SETUP["options.extras_require"].values()).split()}
+    assert needed <= imported <= needed | extras
 
 
 def test_importing_takes_no_library_that_only_some_calls_need():
