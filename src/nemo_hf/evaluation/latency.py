@@ -181,7 +181,8 @@ def _doubt(times: Mapping[str, Sequence[Seconds]]) -> str | None:
         base = base or (early, late)
         ratios = sorted((base[0] / early, base[1] / late))
         if not ratios[1] <= LARGEST_SPREAD * ratios[0]:
-            return f"{name}: {base[0] / early:.3g} times as fast as {next(iter(times))}, then {base[1] / late:.3g} times"
+            first = next(iter(times))
+            return f"{name}: {base[0] / early:.3g} times as fast as {first}, then {base[1] / late:.3g} times"
     return None
 
 
