@@ -14,6 +14,7 @@ from nemo_hf.pruning.scores import activity_scores, fisher_scores, magnitude_sco
 from nemo_hf.pruning.statistics import measure_sites
 
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 512}
 SOURCES = ["bert", "vit", "gpt2", "llama", "albert", "swin", "resnet"]
 
 
@@ -234,6 +235,18 @@ def test_budgets_hold_for_any_scores(name, retention, seed, cost):
             assert len(kept) > 0
             assert kept.tolist() == sorted(set(kept.tolist()))
             assert 0 <= kept.min() <= kept.max() < site.parts[part]
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.3, 0.6])
+def test_cuts_to_widths_of_fast_products_are_exact_and_within_the_budget(retention):
+    model = randomize(tiny("BertForSequenceClassification", num_hidden_layers=1, **WIDE))
+    module = cut(model, batches_for("bert"), retention, reconstruct=False)
+    assert module.config.equivalence["status"] == "verified"
+    assert 0.9 * retention < module.config.extraction["weights"] <= retention
+    for site in module.config.sites:
+        width = site["widths"].get("intermediate", 0)
+        assert all(width % grain == 0 for grain in (2, 4, 8, 16) if width >= 16 * grain)
+        assert site["widths"].get("head_dim", 4) in (1, 2, *range(4, 33, 4))
 
 
 def test_several_retentions_give_the_modules_that_single_calls_give():

@@ -1,111 +1,175 @@
-"""How much faster modules are than their parent, beside the ratio of their operations.
+"""How much faster modules are than their source, beside the ratio of their operations, and where the time goes.
 
-    python examples/benchmarks/module_latency.py
+    python examples/benchmarks/module_latency.py clinc150 --data DATA --source SOURCE --modules FOLDER
+    python examples/benchmarks/module_latency.py cifar10 --data DATA --source SOURCE --modules FOLDER
 
-Module and plain parent alternate in one process. Writes results/module_latency.json. Runs on one CPU thread, or on a
-GPU if there is one; the ONNX rows need onnx, onnxscript and onnxruntime, the compiled ones a C++ compiler. About
-twenty minutes on a CPU.
+A source as in cutting.py; modules of its first set of labels are cut on 300 samples, unless the folder has them from
+an earlier call. Source and modules take turns in one process, on one CPU thread; figures that do not repeat are left
+out with the reason. Writes results/module_latency.json. The ONNX rows need onnx, onnxscript and onnxruntime, the
+compiled ones a C++ compiler. The cuts take a minute or two, the times two minutes on a quiet machine.
 """
 
 import argparse
-import copy
-import itertools
-import statistics
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import compact
 import torch
-from relevance import device, parent_of
-from timing import alternating
+from cutting import Bench, build, median_sample
 from torch import Tensor
-from training_step import minilm, texts, vit
-from transformers import set_seed
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
-from nemo_hf.evaluation.latency import count_macs
-from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.neurons.trial_inputs import random_inputs
+import nemo_hf
+from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, one_thread, time_runs
+from nemo_hf.export.onnx import ONNX_NAME, OnnxRunner
 
-MODELS = {"ViT-S/4": lambda: vit(384, 12, 6), "MiniLM": minilm}
-KEPT = (0.5, 0.25)
-Runner = Callable[..., object]
-
-
-def bfloat16(model: NeMoPreTrainedModel) -> Runner:
-    """The model with weights and images in bfloat16."""
-    half = copy.deepcopy(model.model).to(torch.bfloat16)
-    return lambda **inputs: half(**{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()})
-
-
-def onnx(model: NeMoPreTrainedModel) -> Runner:
-    """The model's ONNX file in onnxruntime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        model.export_onnx(folder)
-        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
-    return lambda **inputs: session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
-
-
-RUNTIMES = {
-    "eager": (lambda model: model.model.eval(), (1, 8, 32, 128)),
-    "bfloat16": (bfloat16, (1, 8, 32)),
-    "onnx": (onnx, (1, 8, 32)),
-    "compiled": (lambda model: torch.compile(model.model, dynamic=False), (32,)),
+KEPT = (1.0, 0.5, 0.2)  # retention; with 1 the module is the source
+SETS = {"clinc150": "singles", "cifar10": "pairs"}  # kinds of sets of labels
+SAMPLES, TOKENS = 300, 32
+TRIES = 3  # until a batch size is left out
+PROFILED = 32  # samples of a batch
+KINDS = {
+    "aten::addmm": "linear",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten::gelu": "activation",
+    "aten::native_layer_norm": "norms",
+    "aten::add": "sums",
+    "aten::copy_": "copies",
 }
-"""Builder and batch sizes of each."""
+"""Kinds of operations in the profile, other than "other"; copies are mostly of the bias that a product adds to."""
+Modules = Mapping[float, torch.nn.Module]
 
 
-def sample_of(model: NeMoPreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of one sample; texts have 32 tokens."""
-    if model.main_input_name != "input_ids":
-        return {name: value[:1] for name, value in random_inputs(model).items()}
-    sample = {name: value for name, value in texts(1).items() if name != "labels"}
-    return {**sample, "token_type_ids": torch.zeros_like(sample["input_ids"])}
+def modules_of(bench: Bench, kind: str, folder: Path) -> Modules:
+    """The modules by retention: cut into a folder, or read from it."""
+    class_ = nemo_hf.NeMoForSequenceClassification if bench.encoder else nemo_hf.NeMoForImageClassification
+    if not folder.exists():
+        job = bench.job(bench.task.sets[kind][0], 1.0, SAMPLES, 0)
+        batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in job.calibration.batches(50)]
+        made = nemo_hf.extract_module(
+            job.source, list(job.labels), batches, list(KEPT), rejection=False, show_progress=False
+        )
+        for module, kept in zip(made, KEPT, strict=True):
+            module.save_pretrained(folder / str(kept))
+    return {kept: class_.from_pretrained(folder / str(kept)).eval() for kept in KEPT}
+
+
+def samples_of(bench: Bench) -> dict[str, dict[str, Tensor]]:
+    """One sample by its name: of texts one of median length, and one of 32 tokens."""
+    batch = next(iter(bench.measured.rows(median_sample(bench.measured)).batches()))
+    sample = {name: values for name, values in batch.items() if name != "labels"}
+    if not bench.encoder:
+        return {"image": sample}
+    longer = {name: values.repeat(1, TOKENS)[:, :TOKENS] for name, values in sample.items()}
+    return {f"{inputs['input_ids'].shape[1]} tokens": inputs for inputs in (sample, longer)}
 
 
 @torch.no_grad()
-def measure(name: str, kept: float, rounds: int, runtime: str) -> list[dict]:
-    """One row for each batch size, of one model at one share of neurons."""
-    set_seed(0)
-    parent = parent_of(MODELS[name](), kept)
-    module = parent.extract_module([0], round_to=8)
-    whole = parent_of(MODELS[name](), 1.0)  # a module of all neurons is the plain model, and can be exported
-    everything = whole.extract_module(list(range(parent.config.num_labels)))
-    build, sizes = RUNTIMES[runtime]
-    runners = {"parent": build(everything), "module": build(module)}
-    row = {"model": name, "kept": kept, "neurons": module.config.retained_neurons}
-    row |= {"operations": count_macs(parent) / count_macs(module), "runtime": runtime}
-    rows = []
-    for batch in sizes:
-        sample = sample_of(module).items()
-        inputs = {name: value.repeat(batch, *[1] * (value.ndim - 1)).to(device()) for name, value in sample}
-        bound = {name: lambda run=run, own=inputs: run(**own) for name, run in runners.items()}
-        seconds = alternating(bound, rounds, warm_up=2)
-        medians = {f"{name}_ms": 1000 * statistics.median(own) for name, own in seconds.items()}
-        rows.append({**row, "batch": batch, **medians, "speedup": medians["parent_ms"] / medians["module_ms"]})
+def operations(module: torch.nn.Module, sample: Mapping[str, Tensor]) -> int:
+    """Multiply-accumulates of linear layers, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module(**sample)
+    return counter.get_total_flops() // 2
+
+
+def onnx(module: torch.nn.Module) -> Callable[..., object]:
+    """The module's ONNX file in onnxruntime."""
+    with tempfile.TemporaryDirectory() as folder:
+        module.export_onnx(folder)
+        return OnnxRunner(Path(folder, ONNX_NAME), LATENCY_THREADS)
+
+
+RUNTIMES: dict[str, Callable[..., Callable[..., object]]] = {
+    "eager": lambda module: module.model,
+    "compiled": lambda module: torch.compile(module.model, dynamic=False),
+    "onnx": onnx,
+}
+"""What runs a module."""
+
+
+def times(bench: Bench, modules: Modules, runtime: str) -> tuple[list[dict], list[dict]]:
+    """A row for each module, input and batch size, and one for each batch size that is left out."""
+    runners = {str(kept): RUNTIMES[runtime](module) for kept, module in modules.items()}
+    rows, missing = [], []
+    for name, sample in samples_of(bench).items():
+        counts = {kept: operations(module.model, sample) for kept, module in modules.items()}
+        for batch in LATENCY_BATCHES:
+            row = {"model": bench.source.config.model_type, "input": name, "runtime": runtime, "batch": batch}
+            for _ in range(TRIES):
+                found = time_runs(runners, sample, [batch])
+                if found.note is None:
+                    break
+            else:
+                missing.append({**row, "note": found.note})
+                continue
+            ms = {kept: found.milliseconds[str(kept)][str(batch)] for kept in modules}
+            for kept in KEPT[1:]:
+                ratio = {"operations": counts[1.0] / counts[kept], "speedup": ms[1.0] / ms[kept]}
+                share = {"share": ratio["speedup"] / ratio["operations"]}
+                rows.append({**row, "kept": kept, "source_ms": ms[1.0], "ms": ms[kept], **ratio, **share})
+                print(rows[-1], flush=True)
+    return rows, missing
+
+
+@one_thread()
+@torch.no_grad()
+def parts(bench: Bench, modules: Modules) -> list[dict]:
+    """Milliseconds of a batch by kind of operation, and the speedup if all but narrower products took as long."""
+    name, sample = list(samples_of(bench).items())[-1]
+    inputs = {key: value.repeat(PROFILED, *[1] * (value.ndim - 1)) for key, value in sample.items()}
+    rows: list[dict] = []
+    for kept, module in modules.items():
+        module.model(**inputs)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            for _ in range(10):
+                module.model(**inputs)
+        own: Counter = Counter(dict.fromkeys([*KINDS.values(), "other"], 0.0))
+        for event in found.key_averages():
+            own[KINDS.get(event.key, "other")] += event.self_cpu_time_total / 10_000
+        row = {"model": bench.source.config.model_type, "input": name, "batch": PROFILED, "kept": kept, **own}
+        source = rows[0] if rows else row
+        ratio = operations(modules[1.0].model, sample) / operations(module.model, sample)
+        rest = sum(own.values()) - own["linear"]
+        rows.append({**row, "bound": sum(source[kind] for kind in own) / (source["linear"] / ratio + rest) / ratio})
+        print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    """Measures all models, shares and runtimes, or those that are asked for."""
+    """Takes all times, or those that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("task", choices=list(SETS))
+    parser.add_argument("--data", default="", help="Folder of parquet files.")
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="Pretrained, for clinc150.")
+    parser.add_argument("--source", type=Path, required=True, help="Folder of a trained plain classifier.")
+    parser.add_argument("--modules", type=Path, required=True, help="Folder to keep the modules in.")
+    parser.add_argument("--runtimes", nargs="*", choices=list(RUNTIMES), default=list(RUNTIMES))
+    parser.set_defaults(seeds=[0], validation=False)
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
+    bench = build(given, given.modules)
+    modules = modules_of(bench, SETS[given.task], given.modules)
     output = compact.RESULTS / "module_latency.json"
-    about = {"command": "python examples/benchmarks/module_latency.py", "rounds": given.rounds}
-    for name, kept, runtime in itertools.product(given.models, KEPT, given.runtimes):
-        found = measure(name, kept, given.rounds, runtime)
-        print(*found, sep="\n", flush=True)
-        compact.update(output, about, "times", found, "model", "kept", "runtime", "batch")
+    about = {
+        "command": "python examples/benchmarks/module_latency.py TASK --data DATA --source SOURCE --modules FOLDER"
+    }
+    keys = ("model", "input", "runtime", "batch")
+
+    def store(table: str, rows: list[dict], keys: tuple[str, ...]) -> None:
+        compact.update(output, {**compact.load(output), **about}, table, rows, *keys)
+
+    for runtime in given.runtimes:
+        rows, missing = times(bench, modules, runtime)
+        store("times", rows, (*keys, "kept"))
+        store("left_out", missing, keys)
+    store("parts", parts(bench, modules), ("model", "input", "batch", "kept"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import copy
 import platform
 import re
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +24,19 @@ from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 Runners = Mapping[str, Callable[..., Any]]
-Clock = Callable[[], float]
+Seconds = tuple[float, float]  # that passed, and in which this process computed
+Clock = Callable[[], Seconds]
 LATENCY_BATCHES = (1, 8, 32)
 LATENCY_THREADS = 1
 _TIMED = threading.RLock()  # threads that take times, or change the number of torch's threads, wait for each other
 WARM_UP_RUNS = 3
-LATENCY_RUNS = 30
-FEWEST_RUNS = 5
-LATENCY_SECONDS = 2.0  # for the runs of one batch size; it ends them once there are `FEWEST_RUNS`
-LARGEST_SPREAD = 2.0  # upper over lower quartile of the runs, above which a batch size is left out
+RUNS_A_TURN = 3  # of which the first finds the weights of another model in the cache
+LATENCY_TURNS = 12
+FEWEST_TURNS = 4
+LATENCY_SECONDS = 3.0  # for the runs of one batch size; it ends them once there are `FEWEST_TURNS`
+PATIENCE = 4  # times as many turns, or as long, until figures that don't hold are left out
+LARGEST_SPREAD = 1.05  # of ratios in both halves of the runs, and of the time over that in which the process computes
+LARGEST_DRIFT = 1.2  # of times in both halves
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ def measure_latency(
     return time_runs(runners, on_device(module, random_inputs(module)), batch_sizes)
 
 
+def _seconds() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keeps torch to one CPU thread, so that results and times do not depend on the number of cores."""
@@ -108,50 +115,76 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 @torch.no_grad()
 def time_runs(
-    runners: Runners, sample: Mapping[str, Tensor], batch_sizes: Sequence[int], clock: Clock = time.perf_counter
+    runners: Runners, sample: Mapping[str, Tensor], batch_sizes: Sequence[int], clock: Clock = _seconds
 ) -> Latency:
     """Times callables in turn, on batches of the first sample repeated, so that a busy moment meets all of them.
 
-    Batch sizes at which the runs of one of them disagree are left out for all, since they are compared.
+    A turn is some runs of each, most of which find their weights in the cache, as when a model runs alone. Turns go on
+    until both halves of them give the same ratios between callables, and this process has computed nearly all the time
+    (on a CPU). Batch sizes at which that fails are left out for all callables, since they are compared.
     """
     device = next(iter(sample.values())).device
     milliseconds: dict[str, dict[str, float]] = {name: {} for name in runners}
     unsteady = []
     for size in batch_sizes:
         inputs = {name: value[:1].expand(size, *value.shape[1:]).contiguous() for name, value in sample.items()}
-        quartiles = _quartiles(runners, inputs, device, clock)
-        worst = max(quartiles, key=lambda name: quartiles[name][2] / quartiles[name][0])
-        low, _, high = quartiles[worst]
-        if high > LARGEST_SPREAD * low:
-            unsteady.append(f"batch size {size} ({worst}: quartiles {low:.3g} and {high:.3g} ms)")
+        times, doubt = _timed(runners, inputs, device, clock)
+        if doubt is not None:
+            unsteady.append(f"batch size {size} ({doubt})")
             continue
-        for name, (low, *_) in quartiles.items():
-            milliseconds[name][str(size)] = round(low, 4)
-    note = f"Left out, since runs disagree by more than a factor of {LARGEST_SPREAD:g}: {', '.join(unsteady)}."
+        for name, runs in times.items():
+            milliseconds[name][str(size)] = round(1000 * _lower_quartile(runs), 4)
+    note = f"Left out, since runs disagree or other processes disturb them: {', '.join(unsteady)}."
     return Latency(device_name(device, LATENCY_THREADS), milliseconds, note if unsteady else None)
 
 
-def _quartiles(
+def _timed(
     runners: Runners, inputs: Mapping[str, Tensor], device: torch.device, clock: Clock
-) -> dict[str, list[float]]:
-    """The three quartiles of each runner's times, in milliseconds."""
+) -> tuple[Mapping[str, list[Seconds]], str | None]:
+    """The times of the runs of each runner, and what speaks against them in the end."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
-    def timed(runner: Callable[..., Any]) -> float:
-        wait()
+    def timed(runner: Callable[..., Any]) -> Seconds:
         start = clock()
         runner(**inputs)
         wait()
-        return 1000 * (clock() - start)
+        end = clock()
+        return end[0] - start[0], end[1] - start[1] if device.type == "cpu" else end[0] - start[0]
 
-    for _ in range(WARM_UP_RUNS):
-        for runner in runners.values():
+    for runner in runners.values():
+        for _ in range(WARM_UP_RUNS):
             runner(**inputs)
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    started = clock()
-    for run in range(LATENCY_RUNS):
-        if run >= FEWEST_RUNS and clock() - started >= LATENCY_SECONDS:
-            break
+        wait()
+    times: dict[str, list[Seconds]] = {name: [] for name in runners}
+    started, doubt = clock()[0], None
+    for turn in range(1, PATIENCE * LATENCY_TURNS + 1):
         for name, runner in runners.items():
-            times[name].append(timed(runner))
-    return {name: statistics.quantiles(elapsed, n=4, method="inclusive") for name, elapsed in times.items()}
+            times[name] += [timed(runner) for _ in range(RUNS_A_TURN)]
+        spent = max(turn / LATENCY_TURNS, (clock()[0] - started) / LATENCY_SECONDS if turn >= FEWEST_TURNS else 0.0)
+        if spent >= 1:
+            doubt = _doubt(times)
+            if doubt is None or spent >= PATIENCE:
+                break
+    return times, doubt
+
+
+def _doubt(times: Mapping[str, Sequence[Seconds]]) -> str | None:
+    """Why the runs give no figures, if so: other processes held them up, or their halves differ."""
+    base: tuple[float, float] | None = None
+    for name, runs in times.items():
+        seconds, own = map(sum, zip(*sorted(runs)[: -(-len(runs) // 2)], strict=True))
+        if seconds > LARGEST_SPREAD * own:
+            return f"{name}: computes in {own / seconds:.0%} of its time, the rest goes to other processes"
+        early, late = (1000 * _lower_quartile(half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
+        if not early <= late * LARGEST_DRIFT or not late <= early * LARGEST_DRIFT:
+            return f"{name}: {early:.3g} ms, then {late:.3g} ms"
+        base = base or (early, late)
+        ratios = sorted((base[0] / early, base[1] / late))
+        if not ratios[1] <= LARGEST_SPREAD * ratios[0]:
+            first = next(iter(times))
+            return f"{name}: {base[0] / early:.3g} times as fast as {first}, then {base[1] / late:.3g} times"
+    return None
+
+
+def _lower_quartile(runs: Sequence[Seconds]) -> float:
+    return float(torch.tensor([seconds for seconds, _ in runs], dtype=torch.float64).quantile(0.25))

@@ -55,7 +55,7 @@ class ModuleReport:
         macs: Multiply-accumulates for one sample; `parent_macs` likewise.
         neuron_retention_rate: Kept neurons over neurons; `weight_retention_rate`: parameters over the parent's.
         latency_ms: Milliseconds of a batch by its size, the lower quartile of repeated runs; `parent_latency_ms` of
-            the plain model inside the parent. Sizes whose runs disagree by more than a factor of two are left out.
+            the plain model inside the parent. Sizes whose ratio of the two does not repeat within 5 % are left out.
         device: Name of the device of the latency, a CPU's with its threads.
         input_shape: Shape of the sample whose latency and operations these are.
         threshold: Of the module's plan.

@@ -16,6 +16,8 @@ from .layer_edits import weight_shape
 from .plan import Plan
 
 Cost = Literal["weights", "operations"]
+Keep = dict[str, dict[str, Tensor]]
+GRAIN, HEAD_GRAIN = 16, 4  # of feed-forward widths (the widest vectors of a CPU have 16 floats) and of heads
 STEPS = 12  # of the bisection: shares are found to 1/4096, and so are the gains of channels
 
 
@@ -72,37 +74,68 @@ def plan_budget(
 ) -> dict[str, dict[str, Tensor]]:
     """Keeps the neurons of the highest scores within a share of the costs of their layers.
 
-    Attention and feed-forward neurons: the same share of each part. Channels of convolutions, whose layers cost very
-    differently: those which add most, for their costs, to the logarithm of what their layer keeps of its scores, so
-    that no layer starves. Every site keeps a neuron at least. Returns site key to part to kept neurons: sorted indices.
+    Attention and feed-forward neurons: the same share of each part; then feed-forward widths are rounded down to
+    multiples at which products are fast, widths of heads are rounded up, and attention gets what is left. Channels of
+    convolutions, whose layers cost very differently: those which add most, for their costs, to the logarithm of what
+    their layer keeps of its scores, so that no layer starves. Every site keeps a neuron at least. Returns site key to
+    part to kept neurons: sorted indices.
     """
     plan: dict[str, dict[str, Tensor]] = {}
     for has_channels in (False, True):
         own = [site for site in sites if (site.kind == "conv") == has_channels]
         paths = {path for site in own for path in _layers(site)}
         own_costs = {path: cost for path, cost in costs.items() if path in paths}
-        keep = _keep_gains(own, scores, own_costs) if has_channels else partial(_keep_share, own, scores)
-        low, high = 0.0, 1.0
-        if kept_share(model, own, own_costs, keep(high)) <= retention:
-            low = high
-        for _ in range(STEPS if low < high else 0):
-            middle = (low + high) / 2
-            fits = kept_share(model, own, own_costs, keep(middle)) <= retention
-            low, high = (middle, high) if fits else (low, middle)
-        plan |= keep(low)
+
+        def fits(found: Plan, own: Any = own, own_costs: Any = own_costs) -> bool:
+            return kept_share(model, own, own_costs, found) <= retention
+
+        if has_channels:
+            found, _ = _largest(_keep_gains(own, scores, own_costs), fits)
+        else:
+            found, share = _largest(partial(_keep_share, own, scores), fits)
+            if share < 1:
+                found, _ = _largest(partial(_keep_share, own, scores, share), fits, share)
+        plan |= found
     return {site.key: plan[site.key] for site in sites}
 
 
+def _largest(keep: Callable[[float], Keep], fits: Callable[[Keep], bool], low: float = 0.0) -> tuple[Keep, float]:
+    """What the largest share that fits keeps, and this share; the lowest one is taken to fit."""
+    high = 1.0
+    if fits(keep(high)):
+        return keep(high), high
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(keep(middle)) else (low, middle)
+    return keep(low), low
+
+
 def _keep_share(
-    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], share: float
+    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], *shares: float
 ) -> dict[str, dict[str, Tensor]]:
+    """Keeps a share of each part; of two shares the last one is that of attention, and others are rounded down."""
     plan = {}
     for site in sites:
         if isinstance(site, AttentionSite):
-            plan[site.key] = _attention(site, scores[site.key], share)
+            plan[site.key] = _attention(site, scores[site.key], shares[-1])
         else:
-            plan[site.key] = {name: _best(score, share * len(score)) for name, score in scores[site.key].items()}
+            counts = {name: shares[0] * len(score) for name, score in scores[site.key].items()}
+            if len(shares) > 1:
+                counts = {name: _downwards(count) for name, count in counts.items()}
+            plan[site.key] = {name: _best(score, counts[name]) for name, score in scores[site.key].items()}
     return plan
+
+
+def _downwards(count: float) -> float:
+    """Rounds a width down to a multiple of a power of two: `GRAIN`, or less where that takes over a sixteenth away."""
+    grain = 2 ** math.floor(math.log2(max(1.0, min(GRAIN, count / 16))))
+    return math.floor(count / grain + 1e-9) * grain
+
+
+def _upwards(width: int, most: int) -> int:
+    """Rounds the width of a head of `most` dimensions up to a multiple of four, or of less for narrow heads."""
+    grain = max(1, min(HEAD_GRAIN, most // 8)) if width > HEAD_GRAIN // 2 else 1
+    return min(most, -(-width // grain) * grain)
 
 
 def _keep_gains(
@@ -137,7 +170,7 @@ def _attention(site: AttentionSite, scores: Mapping[str, Tensor], share: float) 
     """Chooses heads, and one number of dimensions for all of them, as dense layers need it; all in one step.
 
     Among all numbers of heads and dimensions of this size the one whose heads keep most of what they add, each weighted
-    by the share of its attention scores that its dimensions keep.
+    by the share of its attention scores that its dimensions keep; dimensions are then rounded up.
     """
     heads, dims = site.key_value_heads, site.value_dim
     value = scores["value"].view(heads, dims).sort(-1, descending=True)
@@ -159,6 +192,7 @@ def _attention(site: AttentionSite, scores: Mapping[str, Tensor], share: float) 
     if best is None:
         best = (0.0, 1, value.values[:, 0].topk(1).indices)
     _, width, chosen = best
+    width = _upwards(width, dims)
     own = min(site.query_key_dims, max(1, width // paired))
     of_query = chosen if site.query_key_heads == heads else torch.arange(site.query_key_heads)
     keep_value = value.indices[chosen, :width] + chosen[:, None] * dims
