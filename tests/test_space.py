@@ -1,6 +1,7 @@
 """The app that cuts modules in the browser: what it loads, and a visit to it in a headless Chromium."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,7 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from stage import stage as stage
 from stage import template as template
-from transformers import AutoModelForImageClassification, Trainer
+from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import nemo_hf.cli.models
@@ -46,14 +47,19 @@ def digits(tmp_path_factory):
     folder, half = tmp_path_factory.mktemp("digits"), [0.5] * 3
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}, image_mean=half, image_std=half)
     train, test, held_out = demo.load_digits_split(processor, 0)
-    trainer = demo.digits_trainer(Trainer, train, test, 0, 20)
-    trainer.args.disable_tqdm = True
+    names = [str(digit) for digit in range(10)]
+    set_seed(0)
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+    )  # fmt: skip
+    trainer = demo.digits_trainer(Trainer, train, test, 0, 15, model=ViTForImageClassification(config))
+    trainer.args.per_device_train_batch_size = 32
     trainer.train()
     trainer.model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     found = load_digits()
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in found.images]
-    names = [str(digit) for digit in range(10)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     for split, places in (("train", sorted({*range(len(images))} - {*held_out})), ("test", held_out)):
         rows = {"image": [images[place] for place in places], "label": [int(found.target[place]) for place in places]}
@@ -163,7 +169,7 @@ def served(digits, tmp_path_factory):
     finally:
         app.send_signal(signal.SIGTERM)
         app.wait(timeout=SOON / 1000)
-    assert list(folder.iterdir()) == []
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 
 def wait_for(address, app, log):
@@ -223,13 +229,15 @@ def test_a_visitor_cuts_a_module_and_compares_it(page, tmp_path):
         chosen.click()
         chosen.fill(label)
         page.get_by_role("option", name=label, exact=True).click()
+    page.keyboard.press("Escape")  # closes the list, which covers the button
     press(page, "Cut")
+    page.get_by_text(re.compile(r"\d+ steps")).first.wait_for()  # progress
     page.get_by_text("Multiply-accumulates").wait_for()
     table = [row.split("\t") for row in page.locator(".costs table").inner_text().splitlines() if "\t" in row]
     size = next(row for row in table if row[0] == "Size")
     assert float(size[2].split()[0]) < 0.5 * float(size[1].split()[0])
     accuracy = next(row for row in table if row[0].startswith("Accuracy"))
-    assert float(accuracy[2].rstrip("%")) > 90
+    assert float(accuracy[2].rstrip("%")) > 85
 
     press(page, "Classify")
     page.get_by_text("Got no image; expected one.").wait_for()

@@ -96,15 +96,19 @@ def build(source: Source) -> gr.Blocks:
                 answers = [gr.Label(num_top_classes=4, label=name) for name in TITLES.values()]
 
         def cut(
-            *options: Any,
+            labels: list[str],
+            retention: float,
+            shares_tokens: bool,
+            texts: str,
             progress: Any = gr.Progress(track_tqdm=True),  # noqa: B008  (Gradio looks for it there)
         ) -> Iterator[list[Any]]:
+            options = (labels, retention, shares_tokens)
             with tempfile.TemporaryDirectory() as folder, told():
-                found = source.cut(*options)
+                found = source.cut(*options, texts)
                 found.save_pretrained(Path(folder, "module"))
                 archive = shutil.make_archive(f"{folder}/module", "zip", folder, "module")
                 shown = [gr.update(value=archive, visible=True), gr.update(visible=True), gr.update(visible=True)]
-                same = [source.command(*options[:3]), source.code(*options[:3])]
+                same = [source.command(*options), source.code(*options)]
                 yield [found, as_table(source.table(found)), *shown, *same, "", *[None] * len(answers)]
 
         def compare(found: Any, given: Any) -> list[Any]:
