@@ -4,7 +4,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,14 +16,12 @@ from transformers.models.vit import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
+from nemo_hf.evaluation.controls import cut_beside_controls
 from nemo_hf.evaluation.latency import one_thread, time_runs
 from nemo_hf.evaluation.report import aligned
 from nemo_hf.hub.pictures import draw_curves
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.calibrated_cut import extract_module
-from nemo_hf.models.pruning_modes import make_parent
-from nemo_hf.pruning.plan import is_relevant
 from nemo_hf.training.trainer import NeMoTrainer
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
@@ -128,23 +125,16 @@ def _modules(
     name: str, source: Any, labels: Sequence[int], train: Digits, test: Digits, processor: Any, output: Path, seed: int
 ) -> list[dict[str, Any]]:
     """Cuts modules of some labels, at each retention and beside their controls, and measures them."""
-    chosen = list(labels)
-    others = [label for label in range(10) if label not in labels][: len(labels)]
-    cut = partial(extract_module, calibration=train, retention=RETENTIONS, processing_class=processor,
-                  max_samples=SAMPLES, batch_size=SAMPLES, show_progress=False)  # fmt: skip
-    modules = cut(source, chosen)
-    raw = cut(source, chosen, reconstruct=False, rejection=False)
-    random = cut(_with_random_relevance(source, seed), chosen, scores="relevance", rejection=False)
-    strangers = cut(source, others, rejection=False)
+    chosen, options = list(labels), {"max_samples": SAMPLES, "batch_size": SAMPLES, "processing_class": processor}
+    cuts = cut_beside_controls(source, chosen, train, RETENTIONS, seed, **options)
     path = (output / "modules" / name / "-".join(map(str, labels))).resolve()
-    modules[0].save_pretrained(path)
+    cuts[0]["accuracy"].save_pretrained(path)
     is_parent = isinstance(source, NeMoPreTrainedModel)
     plain = copy.deepcopy(source).detach_masks().eval() if is_parent else source
     rows = []
-    for place, module in enumerate(modules):
-        strangers[place].model.classifier = module.model.classifier  # answers for these labels
+    for place, answering in enumerate(cuts):
+        module = answering["accuracy"]
         done = module.config.extraction
-        answering = {"accuracy": module, "raw": raw[place], "random": random[place], "other": strangers[place]}
         times = time_runs({"module": module.model, "source": plain}, {"pixel_values": test.pixel_values[:1]}, [1])
         rows.append({
             "source": name, "labels": chosen, "retention": RETENTIONS[place], "path": None if place else str(path),
@@ -155,19 +145,6 @@ def _modules(
             "source_latency_ms": times.milliseconds["source"].get("1"), "latency_note": times.note,
         })  # fmt: skip
     return rows
-
-
-def _with_random_relevance(source: Any, seed: int) -> NeMoPreTrainedModel:
-    """A parent like a model, whose relevance ranks at random those neurons that the model uses."""
-    is_parent = isinstance(source, NeMoPreTrainedModel)
-    parent = copy.deepcopy(source) if is_parent else make_parent(copy.deepcopy(source), NeMoConfig(masks="static"))
-    generator = torch.Generator().manual_seed(seed)
-    for mask in parent.parent_masks().site_masks():
-        used = is_relevant(mask.relevance, parent.nemo_config.relevance_threshold).any(0)
-        drawn = torch.randint(128, 256, used.shape, generator=generator, dtype=torch.uint8)
-        mask.relevance.copy_(torch.where(used, drawn, 0))
-    parent.config.relevance_source = "exact"
-    return parent
 
 
 @torch.no_grad()
