@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     cutting.add_argument("--round-to", type=int, metavar="N", help="fill widths up to multiples of N, such as 8")
 
     add = command("demo", "train, cut and measure on scikit-learn's digits, offline, in two minutes")
-    add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json and modules.png")
+    add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json, modules.png and report.html")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
     add("--epochs", type=_count, default=40, help="epochs of the plain model, half as many with masks (default: 40)")
 
@@ -154,6 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare-formats", action="store_true", help="with --dataset: time modules as plain models and ONNX too")
     add("--license", help="identifier of the license, for the cards")
     add("--datasets", nargs="+", default=[], help="Hub data sets, for the cards")
+    text = "add a page: FILE that nemo-hf report wrote, or without FILE one of what is known"
+    add("--report-page", nargs="?", const="", metavar="FILE", help=text)
     add("--private", action="store_true", help="create private repositories")
 
     add = command(

@@ -13,6 +13,7 @@ from .auto_classes import (
 )
 from .config import NeMoConfig
 from .evaluation.report import ModuleReport, evaluate_module
+from .hub.report_page import write_report_page
 from .models.calibrated_cut import extract_module
 from .models.composition import compose
 from .models.configuration import NeMoModelConfig
@@ -46,4 +47,5 @@ __all__ = [
     "make_parent",
     "nemo_loss",
     "propose_sites",
+    "write_report_page",
 ]

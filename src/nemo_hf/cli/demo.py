@@ -16,13 +16,17 @@ from transformers.models.vit import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_hf.config import NeMoConfig
-from nemo_hf.evaluation.controls import cut_beside_controls
+from nemo_hf.evaluation.controls import cut_beside_controls, measure_answers
 from nemo_hf.evaluation.latency import one_thread, time_runs
-from nemo_hf.evaluation.report import aligned
+from nemo_hf.evaluation.report import aligned, evaluate_module
+from nemo_hf.hub.page_facts import Measured, page_facts
 from nemo_hf.hub.pictures import draw_curves
+from nemo_hf.hub.report_page import PAGE_NAME, page_words, write_page
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.training.trainer import NeMoTrainer
+
+from .models import load
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
 RETENTIONS = [0.2, 0.1, 0.05]
@@ -51,7 +55,8 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Trains a small ViT, cuts modules out of it, trains modules, too, and cuts them again; returns a report.
 
-    Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json` and `modules.png`.
+    Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json`, `modules.png` and
+    `report.html`.
     """
     start, output = time.perf_counter(), Path(output_dir)
     half = [0.5] * 3
@@ -76,7 +81,21 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     report["seconds"] = round(time.perf_counter() - start, 1)
     draw_curves(_curves(report["modules"]), output / "modules.png")
     write_json(output / "report.json", report)
+    _write_page(trainer.parent, report["modules"], test, output, seed)
     return report
+
+
+def _write_page(parent: Any, rows: Sequence[Mapping[str, Any]], test: Digits, output: Path, seed: int) -> None:
+    """Writes a page about the parent and the largest of its modules."""
+    own = [row for row in rows if row["source"] == "parent" and tuple(row["labels"]) == MODULES[-1]]
+    module, batches = load(own[0]["path"]), torch.utils.data.DataLoader(test, batch_size=SAMPLES)
+    evaluate_module(parent, own[0]["labels"], batches, module, show_progress=False)
+    points = [{"megabytes": row["bytes"] / 1e6, **row} for row in own]
+    points = [{key: row.get(key) for key in ("megabytes", "retention", *MEASURED)} for row in points]
+    about = {"dataset": "scikit-learn's digits", "split": "test", "seed": seed}
+    measured = Measured(module, measure_answers(module, {}, batches), points, 0, about)
+    words = page_words(parent, parent, {"model": str(output / "parent"), "title": "Demo: handwritten digits"})
+    write_page(page_facts(parent, parent, measured, words), output / PAGE_NAME)
 
 
 def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[int]]:

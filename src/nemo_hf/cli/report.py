@@ -35,7 +35,7 @@ def report(options: Namespace) -> None:
     check_page(model, options.output, origin, None)
     is_module = isinstance(model, NeMoPreTrainedModel) and not model.is_parent
     measuring = _measuring(options, model, model if not is_module else origin) if options.dataset else {}
-    words = {"model": options.model, "origin": options.parent, **measuring.pop("words", {})}
+    words: dict[str, Any] = {"model": options.model, "origin": options.parent, **measuring.pop("words", {})}
     write_report_page(model, options.output, origin=origin, words=words, **measuring)
     print(f"{options.output}: {Path(options.output).stat().st_size / 1e3:.0f} kB, opens in any browser")
 

@@ -35,7 +35,8 @@ def cut_beside_controls(
     reconstructed; `other` is a module of as many other labels, if there are any, with this module's head. `options`
     are further ones of `nemo_hf.extract_module`.
     """
-    cut = partial(extract_module, calibration=calibration, retention=list(retentions), show_progress=False, **options)
+    given = {"calibration": calibration, "retention": list(retentions), "show_progress": False, **options}
+    cut: Callable[..., list[NeMoPreTrainedModel]] = partial(extract_module, **given)
     chosen, count = list(labels), len(label_names(source))
     others = [label for label in range(count) if label not in labels][: len(chosen)]
     found = {

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_hf.config import NeMoConfig
+from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
 from nemo_hf.evaluation.controls import ModuleAnswers
 from nemo_hf.evaluation.metrics import jaccard_indices
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.equivalence import sharing_copy
+from nemo_hf.models.plain_checks import label_names
+from nemo_hf.models.privacy import clean_text
 from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.pruning.budget import layer_weights
@@ -25,7 +27,9 @@ from nemo_hf.pruning.plan import is_relevant
 from nemo_hf.pruning.size_table import LABELS, full_widths, parameters_at, size_table
 
 MOST_SHOWN = 16  # groups or labels that a table has a column for; of more, it has a summary
+FEW_LABELS = 5  # that a module has for which nobody named labels
 MOST_PAIRS = 20  # of groups or labels, where there is a summary
+MOST_COMPARED = 2000  # groups with each other
 LARGEST_PICKER = 650_000  # bytes of labels and neurons in the page, above which they are left out
 KINDS = {"ffn": "feed-forward", "attention": "attention", "conv": "convolution"}
 
@@ -57,8 +61,9 @@ def page_facts(
     `words` are for command lines: `model` and `origin` by the names that they are loaded by, `cut`, the words by which
     `nemo-hf cut` finds samples, and `title`.
     """
-    role = model.config.role if isinstance(model, NeMoPreTrainedModel) else "plain"
-    module = model if role == "module" else measured.module
+    own = model if isinstance(model, NeMoPreTrainedModel) else None
+    role = own.config.role if own else "plain"
+    module = own if role == "module" else measured.module
     parent = origin if isinstance(origin, NeMoPreTrainedModel) else None
     sited = parent
     if sited is None and origin is not None:
@@ -67,7 +72,7 @@ def page_facts(
     facts: dict[str, Any] = {
         "role": role,
         "title": words["title"],
-        "base_class": model.config.base_class if isinstance(model, NeMoPreTrainedModel) else type(model).__name__,
+        "base_class": own.config.base_class if own else type(model).__name__,
         "labels": list(model.config.names.values()) if role == "module" else names,
         "groups": len(parent.config.groups) if parent else 0,
         **_size(model),
@@ -83,13 +88,25 @@ def page_facts(
         "about": {"dataset": None, "split": None, "seed": None, **measured.about},
         "neurons": _neurons(parent, module),
         "overlap": _overlap(parent),
-        "relevance": parent.config.relevance_source if parent else None,
+        "used": _median_used(parent),
+        "picker": None,
     }
-    chosen = (
-        list(module.config.label_ids or ()) if module is not None else list(sited.config.names)[:1] if sited else []
-    )
-    facts["picker"] = _picker(sited, parent, origin, words, chosen) if sited is not None else None
+    if sited is not None and origin is not None and sum(map(len, names)) <= LARGEST_PICKER // 8:
+        chosen = list(module.config.label_ids or ()) if module is not None else chosen_labels(origin)
+        facts["picker"] = _picker(sited, parent, origin, words, chosen)
     return facts
+
+
+def chosen_labels(model: PreTrainedModel, labels: LabelLike | Sequence[LabelLike] | None = None) -> list[int]:
+    """Ids of the labels that are asked for, or of some that show what a module is."""
+    groups = model.config.groups if isinstance(model, NeMoPreTrainedModel) else {}
+    names = model.config.names if isinstance(model, NeMoPreTrainedModel) else label_names(model)
+    if labels is not None:
+        return resolve_labels(labels, groups, names)[0]
+    unseen = set(getattr(model.config, "unseen_labels", None) or ())
+    large = [ids for ids in groups.values() if 1 < len(ids) < len(names) and unseen.isdisjoint(ids)]
+    known = [index for index in names if index not in unseen]
+    return list(large[0] if large else known[: max(1, min(FEW_LABELS, len(names) // 2))])
 
 
 def _size(model: PreTrainedModel) -> dict[str, Any]:
@@ -129,43 +146,53 @@ def _used(parent: NeMoPreTrainedModel) -> list[Tensor] | None:
     return [is_relevant(rows, threshold).cpu() for rows in parent.parent_masks().relevance().values()]
 
 
+def _median_used(parent: NeMoPreTrainedModel | None) -> float | None:
+    """The share of all neurons that a label group uses, the median over groups."""
+    used = _used(parent) if parent is not None else None
+    return None if used is None else torch.cat(used, -1).float().mean(-1).median().item()
+
+
 def _neurons(parent: NeMoPreTrainedModel | None, module: NeMoPreTrainedModel | None) -> dict[str, Any] | None:
-    """Shares of each site's neurons that the groups use, or a summary of many groups, and that the module keeps."""
-    columns: dict[str, list[float]] = {}
+    """Shares of each site's neurons that the groups use, or a summary of many groups, and that the module keeps.
+
+    A column is the place of a group among `groups`, or a title.
+    """
     model = parent or module
     if model is None:
         return None
+    columns: dict[int | str, list[float]] = {}
     groups: list[str] = []
     if parent is not None and (used := _used(parent)) is not None:
-        groups = list(parent.config.groups)
-        shares = torch.stack([mask.float().mean(-1) for mask in used])  # (sites, groups)
-        if len(groups) > MOST_SHOWN:
-            ordered = shares.sort(-1).values
-            summary = {"fewest": ordered[:, 0], "median": ordered[:, len(groups) // 2], "most": ordered[:, -1]}
-            columns = {name: values.tolist() for name, values in summary.items()}
-        else:
-            columns = {f"group {place}": shares[:, place].tolist() for place in range(len(groups))}
-        if len(groups) > 1:
-            columns["shared by all"] = [mask.all(0).float().mean().item() for mask in used]
-            columns["used by any"] = [mask.any(0).float().mean().item() for mask in used]
+        groups, columns = list(parent.config.groups), _of_groups(used)
     is_alike = module is not None and [site.key for site in module.sites] == [site.key for site in model.sites]
     kept = _kept(module) if module is not None and is_alike else None
-    own = [name for name, _ in columns.items() if name.startswith("group ")]
-    if module is not None and kept is not None:
-        names = list(module.config.groups)
+    if kept is not None and module is not None:
+        names, sizes = list(module.config.groups), [site.neurons for site in module.sites]
         if not columns and len(names) <= MOST_SHOWN and all(len(row) == len(names) + 1 for row in kept):
-            neurons = [site.neurons for site in module.sites]
-            groups, own = names, [f"group {place}" for place in range(len(names))]
-            shares = [[count / size for count in row[:-1]] for row, size in zip(kept, neurons, strict=True)]
-            columns = {name: [row[place] for row in shares] for place, name in enumerate(own)}
-        columns["kept by the module"] = [row[-1] / s.neurons for row, s in zip(kept, module.sites, strict=True)]
+            groups = names
+            for place in range(len(names)):
+                columns[place] = [row[place] / size for row, size in zip(kept, sizes, strict=True)]
+        columns["kept by the module"] = [row[-1] / size for row, size in zip(kept, sizes, strict=True)]
     if not columns:
         return None
-    shown = dict(zip(own, groups, strict=False))
-    rows = [list(values) for values in zip(*columns.values(), strict=True)]
     sites = [[*name, site.neurons] for name, site in zip(_site_names(model), model.sites, strict=True)]
-    titles = [{"group": shown[name]} if name in shown else {"text": name} for name in columns]
-    return {"columns": titles, "sites": sites, "rows": rows, "groups": len(groups), "summary": len(groups) > MOST_SHOWN}
+    rows = [list(values) for values in zip(*columns.values(), strict=True)]
+    return {"columns": list(columns), "sites": sites, "rows": rows, "groups": groups}
+
+
+def _of_groups(used: Sequence[Tensor]) -> dict[int | str, list[float]]:
+    """Shares of each site's neurons that groups use, (groups, neurons) by site: of each group, or of many a summary."""
+    shares = torch.stack([mask.float().mean(-1) for mask in used])  # (sites, groups)
+    count = shares.shape[1]
+    columns: dict[int | str, list[float]] = {place: shares[:, place].tolist() for place in range(count)}
+    if count > MOST_SHOWN:
+        ordered = shares.sort(-1).values
+        summary = {"fewest": 0, "median": count // 2, "most": count - 1}
+        columns = {f"{name} of a group": ordered[:, place].tolist() for name, place in summary.items()}
+    if count > 1:
+        columns["shared by all"] = [mask.all(0).float().mean().item() for mask in used]
+        columns["used by any"] = [mask.any(0).float().mean().item() for mask in used]
+    return columns
 
 
 def _kept(module: NeMoPreTrainedModel) -> list[list[int]] | None:
@@ -177,7 +204,9 @@ def _kept(module: NeMoPreTrainedModel) -> list[list[int]] | None:
 
 def _overlap(parent: NeMoPreTrainedModel | None) -> dict[str, Any] | None:
     """Jaccard indices of the groups' neurons: all, or of many groups the highest ones and how they are spread."""
-    if parent is None or (used := _used(parent)) is None or len(parent.config.groups) < 2:
+    if parent is None or not 1 < len(parent.config.groups) <= MOST_COMPARED:
+        return None
+    if (used := _used(parent)) is None:
         return None
     groups = list(parent.config.groups)
     indices = jaccard_indices(torch.cat(used, -1))
@@ -187,7 +216,7 @@ def _overlap(parent: NeMoPreTrainedModel | None) -> dict[str, Any] | None:
     values = indices[rows, columns]
     best = values.argsort(descending=True, stable=True)[:MOST_PAIRS].tolist()
     spread = torch.histc(values, 10, 0, 1).int().tolist()
-    pairs = [[groups[int(rows[place])], groups[int(columns[place])], values[place].item()] for place in best]
+    pairs = [[int(rows[place]), int(columns[place]), values[place].item()] for place in best]
     return {"groups": groups, "pairs": pairs, "spread": spread, "median": values.median().item()}
 
 
@@ -202,10 +231,10 @@ def _confusion(module: NeMoPreTrainedModel | None, answers: ModuleAnswers | None
     wrong = counts - np.diag(right)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
     pairs = [divmod(int(place), len(labels)) for place in order if wrong.flat[place]]
-    mistakes = [[labels[row], labels[column], int(wrong[row, column]), int(totals[row])] for row, column in pairs]
+    mistakes = [[row, column, int(wrong[row, column]), int(totals[row])] for row, column in pairs]
     seen = [place for place in range(len(labels)) if totals[place]]
     worst = sorted(seen, key=lambda place: right[place] / totals[place])[:10]
-    lowest = [[labels[place], right[place] / totals[place], int(totals[place])] for place in worst]
+    lowest = [[place, float(right[place] / totals[place]), int(totals[place])] for place in worst]
     return {"labels": labels, "mistakes": mistakes, "lowest": lowest}
 
 
@@ -224,12 +253,12 @@ def _picker(
     """What choosing labels needs: their words on a command line, sizes, and of each group the neurons that it uses."""
     names, groups = sited.config.names, parent.config.groups if parent else {}
     table = size_table(sited.model, sited.sites, sited.heads, len(names))
-    widths, size = full_widths(sited.sites, len(names)), _size(origin or sited)
+    widths, size = full_widths(sited.sites, len(names)), _size(origin)
     weights = int(sum(layer_weights(sited.model, sited.sites).values()))
     per_label = parameters_at(table, widths) - parameters_at(table, {**widths, LABELS: len(names) - 1})
     is_grouped = any(len(members) > 1 for members in groups.values())
     unseen = set(sited.config.unseen_labels or ())
-    tables = [layer for layer in [sited.model.get_input_embeddings()] if sited.main_input_name == "input_ids"]
+    embeddings: Any = sited.model.get_input_embeddings() if sited.main_input_name == "input_ids" else None
     found: dict[str, Any] = {
         "names": list(names.values()),
         "words": label_words(names, groups),
@@ -240,9 +269,10 @@ def _picker(
             "rest": parameters_at(table, {**widths, LABELS: 0}) - weights,
             "per_label": per_label,
             "weights": weights,
-            "embeddings": sum(layer.weight.numel() for layer in tables),  # type: ignore[union-attr, misc]
+            "embeddings": 0 if embeddings is None else embeddings.weight.numel(),
             "command": shlex.join(["nemo-hf", "cut", words["origin"], "--labels"]),
             "options": shlex.join(words["cut"]),
+            "note": "Put your own samples in place of DATA." if "DATA" in words["cut"] else "",
         },
         "relevance": None,
         "output": "cut-module",
@@ -290,6 +320,6 @@ def _can_be_typed(name: str) -> bool:
 
 
 def shown_source(word: str) -> tuple[str, bool]:
-    """A model or data set as a page names it, without absolute paths, and whether a folder was left out."""
+    """A word of a command as a page has it, without absolute paths and tokens, and whether a folder was left out."""
     is_path = PurePath(word).is_absolute() or PureWindowsPath(word).is_absolute() or word.startswith("~")
-    return (PureWindowsPath(word).name or "MODEL", True) if is_path else (word, False)
+    return clean_text((PureWindowsPath(word).name or "MODEL") if is_path else word), is_path

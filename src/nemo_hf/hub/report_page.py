@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, resolve_labels
+from nemo_hf.config import LabelLike
 from nemo_hf.evaluation.controls import cut_beside_controls, measure_answers
 from nemo_hf.evaluation.report import evaluate_module
 from nemo_hf.models.atomic_writes import write_text
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.composed_model import NeMoComposedModel
-from nemo_hf.models.plain_checks import label_names
 from nemo_hf.models.privacy import clean
 
 from .markdown import one_line
 from .page_charts import accuracy_chart, rejection_chart
-from .page_facts import Measured, page_facts, shown_source
+from .page_facts import Measured, chosen_labels, page_facts, shown_source
 from .provenance import versions
 
 PAGE_NAME = "report.html"
 RETENTIONS = (0.4, 0.2, 0.1)
-FEW_LABELS = 5  # that a module has for which nobody named labels
 ACCEPTED = (0.99, 0.95, 0.9, 0.8, 0.5)  # shares of own samples that the table of rejection has
 LONGEST_NAME = 80  # letters of a name that are shown
 KINDS = {
@@ -84,12 +82,12 @@ def write_report_page(
         IsADirectoryError: If `path` is a directory.
     """
     check_page(model, path, origin, calibration)
-    is_module = isinstance(model, NeMoPreTrainedModel) and not model.is_parent
-    source = origin if is_module else model
+    module = model if isinstance(model, NeMoPreTrainedModel) and not model.is_parent else None
+    source = model if module is None else origin
     about = {"batches": batches, "calibration": calibration, "labels": labels, "retentions": retentions}
     given = {"dataset": None, "split": None, **(words or {})}
     measured = measure_page(
-        model if is_module else None, source, **about, processing_class=processing_class, seed=seed,
+        module, source, **about, processing_class=processing_class, seed=seed,
         show_progress=show_progress, about={"dataset": given["dataset"], "split": given["split"], "seed": seed},
     )  # fmt: skip
     write_page(page_facts(model, source, measured, page_words(model, source, given)), path)
@@ -127,7 +125,6 @@ def page_words(model: PreTrainedModel, origin: PreTrainedModel | None, given: Ma
     asked += list(given.get("cut") or ["--dataset", "DATA"])
     (place, source, *cut), are_short = zip(*map(shown_source, asked), strict=True)
     parts = ["Folders above are left out of paths: run it where these names lie."] if any(are_short) else []
-    parts += ["Put your own samples in place of DATA."] if "DATA" in cut else []
     return {"title": given.get("title") or place, "origin": source, "cut": cut, "note": " ".join(parts)}
 
 
@@ -172,16 +169,6 @@ def _point(
     done = found["accuracy"].config.extraction or {}
     by_kind = {kind: accuracies[f"{place} {kind}"] for kind in found}
     return {"retention": done["retention"], "megabytes": done["bytes"] / 1e6, "restricted": restricted, **by_kind}
-
-
-def chosen_labels(model: PreTrainedModel, labels: LabelLike | Sequence[LabelLike] | None) -> list[int]:
-    """Ids of the labels that are asked for, or of some that show what a module is."""
-    groups = model.config.groups if isinstance(model, NeMoPreTrainedModel) else {}
-    names = model.config.names if isinstance(model, NeMoPreTrainedModel) else label_names(model)
-    if labels is not None:
-        return resolve_labels(labels, groups, names)[0]
-    large = [ids for ids in groups.values() if 1 < len(ids) < len(names)]
-    return list(next(iter(large), None) or list(names)[: max(1, min(FEW_LABELS, len(names) // 2))])
 
 
 def render_page(facts: Mapping[str, Any]) -> str:
@@ -277,7 +264,8 @@ def headline(facts: Mapping[str, Any]) -> str:
     module, of = facts["module"], facts["of_labels"]
     if module is None:
         groups = f" in {facts['groups']} groups" if 1 < facts["groups"] < len(facts["labels"]) else ""
-        return f"A classifier of {len(facts['labels'])} labels{groups}, {facts['megabytes']:.3g} MB."
+        used = f"; a group uses {facts['used']:.0%} of its neurons" if facts["used"] is not None else ""
+        return f"A classifier of {len(facts['labels'])} labels{groups} takes {facts['megabytes']:.3g} MB{used}."
     count, size, whole = len(module["labels"]), module["megabytes"], _whole_size(facts)
     text = (
         f"A module of {count} {f'of {of} ' if of else ''}label{'' if count == 1 and not of else 's'} takes {size:.3g}"
@@ -327,7 +315,12 @@ def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]
     cuts = f"{data}{'' if is_module else ', which cuts modules'}"
     has_several = facts["samples"] is not None and facts["confusion"] is None
     lacks = {
-        "A choice of labels": (has_picker, "needs the model that the module was cut from: --parent SOURCE."),
+        "A choice of labels": (
+            has_picker,
+            "needs the model that the module was cut from: --parent SOURCE."
+            if is_module and not facts["origin"]
+            else "does not fit into a page of so many labels: nemo-hf cut takes them by name.",
+        ),
         "Accuracy": ("restricted" in found, f"beside the whole model is measured by {both}."),
         "Accuracy over size": (bool(facts["points"]), f"with controls is measured by {both}, which cuts modules."),
         "Mistakes among the labels": (
@@ -346,7 +339,7 @@ def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]
             bool(facts["neurons"] and facts["neurons"]["groups"]),
             f"are known of parents, which nemo-hf train makes{'; name it by --parent' if is_module else ''}.",
         ),
-        "Overlap between groups": (facts["overlap"] is not None, "is known of parents of several label groups."),
+        "Overlap": (facts["overlap"] is not None, "between groups is known of parents of several, up to 2,000."),
     }
     return [(what, how) for what, (is_known, how) in lacks.items() if not is_known]
 
@@ -370,6 +363,11 @@ def _short(text: Any) -> str:
     return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}…"
 
 
+def _coded(text: str) -> Markup:
+    """Marks the options of commands in a sentence of this file as code."""
+    return Markup(re.sub(r"--[a-z-]+( [A-Z]+)?|nemo-hf \w+", r"<code>\g<0></code>", str(escape(text))))  # noqa: S704
+
+
 def _percent(share: Any) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
@@ -383,6 +381,7 @@ _ENVIRONMENT.filters |= {
     "number": lambda value: f"{value:,}",
     "digits": lambda value, form: "-" if value is None else format(value, form),
     "short": _short,
+    "coded": _coded,
     "largest": lambda row: max(row[1:]),
     "level": lambda share: round(10 * min(1.0, max(0.0, share))),
 }

@@ -55,16 +55,14 @@ def size_table(model: nn.Module, sites: Sequence[NeuronSite], heads: Mapping[str
 
 def parameters_at(table: Mapping[str, Any], widths: Mapping[int, int]) -> int:
     """Parameters of a module with these widths, by index."""
+    rows = [(w, b, _value(outputs, widths), _value(inputs, widths)) for w, b, outputs, inputs in table["layers"]]
+    return int(table["fixed"] + sum(w * outputs * inputs + b * outputs for w, b, outputs, inputs in rows))
 
-    def value(affine: Affine | None) -> int:
-        return (
-            1
-            if affine is None
-            else affine[0] + sum(widths[i] * f for i, f in zip(affine[1::2], affine[2::2], strict=True))
-        )
 
-    rows = table["layers"]
-    return int(table["fixed"]) + sum(w * value(out) * value(inner) + b * value(out) for w, b, out, inner in rows)
+def _value(affine: Affine | None, widths: Mapping[int, int]) -> int:
+    if affine is None:
+        return 1
+    return affine[0] + sum(widths[place] * affine[at + 1] for at, place in enumerate(affine) if at % 2)
 
 
 def _keep(site: NeuronSite, parts: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -104,9 +102,7 @@ def _affine(
 def _layer(layer: nn.Module, sides: Mapping[str, Affine], widths: Mapping[int, int]) -> list[Any]:
     """Parameters of a layer per pair of outputs and inputs, and per output, with both."""
     outputs, inputs = sides.get("outputs"), sides.get("inputs")
-    full = {
-        side: parameters_at({"fixed": 0, "layers": [[1, 0, affine, None]]}, widths) for side, affine in sides.items()
-    }
+    full = {side: _value(affine, widths) for side, affine in sides.items()}
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters(recurse=False)}
     if isinstance(layer, CHANNEL_NORMS):
         return [sum(sizes.values()) // full["outputs"], 0, outputs, None]
