@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,11 @@ def push(options: Namespace) -> None:
         if not is_repository(name):
             raise ValueError(f"Got {name!r}; expected the name of a Hub repository, such as me/cat-dog. Correct it.")
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
-    page = True if options.report_page == "" else options.report_page or False
+    page: str | bool = True if options.report_page == "" else options.report_page or False
     if page and not is_alone and page is not True:
         raise ValueError("Got one --report-page for several models; expected none or no FILE. Leave FILE out.")
-    card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured, page)
+    card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
+    card = replace(card, report_page=page)
     model = load(options.path if is_alone else options.parent)
     if options.dry_run:
         path = find_file(options.path, CARD_NAME, {})

@@ -153,7 +153,7 @@ def _modules(
     rows = []
     for place, answering in enumerate(cuts):
         module = answering["accuracy"]
-        done = module.config.extraction
+        done: Any = module.config.extraction
         times = time_runs({"module": module.model, "source": plain}, {"pixel_values": test.pixel_values[:1]}, [1])
         rows.append({
             "source": name, "labels": chosen, "retention": RETENTIONS[place], "path": None if place else str(path),

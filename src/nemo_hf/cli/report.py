@@ -24,8 +24,8 @@ def report(options: Namespace) -> None:
     """Writes a page about a model, and says where it is."""
     given = sorted(name for name in MEASURING if getattr(options, name) is not None)
     if given and not options.dataset:
-        words = " ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"Got {words} without --dataset; expected data to measure with. Name some, or leave it out.")
+        named = " ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"Got {named} without --dataset; expected data to measure with. Name some, or leave it out.")
     if Path(options.output).is_dir():
         raise IsADirectoryError(f"Got --output {options.output}, which is a directory; expected a file. Name one.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

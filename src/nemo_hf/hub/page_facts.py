@@ -247,7 +247,7 @@ def _rejection(module: NeMoPreTrainedModel | None, answers: ModuleAnswers | None
 
 
 def _picker(
-    sited: NeMoPreTrainedModel, parent: NeMoPreTrainedModel | None, origin: PreTrainedModel | None,
+    sited: NeMoPreTrainedModel, parent: NeMoPreTrainedModel | None, origin: PreTrainedModel,
     words: Mapping[str, Any], chosen: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """What choosing labels needs: their words on a command line, sizes, and of each group the neurons that it uses."""
