@@ -187,6 +187,7 @@ def render_page(facts: Mapping[str, Any]) -> str:
         "figures": _figures(own),
         "unknown": unknown(own, picker is not None),
         "curve": curve,
+        "samples": own["samples"] or _measured_on(own),
         "accuracy": accuracy_chart(curve, KINDS),
         "rejection": rejection_chart(own["rejection"]) if own["rejection"] else None,
         "rejection_rows": rejection_rows(own["rejection"]) if own["rejection"] else None,
@@ -195,6 +196,12 @@ def render_page(facts: Mapping[str, Any]) -> str:
     given = {"style": style, "script": script, "style_hash": _digest(style), "script_hash": _digest(script)}
     found["sections"] = _sections(found)
     return _ENVIRONMENT.get_template("report.html.jinja").render(**found, **given, versions=versions())
+
+
+def _measured_on(facts: Mapping[str, Any]) -> int | None:
+    """Number of samples that the accuracies which the module brought along are of."""
+    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
+    return (facts["report"] or {}).get("samples", validation.get("samples"))
 
 
 def _sections(found: Mapping[str, Any]) -> list[tuple[str, str]]:
