@@ -128,7 +128,7 @@ def test_the_picker_tells_the_exact_size_of_a_module(browser, tmp_path, family):
             choose(page, *labels)
             shown = page.locator("#detail").inner_text()
             assert shown.startswith(f"{base_parameters(module):,} parameters exactly")
-            assert f"with {100 * module.config.retained_neurons:.1f} % of the neurons" in shown
+            assert f"with {100 * module.config.retained_neurons:.1f}% of the neurons" in shown
 
 
 def test_clicks_choose_labels_groups_and_ways_and_the_command_cuts_them(browser, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_the_keyboard_alone_reaches_and_changes_everything(browser, tmp_path):
         page.keyboard.press("Tab")
         assert page.evaluate(FOCUSED) == "share"
         page.keyboard.press("ArrowRight")
-        assert page.locator("#share-value").inner_text() == "21 %"
+        assert page.locator("#share-value").inner_text() == "21%"
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")
         assert page.evaluate(FOCUSED) == "copy"

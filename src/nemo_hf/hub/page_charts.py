@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 46  # around the area of the lines
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 70, 18, 16, 56  # around the area of the lines
 TICKS = 5
 RING = "The ring is the module that the rest of this page is about."
 THRESHOLD = "The ring is the threshold that the module has now."

@@ -266,24 +266,26 @@ def latency_rows(report: Mapping[str, Any] | None) -> list[list[float]]:
     return [[int(size), whole[size], own[size]] for size in sorted(own.keys() & whole.keys(), key=int)]
 
 
-def headline(facts: Mapping[str, Any]) -> str:
-    """A sentence or two that say what the module is worth, or of a model without one what it is."""
+def headline(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """A sentence that says what the module is worth, or of a model without one what it is, and one for comparison."""
     module, of = facts["module"], facts["of_labels"]
     if module is None:
         groups = f" in {facts['groups']} groups" if 1 < facts["groups"] < len(facts["labels"]) else ""
         used = f"; a group uses {facts['used']:.0%} of its neurons" if facts["used"] is not None else ""
-        return f"A classifier of {len(facts['labels'])} labels{groups} takes {facts['megabytes']:.3g} MB{used}."
-    count, size, whole = len(module["labels"]), module["megabytes"], _whole_size(facts)
-    text = (
-        f"A module of {count} {f'of {of} ' if of else ''}label{'' if count == 1 and not of else 's'} takes {size:.3g}"
-    )
-    text += f" of {whole:.3g} MB" if whole else " MB"
-    known = known_accuracies(facts)
-    if "accuracy" in known:
-        text += f" and answers {known['accuracy']:.1%} of its samples right"
-    if {"accuracy", "restricted"} <= known.keys():
-        text += f"; the whole model, choosing among the same labels, {known['restricted']:.1%}"
-    return text + (f"; as many random neurons, {known['random']:.1%}." if "random" in known else ".")
+        return f"A classifier of {len(facts['labels'])} labels{groups} takes {_size(facts['megabytes'])}{used}.", ""
+    count, whole, known = len(module["labels"]), _whole_size(facts), known_accuracies(facts)
+    labels = f"{count} of {of} labels" if of else f"{count} label{'' if count == 1 else 's'}"
+    text = f"A module of {labels} takes {_size(module['megabytes'])}{f' of {_size(whole)}' if whole else ''}"
+    text += f" and answers {known['accuracy']:.1%} of its samples right" if "accuracy" in known else ""
+    beside = [
+        f"{what} {known[kind]:.1%}"
+        for kind, what in (
+            ("restricted", "the whole model among the same labels"),
+            ("random", "as many random neurons"),
+        )
+        if kind in known
+    ]
+    return f"{text}.", f"In comparison, {' and '.join(beside)}." if beside else ""
 
 
 def _whole_size(facts: Mapping[str, Any]) -> float | None:
@@ -298,9 +300,9 @@ def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     module, whole, known = facts["module"], _whole_size(facts), known_accuracies(facts)
     if module is None:
         parameters = f"{facts['parameters']:,} parameters"
-        return [("size", f"{facts['megabytes']:.3g} MB", parameters), ("labels", str(len(facts["labels"])), "")]
-    share = f"{module['megabytes'] / whole:.0%} of {whole:.3g} MB" if whole else f"{module['parameters']:,} parameters"
-    found = [("size", f"{module['megabytes']:.3g} MB", share)]
+        return [("size", _size(facts["megabytes"]), parameters), ("labels", str(len(facts["labels"])), "")]
+    share = f"{module['megabytes'] / whole:.0%} of {_size(whole)}" if whole else f"{module['parameters']:,} parameters"
+    found = [("size", _size(module["megabytes"]), share)]
     if "accuracy" in known:
         beside = f"whole model {known['restricted']:.1%}" if "restricted" in known else ""
         found.append(("right answers", f"{known['accuracy']:.1%}", beside))
@@ -375,8 +377,17 @@ def _coded(text: str) -> Markup:
     return Markup(re.sub(r"--[a-z-]+( [A-Z]+)?|nemo-hf \w+", r"<code>\g<0></code>", str(escape(text))))  # noqa: S704
 
 
+def _size(megabytes: float) -> str:
+    return f"{1000 * megabytes:.3g} kB" if megabytes < 0.1 else f"{megabytes:.3g} MB"
+
+
+def _breakable(path: str) -> Markup:
+    """A path of layers, which may end a line behind each point."""
+    return Markup(".<wbr>").join(one_line(path).split("."))
+
+
 def _percent(share: Any) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{share:.1%}"
 
 
 _ENVIRONMENT = Environment(
@@ -388,6 +399,8 @@ _ENVIRONMENT.filters |= {
     "number": lambda value: f"{value:,}",
     "digits": lambda value, form: "-" if value is None else format(value, form),
     "short": _short,
+    "size": _size,
+    "breakable": _breakable,
     "coded": _coded,
     "largest": lambda row: max(row[1:]),
     "level": lambda share: round(10 * min(1.0, max(0.0, share))),
