@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     cutting.add_argument("--round-to", type=int, metavar="N", help="fill widths up to multiples of N, such as 8")
 
     add = command("demo", "train, cut and measure on scikit-learn's digits, offline, in two minutes")
-    add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json and modules.png")
+    add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json, modules.png and report.html")
     add("--seed", type=int, default=0, help="seed of the split, the models and the training")
     add("--epochs", type=_count, default=40, help="epochs of the plain model, half as many with masks (default: 40)")
 
@@ -154,7 +154,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare-formats", action="store_true", help="with --dataset: time modules as plain models and ONNX too")
     add("--license", help="identifier of the license, for the cards")
     add("--datasets", nargs="+", default=[], help="Hub data sets, for the cards")
+    text = "add a page: FILE that nemo-hf report wrote, or without FILE one of what is known"
+    add("--report-page", nargs="?", const="", metavar="FILE", help=text)
     add("--private", action="store_true", help="create private repositories")
+
+    add = command(
+        "report",
+        "write one page about a model: neurons, accuracy, latency, and a choice of labels to cut",
+        parents=[_data_options(is_required=False, label_column=None)],
+        usage="nemo-hf report MODEL --output report.html [--dataset DATA [--labels LABEL ...] [options]]\n"
+        "       nemo-hf report MODULE --output report.html [--parent SOURCE] [--dataset DATA [options]]",
+    )
+    add("model", metavar="MODEL", help="parent, module or plain model: directory or Hub repository")
+    add("--output", required=True, metavar="FILE", help="HTML file of the page")
+    add("--parent", metavar="SOURCE", help="of a module: the parent or plain model that it was cut from")
+    add("--labels", nargs="+", help="with --dataset: labels or groups of the modules that are cut and measured")
+    text = "with --dataset: shares of the weights that these modules keep (default: 0.4 0.2 0.1)"
+    add("--retention", nargs="+", type=float, metavar="SHARE", help=text)
+    add("--calibration-split", help="with --dataset: split whose samples modules are cut on (default: train)")
+    add("--samples", type=_count, metavar="N", help="with --dataset: most samples to measure on (default: 2000)")
+    add("--trust-remote-code", action="store_true", help="let the model's own code run")
 
     add = command("inspect", "print a model's neuron sites and how modules of it would be cut")
     add("model", metavar="MODEL", help="plain model, parent or module: directory or Hub repository")

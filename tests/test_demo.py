@@ -43,7 +43,14 @@ def report(output):
 def test_the_directory_and_the_report_are_as_documented(output, report):
     with Image.open(output / "modules.png") as picture:
         assert min(picture.size) > 300
-    assert {path.name for path in output.iterdir()} == {"plain", "parent", "modules", "report.json", "modules.png"}
+    assert {path.name for path in output.iterdir()} == {
+        "plain",
+        "parent",
+        "modules",
+        "report.json",
+        "modules.png",
+        "report.html",
+    }
     assert (report["epochs"], report["mask_epochs"]) == (1, 1)
     assert report["parent"]["all_parameters"] == report["parent"]["parameters"]  # no mask generators
     rows = report["modules"]

@@ -20,6 +20,8 @@ SIGNATURES = {
     "make_parent": "model nemo_config label_groups inputs",
     "nemo_loss": "logits labels neuron_masks groups contrastive_weight sparsity_weight temperature",
     "propose_sites": "model inputs",
+    "write_report_page": "model path origin batches calibration labels retentions processing_class seed show_progress"
+    " words",
     "NeMoConfig": "targets masks core_share plain_ratio generator_rank objective contrastive_weight coupling_weight"
     " temperature gather_across_devices sparsity_weight retention_target hard_masks static_evaluation detach_pooled"
     " mask_learning_rate warmup_ratio rehearsal_probability specificity_weight relevance_threshold label_groups"

@@ -16,6 +16,7 @@ from .auto_classes import (
 )
 from .config import NeMoConfig
 from .evaluation.report import ModuleReport, evaluate_module
+from .hub.report_page import write_report_page
 from .models.calibrated_cut import extract_module
 from .models.composition import compose
 from .models.configuration import NeMoModelConfig
@@ -51,6 +52,7 @@ __all__ = [
     "make_parent",
     "nemo_loss",
     "propose_sites",
+    "write_report_page",
 ]
 
 # Imported when they are asked for: `Trainer` brings in data libraries, 90 MB that a module in use has no need of.

@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
 from nemo_hf.evaluation.report import aligned, evaluate_module, table_head, table_row
 from nemo_hf.hub.publish import CARD_NAME, CardOptions, push_model, push_modules, write_companions
+from nemo_hf.hub.report_page import PAGE_NAME
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.calibrated_cut import extract_module
@@ -50,7 +52,8 @@ TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "thre
 def demo(options: Namespace) -> None:
     """Runs the demo and prints its report."""
     report = run_demo(options.output_dir, options.seed, options.epochs)
-    print(f"\n{format_demo(report)}\n\n{options.output_dir}: plain/, parent/, modules/, report.json, modules.png")
+    files = f"plain/, parent/, modules/, report.json, modules.png, {PAGE_NAME}"
+    print(f"\n{format_demo(report)}\n\n{options.output_dir}: {files}")
 
 
 def cut(options: Namespace) -> None:
@@ -177,7 +180,11 @@ def push(options: Namespace) -> None:
         if not is_repository(name):
             raise ValueError(f"Got {name!r}; expected the name of a Hub repository, such as me/cat-dog. Correct it.")
     measured = (hub_name(options.dataset), options.split) if hub_name(options.dataset) else (None, None)
+    page: str | bool = True if options.report_page == "" else options.report_page or False
+    if page and not is_alone and page is not True:
+        raise ValueError("Got one --report-page for several models; expected none or no FILE. Leave FILE out.")
     card = CardOptions(options.parent_repo, options.license, options.datasets, (), *measured)
+    card = replace(card, report_page=page)
     model = load(options.path if is_alone else options.parent)
     if options.dry_run:
         path = find_file(options.path, CARD_NAME, {})

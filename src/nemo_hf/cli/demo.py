@@ -4,7 +4,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -17,15 +16,17 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from transformers.models.vit import ViTConfig, ViTForImageClassification
 
 from nemo_hf.config import NeMoConfig
+from nemo_hf.evaluation.controls import cut_beside_controls, measure_answers
 from nemo_hf.evaluation.latency import one_thread, time_runs
-from nemo_hf.evaluation.report import aligned
+from nemo_hf.evaluation.report import aligned, evaluate_module
+from nemo_hf.hub.page_facts import Measured, page_facts
 from nemo_hf.hub.pictures import draw_curves
+from nemo_hf.hub.report_page import PAGE_NAME, page_words, write_page
 from nemo_hf.models.atomic_writes import write_json
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.calibrated_cut import extract_module
-from nemo_hf.models.pruning_modes import make_parent
-from nemo_hf.pruning.plan import is_relevant
 from nemo_hf.training.trainer import NeMoTrainer
+
+from .models import load
 
 MODULES: tuple[tuple[int, ...], ...] = ((0, 1), (3, 8, 9), (0, 1, 2, 3, 4))
 RETENTIONS = [0.2, 0.1, 0.05]
@@ -55,7 +56,8 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
 def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Trains a small ViT, cuts modules out of it, trains modules, too, and cuts them again; returns a report.
 
-    Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json` and `modules.png`.
+    Runs on one CPU thread; `output_dir` gets `plain/`, `parent/`, `modules/`, `report.json`, `modules.png` and
+    `report.html`.
     """
     start, output = time.perf_counter(), Path(output_dir)
     processor = _processor()
@@ -79,6 +81,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, epochs: int = EPOCHS) -> dic
     report["seconds"] = round(time.perf_counter() - start, 1)
     draw_curves(_curves(report["modules"]), output / "modules.png")
     write_json(output / "report.json", report)
+    _write_page(trainer.parent, report["modules"], test, output, seed)
     return report
 
 
@@ -92,6 +95,19 @@ def _processor() -> Any:
 
     half = [0.5] * 3
     return ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}, image_mean=half, image_std=half)
+
+
+def _write_page(parent: Any, rows: Sequence[Mapping[str, Any]], test: Digits, output: Path, seed: int) -> None:
+    """Writes a page about the parent and the largest of its modules."""
+    own = [row for row in rows if row["source"] == "parent" and tuple(row["labels"]) == MODULES[-1]]
+    module, batches = load(own[0]["path"]), torch.utils.data.DataLoader(test, batch_size=SAMPLES)
+    evaluate_module(parent, own[0]["labels"], batches, module, show_progress=False)
+    points = [{"megabytes": row["bytes"] / 1e6, **row} for row in own]
+    points = [{key: row.get(key) for key in ("megabytes", "retention", *MEASURED)} for row in points]
+    about = {"dataset": "scikit-learn's digits", "split": "test", "seed": seed}
+    measured = Measured(module, measure_answers(module, {}, batches), points, 0, about)
+    words = page_words(parent, parent, {"model": str(output / "parent"), "title": "Demo: handwritten digits"})
+    write_page(page_facts(parent, parent, measured, words), output / PAGE_NAME)
 
 
 def load_digits_split(processor: Any, seed: int) -> tuple[Digits, Digits, list[int]]:
@@ -138,23 +154,16 @@ def _modules(
     name: str, source: Any, labels: Sequence[int], train: Digits, test: Digits, processor: Any, output: Path, seed: int
 ) -> list[dict[str, Any]]:
     """Cuts modules of some labels, at each retention and beside their controls, and measures them."""
-    chosen = list(labels)
-    others = [label for label in range(10) if label not in labels][: len(labels)]
-    cut = partial(extract_module, calibration=train, retention=RETENTIONS, processing_class=processor,
-                  max_samples=SAMPLES, batch_size=SAMPLES, show_progress=False)  # fmt: skip
-    modules = cut(source, chosen)
-    raw = cut(source, chosen, reconstruct=False, rejection=False)
-    random = cut(_with_random_relevance(source, seed), chosen, scores="relevance", rejection=False)
-    strangers = cut(source, others, rejection=False)
+    chosen, options = list(labels), {"max_samples": SAMPLES, "batch_size": SAMPLES, "processing_class": processor}
+    cuts = cut_beside_controls(source, chosen, train, RETENTIONS, seed, **options)
     path = (output / "modules" / name / "-".join(map(str, labels))).resolve()
-    modules[0].save_pretrained(path)
+    cuts[0]["accuracy"].save_pretrained(path)
     is_parent = isinstance(source, NeMoPreTrainedModel)
     plain = copy.deepcopy(source).detach_masks().eval() if is_parent else source
     rows = []
-    for place, module in enumerate(modules):
-        strangers[place].model.classifier = module.model.classifier  # answers for these labels
-        done = module.config.extraction
-        answering = {"accuracy": module, "raw": raw[place], "random": random[place], "other": strangers[place]}
+    for place, answering in enumerate(cuts):
+        module = answering["accuracy"]
+        done: Any = module.config.extraction
         times = time_runs({"module": module.model, "source": plain}, {"pixel_values": test.pixel_values[:1]}, [1])
         rows.append({
             "source": name, "labels": chosen, "retention": RETENTIONS[place], "path": None if place else str(path),
@@ -165,19 +174,6 @@ def _modules(
             "source_latency_ms": times.milliseconds["source"].get("1"), "latency_note": times.note,
         })  # fmt: skip
     return rows
-
-
-def _with_random_relevance(source: Any, seed: int) -> NeMoPreTrainedModel:
-    """A parent like a model, whose relevance ranks at random those neurons that the model uses."""
-    is_parent = isinstance(source, NeMoPreTrainedModel)
-    parent = copy.deepcopy(source) if is_parent else make_parent(copy.deepcopy(source), NeMoConfig(masks="static"))
-    generator = torch.Generator().manual_seed(seed)
-    for mask in parent.parent_masks().site_masks():
-        used = is_relevant(mask.relevance, parent.nemo_config.relevance_threshold).any(0)
-        drawn = torch.randint(128, 256, used.shape, generator=generator, dtype=torch.uint8)
-        mask.relevance.copy_(torch.where(used, drawn, 0))
-    parent.config.relevance_source = "exact"
-    return parent
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from nemo_hf.models.equivalence import EquivalenceError
 from nemo_hf.models.privacy import clean_command
 
 from .commands import cut, demo, evaluate, export, inspect, push
+from .report import report
 from .training import train
 
-COMMANDS = {command.__name__: command for command in (demo, train, cut, export, evaluate, push, inspect)}
+COMMANDS = {command.__name__: command for command in (demo, train, cut, export, evaluate, push, report, inspect)}
 
 
 def run(options: Namespace) -> None:

@@ -75,6 +75,7 @@ class CardFacts:
     nemo_config: Mapping[str, Any] = field(default_factory=dict)  # options that are not the defaults
     versions: Mapping[str, str] = field(default_factory=dict)  # by package, where the card was written
     picture: str | None = None  # name of the file in the repository
+    page: str | None = None  # likewise, of the page of `nemo-hf report`
 
 
 def render_model_card(facts: CardFacts) -> str:

@@ -29,13 +29,15 @@ from nemo_hf.models.save_identity import bare_report, write_report
 from nemo_hf.models.weight_files import size_in_bytes
 
 from .model_card import CardFacts, license_of, own_text, render_model_card
+from .page_facts import Measured, page_facts
 from .pictures import draw_neurons
 from .provenance import versions
+from .report_page import PAGE_NAME, page_words, write_page
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "neurons.png"
 NAME_LENGTH = 60  # of a module's repository
-STALE = [*STALE_WEIGHTS, "training_args.bin", REPORT_NAME, PICTURE_NAME, "modeling_nemo_module.py"]
+STALE = [*STALE_WEIGHTS, "training_args.bin", REPORT_NAME, PICTURE_NAME, PAGE_NAME, "modeling_nemo_module.py"]
 """Files of an older push that are deleted unless they are pushed again; the last is code that version 0.1.0 wrote."""
 TIMED = {"latency_ms", "parent_latency_ms", "latency_note", "device", "formats"}  # of a measurement
 TAKEN_OVER = ("role", "base_class", "retained_neurons", "round_to", "equivalence", "extraction", "rejection",
@@ -55,6 +57,7 @@ class CardOptions:
     tags: Sequence[str] = ()
     measured_on: str | None = None  # Hub data set that the report is of; `None` takes the first of `datasets`
     split: str | None = None  # of `measured_on`
+    report_page: str | Path | bool = False  # a page that `write_report_page` wrote; `True` writes one of what is known
 
 
 def card_facts(model: Publishable, repo_id: str, options: CardOptions, picture: str | None) -> CardFacts:
@@ -116,7 +119,8 @@ def write_companions(
 ) -> CardFacts:  # fmt: skip
     """Writes the card, with `report` or else the model's, and the picture into a directory; returns the card's facts.
 
-    The owner's text of `card_before` stays, and so does its license where the options name none.
+    A page (see `write_report_page`) is written if the options ask for it, and linked also if one is there. The owner's
+    text of `card_before` stays, and so does its license where the options name none.
     """
     if options.license is None and card_before:
         options = replace(options, license=license_of(card_before))
@@ -124,10 +128,27 @@ def write_companions(
         has_picture = isinstance(model, NeMoPreTrainedModel) and draw_neurons(model, temporary / PICTURE_NAME)
         facts = card_facts(model, repo_id, options, PICTURE_NAME if has_picture else None)
         facts = replace(facts, report=report or model.report)
+        if _write_page(model, temporary / PAGE_NAME, facts, options) or Path(directory, PAGE_NAME).is_file():
+            facts = replace(facts, page=PAGE_NAME)
         kept = own_text(card_before or "")
         text = render_model_card(facts) + (f"\n{kept}\n" if kept else "")
         (temporary / CARD_NAME).write_text(text, encoding="utf-8")
     return facts
+
+
+def _write_page(model: Publishable, path: Path, facts: CardFacts, options: CardOptions) -> bool:
+    """Writes the page that the options ask for; returns whether there is one."""
+    if not options.report_page:
+        return False
+    if not isinstance(options.report_page, bool):
+        path.write_bytes(Path(options.report_page).read_bytes())
+        return True
+    if not isinstance(model, NeMoPreTrainedModel):
+        return False
+    words = page_words(model, None, {"model": facts.repo_id})
+    found = page_facts(model, model if model.is_parent else None, Measured(), words)
+    write_page({**found, "report": facts.report if found["module"] else None}, path)
+    return True
 
 
 def push_model(

@@ -41,7 +41,7 @@ LARGEST_COMPANION = 512 * 2**20  # bytes of all files of a tokenizer or image pr
 COMPANION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 # Names, in lower case, of the model's own files, of weights and of code.
 NO_COMPANION = re.compile(
-    r"(config|adapter_config|audio_tokenizer_config|generation_config|report)\.json|readme\.md|neurons\.png"
+    r"(config|adapter_config|audio_tokenizer_config|generation_config|report)\.json|readme\.md|neurons\.png|report\.html"
     r"|.*(\.safetensors|\.index\.json|\.bin|\.pt|\.pth|\.pkl|\.py)"
 )
 FREE_TEXTS = ("labels", "groups", "command")  # entries of records that may have line breaks; model cards escape them

@@ -1,0 +1,407 @@
+"""One self-contained page about a parent, module or plain model: what it is worth, how it is built, and what to cut."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from transformers import PreTrainedModel
+
+from nemo_hf.config import LabelLike
+from nemo_hf.evaluation.controls import cut_beside_controls, measure_answers
+from nemo_hf.evaluation.report import evaluate_module
+from nemo_hf.models.atomic_writes import write_text
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.composed_model import NeMoComposedModel
+from nemo_hf.models.privacy import clean
+
+from .markdown import one_line
+from .page_charts import accuracy_chart, rejection_chart
+from .page_facts import Measured, chosen_labels, page_facts, shown_source
+from .provenance import versions
+
+PAGE_NAME = "report.html"
+RETENTIONS = (0.4, 0.2, 0.1)
+ACCEPTED = (0.99, 0.95, 0.9, 0.8, 0.5)  # shares of own samples that the table of rejection has
+LONGEST_NAME = 80  # letters of a name that are shown
+KINDS = {
+    "restricted": "whole model, choosing among these labels",
+    "accuracy": "module",
+    "raw": "module before reconstruction",
+    "random": "as many random neurons",
+    "other": "module of other labels",
+    "empty": "no neurons",
+}
+
+
+def write_report_page(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    origin: PreTrainedModel | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Any = None,
+    labels: LabelLike | Sequence[LabelLike] | None = None,
+    retentions: Sequence[float] = RETENTIONS,
+    processing_class: Any = None,
+    seed: int = 0,
+    show_progress: bool = True,
+    words: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a self-contained HTML page about a parent, a module or a plain classifier.
+
+    It shows neurons by layer and label group, their overlap, accuracy over size beside controls, mistakes, errors of
+    reconstruction, rejection and latency, as far as the model holds them or `batches` measure them, and lets a reader
+    choose labels: it then says how large a module of them is, and the command that cuts it. It needs no network.
+
+    Args:
+        model: A parent, a module, or a plain classifier of `transformers`.
+        path: File to write, whole or not at all.
+        origin: Of a module: the parent or plain model that it was cut from.
+        batches: Batches of model inputs with `labels`, label ids of the model that modules are cut from, of held-out
+            data; they are run through more than once. A module carries the measured report from then on.
+        calibration: Samples to cut modules on at several sizes, as in `extract_module`, beside controls.
+        labels: Labels or groups of these modules; `None` takes those of the module, else the first group of several
+            labels, or the first five labels.
+        retentions: Shares of the weights that these modules keep.
+        processing_class: As in `extract_module`.
+        seed: Of the controls.
+        show_progress: Whether to show a progress bar.
+        words: How commands on the page name things: `model` and `origin` (directory or Hub repository), `title`,
+            `cut`, a list of words for `nemo-hf cut`, by which it finds samples, and the data's `dataset` and `split`.
+
+    Raises:
+        TypeError: If `model` is joined from modules, or no model.
+        ValueError: If something doesn't fit: labels or data without them, samples without a model to cut, a module of
+            another model.
+        IsADirectoryError: If `path` is a directory.
+    """
+    check_page(model, path, origin, calibration)
+    module = model if isinstance(model, NeMoPreTrainedModel) and not model.is_parent else None
+    source = model if module is None else origin
+    about = {"batches": batches, "calibration": calibration, "labels": labels, "retentions": retentions}
+    given = {"dataset": None, "split": None, **(words or {})}
+    measured = measure_page(
+        module, source, **about, processing_class=processing_class, seed=seed,
+        show_progress=show_progress, about={"dataset": given["dataset"], "split": given["split"], "seed": seed},
+    )  # fmt: skip
+    write_page(page_facts(model, source, measured, page_words(model, source, given)), path)
+
+
+def write_page(facts: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the page of some facts, whole or not at all."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"Got {str(path)!r}, which is a directory; expected a file. Name one.")
+    write_text(path, render_page(facts))
+
+
+def check_page(model: Any, path: str | Path, origin: Any, calibration: Any) -> None:
+    """Refuses what there can be no page of, before anything is measured."""
+    if isinstance(model, NeMoComposedModel) or not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"Got a {type(model).__name__}; expected a parent, a module or a plain classifier. Write a page for each "
+            "of its modules."
+        )
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"Got {str(path)!r}, which is a directory; expected a file. Name one.")
+    is_module = isinstance(model, NeMoPreTrainedModel) and not model.is_parent
+    if origin is not None and not is_module:
+        raise ValueError("Got an origin of a model that is no module; expected none. Leave it out.")
+    if calibration is not None and is_module and origin is None:
+        raise ValueError(
+            "Got samples to cut on and a module without origin; expected the model that it was cut from. Pass origin=."
+        )
+
+
+def page_words(model: PreTrainedModel, origin: PreTrainedModel | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What commands and the title call things; folders of this machine are left out."""
+    own = str(given.get("model") or getattr(model, "name_or_path", "") or "MODEL")
+    asked = [own, own if origin in (None, model) else str(given.get("origin") or "SOURCE")]
+    asked += list(given.get("cut") or ["--dataset", "DATA"])
+    (place, source, *cut), are_short = zip(*map(shown_source, asked), strict=True)
+    parts = ["Folders above are left out of paths: run it where these names lie."] if any(are_short) else []
+    return {"title": given.get("title") or place, "origin": source, "cut": cut, "note": " ".join(parts)}
+
+
+def measure_page(
+    module: NeMoPreTrainedModel | None,
+    origin: PreTrainedModel | None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Any = None,
+    labels: LabelLike | Sequence[LabelLike] | None = None,
+    retentions: Sequence[float] = RETENTIONS,
+    processing_class: Any = None,
+    seed: int = 0,
+    show_progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+) -> Measured:
+    """Cuts modules if there are samples, and measures them, or the given one, if there are labelled batches."""
+    if batches is None:
+        return Measured(module)
+    cuts: list[dict[str, NeMoPreTrainedModel]] = []
+    if origin is not None and calibration is not None:
+        ids = list(module.config.label_ids or ()) if module is not None else chosen_labels(origin, labels)
+        options = {"processing_class": processing_class}
+        cuts = cut_beside_controls(origin, ids, calibration, sorted(retentions, reverse=True), seed, **options)
+    kept_at = None
+    if module is None and cuts:
+        kept_at = len(cuts) // 2
+        module = cuts[kept_at]["accuracy"]
+    if module is None:
+        return Measured()
+    if origin is not None:
+        evaluate_module(origin, list(module.config.label_ids or ()), batches, module, show_progress=show_progress)
+    others = {f"{place} {kind}": each.model for place, found in enumerate(cuts) for kind, each in found.items()}
+    answers = measure_answers(module, others, batches)
+    restricted = (module.report or {}).get("parent_restricted_accuracy")
+    points = [_point(place, found, answers.accuracies, restricted) for place, found in enumerate(cuts)]
+    return Measured(module, answers, points, kept_at, about or {})
+
+
+def _point(
+    place: int, found: Mapping[str, NeMoPreTrainedModel], accuracies: Mapping[str, float], restricted: float | None
+) -> dict[str, Any]:
+    done = found["accuracy"].config.extraction or {}
+    by_kind = {kind: accuracies[f"{place} {kind}"] for kind in found}
+    return {"retention": done["retention"], "megabytes": done["bytes"] / 1e6, "restricted": restricted, **by_kind}
+
+
+def render_page(facts: Mapping[str, Any]) -> str:
+    """Renders a page; paths and tokens are replaced, and what is no markup of the template is escaped."""
+    picker, rest = facts["picker"], {name: value for name, value in facts.items() if name != "picker"}
+    own: dict[str, Any] = clean(rest)
+    style, script = (_source(f"report.{kind}.jinja") for kind in ("css", "js"))
+    curve = _curve(own)
+    found: dict[str, Any] = {
+        "facts": own,
+        "picker": picker,
+        "data": Markup(embedded(picker)) if picker else None,  # noqa: S704 - escaped for a script element
+        "kinds": KINDS,
+        "shown_kinds": [kind for kind in KINDS if any(row.get(kind) is not None for row in curve)],
+        "headline": headline(own),
+        "figures": _figures(own),
+        "unknown": unknown(own, picker is not None),
+        "curve": curve,
+        "samples": own["samples"] or _measured_on(own),
+        "accuracy": accuracy_chart(curve, KINDS),
+        "rejection": rejection_chart(own["rejection"]) if own["rejection"] else None,
+        "rejection_rows": rejection_rows(own["rejection"]) if own["rejection"] else None,
+        "latency": latency_rows(own["report"]),
+    }
+    given = {"style": style, "script": script, "style_hash": _digest(style), "script_hash": _digest(script)}
+    found["sections"] = _sections(found)
+    return _ENVIRONMENT.get_template("report.html.jinja").render(**found, **given, versions=versions())
+
+
+def _measured_on(facts: Mapping[str, Any]) -> int | None:
+    """Number of samples that the accuracies which the module brought along are of."""
+    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
+    return (facts["report"] or {}).get("samples", validation.get("samples"))
+
+
+def _sections(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Ids and titles of the sections that the page has."""
+    facts = found["facts"]
+    has = {
+        ("accuracy", "Accuracy"): found["curve"],
+        ("picker", "Choose labels"): found["picker"],
+        ("neurons", "Neurons"): facts["neurons"],
+        ("overlap", "Overlap"): facts["overlap"],
+        ("mistakes", "Mistakes"): facts["confusion"],
+        ("rejection", "Other inputs"): facts["rejection"],
+        ("errors", "Reconstruction"): facts["module"] and facts["module"]["layers"],
+        ("latency", "Latency"): found["latency"],
+        ("unknown", "Not measured"): found["unknown"],
+    }
+    return [section for section, value in has.items() if value]
+
+
+def embedded(data: Any) -> str:
+    """JSON that stays data inside of a script element, whatever its texts are."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _curve(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of accuracies by size: the cuts, and the module itself where it is none of them."""
+    rows = [{**point, "is_own": place == facts["kept_at"]} for place, point in enumerate(facts["points"])]
+    accuracies, module = known_accuracies(facts), facts["module"]
+    if module is not None and "accuracy" in accuracies and facts["kept_at"] is None:
+        retention = (module["extraction"] or {}).get("retention")
+        rows.append({"megabytes": module["megabytes"], "retention": retention, "is_own": True, **accuracies})
+    return sorted(rows, key=lambda row: -row["megabytes"])
+
+
+def known_accuracies(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of right answers of the page's module, its whole model and controls, by kind, as far as they are known."""
+    report = facts["report"] or {}
+    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
+    found = {
+        "accuracy": report.get("accuracy", validation.get("accuracy")),
+        "restricted": report.get("parent_restricted_accuracy", validation.get("source_accuracy")),
+        **(report.get("controls") or {}),
+    }
+    if facts["kept_at"] is not None:
+        found |= facts["points"][facts["kept_at"]]
+    return {kind: found[kind] for kind in KINDS if found.get(kind) is not None}
+
+
+def rejection_rows(found: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Shares of own samples accepted and of others rejected at the strictest threshold that accepts so many."""
+    rows = [
+        max((row for row in found["curve"] if row[1] >= share), key=lambda row: row[2], default=None)
+        for share in ACCEPTED
+    ]
+    return [(row[1], row[2]) for row in dict.fromkeys(map(tuple, filter(None, rows)))]
+
+
+def latency_rows(report: Mapping[str, Any] | None) -> list[list[float]]:
+    """Batch sizes with the times of the whole model and the module."""
+    own, whole = ((report or {}).get(name) or {} for name in ("latency_ms", "parent_latency_ms"))
+    return [[int(size), whole[size], own[size]] for size in sorted(own.keys() & whole.keys(), key=int)]
+
+
+def headline(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """A sentence that says what the module is worth, or of a model without one what it is, and one for comparison."""
+    module, of = facts["module"], facts["of_labels"]
+    if module is None:
+        groups = f" in {facts['groups']} groups" if 1 < facts["groups"] < len(facts["labels"]) else ""
+        used = f"; a group uses {facts['used']:.0%} of its neurons" if facts["used"] is not None else ""
+        return f"A classifier of {len(facts['labels'])} labels{groups} takes {_size(facts['megabytes'])}{used}.", ""
+    count, whole, known = len(module["labels"]), _whole_size(facts), known_accuracies(facts)
+    labels = f"{count} of {of} labels" if of else f"{count} label{'' if count == 1 else 's'}"
+    text = f"A module of {labels} takes {_size(module['megabytes'])}{f' of {_size(whole)}' if whole else ''}"
+    text += f" and answers {known['accuracy']:.1%} of its samples right" if "accuracy" in known else ""
+    beside = [
+        f"{what} {known[kind]:.1%}"
+        for kind, what in (
+            ("restricted", "the whole model among the same labels"),
+            ("random", "as many random neurons"),
+        )
+        if kind in known
+    ]
+    return f"{text}.", f"In comparison, {' and '.join(beside)}." if beside else ""
+
+
+def _whole_size(facts: Mapping[str, Any]) -> float | None:
+    report, done = facts["report"] or {}, (facts["module"] or {}).get("extraction") or {}
+    if facts["origin"]:
+        return float(facts["origin"]["megabytes"])
+    return report.get("parent_megabytes") or (done["source_bytes"] / 1e6 if "source_bytes" in done else None)
+
+
+def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures at the top of the page: what, how much, and beside what."""
+    module, whole, known = facts["module"], _whole_size(facts), known_accuracies(facts)
+    if module is None:
+        parameters = f"{facts['parameters']:,} parameters"
+        return [("size", _size(facts["megabytes"]), parameters), ("labels", str(len(facts["labels"])), "")]
+    share = f"{module['megabytes'] / whole:.0%} of {_size(whole)}" if whole else f"{module['parameters']:,} parameters"
+    found = [("size", _size(module["megabytes"]), share)]
+    if "accuracy" in known:
+        beside = f"whole model {known['restricted']:.1%}" if "restricted" in known else ""
+        found.append(("right answers", f"{known['accuracy']:.1%}", beside))
+    if "random" in known:
+        found.append(("random neurons", f"{known['random']:.1%}", "as many of them"))
+    auroc = (facts["rejection"] or (facts["report"] or {}).get("rejection") or {}).get("auroc")
+    found += [("AUROC of rejection", f"{auroc:.3f}", "own samples from others")] if auroc is not None else []
+    if rows := latency_rows(facts["report"]):
+        size, before, after = rows[0]
+        found.append((f"latency, batch of {size}", f"{after:.3g} ms", f"whole model {before:.3g} ms"))
+    return found
+
+
+def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]:
+    """What the page lacks, each with the sentence that says how to get it."""
+    is_module, found = facts["role"] == "module", known_accuracies(facts)
+    data = "--dataset DATA"
+    both = f"{data} and --parent SOURCE" if is_module else data
+    cuts = f"{data}{'' if is_module else ', which cuts modules'}"
+    has_several = facts["samples"] is not None and facts["confusion"] is None
+    lacks = {
+        "A choice of labels": (
+            has_picker,
+            "needs the model that the module was cut from: --parent SOURCE."
+            if is_module and not facts["origin"]
+            else "does not fit into a page of so many labels: nemo-hf cut takes them by name.",
+        ),
+        "Accuracy": ("restricted" in found, f"beside the whole model is measured by {both}."),
+        "Accuracy over size": (bool(facts["points"]), f"with controls is measured by {both}, which cuts modules."),
+        "Mistakes among the labels": (
+            facts["confusion"] is not None,
+            "are counted where each sample has one label." if has_several else f"are counted by {data}.",
+        ),
+        "The rejection curve": (bool(facts["rejection"]), f"is measured by {data}, with samples of other labels."),
+        "Latency": (bool(latency_rows(facts["report"])), f"is measured by {both}."),
+        "Errors of reconstruction": (
+            bool(facts["module"] and facts["module"]["layers"]),
+            "by layer are recorded where a module is cut on samples: nemo-hf cut with --dataset."
+            if is_module
+            else f"by layer are recorded by {cuts}.",
+        ),
+        "Neurons of label groups": (
+            bool(facts["neurons"] and facts["neurons"]["groups"]),
+            f"are known of parents, which nemo-hf train makes{'; name it by --parent' if is_module else ''}.",
+        ),
+        "Overlap": (facts["overlap"] is not None, "between groups is known of parents of several, up to 2,000."),
+    }
+    return [(what, how) for what, (is_known, how) in lacks.items() if not is_known]
+
+
+def _source(name: str) -> Markup:
+    """A template's text as it is: style or script."""
+    return Markup(_ENVIRONMENT.loader.get_source(_ENVIRONMENT, name)[0].strip())  # type: ignore[union-attr]  # noqa: S704
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _printed(value: Any) -> Any:
+    """Texts on one line, without characters that don't print or turn the direction of what follows."""
+    return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _short(text: Any) -> str:
+    line = one_line(text) or "(no name)"
+    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}…"
+
+
+def _coded(text: str) -> Markup:
+    """Marks the options of commands in a sentence of this file as code."""
+    return Markup(re.sub(r"--[a-z-]+( [A-Z]+)?|nemo-hf \w+", r"<code>\g<0></code>", str(escape(text))))  # noqa: S704
+
+
+def _size(megabytes: float) -> str:
+    return f"{1000 * megabytes:.3g} kB" if megabytes < 0.1 else f"{megabytes:.3g} MB"
+
+
+def _breakable(path: str) -> Markup:
+    """A path of layers, which may end a line behind each point."""
+    return Markup(".<wbr>").join(one_line(path).split("."))
+
+
+def _percent(share: Any) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("nemo_hf.hub"), undefined=StrictUndefined, autoescape=True, finalize=_printed,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+_ENVIRONMENT.filters |= {
+    "percent": _percent,
+    "number": lambda value: f"{value:,}",
+    "digits": lambda value, form: "-" if value is None else format(value, form),
+    "short": _short,
+    "size": _size,
+    "breakable": _breakable,
+    "coded": _coded,
+    "largest": lambda row: max(row[1:]),
+    "level": lambda share: round(10 * min(1.0, max(0.0, share))),
+}
