@@ -143,10 +143,16 @@ def test_a_whole_run_on_tiny_models(task, parts, tmp_path, monkeypatch):
     assert not (tmp_path / "found.json").exists()
     repair.main(list(map(str, words)))
     rows = repair.compact.load(tmp_path / "found.json")["repairs"]
-    ways = ["weak", "repaired", "repaired, uncut", "own module", "trained on, same samples", "trained on, all data"]
+    ways = ["weak", "repaired", "repaired, uncut", "own module", "trained on, same samples", "strong",
+            "trained on, all data"]  # fmt: skip
     runs = repair.compact.grouped(rows, "weakness", "labels")
-    assert list(runs) == [("undertrained", "cat"), ("undertrained", "vehicles"), ("scarce", "cat")]
-    assert [[row["model"] for row in own] for own in runs.values()] == [[*ways, "strong"]] * 3
+    assert list(runs) == [
+        ("undertrained", "cat"),
+        ("undertrained", "vehicles"),
+        ("scarce", "cat"),
+        ("scarce", "vehicles"),
+    ]
+    assert [[row["model"] for row in own] for own in runs.values()] == [ways] * 4
     weak = repair.trained(task, "stripes-undertrained", "plain", 0, 1, tmp_path / "keep")[0]
     with torch.no_grad():
         answers = weak(pixel_values=parts[2].inputs["pixel_values"]).logits.argmax(-1)

@@ -48,9 +48,10 @@ RESULTS = compact.RESULTS / "case_banking.json"
 DOMAINS = ("banking", "credit_cards")
 RETENTION, POSITIONS = 0.2, 64
 EPOCHS = 3  # of the source; truncated encoders get as many steps
-RATES = (2e-4, 5e-4, 1e-3)  # of truncated encoders, to choose from
+RATES = (5e-4, 1e-3)  # of truncated encoders, to choose from
 CLIENTS = (1, 4, 16)
 SERVED = ("source", "module", "truncated", "source-onnx", "module-onnx", "module-onnx-int8", "truncated-onnx")
+EXPORTED = ("source", "module", "truncated")
 WARM_UP = 30  # requests
 THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SMALL = {"vocabulary": "shared", "max_positions": POSITIONS}
@@ -121,11 +122,13 @@ def make(study: Study) -> None:
     source, seconds = source_of(task, given)
     modules = {"source": study.save("source", source, seconds, retention=1.0)}
     modules["module"] = study.save("module", source, 0.0, retention=RETENTION, **SMALL)
+    rates = RATES
     for name, has_all in (("truncated", False), ("truncated-all", True)):
-        model, chosen, seconds = truncated_encoder(task, study, has_all)
+        model, chosen, seconds = truncated_encoder(task, study, has_all, rates)
         modules[name] = study.save(name, model, seconds, retention=1.0, **SMALL)
         study.rows[-1] |= chosen
-    for name in ("source", "module", "truncated"):
+        rates = [chosen["rate"]]  # taken over
+    for name in EXPORTED:
         study.export(name, modules[name])
         if "quantize" in inspect.signature(modules[name].export_onnx).parameters:
             study.export(name, modules[name], "int8")
@@ -145,14 +148,16 @@ def source_of(task: Task, given: argparse.Namespace) -> tuple[PreTrainedModel, f
     return AutoModelForSequenceClassification.from_pretrained(folder).eval(), time.process_time() - start
 
 
-def truncated_encoder(task: Task, study: Study, has_all: bool) -> tuple[PreTrainedModel, dict, float]:
+def truncated_encoder(
+    task: Task, study: Study, has_all: bool, rates: Sequence[float]
+) -> tuple[PreTrainedModel, dict, float]:
     """The encoder's first layers trained on the intents, or on all 150; what was chosen, and the seconds of it all."""
     given = study.given
     splits = task.splits(given.seed)
     labels = list(range(len(study.intents))) if has_all else study.labels
     data, choice = splits[0].part(labels), splits[1].part(study.labels)
     steps, found = EPOCHS * -(-len(splits[0]) // task.batch), []
-    for rate in RATES:
+    for rate in rates:
         job = Job(None, labels, data, data, 1.0, given.seed, steps, task.batch, rate, given.model)
         start = time.process_time()
         model = truncated(job, given.layers)
@@ -179,7 +184,8 @@ def with_all_labels(model: PreTrainedModel, labels: Sequence[int], names: Sequen
 def answers(study: Study) -> None:
     """Pushes the models, pulls each into an endpoint, and lets it answer the test queries."""
     given, rows = study.given, []
-    models = sorted(path.parent.name for path in study.work.glob("*/config.json") if path.parent.name != "classifier")
+    made = sorted(path.parent.name for path in study.work.glob("*/config.json"))
+    models = given.models or [name for name in made if name != "classifier"]
     with hub_of(given) as environment:
         push = [sys.executable, __file__, "push", *models, "--work", str(study.work), "--namespace", given.namespace]
         subprocess.run(push, check=True, env={**os.environ, **environment, "HF_HOME": str(study.work / "home")})  # noqa: S603
@@ -286,7 +292,8 @@ def under_load(study: Study) -> None:
     texts = [texts[place * 7 % len(texts)] for place in range(len(texts))]  # kinds alternate
     before = {row["round"] for row in compact.load(given.output).get("load", [])}
     for turn in range(len(before), len(before) + given.rounds):
-        for name in given.models if turn % 2 else given.models[::-1]:
+        models = given.models or SERVED
+        for name in models if turn % 2 else models[::-1]:
             environment = {"HF_HOME": str(study.work / "pulled" / name), "HF_HUB_OFFLINE": "1", **THREADS}
             with Server(f"{given.namespace}/{name}", environment, given.threads) as server:
                 row = {"model": name, "round": turn, "threads": given.threads, "start": server.first_answer(texts[0])}
@@ -306,7 +313,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What to do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=list(STEPS))
-    parser.add_argument("models", nargs="*", help="For push and load; load takes some by itself.")
+    parser.add_argument("models", nargs="*", help="Not all of them; not for make.")
     parser.add_argument("--data", type=Path, help="Folder of CLINC150's parquet files.")
     parser.add_argument("--work", type=Path, required=True, help="Folder for models and files that are pulled.")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="The pretrained encoder.")

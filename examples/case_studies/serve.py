@@ -220,14 +220,19 @@ def has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def main() -> None:
-    """Serves until it is stopped."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What to serve."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Folder or repository of the Hub.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free.")
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Serves until it is stopped."""
+    given = arguments()
     endpoint = Endpoint(given.model, Classifier(given.model, given.threads), given.host, given.port)
     print(f"Listening on {endpoint.url}", flush=True)
     try:
