@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compact import RESULTS, cells, devices, grouped, load, markdown, mean, stamped, write
+from compact import RESULTS, cells, devices, grouped, load, markdown, stamped, write
 from families import support_line, support_table
 from training_tables import draw, headlines, stored_results, training_page
+
+sys.path.append(str(Path(__file__).parents[1] / "case_studies"))
+from tables import BLOCKS as CASES
 
 ROOT = Path(__file__).parents[2]
 CUT_SAMPLES = 300
@@ -135,19 +138,6 @@ def latency() -> str:
     return f"{text}\n\n{markdown(header, lines)}"
 
 
-def patching() -> str:
-    """Labels of a weak model before and after patching: means over labels."""
-    stored = load(RESULTS / "patching.json")
-    header = ["strong model", "model", "precision", "recall", "accuracy on others", "labels with more recall"]
-    weak = {row["label"]: row for row in stored["labels"] if row["model"] == "weak"}
-    lines = []
-    for (strong, model), rows in grouped(stored["labels"], "strong", "model").items():
-        better = sum(row["recall"] > weak[row["label"]]["recall"] for row in rows)
-        line = [strong, model, *(f"{mean(rows, key):.3f}" for key in ("precision", "recall", "others"))]
-        lines.append([*line, "-" if model == "weak" else f"{better} of {len(rows)}"])
-    return f"{stored['task']}; seed {stored['seed']}; `{stored['command']}`:\n\n{markdown(header, lines)}"
-
-
 def cutting() -> str:
     """Modules cut from plain classifiers, beside other ways to a small model of some labels."""
     return "\n\n".join(cutting_page(load(path)) for path in sorted(RESULTS.glob("cutting_*.json")))
@@ -180,12 +170,14 @@ def cutting_page(stored: dict) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": lambda: headlines(stored_results()), "training": lambda: training_page(stored_results()),
-    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "patching": patching, "cutting": cutting,
+    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "cutting": cutting, **CASES,
     "supported models": support_table,
 }  # fmt: skip
 PAGES = {
     ROOT / "README.md": ["cuts", "results"],
-    ROOT / "docs" / "results.md": ["training", "demo", "costs", "patching", "support"],
+    ROOT / "docs" / "results.md": ["training", "demo", "costs", "support"],
+    ROOT / "docs" / "case_banking.md": ["case banking", "case banking, load"],
+    ROOT / "docs" / "case_repair.md": ["case repair"],
     Path(__file__).with_name("supported_models.md"): ["support", "supported models"],
 }
 """The pages and the tables that each must have; other tables are made where their markers are found."""

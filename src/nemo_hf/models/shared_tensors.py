@@ -103,9 +103,10 @@ def _kept_shares(parts: Sequence[NeMoPreTrainedModel], source: nn.Module) -> tup
     for site in parts[0].sites:
         paths = list(dict.fromkeys(rows.layer for rows, _ in site.produced()))
         for path in paths:
-            rows = torch.cat([layer_weight(part.model.get_submodule(path)).flatten(1).cpu() for part in parts])
-            rows = rows[rows.any(-1)]  # without the padding of narrow heads
-            distinct = len({row.tobytes() for row in rows.numpy()})
+            held = [layer_weight(part.model.get_submodule(path)).flatten(1).cpu() for part in parts]
+            # Without the padding of narrow heads; channels may read different numbers of channels.
+            rows = [row.tobytes() for weight in held for row in weight[weight.any(-1)].numpy()]
+            distinct = len(set(rows))
             repeated += len(rows) - distinct
             outputs[path] = min(1.0, distinct / weight_shape(source.get_submodule(path))[0])
         kept = outputs[paths[-1]]  # of attention the values, which come last
