@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 COSTS = ("weights", "operations")
 SCORES = ("activity", "fisher", "magnitude", "relevance")
 VOCABULARIES = ("shared", "calibration")
+FORMATS, WIDTHS = ("plain", "onnx", "openvino"), ("int8", "int4")
 STARTING_VALUES = {
     "text-classification": {"num_train_epochs": 8, "per_device_train_batch_size": 32},
     "image-classification": {"num_train_epochs": 8, "per_device_train_batch_size": 64},
@@ -121,10 +122,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _cut_options(add)
 
-    add = command("export", "write a module as a plain model of transformers, or as ONNX")
+    add = command(
+        "export",
+        "write a module as a plain model of transformers, as ONNX, or for OpenVINO",
+        parents=[samples],
+        usage="nemo-hf export --module MODULE --output-dir DIR [--format FORMAT [--quantize WIDTH] [--dataset DATA]]",
+    )
     add("--module", required=True, help="module: directory or Hub repository")
     add("--output-dir", required=True, help="directory of the export")
-    add("--format", choices=["plain", "onnx"], default="plain", help="format of the export (default: plain)")
+    add("--format", choices=FORMATS, default="plain", help="format of the export (default: plain)")
+    add("--quantize", choices=WIDTHS, help="ONNX and OpenVINO: bits of the weights (default: float32)")
+    add("--min-agreement", type=float, metavar="SHARE", help="with --dataset: share of equal answers (default: 0.98)")
 
     inputs = [_data_options(is_required=True), cutting]
     add = command("evaluate", "measure modules beside their parent and controls", parents=inputs)

@@ -10,8 +10,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def without_tracing(monkeypatch) -> None:
     """Writes the labels instead of an ONNX graph; tracing takes seconds."""
-    monkeypatch.setattr("nemo_hf.export.onnx._trace", lambda m, i, f, o, path: path.write_text(str(m.config.names)))
-    monkeypatch.setattr("nemo_hf.export.onnx._check_onnx", lambda *given: (0.0, 1.0))
+    written = lambda ready, path: path.write_text(str(ready.exact.config.names))  # noqa: E731
+    monkeypatch.setattr("nemo_hf.export.onnx.trace", written)
+    monkeypatch.setattr("nemo_hf.export.onnx.OnnxRunner", lambda path, threads: None)
+    monkeypatch.setattr("nemo_hf.export.onnx.compare_outputs", lambda *given: (0.0, 1.0))
 
 
 def without_drawing(monkeypatch) -> None:

@@ -125,7 +125,7 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
     ],
 )
 def test_wrong_input_ends_in_one_line_and_status_2(words, message, capsys, stage, monkeypatch):
-    monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr("nemo_hf.export.tracing.find_spec", lambda name: None)
     assert main(words.split()) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [message in line for line in lines] == [True]

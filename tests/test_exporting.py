@@ -171,7 +171,7 @@ def test_onnx_of_texts_takes_any_length_and_padding(family, tmp_path):
 @pytest.mark.parametrize(
     ("patched", "match"),
     [
-        ({"nemo_hf.export.onnx.find_spec": lambda name: None}, r"Got no onnx and no .*nemo-hf\[onnx\]"),
+        ({"nemo_hf.export.tracing.find_spec": lambda name: None}, r"Got no onnx and no .*nemo-hf\[onnx\]"),
         ({"torch.onnx.export": Mock(side_effect=RuntimeError("why\n"))}, r"free batch and tokens \(Runtime.*: why\)"),
         ({}, r"without a padding token"),
     ],
@@ -219,7 +219,7 @@ def test_a_wrong_onnx_file_is_not_moved_into_place(monkeypatch, tmp_path, wrong,
         right = logits(module, inputs)
         return [torch.full_like(right, wrong) if len(right) == samples else right]
 
-    monkeypatch.setattr("nemo_hf.export.onnx._trace", lambda *arguments: None)
+    monkeypatch.setattr("nemo_hf.export.onnx.trace", lambda *arguments: None)
     monkeypatch.setattr("nemo_hf.export.onnx.OnnxRunner", lambda path, threads: run)
     with pytest.raises(UnsupportedArchitectureError, match=r"differ from the module's by .*; expected at most"):
         module.export_onnx(tmp_path / "onnx")
@@ -246,7 +246,7 @@ def test_latency_is_of_all_formats_that_can_be_made(monkeypatch):
     assert list(report["latency_ms"]) == ["parent", "module", "plain", "onnx"]
     assert all(list(times) == ["1", "3"] for times in report["latency_ms"].values())
     assert parent.is_parent
-    monkeypatch.setattr("nemo_hf.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr("nemo_hf.export.tracing.find_spec", lambda name: None)
     monkeypatch.setattr(latency, "LARGEST_SPREAD", 0)
     module.model.vit.layernorm.register_forward_hook(lambda layer, inputs, output: output * 1.5)
     report = compare_latency(module, parent, batch_sizes=(2,))

@@ -310,7 +310,7 @@ def test_rejection_scores_of_an_onnx_file_are_compared_however_large_logits_are(
             outputs = module(**inputs)
         return [outputs.logits, (outputs.rejection_scores + error).clamp(0, 1)]
 
-    monkeypatch.setattr("nemo_hf.export.onnx._trace", lambda *arguments: (tmp_path / "any").touch())
+    monkeypatch.setattr("nemo_hf.export.onnx.trace", lambda *arguments: (tmp_path / "any").touch())
     monkeypatch.setattr("nemo_hf.export.onnx.OnnxRunner", lambda path, threads: run)
     error = 0.0
     assert module.export_onnx(tmp_path / "onnx").difference == 0

@@ -35,7 +35,8 @@ SIGNATURES = {
     "NeMoForImageClassification": "config base_model sites",
     "NeMoForImageClassification.attach_processor": "self processor",
     "NeMoForImageClassification.detach_masks": "self",
-    "NeMoForImageClassification.export_onnx": "module directory inputs",
+    "NeMoForImageClassification.export_onnx": "module directory inputs quantize calibration min_agreement",
+    "NeMoForImageClassification.export_openvino": "module directory inputs quantize calibration min_agreement",
     "NeMoForImageClassification.extract_module": "self labels calibration retention threshold round_to inputs options",
     "NeMoForImageClassification.forward": f"self pixel_values {MASKED}",
     "NeMoForImageClassification.from_pretrained": "pretrained_model_name_or_path model_args labels threshold round_to"

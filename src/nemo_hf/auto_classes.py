@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .config import LabelLike
-from .export import onnx, plain_model
+from .export import onnx, openvino, plain_model
 from .hub.publish import CardOptions, push_model
 from .models.base import NeMoPreTrainedModel
 from .models.calibrated_cut import extract_module as cut_on_samples
@@ -90,6 +90,7 @@ class NeMoClassifier(NeMoPreTrainedModel):
     push_to_hub = push_to_hub  # type: ignore[assignment]
     save_plain = plain_model.save_plain
     export_onnx = onnx.export_onnx
+    export_openvino = openvino.export_openvino
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -114,13 +114,29 @@ def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
 def export(options: Namespace) -> None:
     """Writes a module in another format and prints what changed."""
     _check_apart(options.module, options.output_dir)
+    chosen = {"quantize": options.quantize, "min_agreement": options.min_agreement, "calibration": options.dataset}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if options.format == "plain" and chosen:
+        raise ValueError(
+            f"Got {', '.join(chosen)} for a plain model, which is exact; expected --format onnx or openvino. Name one."
+        )
     module = load(options.module)
     if options.format == "plain":
         plain = module.save_plain(options.output_dir)
         sizes = f"{plain.parameters:,} parameters (module: {plain.module_parameters:,}), changed: {plain.changes}"
     else:
-        onnx = module.export_onnx(options.output_dir)
-        sizes = f"inputs {onnx.inputs}, outputs {onnx.outputs}, difference {onnx.difference:.1e}"
+        if options.dataset:
+            source: Any = module.config.base_config  # which knows all labels, as the data may have
+            read = load_samples(options.dataset, options.split, input_kind(module), list(source.id2label.values()),
+                                options.label_column, options.input_column)  # fmt: skip
+            chosen["calibration"] = read
+        found = (module.export_onnx if options.format == "onnx" else module.export_openvino)(
+            options.output_dir, **chosen
+        )
+        sizes = f"inputs {found.inputs}, outputs {found.outputs}, difference {found.difference:.1e}, {found.bytes:,} B"
+        if (same := found.agreement) is not None:
+            of = "random inputs" if same.are_random else "samples"
+            sizes += f", the module's answer on {same.agreement:.1%} of {same.samples} {of}"
     print(f"{options.output_dir}: {sizes}")
 
 

@@ -28,6 +28,8 @@ from nemo_hf.pruning.layer_cuts import cut_tensor, tensor_cuts
 from nemo_hf.pruning.shared_rows import expanded_state
 
 from . import onnx
+from .plain_files import OTHER_WAYS, check_is_module, clean_written_config, plain_config, write_processor
+from .tracing import traced_inputs
 from .uniform_widths import UniformWidths, uniform_widths, zero_padded_state
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
         ValueError: If this is a parent.
         UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
     """
-    onnx.check_is_module(module)
+    check_is_module(module)
     check_finite(module)
     if module.config.rejection:
         logger.warning(
@@ -77,18 +79,18 @@ def save_plain(  # noqa: D417 - a method of parents and modules
     if getattr(transformers, plain_class.__name__, None) is not plain_class:
         raise UnsupportedArchitectureError(
             f"Got a module of {plain_class.__name__}, which is registered but no class of transformers; expected one "
-            f"of its classes. {onnx.OTHER_WAYS.format('export_onnx')}"
+            f"of its classes. {OTHER_WAYS.format('export_onnx')}"
         )
     widths, plain, largest, tolerance = _smallest_plain(module, inputs)
-    full = _built(module, onnx.plain_config(module))
+    full = _built(module, plain_config(module))
     stored = {name: tensor.dtype for name, tensor in module.model.state_dict().items()}
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
         if name in stored:
             tensor.data = tensor.data.to(stored[name])
     with replaced_directory(directory, stale=STALE_WEIGHTS) as temporary:
         plain.save_pretrained(temporary)
-        onnx.clean_written_config(temporary)
-        onnx.write_processor(module, temporary)
+        clean_written_config(temporary)
+        write_processor(module, temporary)
         _check_files(plain, temporary)
     sizes = (plain.num_parameters(), base_parameters(module), full.num_parameters())
     return PlainExport(*sizes, changes=widths.changes, difference=largest, tolerance=tolerance)
@@ -114,7 +116,7 @@ def _smallest_plain(
         except ValueError:  # by which families refuse widths that they can't have
             return {}
 
-    full = _built(module, onnx.plain_config(module))
+    full = _built(module, plain_config(module))
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
     state = zero_padded_state(full, module.sites, site_widths, expanded_state(module.model))
     with torch.no_grad(), exact_float32(module) as (exact,):
@@ -136,7 +138,7 @@ def _smallest_plain(
             reason = f"even at full width its logits differ by {found:.2e}, over {tolerance:.2e}"
     raise UnsupportedArchitectureError(
         f"Got a module of {module.config.base_class} that the plain class can't hold exactly: {reason}. "
-        f"{onnx.OTHER_WAYS.format('export_onnx')}"
+        f"{OTHER_WAYS.format('export_onnx')}"
     )
 
 
@@ -163,7 +165,7 @@ def _check_files(plain: PreTrainedModel, directory: Path) -> None:
     for name, tensor in plain.state_dict().items():
         if name not in state or not torch.equal(state[name].to(tensor.dtype), tensor.cpu()):
             changes = f"The tensor {name!r} of a {type(plain).__name__} changes when it is saved and loaded."
-            raise UnsupportedArchitectureError(f"{changes} {onnx.OTHER_WAYS.format('export_onnx')}")
+            raise UnsupportedArchitectureError(f"{changes} {OTHER_WAYS.format('export_onnx')}")
 
 
 def compare_latency(
@@ -175,9 +177,9 @@ def compare_latency(
     `"module"`, `"plain"`, `"onnx"`) and batch size; and `latency_note`, as in `ModuleReport`. A format that the module
     can't have is left out, and so is ONNX on another device than the CPU or without its packages.
     """
-    onnx.check_is_module(module)
+    check_is_module(module)
     runners: dict[str, Any] = {"parent": copy.deepcopy(parent).detach_masks().eval()}
-    sample = {name: value.to(module.device) for name, value in onnx.traced_inputs(module).items()}
+    sample = {name: value.to(module.device) for name, value in traced_inputs(module).items()}
     with scratch_directory() as folder, torch.no_grad(), as_saved(module) as (saved,):
         runners["module"] = saved.model
         try:

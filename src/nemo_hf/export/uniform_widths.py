@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from nemo_hf.neurons.sites import AttentionSite, FeedForwardSite, NeuronSite, Rows, UnsupportedArchitectureError
 from nemo_hf.pruning.layer_cuts import ROTARY_NAME, LayerCut, SiteCut, site_cut, tensor_cuts, uncut_tensor
 
-from .onnx import OTHER_WAYS
+from .plain_files import OTHER_WAYS
 
 State = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]

@@ -1,0 +1,117 @@
+"""Compares what a file answers with what its module answers, on calibration samples or on random inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.batches import select_pair
+from nemo_hf.models.calibration import read_calibration
+from nemo_hf.models.finiteness import check_outputs
+from nemo_hf.models.head_outputs import answers, difference, labels_last
+from nemo_hf.models.labels import has_label
+from nemo_hf.neurons.sites import UnsupportedArchitectureError
+
+Inputs = Mapping[str, Tensor]
+
+MIN_AGREEMENT = 0.98
+LARGEST_NOISE = 0.5  # by which logits of random inputs may differ, as a share of the largest
+BATCH, MOST_SAMPLES = 32, 1000
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the answers of a file compare with its module's, in float32."""
+
+    samples: int
+    are_random: bool  # random inputs, which lie near the borders between labels, and not calibration samples
+    agreement: float  # share of equal answers, in [0, 1]; rejections are answers
+    logit_difference: float  # the largest
+    largest_logit: float  # of the module
+
+
+def check_share(value: Any) -> None:
+    """Refuses a `min_agreement` that is no share with a `ValueError`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"Got min_agreement={value!r}; expected a share of the samples in [0, 1], such as 0.98.")
+
+
+def read_samples(module: NeMoPreTrainedModel, calibration: Any) -> list[dict[str, Tensor]]:
+    """Batches of calibration samples; samples of other labels are left out where the module doesn't reject them."""
+    own, found = module.config.label_ids or [], []
+    read = read_calibration(module, calibration, None, BATCH, MOST_SAMPLES, labels_wanted=own)
+    for inputs, labels in read:
+        if labels is not None and own and not module.config.rejection:
+            is_own = has_label(labels, own)
+            inputs, _ = select_pair((inputs, labels), is_own)
+        if len(next(iter(inputs.values()))):
+            found.append(in_float32(inputs))
+    if not found:
+        raise ValueError(
+            f"Got calibration samples of other labels alone; expected some of the module's labels {own}, by their ids "
+            "in the parent. Pass samples without labels, or others."
+        )
+    return found
+
+
+def in_float32(inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs on the CPU, without labels."""
+    own = {name: value.cpu() for name, value in inputs.items() if name != "labels"}
+    return {name: value.float() if value.is_floating_point() else value for name, value in own.items()}
+
+
+@torch.no_grad()
+def measure_agreement(
+    module: NeMoPreTrainedModel, run: Callable[[Inputs], Inputs], batches: Sequence[Inputs], are_random: bool
+) -> Agreement:
+    """Runs a module and its file, whose outputs `run` gives by name, on the same batches."""
+    samples, same, apart, largest = 0, [], [], []
+    names = [name for _, name in sorted(module.config.id2label.items())]
+    own = module.num_labels if module.config.rejection else None  # the logit behind these is of the rejected label
+    for batch in batches:
+        expected, got = module(**batch), run(batch)
+        check_outputs(module, batch, answers(expected), names)
+        logits, right = (labels_last(outputs["logits"])[..., :own] for outputs in (got, expected))
+        samples += len(right)
+        same.append(_same_answers(module, batch, got, expected).flatten())
+        apart.append(difference(logits, right, module.task))
+        largest.append(right.abs().max().item())
+    shares = torch.cat(same).double()
+    return Agreement(samples, are_random, shares.mean().item(), torch.tensor(apart).max().item(), max(largest))
+
+
+def _same_answers(module: NeMoPreTrainedModel, batch: Inputs, got: Inputs, expected: Any) -> Tensor:
+    """Which answers are equal, of samples, tokens, pixels or boxes; padding is left out."""
+    logits, right = labels_last(got["logits"]), labels_last(expected["logits"])
+    if module.task == "object-detection":  # whose queries may come in another order
+        ours, theirs = (torch.cat([labels_last(of["logits"]), of["pred_boxes"]], -1) for of in (expected, got))
+        nearest = torch.cdist(ours, theirs, p=torch.inf).argmin(-1)
+        logits = logits.gather(1, nearest[..., None].expand_as(right))
+    if module.config.has_several_labels:
+        same = ((logits > 0) == (right > 0)).all(-1)
+    else:
+        same = logits.argmax(-1) == right.argmax(-1)
+    if module.config.rejection:
+        threshold = module.config.rejection["threshold"]
+        same &= (got["rejection_scores"] > threshold) == (expected["rejection_scores"] > threshold)
+    mask = batch.get("attention_mask")
+    return same[mask.bool()] if mask is not None and mask.shape == same.shape else same
+
+
+def check_agreement(found: Agreement, needed: float, what: str) -> None:
+    """Refuses a file that answers otherwise than its module with an `UnsupportedArchitectureError`."""
+    allowed = LARGEST_NOISE * max(1.0, found.largest_logit)
+    if found.are_random and not found.logit_difference <= allowed:  # also NaN
+        raise UnsupportedArchitectureError(
+            f"Got {what} whose logits differ from the module's by {found.logit_difference:.2g} on random inputs; "
+            f"expected at most {allowed:.2g}. Pass calibration samples to see what its answers are worth, or None for "
+            "quantize."
+        )
+    if not found.are_random and not found.agreement >= needed:
+        raise UnsupportedArchitectureError(
+            f"Got {what} that gives the module's answer on {found.agreement:.2%} of {found.samples} samples; expected "
+            f"at least {needed:.2%}. Pass a wider type or None for quantize, or a lower min_agreement if that will do."
+        )

@@ -1,0 +1,128 @@
+"""Exports modules to OpenVINO, and checks what it computes before the files are moved into place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
+from nemo_hf.models.base import NeMoPreTrainedModel
+
+from .agreement import MIN_AGREEMENT, Agreement, Inputs
+from .onnx_quantization import check_width
+from .plain_files import check_place, write_companions
+from .tracing import compare_outputs, prepared, trace
+
+OPENVINO_NAME = "openvino_model.xml"
+OPENVINO_PACKAGES = ("openvino", "onnx", "onnxscript")
+LARGEST = 127  # of 8-bit weights
+SMALLEST = 4096  # numbers of a tensor whose weights are quantized
+READERS = {"MatMul", "Gather", "Convolution", "GroupConvolution"}
+
+
+@dataclass(frozen=True)
+class OpenVinoExport:
+    """What `export_openvino` wrote."""
+
+    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
+    outputs: list[str]  # as those of `export_onnx`
+    difference: float  # largest between OpenVINO's outputs and the module's, in float32, before any quantization
+    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
+    agreement: Agreement | None  # of the files' answers; None for files in float32 without calibration samples
+    bytes: int  # of openvino_model.xml and openvino_model.bin
+
+
+def export_openvino(  # noqa: D417 - a method of parents and modules
+    module: NeMoPreTrainedModel,
+    directory: str | Path,
+    inputs: Inputs | None = None,
+    *,
+    quantize: str | None = None,
+    calibration: Any = None,
+    min_agreement: float = MIN_AGREEMENT,
+) -> OpenVinoExport:
+    """Writes a module as `openvino_model.xml` and `.bin` with its processor's files and a plain `config.json`.
+
+    OpenVINO converts the traced ONNX file; inputs, outputs, rejection and the comparison are those of `export_onnx`.
+    Answers are compared in the precision that OpenVINO chooses on this machine, bfloat16 on many servers.
+
+    Args:
+        directory: Where to; appears whole or not at all.
+        inputs: A few samples, at least 2, to trace and compare with; `None` takes calibration samples, or random ones.
+        quantize: `"int8"` for weights of linear layers, embeddings and convolutions in 8 bits, with a scale for each
+            output or row; `None` for float32.
+        calibration: Samples to compare answers on, as in `export_onnx`.
+        min_agreement: Share of these samples, in [0, 1], whose answer must be the module's, as in `export_onnx`.
+
+    Returns:
+        Inputs, outputs, the largest difference in float32, and how the answers agree with the module's.
+
+    Raises:
+        ValueError: If this is a parent, has texts but no padding token, `inputs` are fewer than 2 samples, an argument
+            is out of range, or the directory holds weights with another config.json.
+        ImportError: If openvino, onnx or onnxscript is missing.
+        UnsupportedArchitectureError: If the model can't be traced, or OpenVINO computes something else.
+    """
+    check_width(quantize, ("int8",))
+    ready = prepared(module, inputs, calibration, min_agreement, OPENVINO_PACKAGES, "openvino")
+    check_place(Path(directory), ready.config)
+    import openvino
+
+    agreement = None
+    with replaced_directory(directory, stale=("openvino_model.*",)) as temporary, scratch_directory() as scratch:
+        traced, path = Path(scratch, "model.onnx"), Path(temporary, OPENVINO_NAME)
+        trace(ready, traced)
+        model = openvino.Core().read_model(traced)
+        threads = torch.get_num_threads()
+        difference, tolerance = compare_outputs(ready, OpenVinoRunner(model, threads, INFERENCE_PRECISION_HINT="f32"))
+        if quantize:
+            _quantize(model)
+        openvino.save_model(model, path, compress_to_fp16=False)
+        if quantize or ready.samples:
+            agreement = ready.measured(OpenVinoRunner(path, threads), "openvino", quantize, min_agreement)
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+        write_companions(module, ready.config, temporary)
+    return OpenVinoExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)
+
+
+class OpenVinoRunner:
+    """Calls an OpenVINO model, or that in a file, with tensors, on a number of threads of this CPU."""
+
+    def __init__(self, model: Any, threads: int, **options: str) -> None:
+        import openvino
+
+        given = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, **options}
+        self.request = openvino.Core().compile_model(model, "CPU", given).create_infer_request()
+        self.names = {name for entry in self.request.model_inputs for name in entry.names}
+
+    def __call__(self, **inputs: Tensor) -> list[Tensor]:
+        """Returns the outputs in the file's order."""
+        given = {name: value.numpy() for name, value in inputs.items() if name in self.names}
+        found = self.request.infer(given)
+        return [torch.from_numpy(found[index].copy()) for index in range(len(found))]
+
+
+def _quantize(model: Any) -> None:
+    """Gives the weights of a model's layers and tables 8 bits and a scale for each output or row, in place."""
+    from openvino import Type
+    from openvino import opset13 as operators
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != Type.f32:
+            continue
+        readers = list(node.output(0).get_target_inputs())
+        kinds = {entry.get_node().get_type_name() for entry in readers}
+        if len(node.shape) < 2 or np.prod(node.shape) < SMALLEST or not kinds <= READERS:
+            continue
+        reader = readers[0].get_node()
+        is_transposed = kinds == {"MatMul"} and not reader.get_attributes()["transpose_b"]
+        summed = len(node.shape) - 2 if is_transposed else tuple(range(1, len(node.shape)))
+        scales = np.abs(node.data).max(summed, keepdims=True) / LARGEST
+        rounded = np.round(node.data / np.where(scales == 0, 1, scales)).astype(np.int8)
+        widened = operators.convert(operators.constant(rounded), Type.f32)
+        weights = operators.multiply(widened, operators.constant(scales.astype(np.float32)))
+        for entry in readers:
+            entry.replace_source_output(weights.output(0))
