@@ -19,6 +19,7 @@ from nemo_hf.neurons.user_sites import model_sites, user_site_entries
 from nemo_hf.pruning.plan import module_masks
 from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
 from nemo_hf.pruning.shared_rows import share_rows, token_table
+from nemo_hf.pruning.stream import resize_stream
 
 from .config_checks import damaged
 from .configuration import PLACE_TASKS, NeMoModelConfig, task_of
@@ -170,6 +171,8 @@ class NeMoPreTrainedModel(SavedModel):
             resize_layer(self.model, head, outputs=self.num_labels + others)
         if self.config.token_rows:
             share_rows(self.model, token_table(self.model), self.config.token_rows)
+        if self.config.stream_width:
+            resize_stream(self.model, self.sites, self.config.stream_width)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Spreads a budget of weights over the sites of a model: which neurons stay, given a score of each. Pure functions."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -69,19 +69,21 @@ def plan_budget(
     scores: Mapping[str, Mapping[str, Tensor]],
     costs: Mapping[str, float],
     retention: float,
+    dropped: Collection[str] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """Keeps the neurons of the highest scores within a share of the costs of their layers.
 
     Attention and feed-forward neurons: the same share of each part. Channels of convolutions, whose layers cost very
     differently: those which add most, for their costs, to the logarithm of what their layer keeps of its scores, so
-    that no layer starves. Every site keeps a neuron at least. Returns site key to part to kept neurons: sorted indices.
+    that no layer starves. Every site keeps a neuron at least, except those whose keys are `dropped`, which keep none.
+    Returns site key to part to kept neurons: sorted indices.
     """
     plan: dict[str, dict[str, Tensor]] = {}
     for has_channels in (False, True):
         own = [site for site in sites if (site.kind == "conv") == has_channels]
         paths = {path for site in own for path in _layers(site)}
         own_costs = {path: cost for path, cost in costs.items() if path in paths}
-        keep = _keep_gains(own, scores, own_costs) if has_channels else partial(_keep_share, own, scores)
+        keep = _keep_gains(own, scores, own_costs) if has_channels else partial(_keep_share, own, scores, dropped)
         low, high = 0.0, 1.0
         if kept_share(model, own, own_costs, keep(high)) <= retention:
             low = high
@@ -94,11 +96,13 @@ def plan_budget(
 
 
 def _keep_share(
-    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], share: float
+    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], dropped: Collection[str], share: float
 ) -> dict[str, dict[str, Tensor]]:
     plan = {}
     for site in sites:
-        if isinstance(site, AttentionSite):
+        if site.key in dropped:
+            plan[site.key] = dict.fromkeys(site.parts, torch.empty(0, dtype=torch.long))
+        elif isinstance(site, AttentionSite):
             plan[site.key] = _attention(site, scores[site.key], share)
         else:
             plan[site.key] = {name: _best(score, share * len(score)) for name, score in scores[site.key].items()}
