@@ -371,7 +371,7 @@ class NeMoPreTrainedModel(SavedModel):
 def _hashes(tensors: Iterable[Tensor]) -> list[Any]:
     """Hashes of tensors' values; of a sharded tensor, of the part that this process holds."""
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-    return [torch.hash_tensor(tensor.detach()).item() for tensor in local if not tensor.is_meta]
+    return [torch.hash_tensor(tensor.detach()).item() for tensor in local if not tensor.is_meta and tensor.numel()]
 
 
 def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[NeuronSite]:

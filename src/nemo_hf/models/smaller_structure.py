@@ -129,4 +129,5 @@ class Narrowing:
             for inputs, known in zip(batches, before, strict=True)
         ]
         distance = torch.cat(changes).mean().item()
-        return {"width": self.basis.shape[1], "lost_variance": self.lost_variance, "distance": distance}
+        found = {"share": self.share, "width": self.basis.shape[1]}
+        return {**found, "lost_variance": self.lost_variance, "distance": distance}
