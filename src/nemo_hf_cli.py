@@ -221,6 +221,9 @@ def _cut_options(add: Callable[..., Any]) -> None:
     add("--samples", type=_count, metavar="N", help="most samples of the module's labels (default: 1000)")
     add("--scores", choices=SCORES, help="how neurons are scored (default: activity)")
     add("--cost", choices=COSTS, help="what the retention counts (default: weights)")
+    text = "whole attention and feed-forward parts to drop, or 'auto' for as many as bring the module nearest"
+    add("--drop-parts", type=_parts, metavar="N", help=text)
+    add("--stream", type=float, metavar="SHARE", help="share of the residual stream's width to keep (ViT, Llama)")
     add("--no-reconstruct", action="store_true", help="leave the layers as they are after the cut")
     add("--refine-epochs", type=_count, metavar="N", help="train the module towards the model's answers")
     add("--vocabulary", choices=VOCABULARIES, help="texts: which tokens have embeddings of their own")
@@ -256,6 +259,11 @@ def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"Got {word!r}; expected a number of 1 or more")
     return int(word)
+
+
+def _parts(word: str) -> int | str:
+    """A number of parts or `auto`, as an option says it."""
+    return word if word == "auto" else _count(word)
 
 
 def _with_dashes(word: str) -> str:

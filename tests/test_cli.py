@@ -81,6 +81,8 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
             "cut nothing --labels cat --output-dir m",
             "Got 'nothing', which is no directory here and can't be read",
         ),
+        (f"{CUT} --drop-parts auto --stream 0.5", "Got --drop-parts --stream without --dataset"),
+        (f"{CUT} --drop-parts all", "argument --drop-parts: Got 'all'; expected a number"),
         (f"{CUT} --retention 0.2 --vocabulary shared", "Got --retention --vocabulary without --dataset"),
         (f"{ON_SAMPLES} --threshold 0.5", "Got --threshold with --dataset"),
         (f"{ON_SAMPLES} --retention 0.2 --max-loss 1", "Got retention=0.2 and max_loss=1.0; expected one of them"),
@@ -251,10 +253,12 @@ def test_cut_makes_a_module_for_each_retention_and_prints_a_table(stage, capsys)
 
 def test_cut_with_its_other_options(stage, capsys):
     words = "--labels cat dog --dataset org/animals --max-loss 100 --validation-split validation --scores magnitude"
-    assert main(f"cut parent {words} --no-reconstruct --refine-epochs 1 --output-dir m".split()) == 0
+    words += " --no-reconstruct --refine-epochs 1 --drop-parts 1 --stream 0.75"
+    assert main(f"cut parent {words} --output-dir m".split()) == 0
     done = json.loads((stage / "m" / "config.json").read_text())["extraction"]
     assert (done["scores"], done["refine_epochs"], done["retention"]) == ("magnitude", 1, None)
     assert done["weights"] < 0.1
+    assert (len(done["dropped"]), done["stream"]["width"]) == (1, 24)
     assert "layers" not in done
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[:2] == ["m", "-"]

@@ -181,7 +181,8 @@ def test_a_parent_whose_modules_need_samples_says_so(vit):
 
 def test_a_module_that_was_cut_on_samples_says_how(vit):
     data = image_samples()
-    module = extract_module(vit, ["cat", "dog"], data, retention=0.5, refine_epochs=1, show_progress=False)
+    asked = {"retention": 0.5, "refine_epochs": 1, "drop_parts": 1}
+    module = extract_module(vit, ["cat", "dog"], data, **asked, show_progress=False)
     text = render_model_card(
         card_facts(module, "me/m", CardOptions(parent="me/plain", datasets=("org/animals",)), None)
     )
@@ -190,9 +191,12 @@ def test_a_module_that_was_cut_on_samples_says_how(vit):
     options = build_parser().parse_args(shlex.split(line)[1:])
     assert (options.model, options.labels, options.dataset) == ("me/plain", ["cat", "dog"], "org/animals")
     assert (options.retention, options.refine_epochs, options.no_reconstruct) == ([0.5], 1, False)
-    raw = extract_module(vit, ["cat", "dog"], data, reconstruct=False, scores="magnitude", show_progress=False)
+    assert options.drop_parts == 1
+    asked = {"reconstruct": False, "scores": "magnitude", "stream": 0.75}
+    raw = extract_module(vit, ["cat", "dog"], data, **asked, show_progress=False)
     text = render_model_card(card_facts(raw, "me/m", CardOptions(), None))
-    assert "nemo-hf cut MODEL --labels cat dog --dataset DATA --retention 0.2 --scores magnitude --no-rec" in text
+    options = "--dataset DATA --retention 0.2 --scores magnitude --no-reconstruct --stream 0.75"
+    assert f"nemo-hf cut MODEL --labels cat dog {options}" in text
     assert "Reconstruction" not in text
 
 

@@ -15,7 +15,8 @@ SIGNATURES = {
     "compose": "modules labels batches",
     "compute_relevance": "parent batches accelerator show_progress",
     "extract_module": "model labels calibration retention processing_class max_loss validation label_groups nemo_config"
-    " scores cost reconstruct refine_epochs vocabulary max_positions rejection max_samples batch_size show_progress",
+    " scores cost drop_parts stream reconstruct refine_epochs vocabulary max_positions rejection max_samples batch_size"
+    " show_progress",
     "evaluate_module": "parent labels batches module threshold round_to seed show_progress metrics quick",
     "make_parent": "model nemo_config label_groups inputs",
     "nemo_loss": "logits labels neuron_masks groups contrastive_weight sparsity_weight temperature",
@@ -66,7 +67,8 @@ FIELDS = {
     " parent_latency_ms device input_shape threshold seed rejection latency_note metrics parent_metrics",
     "NeMoModelConfig": "base_config base_class role nemo_config label_groups label_ids sites id2label label2id"
     " problem_type relevance_source unseen_labels base_model parent relevance_threshold round_to retained_neurons"
-    " equivalence extraction rejection rejected_label is_tuned token_rows training processor_files save_identity",
+    " equivalence extraction rejection rejected_label is_tuned token_rows stream_width training"
+    " processor_files save_identity",
 }
 ERRORS = {"EquivalenceError": RuntimeError, "UnsupportedArchitectureError": ValueError}
 

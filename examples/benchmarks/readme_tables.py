@@ -143,6 +143,23 @@ def cutting() -> str:
     return "\n\n".join(cutting_page(load(path)) for path in sorted(RESULTS.glob("cutting_*.json")))
 
 
+def structure() -> str:
+    """What dropped parts and narrower streams buy: a line for each way, a column for each share of the weights."""
+    stored = load(RESULTS / "depth_and_width.json")
+    parts = []
+    for (task, kind), rows in grouped(stored.get("modules", []), "task", "kind").items():
+        shares = sorted({row["retention"] for row in rows}, reverse=True)
+        lines = []
+        for way, own in grouped(rows, "way").items():
+            found = {row["retention"]: f"{row['module']:.3f} ({row['bytes'] / 1e3:.0f} kB)" for row in own}
+            lines.append([way, *(found.get(share, "-") for share in shares)])
+        seeds = sorted({seed for row in rows for seed in row["seeds"]})
+        about = f"{task}, {kind}: {max(row['rows'] for row in rows)} modules each, seeds {seeds}"
+        parts.append(f"{about}, {rows[0]['samples']} samples; restricted source {rows[0]['restricted']:.3f}:")
+        parts.append(markdown(["accuracy (size)", *(f"{share:g} of the weights" for share in shares)], lines))
+    return "\n\n".join(parts)
+
+
 def cutting_page(stored: dict) -> str:
     """A table for each kind of sets: means over sets, with times of the first set alone, on one thread."""
     times = grouped(stored.get("latency", []), "kind", "method", "retention")
@@ -170,7 +187,8 @@ def cutting_page(stored: dict) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": lambda: headlines(stored_results()), "training": lambda: training_page(stored_results()),
-    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "cutting": cutting, **CASES,
+    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "cutting": cutting, "structure": structure,
+    **CASES,
     "supported models": support_table,
 }  # fmt: skip
 PAGES = {
@@ -178,6 +196,7 @@ PAGES = {
     ROOT / "docs" / "results.md": ["training", "demo", "costs", "support"],
     ROOT / "docs" / "case_banking.md": ["case banking", "case banking, load"],
     ROOT / "docs" / "case_repair.md": ["case repair"],
+    ROOT / "docs" / "cutting.md": ["structure"],
     Path(__file__).with_name("supported_models.md"): ["support", "supported models"],
 }
 """The pages and the tables that each must have; other tables are made where their markers are found."""

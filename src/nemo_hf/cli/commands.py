@@ -44,7 +44,8 @@ QUICK_SAMPLES = 1000  # most that `evaluate --quick` measures on
 ALONE = {"path", "repo_id", "parent_repo", "dry_run"}  # options of `push` for one model
 BY_RELEVANCE = {"threshold", "round_to"}  # options of `cut` without samples
 ON_SAMPLES = {"retention", "max_loss", "validation_split", "vocabulary", "max_positions", "refine_epochs", "samples",
-              "scores", "cost", "label_column", "input_column", "no_reconstruct", "trust_remote_code"}  # fmt: skip
+              "scores", "cost", "drop_parts", "stream", "label_column", "input_column", "no_reconstruct",
+              "trust_remote_code"}  # fmt: skip
 CUTS = "expected a parent with what training found, or samples"
 TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "threshold", "round_to", "compare_formats"}
 
@@ -93,8 +94,8 @@ def cut(options: Namespace) -> None:
 def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
     """Loads a model and samples, and cuts a module for each retention."""
     model = load_any(options.model, **({"trust_remote_code": True} if options.trust_remote_code else {}))
-    chosen = {name: getattr(options, name) for name in ("max_loss", "max_positions", "refine_epochs", "scores", "cost")}
-    chosen |= {"max_samples": options.samples, "vocabulary": options.vocabulary}
+    named = ("max_loss", "max_positions", "refine_epochs", "scores", "cost", "drop_parts", "stream", "vocabulary")
+    chosen = {name: getattr(options, name) for name in named} | {"max_samples": options.samples}
     retention = options.retention if len(options.retention or ()) > 1 else next(iter(options.retention or ()), None)
     read = partial(load_samples, options.dataset, kind=input_kind(model), names=list(names_of(model.config).values()),
                    label_column=options.label_column, input_column=options.input_column)  # fmt: skip

@@ -21,10 +21,11 @@ from nemo_hf.models.equivalence import EQUIVALENCE_TOLERANCE, as_saved, exact_fl
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.head_outputs import answers, difference
 from nemo_hf.models.loading import PROCESS_SETTINGS, hidden_progress
-from nemo_hf.neurons.sites import UnsupportedArchitectureError
+from nemo_hf.neurons.sites import AttentionSite, UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs
 from nemo_hf.pruning.layer_cuts import cut_tensor, tensor_cuts
+from nemo_hf.pruning.layer_edits import weight_shape
 from nemo_hf.pruning.shared_rows import expanded_state
 
 from . import onnx
@@ -93,13 +94,35 @@ def save_plain(  # noqa: D417 - a method of parents and modules
         write_processor(module, temporary)
         _check_files(plain, temporary)
     sizes = (plain.num_parameters(), base_parameters(module), full.num_parameters())
-    return PlainExport(*sizes, changes=widths.changes, difference=largest, tolerance=tolerance)
+    narrowed = {"hidden_size": module.config.stream_width} if module.config.stream_width else {}
+    return PlainExport(*sizes, changes=narrowed | widths.changes, difference=largest, tolerance=tolerance)
 
 
 def _built(module: NeMoPreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A plain model on the meta device."""
     with torch.device("meta"):
         return module.config.plain_class(copy.deepcopy(config))
+
+
+def _of_full_parts(module: NeMoPreTrainedModel) -> PreTrainedModel:
+    """A plain model, on the meta device, with all neurons and with the width of the module's stream."""
+    config: Any = onnx.plain_config(module)
+    if not module.config.stream_width:
+        return _built(module, config)
+    config.hidden_size = module.config.stream_width
+    attention = [site for site in module.sites if isinstance(site, AttentionSite)]
+    config.head_dim = attention[0].head_dim if attention else None
+    try:
+        full = _built(module, config)
+        widths = [(weight_shape(full.get_submodule(s.output))[1], s.heads * s.value_dim) for s in attention]
+    except ValueError:
+        widths = [(0, 1)]
+    if any(found != expected for found, expected in widths):
+        raise UnsupportedArchitectureError(
+            f"Got a module of {module.config.base_class} with a narrower residual stream; expected a class whose "
+            f"configuration has a head_dim, such as ViT or Llama. {onnx.OTHER_WAYS.format('export_onnx')}"
+        )
+    return full
 
 
 def _smallest_plain(
@@ -116,7 +139,7 @@ def _smallest_plain(
         except ValueError:  # by which families refuse widths that they can't have
             return {}
 
-    full = _built(module, plain_config(module))
+    full = _of_full_parts(module)
     site_widths = {entry["key"]: entry.get("widths", {}) for entry in module.config.sites or []}
     state = zero_padded_state(full, module.sites, site_widths, expanded_state(module.model))
     with torch.no_grad(), exact_float32(module) as (exact,):

@@ -143,6 +143,8 @@ def _sample_options(done: Mapping[str, Any], datasets: Sequence[str]) -> list[st
     options = {"dataset": next(iter(datasets), "DATA"), "retention": f"{share:.4g}", "scores": str(done.get("scores"))}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     words += [] if "distance" in done else ["--no-reconstruct"]
+    words += ["--drop-parts", str(len(done["dropped"]))] if done.get("dropped") else []
+    words += ["--stream", f"{done['stream']['share']:.4g}"] if done.get("stream") else []
     kind = "shared" if "token_rows" in vocabulary else "calibration"
     words += ["--vocabulary", kind] if "tokens" in vocabulary else []
     words += ["--max-positions", str(vocabulary["positions"])] if "positions" in vocabulary else []

@@ -19,6 +19,7 @@ from nemo_hf.neurons.user_sites import model_sites, user_site_entries
 from nemo_hf.pruning.plan import module_masks
 from nemo_hf.pruning.resize import ScatterLinear, close_attention, resize, resize_layer
 from nemo_hf.pruning.shared_rows import share_rows, token_table
+from nemo_hf.pruning.stream import resize_stream
 
 from .config_checks import damaged
 from .configuration import PLACE_TASKS, NeMoModelConfig, task_of
@@ -170,6 +171,8 @@ class NeMoPreTrainedModel(SavedModel):
             resize_layer(self.model, head, outputs=self.num_labels + others)
         if self.config.token_rows:
             share_rows(self.model, token_table(self.model), self.config.token_rows)
+        if self.config.stream_width:
+            resize_stream(self.model, self.sites, self.config.stream_width)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -368,7 +371,7 @@ class NeMoPreTrainedModel(SavedModel):
 def _hashes(tensors: Iterable[Tensor]) -> list[Any]:
     """Hashes of tensors' values; of a sharded tensor, of the part that this process holds."""
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-    return [torch.hash_tensor(tensor.detach()).item() for tensor in local if not tensor.is_meta]
+    return [torch.hash_tensor(tensor.detach()).item() for tensor in local if not tensor.is_meta and tensor.numel()]
 
 
 def configured_sites(plain: PreTrainedModel, config: NeMoModelConfig) -> list[NeuronSite]:

@@ -65,7 +65,7 @@ EXTRACTION = {
     **dict.fromkeys(("refine_epochs", "scarce_layers"), int | None),
     "layers": dict[str, list[Number]] | None,
     "refused": str | None,
-    **dict.fromkeys(("vocabulary", "validation"), dict[str, Number] | None),
+    **dict.fromkeys(("vocabulary", "validation", "dropped", "distances", "stream"), dict[str, Number] | None),
 }
 REJECTION = dict.fromkeys(("weight", "bias", "threshold"), Number)
 TRAINING = {

@@ -33,9 +33,9 @@ PLACE_TASKS = ("token-classification", "image-segmentation", "object-detection")
 SEVERAL_LABELS = "multi_label_classification"  # the problem_type of multi-label models
 # Of from_pretrained, not for the configuration; and what `extract_module` takes besides.
 MODEL_OPTIONS = {"labels", "threshold", "round_to", "verify", "calibration", "retention", "max_loss"}
-CUT_OPTIONS = {"processing_class", "validation", "label_groups", "nemo_config", "scores", "cost", "reconstruct",
-               "vocabulary", "refine_epochs", "max_positions", "rejection", "max_samples", "batch_size",
-               "show_progress"}  # fmt: skip
+CUT_OPTIONS = {"processing_class", "validation", "label_groups", "nemo_config", "scores", "cost", "drop_parts",
+               "stream", "reconstruct", "vocabulary", "refine_epochs", "max_positions", "rejection", "max_samples",
+               "batch_size", "show_progress"}  # fmt: skip
 LOADING_OPTIONS = MODEL_OPTIONS | CUT_OPTIONS | {"verify_files"}
 NAMED_LABELS = ("id2label", "label2id")
 # Attributes of any configuration that the plain model's alone holds, with their defaults.
@@ -150,12 +150,15 @@ class NeMoModelConfig(SavedConfig):
             `operations` and of `neurons` kept; by path of its `layers` the error of the hidden states behind each,
             relative to their variance, before and after reconstruction with a `ridge`; mean squared differences of the
             answers from the source's on samples held out (`cut_distance`, `distance`), and why reconstruction was
-            `refused`; `bytes`, `source_bytes`, `seconds`, and what `vocabulary`, `refine_epochs` and `validation` gave.
+            `refused`; the parts that were `dropped` with their scores, `distances` by the number of parts tried, and
+            what narrowing the `stream` did; `bytes`, `source_bytes`, `seconds`, and what `vocabulary`, `refine_epochs`
+            and `validation` gave.
         rejection: Module: what `calibrate_rejection` found, or `None`.
         rejected_label: Module: once it is calibrated, the name of a last label, for inputs that it rejects, which
             `id2label` and `label2id` then show after its own; `None` for no such label.
         is_tuned: Module: whether it was trained further since it was cut.
         token_rows: Module: how many rows its tokens share (see `share_tokens`), or `None`.
+        stream_width: Module: width of its residual stream where that was narrowed, or `None`.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
         save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
@@ -188,6 +191,7 @@ class NeMoModelConfig(SavedConfig):
     rejected_label: str | None = None
     is_tuned: bool = False
     token_rows: int | None = validated_field(checks.within(1, checks.LARGEST_NUMBER), default=None)
+    stream_width: int | None = validated_field(checks.within(1, checks.LARGEST_NUMBER), default=None)
     training: dict[str, Any] | None = validated_field(checks.check_training, default=None)
     processor_files: list[str] | None = validated_field(checks.check_companions, default=None)
     save_identity: dict[str, Any] | None = None

@@ -14,6 +14,7 @@ from nemo_hf.config import LabelLike, NeMoConfig, resolve_groups, resolve_labels
 from nemo_hf.neurons.sites import AttentionSite, NeuronSite
 from nemo_hf.neurons.trial_calls import on_device
 from nemo_hf.pruning.budget import Cost, layer_operations, layer_weights
+from nemo_hf.pruning.depth import part_means
 from nemo_hf.pruning.head_bases import change_query_key, change_value, query_key_basis, value_basis
 from nemo_hf.pruning.layer_edits import layer_weight, scale_inputs, scale_rows
 from nemo_hf.pruning.plan import module_masks
@@ -77,6 +78,7 @@ class Source:
     likeliest: list[Tensor]  # ids among all the model's labels, where it answers once a sample
     scores: dict[str, dict[str, Tensor]]
     costs: dict[Cost, dict[str, float]]  # of the layers that make or read neurons, by path
+    means: dict[str, Tensor]  # of what whole parts add to the stream, by path of their last layer
 
 
 def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
@@ -208,7 +210,7 @@ def prepare_source(
         advance("Measuring")
 
     statistics = measure_sites(plain, sites, batches, keep)
-    scores = activity_scores(plain, sites, statistics)
+    scores, means = activity_scores(plain, sites, statistics), part_means(plain, sites, statistics)
     costs: dict[Cost, dict[str, float]] = {
         "weights": layer_weights(plain, sites),
         "operations": layer_operations(plain, sites, batches[0]),
@@ -216,13 +218,13 @@ def prepare_source(
     if kind == "relevance":
         relevance = relevance_of(model, task)
         scores = relevance_scores(sites, relevance, scores)
-        return Source(plain, sites, batches, expected, likeliest, scores, costs)
+        return Source(plain, sites, batches, expected, likeliest, scores, costs, means)
     change_head_bases(plain, sites, statistics, scores, batches[0])
     if kind == "fisher":
         scores = fisher_scores(plain, sites, batches, task.label_ids)
     elif kind == "magnitude":
         scores = magnitude_scores(plain, sites)
-    return Source(plain, sites, batches, expected, likeliest, scores, costs)
+    return Source(plain, sites, batches, expected, likeliest, scores, costs, means)
 
 
 def relevance_of(model: PreTrainedModel, task: CutTask) -> dict[str, Tensor]:

@@ -29,9 +29,17 @@ Answered = list[tuple[Inputs, Tensor]]  # batches, with the source's answers
 
 
 def reconstruct_module(
-    module: NeMoPreTrainedModel, source: Source, task: CutTask, keep: Plan, advance: Advance
+    module: NeMoPreTrainedModel,
+    source: Source,
+    task: CutTask,
+    keep: Plan,
+    advance: Advance,
+    basis: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Reconstructs a module in place, unless its answers on held-out samples get worse; returns what was done."""
+    """Reconstructs a module in place, unless its answers on held-out samples get worse; returns what was done.
+
+    `basis` is that of a narrower stream.
+    """
     samples = list(zip(source.batches, source.answers, strict=True))
     are_few = sum(sample_count(inputs) for inputs, _ in samples) < FEW_SAMPLES
     every = MORE_HELD_OUT if are_few else HELD_OUT
@@ -49,7 +57,7 @@ def reconstruct_module(
     def fit(samples: Answered, ridge: float) -> dict[str, LayerError]:
         undo()
         batches = list(enumerate(inputs for inputs, _ in samples))
-        reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches)
+        reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches, basis)
         return reconstruction.run(ridge, on_layer=lambda path: advance("Reconstructing"))
 
     every_batch = [inputs for part in (fitted, judging, samples) for inputs, _ in part]

@@ -1,7 +1,7 @@
 """Spreads a budget of weights over the sites of a model: which neurons stay, given a score of each. Pure functions."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -71,14 +71,15 @@ def plan_budget(
     scores: Mapping[str, Mapping[str, Tensor]],
     costs: Mapping[str, float],
     retention: float,
+    dropped: Collection[str] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """Keeps the neurons of the highest scores within a share of the costs of their layers.
 
     Attention and feed-forward neurons: the same share of each part; then feed-forward widths are rounded down to
     multiples at which products are fast, widths of heads are rounded up, and attention gets what is left. Channels of
     convolutions, whose layers cost very differently: those which add most, for their costs, to the logarithm of what
-    their layer keeps of its scores, so that no layer starves. Every site keeps a neuron at least. Returns site key to
-    part to kept neurons: sorted indices.
+    their layer keeps of its scores, so that no layer starves. Every site keeps a neuron at least, except those whose
+    keys are `dropped`, which keep none. Returns site key to part to kept neurons: sorted indices.
     """
     plan: dict[str, dict[str, Tensor]] = {}
     for has_channels in (False, True):
@@ -92,9 +93,9 @@ def plan_budget(
         if has_channels:
             found, _ = _largest(_keep_gains(own, scores, own_costs), fits)
         else:
-            found, share = _largest(partial(_keep_share, own, scores), fits)
+            found, share = _largest(partial(_keep_share, own, scores, dropped), fits)
             if share < 1:
-                found, _ = _largest(partial(_keep_share, own, scores, share), fits, share)
+                found, _ = _largest(partial(_keep_share, own, scores, dropped, share), fits, share)
         plan |= found
     return {site.key: plan[site.key] for site in sites}
 
@@ -111,12 +112,14 @@ def _largest(keep: Callable[[float], Keep], fits: Callable[[Keep], bool], low: f
 
 
 def _keep_share(
-    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], *shares: float
+    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], dropped: Collection[str], *shares: float
 ) -> dict[str, dict[str, Tensor]]:
     """Keeps a share of each part; of two shares the last one is that of attention, and others are rounded down."""
     plan = {}
     for site in sites:
-        if isinstance(site, AttentionSite):
+        if site.key in dropped:
+            plan[site.key] = dict.fromkeys(site.parts, torch.empty(0, dtype=torch.long))
+        elif isinstance(site, AttentionSite):
             plan[site.key] = _attention(site, scores[site.key], shares[-1])
         else:
             counts = {name: shares[0] * len(score) for name, score in scores[site.key].items()}

@@ -84,8 +84,8 @@ class Reconstruction:
 
     Those that read neurons are fitted to the source's stream behind them, the others to what the same layer of the
     source says. Source and module are in eval mode and in float32. `batches` are
-    numbered model inputs; `plan` says which neurons of the sites the module keeps, and `heads` which outputs of the
-    layers that make the logits.
+    numbered model inputs; `plan` says which neurons of the sites the module keeps, `heads` which outputs of the layers
+    that make the logits, and `basis`, (source's width, module's width), how a narrower stream comes from the source's.
     """
 
     def __init__(
@@ -96,7 +96,9 @@ class Reconstruction:
         plan: Plan,
         heads: Mapping[str, Tensor],
         batches: Batches,
+        basis: Tensor | None = None,
     ) -> None:
+        self.basis = basis
         self.source, self.module, self.batches = source, module, batches
         self.samples = sum(len(next(iter(inputs.values()))) for _, inputs in batches)
         cuts = [layer for site in sites for layer in site_cut(site, plan[site.key]).layers.items()]
@@ -105,7 +107,10 @@ class Reconstruction:
         readers = {path for site in sites for path in site.readers}
         linear = {path for path, layer in source.named_modules() if path in readers or _is_linear(layer)}
         called = _called(source, sorted(linear), batches[0][1])
-        first = next((place for place, (path, _) in enumerate(called) if path in readers), len(called))
+        changed = (
+            readers if basis is None else {*readers, *(rows.layer for site in sites for rows, _ in site.produced())}
+        )
+        first = next((place for place, (path, _) in enumerate(called) if path in changed), len(called))
         self.calls = Counter(path for path, _ in called[first:])
         self.steps = _steps(called[first:], readers, self.calls)
         self.points = find_stream_points(source, [path for path in self.calls if path in readers], batches[0][1])
@@ -197,6 +202,7 @@ class _Fit:
 
     def __init__(self, of: Reconstruction, path: str, norm: nn.Module | None) -> None:
         self.layer, self.norm, self.samples = of.module.get_submodule(path), norm, of.samples
+        self.basis = of.basis
         self.cut, self.outputs = of.cuts.get(path), layer_weight(of.source.get_submodule(path)).shape[0]
         self.has_bias = self.layer.bias is not None or norm is not None
         self.equations: NormalEquations | None = None
@@ -235,7 +241,9 @@ class _Fit:
         return error
 
     def _own_outputs(self, target: Tensor, stream: Tensor) -> Tensor:
-        """The source's stream, with the outputs that the layer still has, and scaled as these are."""
+        """The source's stream, in the module's basis, with the outputs that the layer has, and scaled as these are."""
+        if self.basis is not None and (target.shape[-1], stream.shape[-1]) == self.basis.shape:
+            return target @ self.basis.to(target)
         kept = None if self.cut is None else self.cut.outputs
         dim = 1 if isinstance(self.layer, nn.Conv2d) else target.ndim - 1
         is_cut = kept is not None and target.shape[dim] == self.outputs and stream.shape[dim] == len(kept)

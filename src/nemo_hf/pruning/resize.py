@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nemo_hf.neurons.sites import CHANNEL_NORMS, AttentionSite, ChannelSite, NeuronSite
 
+from .closed_attention import ClosedConfig
 from .layer_cuts import NORM_TENSORS, ROTARY_NAME
 
 
@@ -158,6 +159,9 @@ def close_attention(model: nn.Module, site: NeuronSite) -> None:
             layer = model.get_submodule(path)
             if type(layer) is nn.Linear:
                 layer.__class__ = ClosedLinear
+        attention: Any = model.get_submodule(site.name)
+        if hasattr(attention, "config"):
+            attention.config = ClosedConfig(attention.config)
 
 
 def _resize_in_place(layer: nn.Module, outputs: int | None, inputs: int | None) -> None:
