@@ -19,7 +19,7 @@ from .tracing import compare_outputs, prepared, trace
 OPENVINO_NAME = "openvino_model.xml"
 OPENVINO_PACKAGES = ("openvino", "onnx", "onnxscript")
 LARGEST = 127  # of 8-bit weights
-SMALLEST = 4096  # numbers of a tensor whose weights are quantized
+SMALLEST = 512  # numbers of a tensor whose weights are quantized
 READERS = {"MatMul", "Gather", "Convolution", "GroupConvolution"}
 
 

@@ -225,4 +225,8 @@ def _batches(inputs: Inputs, free: Free) -> Iterator[dict[str, Tensor]]:
         # Cut at the start, since some models look for the end of a text.
         length = min(value.shape[1] for name, value in inputs.items() if 1 in free[name])
         for gone in (length // 4, length // 3):
-            yield {name: value[:, gone:].contiguous() if 1 in free[name] else value for name, value in inputs.items()}
+            cut = {name: value[:, gone:] if 1 in free[name] else value for name, value in inputs.items()}
+            mask = cut.get("attention_mask", torch.ones(len(next(iter(cut.values()))), 1))
+            rows = mask.flatten(1).any(1)  # those of which something is left
+            if bool(rows.any()):
+                yield {name: value[rows].contiguous() for name, value in cut.items()}

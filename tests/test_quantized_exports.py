@@ -1,0 +1,185 @@
+"""Quantized ONNX files and OpenVINO files: smaller, compared with the module, and refused where they differ."""
+
+import json
+import logging
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import image_samples, randomize, tiny, tokenizer
+from saving_helpers import contents
+from test_exporting import cut_module
+from torch.utils.data import DataLoader
+
+from nemo_hf import UnsupportedArchitectureError, calibrate_rejection, extract_module
+from nemo_hf.export.agreement import check_agreement, measure_agreement
+from nemo_hf.export.onnx import OnnxRunner
+from nemo_hf.export.openvino import OpenVinoRunner
+from nemo_hf.neurons.trial_inputs import random_inputs
+
+TEXTS = ["w1 w2 w3", "w4", "w100 w7 w8 w9 w10", "w5 w6"]
+
+
+@cache
+def text_module():
+    module = cut_module("bert")
+    module.attach_processor(tokenizer())
+    return module
+
+
+@cache
+def image_module():
+    """Most of the weights of this one are in convolutions."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    model = randomize(tiny("ResNetForImageClassification", **sizes))
+    return extract_module(model, [1, 3], [pixels(40)], retention=0.5, show_progress=False)
+
+
+def pixels(count):
+    return {"pixel_values": torch.stack([sample["pixel_values"] for sample in image_samples(count)])}
+
+
+def kinds(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+def logits(module, batch):
+    with torch.no_grad():
+        return module(**batch).logits
+
+
+@pytest.mark.parametrize(("width", "kind"), [("int8", "MatMulInteger"), ("int4", "MatMulNBits")])
+def test_files_of_linear_layers_are_smaller_and_answer_as_the_module(width, kind, tmp_path, caplog):
+    module = text_module()
+    handlers = [*logging.getLogger().handlers]
+    export = module.export_onnx(tmp_path, quantize=width, calibration=TEXTS)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert logging.getLogger().handlers == handlers
+    assert export.difference <= export.tolerance
+    assert (export.agreement.samples, export.agreement.are_random, export.agreement.agreement) == (4, False, 1.0)
+    written = (tmp_path / "model.onnx").read_bytes()
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    assert export.bytes == len(written) < 4 * weights
+    assert kind in kinds(tmp_path / "model.onnx")
+    assert {"MatMul", "Gemm"}.isdisjoint(
+        node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node if "weight" in "".join(node.input)
+    )
+    embedding = max(onnx.load(tmp_path / "model.onnx").graph.initializer, key=lambda tensor: max(tensor.dims or [0]))
+    assert embedding.data_type != onnx.TensorProto.FLOAT  # the largest table is the vocabulary's
+    config = json.loads((tmp_path / "config.json").read_text())["export"]
+    assert (config["format"], config["quantize"], config["agreement"]) == ("onnx", width, 1.0)
+    assert str(Path(__file__).parents[1]).encode() not in written
+    batch = random_inputs(module)
+    run = OnnxRunner(tmp_path / "model.onnx", 1)
+    batch = {name: value for name, value in batch.items() if name in run.names}
+    batch |= {name: torch.zeros_like(batch["input_ids"]) for name in run.names - batch.keys()}
+    right = logits(module, batch)
+    assert 0 < (run(**batch)[0] - right).abs().max() < 0.1 * right.abs().max()
+
+
+def test_convolutions_need_samples_and_have_no_4_bits(tmp_path):
+    module, samples = image_module(), pixels(12)
+    with pytest.raises(ValueError, match=r"in convolutions and no calibration samples; expected some"):
+        module.export_onnx(tmp_path / "out", quantize="int8")
+    with pytest.raises(UnsupportedArchitectureError, match=r"has none in 4 bits; .*Pass quantize='int8'"):
+        module.export_onnx(tmp_path / "out", quantize="int4", calibration=[samples])
+    assert list(tmp_path.iterdir()) == []
+    export = module.export_onnx(tmp_path / "out", quantize="int8", calibration=[samples], min_agreement=0.5)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds(tmp_path / "out" / "model.onnx")
+    right = logits(module, samples)
+    got = OnnxRunner(tmp_path / "out" / "model.onnx", 1)(**samples)[0]
+    assert export.agreement.agreement == (got.argmax(-1) == right.argmax(-1)).double().mean()
+    assert export.agreement.logit_difference == pytest.approx((got - right).abs().max().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["export_onnx", "export_openvino"])
+def test_files_below_the_agreement_are_refused_and_the_old_ones_stay(method, tmp_path, monkeypatch):
+    module = text_module()
+    (tmp_path / "model.onnx").write_text("old")
+    (tmp_path / "openvino_model.xml").write_text("old")
+    before = contents(tmp_path)
+    place = "nemo_hf.export.agreement._same_answers"
+    monkeypatch.setattr(place, lambda module, batch, got, expected: torch.arange(len(got["logits"])) > 0)
+    with pytest.raises(UnsupportedArchitectureError, match=r"on 75\.00% of 4 samples; expected at least 98\.00%"):
+        getattr(module, method)(tmp_path, quantize="int8", calibration=TEXTS)
+    assert contents(tmp_path) == before
+    getattr(module, method)(tmp_path, quantize="int8", calibration=TEXTS, min_agreement=0.75)
+    assert contents(tmp_path) != before
+
+
+@pytest.mark.parametrize("width", [None, "int8"])
+def test_openvino_gives_logits_and_rejection_scores_for_any_batch(width, tmp_path):
+    module = cut_module("vit", "scatter")
+    calibrate_rejection(module, DataLoader(image_samples(30), batch_size=15), show_progress=False)
+    samples = pixels(9)["pixel_values"]
+    export = module.export_openvino(tmp_path, quantize=width, calibration=[pixels(9)], min_agreement=0)
+    assert export.difference <= export.tolerance
+    assert export.outputs == ["logits", "rejection_scores"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "openvino_model.bin", "openvino_model.xml"}
+    assert str(tmp_path).encode() not in (tmp_path / "openvino_model.xml").read_bytes()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rejection"]["threshold"] == module.config.rejection["threshold"]
+    assert (config["export"]["quantize"], config["export"]["samples"]) == (width, 9)
+    run = OpenVinoRunner(tmp_path / "openvino_model.xml", 1, INFERENCE_PRECISION_HINT="f32")
+    for count in (1, 7):
+        right = logits(module, {"pixel_values": samples[:count]})[:, :2]
+        apart = (run(pixel_values=samples[:count])[0][:, :2] - right).abs().max()
+        assert apart < (1e-5 if width is None else 0.05 * right.abs().max())
+        assert (apart > 1e-5) == (width is not None)
+
+
+def test_agreement_is_the_share_of_equal_answers_by_a_plain_loop():
+    module = cut_module("vit")
+    batches = [{"pixel_values": torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(s))} for s in (0, 1)]
+    wrong = {(0, 1), (1, 0), (1, 4)}
+
+    def run(batch):
+        number = next(n for n, own in enumerate(batches) if own is batch)
+        right = logits(module, batch)
+        return {"logits": torch.stack([-row if (number, i) in wrong else row for i, row in enumerate(right)])}
+
+    found = measure_agreement(module, run, batches, are_random=False)
+    assert found.agreement == 0.7
+    largest = max(2 * logits(module, batches[n])[i].abs().max().item() for n, i in wrong)
+    assert found.logit_difference == pytest.approx(largest)
+    check_agreement(found, 0.7, "a file")
+    with pytest.raises(UnsupportedArchitectureError, match=r"answer on 70\.00% of 10 samples"):
+        check_agreement(found, 0.71, "a file")
+    random = measure_agreement(module, run, batches, are_random=True)
+    with pytest.raises(UnsupportedArchitectureError, match=r"on random inputs; expected at most"):
+        check_agreement(random, 0.0, "a file")
+
+
+def test_labelled_samples_of_others_count_only_where_the_module_rejects_them(tmp_path):
+    module = cut_module("vit")
+    samples = image_samples(30)
+    own = sum(int(sample["labels"]) in module.config.label_ids for sample in samples)
+    assert 0 < own < 30
+    assert module.export_onnx(tmp_path, calibration=samples).agreement.samples == own
+    calibrate_rejection(module, DataLoader(samples, batch_size=15), show_progress=False)
+    assert module.export_onnx(tmp_path, calibration=samples).agreement.samples == 2 * own  # as many others
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"quantize": "int2"}, r"Got quantize='int2'; expected 'int8' or 'int4', or None"),
+        ({"min_agreement": 1.5}, r"Got min_agreement=1\.5; expected a share of the samples in \[0, 1\]"),
+        ({"calibration": []}, r"calibration"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        text_module().export_onnx(tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=r"Got quantize='int4'; expected 'int8', or None"):
+        text_module().export_openvino(tmp_path / "out", quantize="int4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_openvino_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_hf.export.tracing.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"Got no openvino and no .*nemo-hf\[openvino\]"):
+        text_module().export_openvino(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
