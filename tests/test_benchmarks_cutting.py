@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import LABELS, benchmark_script, build
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 tasks, cutting = benchmark_script("tasks"), benchmark_script("cutting")
 units_of, fisher = benchmark_script("cutting_units"), benchmark_script("cutting_fisher")
@@ -272,3 +273,36 @@ def test_a_control_gets_the_head_if_it_reads_as_many_neurons(widths, is_same):
     if found is not None:
         assert torch.equal(found[1].weight, models[1][1].weight)
         assert torch.equal(found[0].weight, models[0][0].weight)
+
+
+def test_parts_and_widths_are_measured_and_a_run_goes_on(tmp_path, monkeypatch):
+    script = benchmark_script("depth_and_width")
+    folder, output = tmp_path / "source-0", tmp_path / "found.json"
+    names = {"id2label": {place: str(place) for place in range(10)}, "label2id": {str(p): p for p in range(10)}}
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    config = ViTConfig(**sizes, **names, num_attention_heads=2)
+    ViTForImageClassification(config).save_pretrained(folder)
+    words = [
+        "digits",
+        "--source",
+        str(tmp_path / "source-{seed}"),
+        "--sets",
+        "pairs",
+        "--limit",
+        "2",
+        "--samples",
+        "16",
+    ]
+    words += ["--retention", "0.5", "--ways", "neurons", "width 1/2", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["depth_and_width.py", *words])
+    script.main()
+    rows = [json.loads(line) for line in output.with_suffix(".work.jsonl").read_text().splitlines()]
+    stored = script.compact.load(output)["modules"]
+    assert [row["way"] for row in stored] == ["neurons", "width 1/2"]
+    assert stored[1]["bytes"] < stored[0]["bytes"]
+    for row in stored:
+        own = [each for each in rows if each["way"] == row["way"]]
+        assert len(own) == row["rows"] == 2
+        assert row["module"] == pytest.approx(sum(each["module"] for each in own) / 2, abs=1e-3)
+    monkeypatch.setattr(script, "measure", None)  # all rows are there
+    script.main()
