@@ -155,6 +155,7 @@ class Recorded(argparse.Namespace):
         "evaluate --parent parent --labels cat --dataset org/animals",
         "push cat-dog --repo-id me/m --dry-run\n"
         "push --parent parent --namespace me --modules cat --dataset org/animals --calibration-split validation",
+        "report google/vit-base-patch16-224-in21k --output r.html --dataset org/animals --retention 0.5",
         "inspect google/vit-base-patch16-224-in21k",
     ],
     ids=COMMANDS,

@@ -350,6 +350,9 @@ def test_models_without_a_page_are_refused(tmp_path):
     modules = [parent.extract_module(["cat"]), parent.extract_module(["dog"])]
     with pytest.raises(TypeError, match="Write a page for each of its modules"):
         write_report_page(compose(modules), tmp_path / "x.html")
+    for alone, message in (({"batches": []}, "no module"), ({"calibration": []}, "without labelled batches")):
+        with pytest.raises(ValueError, match=message):
+            write_report_page(parent, tmp_path / "x.html", **alone)
     with pytest.raises(ValueError, match="Pass origin="):
         write_report_page(modules[0], tmp_path / "x.html", calibration=[])
     assert list(tmp_path.iterdir()) == []

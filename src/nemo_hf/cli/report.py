@@ -32,7 +32,7 @@ def report(options: Namespace) -> None:
     code = {"trust_remote_code": True} if options.trust_remote_code else {}
     model = load_any(options.model, **code).to(device)
     origin = load_any(options.parent, **code).to(device) if options.parent else None
-    check_page(model, options.output, origin, None)
+    check_page(model, options.output, origin)
     is_module = isinstance(model, NeMoPreTrainedModel) and not model.is_parent
     measuring = _measuring(options, model, model if not is_module else origin) if options.dataset else {}
     words: dict[str, Any] = {"model": options.model, "origin": options.parent, **measuring.pop("words", {})}

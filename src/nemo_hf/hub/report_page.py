@@ -23,20 +23,22 @@ from nemo_hf.models.privacy import clean
 from .markdown import one_line
 from .page_charts import accuracy_chart, rejection_chart
 from .page_facts import Measured, chosen_labels, page_facts, shown_source
+from .page_texts import (
+    KINDS,
+    curve_rows,
+    headline,
+    key_figures,
+    latency_rows,
+    measured_on,
+    rejection_rows,
+    size_text,
+    unknown,
+)
 from .provenance import versions
 
 PAGE_NAME = "report.html"
 RETENTIONS = (0.4, 0.2, 0.1)
-ACCEPTED = (0.99, 0.95, 0.9, 0.8, 0.5)  # shares of own samples that the table of rejection has
 LONGEST_NAME = 80  # letters of a name that are shown
-KINDS = {
-    "restricted": "whole model, choosing among these labels",
-    "accuracy": "module",
-    "raw": "module before reconstruction",
-    "random": "as many random neurons",
-    "other": "module of other labels",
-    "empty": "no neurons",
-}
 
 
 def write_report_page(
@@ -81,14 +83,15 @@ def write_report_page(
             another model.
         IsADirectoryError: If `path` is a directory.
     """
-    check_page(model, path, origin, calibration)
+    check_page(model, path, origin, calibration, batches)
     module = model if isinstance(model, NeMoPreTrainedModel) and not model.is_parent else None
     source = model if module is None else origin
     about = {"batches": batches, "calibration": calibration, "labels": labels, "retentions": retentions}
     given = {"dataset": None, "split": None, **(words or {})}
     measured = measure_page(
         module, source, **about, processing_class=processing_class, seed=seed,
-        show_progress=show_progress, about={"dataset": given["dataset"], "split": given["split"], "seed": seed},
+        show_progress=show_progress,
+        about={"dataset": given["dataset"], "split": given["split"], "seed": seed if batches is not None else None},
     )  # fmt: skip
     write_page(page_facts(model, source, measured, page_words(model, source, given)), path)
 
@@ -100,7 +103,7 @@ def write_page(facts: Mapping[str, Any], path: str | Path) -> None:
     write_text(path, render_page(facts))
 
 
-def check_page(model: Any, path: str | Path, origin: Any, calibration: Any) -> None:
+def check_page(model: Any, path: str | Path, origin: Any = None, calibration: Any = None, batches: Any = None) -> None:
     """Refuses what there can be no page of, before anything is measured."""
     if isinstance(model, NeMoComposedModel) or not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -116,6 +119,9 @@ def check_page(model: Any, path: str | Path, origin: Any, calibration: Any) -> N
         raise ValueError(
             "Got samples to cut on and a module without origin; expected the model that it was cut from. Pass origin=."
         )
+    if (calibration is not None and batches is None) or (batches is not None and calibration is None and not is_module):
+        got = "samples to cut on without labelled batches" if batches is None else "labelled batches and no module"
+        raise ValueError(f"Got {got}; expected both calibration and batches, or none of them. Pass the other, too.")
 
 
 def page_words(model: PreTrainedModel, origin: PreTrainedModel | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def render_page(facts: Mapping[str, Any]) -> str:
     picker, rest = facts["picker"], {name: value for name, value in facts.items() if name != "picker"}
     own: dict[str, Any] = clean(rest)
     style, script = (_source(f"report.{kind}.jinja") for kind in ("css", "js"))
-    curve = _curve(own)
+    curve = curve_rows(own)
     found: dict[str, Any] = {
         "facts": own,
         "picker": picker,
@@ -184,10 +190,10 @@ def render_page(facts: Mapping[str, Any]) -> str:
         "kinds": KINDS,
         "shown_kinds": [kind for kind in KINDS if any(row.get(kind) is not None for row in curve)],
         "headline": headline(own),
-        "figures": _figures(own),
+        "figures": key_figures(own),
         "unknown": unknown(own, picker is not None),
         "curve": curve,
-        "samples": own["samples"] or _measured_on(own),
+        "samples": own["samples"] or measured_on(own),
         "accuracy": accuracy_chart(curve, KINDS),
         "rejection": rejection_chart(own["rejection"]) if own["rejection"] else None,
         "rejection_rows": rejection_rows(own["rejection"]) if own["rejection"] else None,
@@ -196,12 +202,6 @@ def render_page(facts: Mapping[str, Any]) -> str:
     given = {"style": style, "script": script, "style_hash": _digest(style), "script_hash": _digest(script)}
     found["sections"] = _sections(found)
     return _ENVIRONMENT.get_template("report.html.jinja").render(**found, **given, versions=versions())
-
-
-def _measured_on(facts: Mapping[str, Any]) -> int | None:
-    """Number of samples that the accuracies which the module brought along are of."""
-    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
-    return (facts["report"] or {}).get("samples", validation.get("samples"))
 
 
 def _sections(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -225,132 +225,6 @@ def embedded(data: Any) -> str:
     """JSON that stays data inside of a script element, whatever its texts are."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _curve(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of accuracies by size: the cuts, and the module itself where it is none of them."""
-    rows = [{**point, "is_own": place == facts["kept_at"]} for place, point in enumerate(facts["points"])]
-    accuracies, module = known_accuracies(facts), facts["module"]
-    if module is not None and "accuracy" in accuracies and facts["kept_at"] is None:
-        retention = (module["extraction"] or {}).get("retention")
-        rows.append({"megabytes": module["megabytes"], "retention": retention, "is_own": True, **accuracies})
-    return sorted(rows, key=lambda row: -row["megabytes"])
-
-
-def known_accuracies(facts: Mapping[str, Any]) -> dict[str, float]:
-    """Shares of right answers of the page's module, its whole model and controls, by kind, as far as they are known."""
-    report = facts["report"] or {}
-    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
-    found = {
-        "accuracy": report.get("accuracy", validation.get("accuracy")),
-        "restricted": report.get("parent_restricted_accuracy", validation.get("source_accuracy")),
-        **(report.get("controls") or {}),
-    }
-    if facts["kept_at"] is not None:
-        found |= facts["points"][facts["kept_at"]]
-    return {kind: found[kind] for kind in KINDS if found.get(kind) is not None}
-
-
-def rejection_rows(found: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Shares of own samples accepted and of others rejected at the strictest threshold that accepts so many."""
-    rows = [
-        max((row for row in found["curve"] if row[1] >= share), key=lambda row: row[2], default=None)
-        for share in ACCEPTED
-    ]
-    return [(row[1], row[2]) for row in dict.fromkeys(map(tuple, filter(None, rows)))]
-
-
-def latency_rows(report: Mapping[str, Any] | None) -> list[list[float]]:
-    """Batch sizes with the times of the whole model and the module."""
-    own, whole = ((report or {}).get(name) or {} for name in ("latency_ms", "parent_latency_ms"))
-    return [[int(size), whole[size], own[size]] for size in sorted(own.keys() & whole.keys(), key=int)]
-
-
-def headline(facts: Mapping[str, Any]) -> tuple[str, str]:
-    """A sentence that says what the module is worth, or of a model without one what it is, and one for comparison."""
-    module, of = facts["module"], facts["of_labels"]
-    if module is None:
-        groups = f" in {facts['groups']} groups" if 1 < facts["groups"] < len(facts["labels"]) else ""
-        used = f"; a group uses {facts['used']:.0%} of its neurons" if facts["used"] is not None else ""
-        return f"A classifier of {len(facts['labels'])} labels{groups} takes {_size(facts['megabytes'])}{used}.", ""
-    count, whole, known = len(module["labels"]), _whole_size(facts), known_accuracies(facts)
-    labels = f"{count} of {of} labels" if of else f"{count} label{'' if count == 1 else 's'}"
-    text = f"A module of {labels} takes {_size(module['megabytes'])}{f' of {_size(whole)}' if whole else ''}"
-    text += f" and answers {known['accuracy']:.1%} of its samples right" if "accuracy" in known else ""
-    beside = [
-        f"{what} {known[kind]:.1%}"
-        for kind, what in (
-            ("restricted", "the whole model among the same labels"),
-            ("random", "as many random neurons"),
-        )
-        if kind in known
-    ]
-    return f"{text}.", f"In comparison, {' and '.join(beside)}." if beside else ""
-
-
-def _whole_size(facts: Mapping[str, Any]) -> float | None:
-    report, done = facts["report"] or {}, (facts["module"] or {}).get("extraction") or {}
-    if facts["origin"]:
-        return float(facts["origin"]["megabytes"])
-    return report.get("parent_megabytes") or (done["source_bytes"] / 1e6 if "source_bytes" in done else None)
-
-
-def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures at the top of the page: what, how much, and beside what."""
-    module, whole, known = facts["module"], _whole_size(facts), known_accuracies(facts)
-    if module is None:
-        parameters = f"{facts['parameters']:,} parameters"
-        return [("size", _size(facts["megabytes"]), parameters), ("labels", str(len(facts["labels"])), "")]
-    share = f"{module['megabytes'] / whole:.0%} of {_size(whole)}" if whole else f"{module['parameters']:,} parameters"
-    found = [("size", _size(module["megabytes"]), share)]
-    if "accuracy" in known:
-        beside = f"whole model {known['restricted']:.1%}" if "restricted" in known else ""
-        found.append(("right answers", f"{known['accuracy']:.1%}", beside))
-    if "random" in known:
-        found.append(("random neurons", f"{known['random']:.1%}", "as many of them"))
-    auroc = (facts["rejection"] or (facts["report"] or {}).get("rejection") or {}).get("auroc")
-    found += [("AUROC of rejection", f"{auroc:.3f}", "own samples from others")] if auroc is not None else []
-    if rows := latency_rows(facts["report"]):
-        size, before, after = rows[0]
-        found.append((f"latency, batch of {size}", f"{after:.3g} ms", f"whole model {before:.3g} ms"))
-    return found
-
-
-def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]:
-    """What the page lacks, each with the sentence that says how to get it."""
-    is_module, found = facts["role"] == "module", known_accuracies(facts)
-    data = "--dataset DATA"
-    both = f"{data} and --parent SOURCE" if is_module else data
-    cuts = f"{data}{'' if is_module else ', which cuts modules'}"
-    has_several = facts["samples"] is not None and facts["confusion"] is None
-    lacks = {
-        "A choice of labels": (
-            has_picker,
-            "needs the model that the module was cut from: --parent SOURCE."
-            if is_module and not facts["origin"]
-            else "does not fit into a page of so many labels: nemo-hf cut takes them by name.",
-        ),
-        "Accuracy": ("restricted" in found, f"beside the whole model is measured by {both}."),
-        "Accuracy over size": (bool(facts["points"]), f"with controls is measured by {both}, which cuts modules."),
-        "Mistakes among the labels": (
-            facts["confusion"] is not None,
-            "are counted where each sample has one label." if has_several else f"are counted by {data}.",
-        ),
-        "The rejection curve": (bool(facts["rejection"]), f"is measured by {data}, with samples of other labels."),
-        "Latency": (bool(latency_rows(facts["report"])), f"is measured by {both}."),
-        "Errors of reconstruction": (
-            bool(facts["module"] and facts["module"]["layers"]),
-            "by layer are recorded where a module is cut on samples: nemo-hf cut with --dataset."
-            if is_module
-            else f"by layer are recorded by {cuts}.",
-        ),
-        "Neurons of label groups": (
-            bool(facts["neurons"] and facts["neurons"]["groups"]),
-            f"are known of parents, which nemo-hf train makes{'; name it by --parent' if is_module else ''}.",
-        ),
-        "Overlap": (facts["overlap"] is not None, "between groups is known of parents of several, up to 2,000."),
-    }
-    return [(what, how) for what, (is_known, how) in lacks.items() if not is_known]
 
 
 def _source(name: str) -> Markup:
@@ -377,10 +251,6 @@ def _coded(text: str) -> Markup:
     return Markup(re.sub(r"--[a-z-]+( [A-Z]+)?|nemo-hf \w+", r"<code>\g<0></code>", str(escape(text))))  # noqa: S704
 
 
-def _size(megabytes: float) -> str:
-    return f"{1000 * megabytes:.3g} kB" if megabytes < 0.1 else f"{megabytes:.3g} MB"
-
-
 def _breakable(path: str) -> Markup:
     """A path of layers, which may end a line behind each point."""
     return Markup(".<wbr>").join(one_line(path).split("."))
@@ -399,7 +269,7 @@ _ENVIRONMENT.filters |= {
     "number": lambda value: f"{value:,}",
     "digits": lambda value, form: "-" if value is None else format(value, form),
     "short": _short,
-    "size": _size,
+    "size": size_text,
     "breakable": _breakable,
     "coded": _coded,
     "largest": lambda row: max(row[1:]),
