@@ -106,7 +106,7 @@ def _built(module: NeMoPreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 def _of_full_parts(module: NeMoPreTrainedModel) -> PreTrainedModel:
     """A plain model, on the meta device, with all neurons and with the width of the module's stream."""
-    config: Any = onnx.plain_config(module)
+    config: Any = plain_config(module)
     if not module.config.stream_width:
         return _built(module, config)
     config.hidden_size = module.config.stream_width
@@ -120,7 +120,7 @@ def _of_full_parts(module: NeMoPreTrainedModel) -> PreTrainedModel:
     if any(found != expected for found, expected in widths):
         raise UnsupportedArchitectureError(
             f"Got a module of {module.config.base_class} with a narrower residual stream; expected a class whose "
-            f"configuration has a head_dim, such as ViT or Llama. {onnx.OTHER_WAYS.format('export_onnx')}"
+            f"configuration has a head_dim, such as ViT or Llama. {OTHER_WAYS.format('export_onnx')}"
         )
     return full
 
