@@ -65,6 +65,8 @@ def test_every_command_has_help_for_every_option_and_it_runs_as_a_module(capsys,
         ("cut parent --labels cat --output-dir=", "Got --output-dir= without a value"),
         ("cut parent --labels cat --output-dir x/../parent", "expected two places"),
         ("export --module cat-dog --output-dir cat-dog", "expected two places"),
+        ("export --module cat-dog --output-dir m --quantize int8", "Got quantize for a plain model, which is exact"),
+        ("export --module cat-dog --output-dir m --format openvino --quantize int4", "expected 'int8', or None"),
         (f"{MEASURE} --output cat-dog/config.json/x", "cat-dog/config.json"),
         ("push cat-dog --repo-id a/b/c --dry-run", "Got 'a/b/c'; expected the name of a Hub repository"),
         ("push cat-dog --repo-id me/m --parent-repo ../x --dry-run", "Got '../x'; expected the name"),
@@ -151,7 +153,8 @@ class Recorded(argparse.Namespace):
         TRAIN,
         "cut parent --labels cat --output-dir m\n"
         "cut google/vit-base-patch16-224-in21k --labels cat --dataset org/animals --output-dir m",
-        "export --module cat-dog --output-dir m",
+        "export --module cat-dog --output-dir m\n"
+        "export --module cat-dog --output-dir n --format onnx --quantize int8 --dataset org/animals --min-agreement 0",
         "evaluate --parent parent --labels cat --dataset org/animals",
         "push cat-dog --repo-id me/m --dry-run\n"
         "push --parent parent --namespace me --modules cat --dataset org/animals --calibration-split validation",

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from conftest import image_samples, randomize, tiny, tokenizer
+from place_helpers import inputs_of, module_of
 from saving_helpers import contents
 from test_exporting import cut_module
 from torch.utils.data import DataLoader
@@ -183,3 +184,13 @@ def test_without_openvino_the_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"Got no openvino and no .*nemo-hf\[openvino\]"):
         text_module().export_openvino(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "segformer", "detr"])
+@pytest.mark.parametrize("method", ["export_onnx", "export_openvino"])
+def test_heads_of_tokens_pixels_and_boxes_are_quantized(name, method, tmp_path):
+    module, samples = module_of(name), inputs_of(name)
+    found = getattr(module, method)(tmp_path, quantize="int8", calibration=[samples], min_agreement=0.8).agreement
+    assert found.samples == len(next(iter(samples.values())))
+    assert 0 < found.logit_difference < 0.3 * found.largest_logit

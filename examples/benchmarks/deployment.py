@@ -42,8 +42,7 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "0.1": (300, {"retention": 0.1}),
     "0.2, fewer tokens": (300, {"retention": 0.2, **FEWER}),
     "0.1, fewer tokens": (300, {"retention": 0.1, **FEWER}),
-    "0.2, fewer tokens, all queries": (1500, {"retention": 0.2, **FEWER}),
-    "0.1, fewer tokens, all queries": (1500, {"retention": 0.1, **FEWER}),
+    "0.22, fewer tokens, all queries": (1500, {"retention": 0.22, **FEWER}),
 }
 """Calibration samples and options of `extract_module`, by name; the source is restricted to the labels, and exact."""
 ONNX_FORMATS = {"onnx": None, "onnx int8": "int8", "onnx int4": "int4"}

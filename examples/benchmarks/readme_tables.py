@@ -3,8 +3,8 @@
     python examples/benchmarks/readme_tables.py
     python examples/benchmarks/readme_tables.py --demo demo0 demo1 demo2  # takes up runs of `nemo-hf demo` first
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md or supported_models.md; the
-text around it is written by hand. What is not measured is left out.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md, docs/export.md or
+supported_models.md; the text around it is written by hand. What is not measured is left out.
 """
 
 import argparse
@@ -185,10 +185,37 @@ def cutting_page(stored: dict) -> str:
     return "\n\n".join(parts)
 
 
+def deployment() -> str:
+    """Models by cut and format: accuracy, bytes, and how much faster they are than the source; then rejection."""
+    stored = load(RESULTS / "deployment.json")
+    times = grouped(stored.get("times", []), "model", "format")
+    batches = sorted({row["batch"] for row in stored.get("times", [])})
+    header = ["model", "format", "accuracy", "loss", "worst loss", "domains", "MB",
+              *(f"ms, batch {b}" for b in batches), "to source, same format", "to source, torch"]  # fmt: skip
+    lines = []
+    for row in stored["accuracies"]:
+        timed = {each["batch"]: each for each in times.get((row["model"], row["format"]), [])}
+        accuracy, loss, worst = f"{row['accuracy']:.3f}", f"{row['loss']:.1f}", f"{row['worst_loss']:.1f}"
+        size = "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        ratios = [
+            " / ".join(f"{timed[batch][name]:.1f}" if batch in timed else "-" for batch in batches)
+            for name in ("to_source_in_format", "to_source_in_torch")
+        ]
+        ms = (f"{timed[batch]['ms']:.2f}" if batch in timed else "-" for batch in batches)
+        lines.append([row["model"], row["format"], accuracy, loss, worst, str(row["domains"]), size, *ms, *ratios])
+    parts = [f"{devices(stored, stored.get('times', []))}:", markdown(header, lines)]
+    if rejected := stored.get("rejection"):
+        names = ("agreement", "own_rejected", "others_rejected", "auroc")
+        lines = [[row["format"], *(f"{row[name]:.3f}" for name in names), str(row["domains"])] for row in rejected]
+        header = ["format", "agreement", "own queries rejected", "others rejected", "AUROC", "domains"]
+        parts += [f"Rejection of {rejected[0]['model']}:", markdown(header, lines)]
+    return "\n\n".join(parts)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": lambda: headlines(stored_results()), "training": lambda: training_page(stored_results()),
     "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "cutting": cutting, "structure": structure,
-    **CASES,
+    "deployment": deployment, **CASES,
     "supported models": support_table,
 }  # fmt: skip
 PAGES = {
@@ -197,6 +224,7 @@ PAGES = {
     ROOT / "docs" / "case_banking.md": ["case banking", "case banking, load"],
     ROOT / "docs" / "case_repair.md": ["case repair"],
     ROOT / "docs" / "cutting.md": ["structure"],
+    ROOT / "docs" / "export.md": ["deployment"],
     Path(__file__).with_name("supported_models.md"): ["support", "supported models"],
 }
 """The pages and the tables that each must have; other tables are made where their markers are found."""
