@@ -192,8 +192,8 @@ def cutting_page(stored: dict) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": lambda: headlines(stored_results()), "training": lambda: training_page(stored_results()),
-    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "patching": patching, "cutting": cutting, "speed": speed,
-    "supported models": support_table,
+    "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "patching": patching, "cutting": cutting,
+    "speed": speed, "supported models": support_table,
 }  # fmt: skip
 PAGES = {
     ROOT / "README.md": ["cuts", "results"],
