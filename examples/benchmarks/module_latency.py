@@ -10,7 +10,9 @@ compiled ones a C++ compiler. The cuts take a minute or two, the times two minut
 """
 
 import argparse
+import itertools
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
 import nemo_hf
-from nemo_hf.evaluation.latency import LATENCY_BATCHES, LATENCY_THREADS, one_thread, time_runs
+from nemo_hf.evaluation.latency import LARGEST_SPREAD, LATENCY_BATCHES, LATENCY_THREADS, one_thread, time_runs
 from nemo_hf.export.onnx import ONNX_NAME, OnnxRunner
 
 KEPT = (1.0, 0.5, 0.2)  # retention; with 1 the module is the source
@@ -84,45 +86,47 @@ def onnx(module: torch.nn.Module) -> Callable[..., object]:
         return OnnxRunner(Path(folder, ONNX_NAME), LATENCY_THREADS)
 
 
-RUNTIMES: dict[str, Callable[..., Callable[..., object]]] = {
-    "eager": lambda module: module.model,
-    "compiled": lambda module: torch.compile(module.model, dynamic=False),
-    "onnx": onnx,
+RUNTIMES: dict[str, tuple[Callable[..., Callable[..., object]], tuple[int, ...]]] = {
+    "eager": (lambda module: module.model, LATENCY_BATCHES),
+    "compiled": (lambda module: torch.compile(module.model, dynamic=False), LATENCY_BATCHES[-1:]),
+    "onnx": (onnx, LATENCY_BATCHES),
 }
-"""What runs a module."""
+"""What runs a module, and batch sizes."""
 
 
-def times(bench: Bench, modules: Modules, runtime: str) -> tuple[list[dict], list[dict]]:
-    """A row for each module, input and batch size, and one for each batch size that is left out."""
-    runners = {str(kept): RUNTIMES[runtime](module) for kept, module in modules.items()}
-    rows, missing = [], []
-    for name, sample in samples_of(bench).items():
-        counts = {kept: operations(module.model, sample) for kept, module in modules.items()}
-        for batch in LATENCY_BATCHES:
+def times(bench: Bench, modules: Modules, runtime: str) -> list[dict]:
+    """A row for each module, input and batch size; without times where these do not repeat."""
+    build_runner, sizes = RUNTIMES[runtime]
+    runners = {str(kept): build_runner(module) for kept, module in modules.items()}
+    rows = []
+    for (name, sample), batch in itertools.product(samples_of(bench).items(), sizes):
+        for _ in range(TRIES):
+            found = time_runs(runners, sample, [batch])
+            if found.note is None:
+                break
+        whole = operations(modules[1.0].model, sample)
+        for kept in KEPT[1:]:
             row = {"model": bench.source.config.model_type, "input": name, "runtime": runtime, "batch": batch}
-            for _ in range(TRIES):
-                found = time_runs(runners, sample, [batch])
-                if found.note is None:
-                    break
-            else:
-                missing.append({**row, "note": found.note})
-                continue
-            ms = {kept: found.milliseconds[str(kept)][str(batch)] for kept in modules}
-            for kept in KEPT[1:]:
-                ratio = {"operations": counts[1.0] / counts[kept], "speedup": ms[1.0] / ms[kept]}
-                share = {"share": ratio["speedup"] / ratio["operations"]}
-                rows.append({**row, "kept": kept, "source_ms": ms[1.0], "ms": ms[kept], **ratio, **share})
-                print(rows[-1], flush=True)
-    return rows, missing
+            row |= {"kept": kept, "operations": whole / operations(modules[kept].model, sample), "note": found.note}
+            if found.note is None:
+                source, own = (found.milliseconds[str(each)][str(batch)] for each in (1.0, kept))
+                row |= {"source_ms": source, "ms": own, "speedup": source / own}
+            rows.append(row)
+            print(row, flush=True)
+    return rows
 
 
 @one_thread()
 @torch.no_grad()
 def parts(bench: Bench, modules: Modules) -> list[dict]:
-    """Milliseconds of a batch by kind of operation, and the speedup if all but narrower products took as long."""
+    """Milliseconds of a batch by kind of operation, and the share of speedup that the source's rate of products gives.
+
+    No rows where other processes took a part of the time.
+    """
     name, sample = list(samples_of(bench).items())[-1]
     inputs = {key: value.repeat(PROFILED, *[1] * (value.ndim - 1)) for key, value in sample.items()}
     rows: list[dict] = []
+    started = time.perf_counter(), time.process_time()
     for kept, module in modules.items():
         module.model(**inputs)
         with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -137,7 +141,8 @@ def parts(bench: Bench, modules: Modules) -> list[dict]:
         rest = sum(own.values()) - own["linear"]
         rows.append({**row, "bound": sum(source[kind] for kind in own) / (source["linear"] / ratio + rest) / ratio})
         print(rows[-1], flush=True)
-    return rows
+    seconds, own_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+    return rows if seconds <= LARGEST_SPREAD * own_seconds else []
 
 
 def main() -> None:
@@ -160,15 +165,12 @@ def main() -> None:
     about = {
         "command": "python examples/benchmarks/module_latency.py TASK --data DATA --source SOURCE --modules FOLDER"
     }
-    keys = ("model", "input", "runtime", "batch")
 
     def store(table: str, rows: list[dict], keys: tuple[str, ...]) -> None:
         compact.update(output, {**compact.load(output), **about}, table, rows, *keys)
 
     for runtime in given.runtimes:
-        rows, missing = times(bench, modules, runtime)
-        store("times", rows, (*keys, "kept"))
-        store("left_out", missing, keys)
+        store("times", times(bench, modules, runtime), ("model", "input", "runtime", "batch", "kept"))
     store("parts", parts(bench, modules), ("model", "input", "batch", "kept"))
 
 

@@ -91,10 +91,10 @@ def store_demo(folders: list[Path]) -> None:
 
 
 def costs() -> str:
-    """What masks, relevance and extraction cost, and how much faster modules are."""
+    """What masks, relevance and extraction cost."""
     found = load(RESULTS / "training_step.json")
     text = f"{devices(found, found['steps'])}; time and peak memory over those of a plain `Trainer` step:"
-    return "\n\n".join([text, training_steps(found["steps"]), afterwards(), latency()])
+    return "\n\n".join([text, training_steps(found["steps"]), afterwards()])
 
 
 def training_steps(rows: list[dict]) -> str:
@@ -125,17 +125,29 @@ def afterwards() -> str:
     )
 
 
-def latency() -> str:
-    """Speedup of modules by batch size."""
+def speed() -> str:
+    """Speedup of modules by batch size beside the ratio of operations, and where the time of a batch goes."""
     found = load(RESULTS / "module_latency.json")
-    modules = grouped([row for row in found["times"] if row["runtime"] == "eager"], "model", "neurons", "operations")
-    lines = [
-        [f"{model}, {neurons:.0%} of the neurons", f"{operations:.2f}", *(f"{row['speedup']:.2f}" for row in rows)]
-        for (model, neurons, operations), rows in modules.items()
+    batches = sorted({row["batch"] for row in found["times"]})
+    lines = []
+    for (model, sample, kept, runtime), rows in grouped(found["times"], "model", "input", "kept", "runtime").items():
+        by_batch = {row["batch"]: row["speedup"] for row in rows if row.get("speedup")}
+        times = [f"{by_batch[batch]:.2f}" if batch in by_batch else "-" for batch in batches]
+        share = f"{by_batch[batches[-1]] / rows[0]['operations']:.0%}" if batches[-1] in by_batch else "-"
+        lines.append([f"{model}, {sample}", f"{kept:g}", runtime, f"{rows[0]['operations']:.2f}", *times, share])
+    header = ["model", "retention", "runtime", "operations", *(f"batch {batch}" for batch in batches), "share"]
+    kinds = [name for name, value in found["parts"][0].items() if isinstance(value, float) and name not in PART_KEYS]
+    parts = [
+        [row["model"], f"{row['kept']:g}", *(f"{row[kind]:.1f}" for kind in kinds), f"{row['bound']:.0%}"]
+        for row in found["parts"]
     ]
-    header = ["module", "operations", *(f"batch {row['batch']}" for row in next(iter(modules.values())))]
-    text = "Speedup of modules over their parent; *operations* is the parent's number over the module's:"
-    return f"{text}\n\n{markdown(header, lines)}"
+    text = f"{devices(found, found['times'])}, 1 thread; `{found['command']}`:"
+    after = f"Milliseconds of a batch of {found['parts'][0]['batch']}, eager, by kind of operation:"
+    tables = [markdown(header, sorted(lines)), after, markdown(["model", "retention", *kinds, "bound"], parts)]
+    return "\n\n".join([text, *tables])
+
+
+PART_KEYS = ("batch", "kept", "bound")  # of the table of kinds of operations, that are no times
 
 
 def cutting() -> str:
@@ -215,7 +227,7 @@ def deployment() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": lambda: headlines(stored_results()), "training": lambda: training_page(stored_results()),
     "costs": costs, "support": support_line, "demo": demo, "cuts": cuts, "cutting": cutting, "structure": structure,
-    "deployment": deployment, **CASES,
+    "deployment": deployment, "speed": speed, **CASES,
     "supported models": support_table,
 }  # fmt: skip
 PAGES = {
@@ -225,6 +237,7 @@ PAGES = {
     ROOT / "docs" / "case_repair.md": ["case repair"],
     ROOT / "docs" / "cutting.md": ["structure"],
     ROOT / "docs" / "export.md": ["deployment"],
+    ROOT / "docs" / "speed.md": ["speed"],
     Path(__file__).with_name("supported_models.md"): ["support", "supported models"],
 }
 """The pages and the tables that each must have; other tables are made where their markers are found."""

@@ -131,8 +131,8 @@ def _keep_share(
 
 def _downwards(count: float) -> float:
     """Rounds a width down to a multiple of a power of two: `GRAIN`, or less where that takes over a sixteenth away."""
-    grain = 2 ** math.floor(math.log2(max(1.0, min(GRAIN, count / 16))))
-    return float(math.floor(count / grain + 1e-9) * grain)
+    grain = 1 << math.floor(math.log2(max(1.0, min(GRAIN, count / 16))))
+    return math.floor(count / grain + 1e-9) * grain
 
 
 def _upwards(width: int, most: int) -> int:
