@@ -178,7 +178,7 @@ def test_nothing_is_loaded_and_only_the_page_s_own_script_may_run():
 
 
 def tags_of(page):
-    return [(tag, sorted(attributes)) for tag, attributes in Elements(page).found]
+    return [(tag, sorted(attributes)) for tag, attributes in Elements(page).found if tag != "wbr"]  # one a point
 
 
 @functools.cache
