@@ -166,7 +166,7 @@ def structure() -> str:
             found = {row["retention"]: f"{row['module']:.3f} ({row['bytes'] / 1e3:.0f} kB)" for row in own}
             lines.append([way, *(found.get(share, "-") for share in shares)])
         seeds = sorted({seed for row in rows for seed in row["seeds"]})
-        about = f"{task}, {kind}: {max(row['rows'] for row in rows)} modules each, seeds {seeds}"
+        about = f"{task}, {kind}: number of modules {max(row['rows'] for row in rows)}, seeds {seeds}"
         parts.append(f"{about}, {rows[0]['samples']} samples; restricted source {rows[0]['restricted']:.3f}:")
         parts.append(markdown(["accuracy (size)", *(f"{share:g} of the weights" for share in shares)], lines))
     return "\n\n".join(parts)
