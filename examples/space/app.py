@@ -26,7 +26,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
-from cutting import Source
+from classifier import Source
 
 import nemo_hf
 
