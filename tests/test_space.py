@@ -38,7 +38,7 @@ LABELS = ["3", "8", "9"]
 
 
 def source_of(*words):
-    return example_script("space", "cutting").Source(*words)
+    return example_script("space", "classifier").Source(*words)
 
 
 @pytest.fixture(scope="module")
