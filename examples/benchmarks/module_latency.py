@@ -34,7 +34,7 @@ KEPT = (1.0, 0.5, 0.2)  # retention; with 1 the module is the source
 SETS = {"clinc150": "singles", "cifar10": "pairs"}  # kinds of sets of labels
 SAMPLES, TOKENS = 300, 32
 TRIES = 3  # until a batch size is left out
-PROFILED = 32  # samples of a batch
+PROFILED, PROFILES = 32, 12  # samples of a batch, and batches
 KINDS = {
     "aten::addmm": "linear",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
@@ -125,23 +125,22 @@ def parts(bench: Bench, modules: Modules) -> list[dict]:
     """
     name, sample = list(samples_of(bench).items())[-1]
     inputs = {key: value.repeat(PROFILED, *[1] * (value.ndim - 1)) for key, value in sample.items()}
-    rows: list[dict] = []
+    found: dict[float, Counter] = {kept: Counter(dict.fromkeys([*KINDS.values(), "other"], 0.0)) for kept in modules}
     started = time.perf_counter(), time.process_time()
-    for kept, module in modules.items():
+    for _, (kept, module) in itertools.product(range(PROFILES), modules.items()):
         module.model(**inputs)
-        with profile(activities=[ProfilerActivity.CPU]) as found:
-            for _ in range(10):
-                module.model(**inputs)
-        own: Counter = Counter(dict.fromkeys([*KINDS.values(), "other"], 0.0))
-        for event in found.key_averages():
-            own[KINDS.get(event.key, "other")] += event.self_cpu_time_total / 10_000
-        row = {"model": bench.source.config.model_type, "input": name, "batch": PROFILED, "kept": kept, **own}
-        source = rows[0] if rows else row
-        ratio = operations(modules[1.0].model, sample) / operations(module.model, sample)
-        rest = sum(own.values()) - own["linear"]
-        rows.append({**row, "bound": sum(source[kind] for kind in own) / (source["linear"] / ratio + rest) / ratio})
-        print(rows[-1], flush=True)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            module.model(**inputs)
+        for event in profiled.key_averages():
+            found[kept][KINDS.get(event.key, "other")] += event.self_cpu_time_total / 1000 / PROFILES
     seconds, own_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+    rows, source = [], found[1.0]
+    for kept, own in found.items():
+        ratio = operations(modules[1.0].model, sample) / operations(modules[kept].model, sample)
+        rest = own.total() - own["linear"]
+        row = {"model": bench.source.config.model_type, "input": name, "batch": PROFILED, "kept": kept, **own}
+        rows.append({**row, "bound": source.total() / (source["linear"] / ratio + rest) / ratio})
+        print(rows[-1], flush=True)
     return rows if seconds <= LARGEST_SPREAD * own_seconds else []
 
 
