@@ -251,9 +251,9 @@ def _coded(text: str) -> Markup:
     return Markup(re.sub(r"--[a-z-]+( [A-Z]+)?|nemo-hf \w+", r"<code>\g<0></code>", str(escape(text))))  # noqa: S704
 
 
-def _breakable(path: str) -> Markup:
-    """A path of layers, which may end a line behind each point."""
-    return Markup(".<wbr>").join(one_line(path).split("."))
+def _breakable(name: str) -> Markup:
+    """A name or a path of layers, which may end a line behind each point, dash, slash and underscore."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/-])(?=.)", one_line(name)))
 
 
 def _percent(share: Any) -> str:
