@@ -1,11 +1,13 @@
 """A banking assistant on a small CPU: a module of two of CLINC150's ten domains, served with rejection.
 
     python examples/case_studies/banking.py make --data path/to/clinc150 --work work
+    python examples/case_studies/banking.py export --data path/to/clinc150 --work work
     python examples/case_studies/banking.py answers --data path/to/clinc150 --work work
     python examples/case_studies/banking.py load --data path/to/clinc150 --work work
 
 `make` fine-tunes a MiniLM on all 150 intents, unless `--source` names one, cuts the module, and trains truncated
 encoders as alternatives. All become modules of the 30 intents whose rejection is calibrated on validation data.
+`export` writes ONNX files of them.
 `answers` pushes them to the Hub and pulls each into the endpoint of `serve.py`, which answers all test queries; without
 `--hub` to the Hub of this library's tests, in this process. `load` starts the endpoints in turn from the files pulled,
 in reverse order every other round, and sends requests of one text, on a quiet machine. Test data choose nothing: the
@@ -81,9 +83,7 @@ class Study:
         """Queries with the columns that the front door reads."""
         return self.data[split].select_columns(["text", "label"])
 
-    def save(
-        self, name: str, model: PreTrainedModel, seconds: float, **options
-    ) -> nemo_hf.NeMoForSequenceClassification:
+    def save(self, name: str, model: PreTrainedModel, seconds: float, **options) -> None:
         """Makes a module of the intents, calibrated, and saves it; `seconds` of work came before."""
         start = time.process_time()
         module = nemo_hf.extract_module(
@@ -95,17 +95,6 @@ class Study:
         sizes = {"parameters": module.num_parameters(), "bytes": bytes_of(self.work / name)}
         validation = module.config.extraction["validation"]["accuracy"]
         self.rows.append({"model": name, "seconds": seconds, "validation": validation, **sizes})
-        print(self.rows[-1], flush=True)
-        return module
-
-    def export(self, name: str, module: PreTrainedModel, quantize: str | None = None) -> None:
-        """Exports a module to ONNX."""
-        own = f"{name}-onnx" + (f"-{quantize}" if quantize else "")
-        start = time.process_time()
-        module.export_onnx(self.work / own, **({"quantize": quantize} if quantize else {}))
-        before = next(row for row in self.rows if row["model"] == name)
-        seconds = before["seconds"] + time.process_time() - start
-        self.rows.append({**before, "model": own, "seconds": seconds, "bytes": bytes_of(self.work / own)})
         print(self.rows[-1], flush=True)
 
 
@@ -120,20 +109,36 @@ def make(study: Study) -> None:
     given = study.given
     task = clinc150(str(given.data), given.model)
     source, seconds = source_of(task, given)
-    modules = {"source": study.save("source", source, seconds, retention=1.0)}
-    modules["module"] = study.save("module", source, 0.0, retention=RETENTION, **SMALL)
+    study.save("source", source, seconds, retention=1.0)
+    study.save("module", source, 0.0, retention=RETENTION, **SMALL)
     rates = RATES
     for name, has_all in (("truncated", False), ("truncated-all", True)):
         model, chosen, seconds = truncated_encoder(task, study, has_all, rates)
-        modules[name] = study.save(name, model, seconds, retention=1.0, **SMALL)
+        study.save(name, model, seconds, retention=1.0, **SMALL)
         study.rows[-1] |= chosen
         rates = [chosen["rate"]]  # taken over
-    for name in EXPORTED:
-        study.export(name, modules[name])
-        if "quantize" in inspect.signature(modules[name].export_onnx).parameters:
-            study.export(name, modules[name], "int8")
-    about = {"task": f"{task.text}; domains {' and '.join(given.domains)}", "retention": RETENTION}
+    about = {"command": "python examples/case_studies/banking.py STEP --data DATA --work WORK"}
+    about |= {"task": f"{task.text}; domains {' and '.join(given.domains)}", "retention": RETENTION}
     compact.update(given.output, {**compact.load(given.output), **about}, "models", study.rows, "model")
+
+
+def export(study: Study) -> None:
+    """Exports models to ONNX, in float32 and, where this library can, with weights of 8 bits."""
+    given, rows = study.given, []
+    before = {row["model"]: row for row in compact.load(given.output)["models"]}
+    for name in given.models or EXPORTED:
+        module = AutoModelForSequenceClassification.from_pretrained(study.work / name)
+        can_quantize = "quantize" in inspect.signature(module.export_onnx).parameters
+        formats: dict[str, dict] = {"onnx": {}}
+        if can_quantize:
+            formats["onnx-int8"] = {"quantize": "int8", "calibration": study.texts("validation")}
+        for own, options in formats.items():
+            folder, start = study.work / f"{name}-{own}", time.process_time()
+            module.export_onnx(folder, **options)
+            seconds = before[name]["seconds"] + time.process_time() - start
+            rows.append({**before[name], "model": folder.name, "seconds": seconds, "bytes": bytes_of(folder)})
+            print(rows[-1], flush=True)
+    compact.update(given.output, compact.load(given.output), "models", rows, "model")
 
 
 def source_of(task: Task, given: argparse.Namespace) -> tuple[PreTrainedModel, float | None]:
@@ -340,7 +345,7 @@ def main(words: Sequence[str] | None = None) -> None:
     STEPS[given.step](given if given.step == "push" else Study(given))
 
 
-STEPS = {"make": make, "answers": answers, "push": push, "load": under_load}
+STEPS = {"make": make, "export": export, "answers": answers, "push": push, "load": under_load}
 
 if __name__ == "__main__":
     main()

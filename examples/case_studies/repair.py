@@ -55,8 +55,8 @@ class Plan:
 
 
 PLANS = {
-    "cifar10-vgg16": Plan(20, {"undertrained": 1, "scarce": 4}, 45, ("cat", "deer", "ship", "truck")),
-    "clinc150": Plan(3, {"scarce": 3}, 5, ("banking", "travel")),
+    "cifar10-vgg16": Plan(20, {"undertrained": 1, "scarce": 4}, 45, ("cat", "deer", "ship")),
+    "clinc150": Plan(3, {"scarce": 1}, 5, ("banking",)),
 }
 
 
