@@ -141,7 +141,7 @@ def speed() -> str:
         [row["model"], f"{row['kept']:g}", *(f"{row[kind]:.1f}" for kind in kinds), f"{row['bound']:.0%}"]
         for row in found["parts"]
     ]
-    text = f"{devices(found, found['times'])}, 1 thread; `{found['command']}`:"
+    text = f"{devices(found, found['times'])}; `{found['command']}`:"
     after = f"Milliseconds of a batch of {found['parts'][0]['batch']}, eager, by kind of operation:"
     tables = [markdown(header, sorted(lines)), after, markdown(["model", "retention", *kinds, "bound"], parts)]
     return "\n\n".join([text, *tables])
