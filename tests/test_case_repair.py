@@ -133,9 +133,7 @@ def test_a_network_with_channels_can_take_its_own_module_back():
 
 @pytest.mark.slow
 def test_a_whole_run_on_tiny_models(task, parts, tmp_path, monkeypatch):
-    plan = repair.Plan(
-        1, {"undertrained": 1, "scarce": 1}, 3, {"scarce": ("cat",), "undertrained": ("cat", "vehicles")}
-    )
+    plan = repair.Plan(1, {"undertrained": 1, "scarce": 1}, 3, ("cat", "vehicles"))
     monkeypatch.setitem(repair.PLANS, "stripes", plan)
     monkeypatch.setitem(repair.TASKS, "stripes", lambda data, model: task)
     words = ["stripes", "--data", "data", "--keep", tmp_path / "keep", "--output", tmp_path / "found.json"]

@@ -7,16 +7,14 @@
 
 `make` fine-tunes a MiniLM on all 150 intents, unless `--source` names one, cuts the module, and trains truncated
 encoders as alternatives. All become modules of the 30 intents whose rejection is calibrated on validation data.
-`export` writes ONNX files of them.
-`answers` pushes them to the Hub and pulls each into the endpoint of `serve.py`, which answers all test queries; without
-`--hub` to the Hub of this library's tests, in this process. `load` starts the endpoints in turn from the files pulled,
-in reverse order every other round, and sends requests of one text, on a quiet machine. Test data choose nothing: the
-learning rates of truncated encoders are the best on validation data. Writes results/case_banking.json of
-examples/benchmarks.
+`export` writes ONNX files of them. `answers` pushes them to the Hub and pulls each into the endpoint of `serve.py`,
+which answers all test queries; without `--hub` to the Hub of this library's tests, in this process. `load` starts the
+endpoints in turn from the files pulled, in reverse order every other round, and sends requests of one text, on a quiet
+machine. Test data choose nothing: the learning rates of truncated encoders are the best on validation data. Writes
+results/case_banking.json of examples/benchmarks.
 """
 
 import argparse
-import inspect
 import os
 import shutil
 import statistics
@@ -52,8 +50,10 @@ RETENTION, POSITIONS = 0.2, 64
 EPOCHS = 3  # of the source; truncated encoders get as many steps
 RATES = (5e-4, 1e-3)  # of truncated encoders, to choose from
 CLIENTS = (1, 4, 16)
-SERVED = ("source", "module", "truncated", "source-onnx", "module-onnx", "module-onnx-int8", "truncated-onnx")
+SERVED = ("source", "module", "truncated", "source-onnx", "source-onnx-int8", "module-onnx", "module-onnx-int8",
+          "truncated-onnx", "truncated-onnx-int8")  # fmt: skip
 EXPORTED = ("source", "module", "truncated")
+FORMATS = {"onnx": None, "onnx-int8": "int8"}
 WARM_UP = 30  # requests
 THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SMALL = {"vocabulary": "shared", "max_positions": POSITIONS}
@@ -72,7 +72,7 @@ class Study:
         wanted = {first.features["domain"].str2int(name) for name in given.domains}
         pairs = sorted(set(zip(first["label"], first["domain"], strict=True)))
         self.labels = [label for label, domain in pairs if domain in wanted]
-        self.rows: list[dict] = []
+        self.rows: dict[str, dict] = {row["model"]: row for row in compact.load(given.output).get("models", [])}
 
     @property
     def names(self) -> list[str]:
@@ -83,19 +83,31 @@ class Study:
         """Queries with the columns that the front door reads."""
         return self.data[split].select_columns(["text", "label"])
 
-    def save(self, name: str, model: PreTrainedModel, seconds: float, **options) -> None:
+    def has(self, name: str) -> bool:
+        """Whether a model was made before."""
+        return name in self.rows and (self.work / name / "config.json").exists()
+
+    def save(self, name: str, model: PreTrainedModel, before: Mapping[str, float], **options) -> None:
         """Makes a module of the intents, calibrated, and saves it; `seconds` of work came before."""
         start = time.process_time()
         module = nemo_hf.extract_module(
             model, self.names, self.texts("train"), validation=self.texts("validation"),
             processing_class=AutoTokenizer.from_pretrained(self.given.model), show_progress=False, **options,
         )  # fmt: skip
-        seconds += time.process_time() - start
+        seconds = before.get("seconds", 0.0) + time.process_time() - start
         module.save_pretrained(self.work / name)
         sizes = {"parameters": module.num_parameters(), "bytes": bytes_of(self.work / name)}
         validation = module.config.extraction["validation"]["accuracy"]
-        self.rows.append({"model": name, "seconds": seconds, "validation": validation, **sizes})
-        print(self.rows[-1], flush=True)
+        self.store({**before, "model": name, "seconds": seconds, "validation": validation, **sizes})
+
+    def store(self, row: dict) -> None:
+        """Keeps a row of the table of models."""
+        print(row, flush=True)
+        self.rows[row["model"]] = row
+        about = {"command": "python examples/case_studies/banking.py STEP --data DATA --work WORK"}
+        domains = " and ".join(self.given.domains)
+        about |= {"task": f"CLINC150, MiniLM; domains {domains}; seed {self.given.seed}", "retention": RETENTION}
+        compact.update(self.given.output, {**compact.load(self.given.output), **about}, "models", [row], "model")
 
 
 def bytes_of(folder: Path) -> int:
@@ -105,44 +117,36 @@ def bytes_of(folder: Path) -> int:
 
 
 def make(study: Study) -> None:
-    """Makes all models, and their files."""
+    """Makes the models that are not there."""
     given = study.given
     task = clinc150(str(given.data), given.model)
-    source, seconds = source_of(task, given)
-    study.save("source", source, seconds, retention=1.0)
-    study.save("module", source, 0.0, retention=RETENTION, **SMALL)
+    source, work = source_of(task, given)
+    if not study.has("source"):
+        study.save("source", source, work, retention=1.0)
+    if not study.has("module"):
+        study.save("module", source, {}, retention=RETENTION, **SMALL)
     rates = RATES
     for name, has_all in (("truncated", False), ("truncated-all", True)):
-        model, chosen, seconds = truncated_encoder(task, study, has_all, rates)
-        study.save(name, model, seconds, retention=1.0, **SMALL)
-        study.rows[-1] |= chosen
-        rates = [chosen["rate"]]  # taken over
-    about = {"command": "python examples/case_studies/banking.py STEP --data DATA --work WORK"}
-    about |= {"task": f"{task.text}; domains {' and '.join(given.domains)}", "retention": RETENTION}
-    compact.update(given.output, {**compact.load(given.output), **about}, "models", study.rows, "model")
+        if not study.has(name):
+            model, work = truncated_encoder(task, study, has_all, rates)
+            study.save(name, model, work, retention=1.0, **SMALL)
+        rates = [study.rows[name]["rate"]]  # taken over
 
 
 def export(study: Study) -> None:
-    """Exports models to ONNX, in float32 and, where this library can, with weights of 8 bits."""
-    given, rows = study.given, []
-    before = {row["model"]: row for row in compact.load(given.output)["models"]}
-    for name in given.models or EXPORTED:
+    """Exports models to ONNX."""
+    for name in study.given.models or EXPORTED:
         module = AutoModelForSequenceClassification.from_pretrained(study.work / name)
-        can_quantize = "quantize" in inspect.signature(module.export_onnx).parameters
-        formats: dict[str, dict] = {"onnx": {}}
-        if can_quantize:
-            formats["onnx-int8"] = {"quantize": "int8", "calibration": study.texts("validation")}
-        for own, options in formats.items():
-            folder, start = study.work / f"{name}-{own}", time.process_time()
+        for form, width in FORMATS.items():
+            options = {"quantize": width, "calibration": study.texts("validation")} if width else {}
+            folder, start = study.work / f"{name}-{form}", time.process_time()
             module.export_onnx(folder, **options)
-            seconds = before[name]["seconds"] + time.process_time() - start
-            rows.append({**before[name], "model": folder.name, "seconds": seconds, "bytes": bytes_of(folder)})
-            print(rows[-1], flush=True)
-    compact.update(given.output, compact.load(given.output), "models", rows, "model")
+            seconds = study.rows[name]["seconds"] + time.process_time() - start
+            study.store({**study.rows[name], "model": folder.name, "seconds": seconds, "bytes": bytes_of(folder)})
 
 
-def source_of(task: Task, given: argparse.Namespace) -> tuple[PreTrainedModel, float | None]:
-    """The classifier of all intents, and the seconds of its training."""
+def source_of(task: Task, given: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The classifier of all intents, and the seconds of its training, if it is trained here."""
     folder = given.source or given.work / "classifier"
     start = time.process_time()
     if not folder.exists():
@@ -150,13 +154,13 @@ def source_of(task: Task, given: argparse.Namespace) -> tuple[PreTrainedModel, f
         trainer.train()
         trainer.model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(given.model).save_pretrained(folder)
-    return AutoModelForSequenceClassification.from_pretrained(folder).eval(), time.process_time() - start
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval(), {"seconds": time.process_time() - start}
 
 
 def truncated_encoder(
     task: Task, study: Study, has_all: bool, rates: Sequence[float]
-) -> tuple[PreTrainedModel, dict, float]:
-    """The encoder's first layers trained on the intents, or on all 150; what was chosen, and the seconds of it all."""
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The encoder's first layers trained on the intents, or on all 150; the rate that was chosen, and the seconds."""
     given = study.given
     splits = task.splits(given.seed)
     labels = list(range(len(study.intents))) if has_all else study.labels
@@ -169,9 +173,9 @@ def truncated_encoder(
         train(model, data, job, rate)
         seconds = time.process_time() - start
         own = logits_of(model, choice)[:, [labels.index(label) for label in study.labels]]
-        found.append((accuracy(own, choice.labels), model, {"rate": rate, "training_seconds": seconds}))
-    _, model, chosen = max(found, key=lambda each: each[0])
-    return with_all_labels(model, labels, study.intents), chosen, sum(each[2]["training_seconds"] for each in found)
+        found.append((accuracy(own, choice.labels), model, {"rate": rate, "seconds": seconds}))
+    _, model, work = max(found, key=lambda each: each[0])
+    return with_all_labels(model, labels, study.intents), work
 
 
 def with_all_labels(model: PreTrainedModel, labels: Sequence[int], names: Sequence[str]) -> PreTrainedModel:
