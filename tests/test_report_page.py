@@ -307,6 +307,7 @@ def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == expected
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     vit, data = "google/vit-base-patch16-224-in21k", "--dataset org/animals --batch-size 8 --samples 10"
     assert main(f"report {vit} --output out/plain.html {data} --labels cat+dog car --retention 0.5 0.2".split()) == 0
