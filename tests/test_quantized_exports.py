@@ -1,5 +1,6 @@
 """Quantized ONNX files and OpenVINO files: smaller, compared with the module, and refused where they differ."""
 
+import copy
 import json
 import logging
 from functools import cache
@@ -18,6 +19,7 @@ from nemo_hf import UnsupportedArchitectureError, calibrate_rejection, extract_m
 from nemo_hf.export.agreement import check_agreement, measure_agreement
 from nemo_hf.export.onnx import OnnxRunner
 from nemo_hf.export.openvino import OpenVinoRunner
+from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
 
 TEXTS = ["w1 w2 w3", "w4", "w100 w7 w8 w9 w10", "w5 w6"]
@@ -93,6 +95,17 @@ def test_convolutions_need_samples_and_have_no_4_bits(tmp_path):
     got = OnnxRunner(tmp_path / "out" / "model.onnx", 1)(**samples)[0]
     assert export.agreement.agreement == (got.argmax(-1) == right.argmax(-1)).double().mean()
     assert export.agreement.logit_difference == pytest.approx((got - right).abs().max().item(), rel=1e-4)
+
+
+def test_rejection_scores_of_a_quantized_file_are_those_of_its_logits(tmp_path):
+    module = copy.deepcopy(image_module())
+    calibrate_rejection(module, DataLoader(image_samples(40), batch_size=20), show_progress=False)
+    module.export_onnx(tmp_path, quantize="int8", calibration=[pixels(30)], min_agreement=0)
+    logits, scores = OnnxRunner(tmp_path / "model.onnx", 1)(**pixels(30))
+    expected = rejection_scores(energy(logits[:, :2]), module.config.rejection)
+    assert torch.allclose(scores, expected, atol=1e-5)
+    assert torch.equal(logits.argmax(-1) == 2, scores > module.config.rejection["threshold"])
+    assert (logits.argmax(-1) == 2).unique().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("method", ["export_onnx", "export_openvino"])
@@ -187,7 +200,7 @@ def test_without_openvino_the_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "segformer"])
+@pytest.mark.parametrize("name", ["bert", "segformer", "detr"])
 @pytest.mark.parametrize("method", ["export_onnx", "export_openvino"])
 def test_heads_of_tokens_pixels_and_boxes_are_quantized(name, method, tmp_path):
     module, samples = module_of(name), inputs_of(name)

@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
 ONNX_FORMATS = {"onnx": None, "onnx int8": "int8", "onnx int4": "int4"}
 OPENVINO_FORMATS = {"openvino": None, "openvino int8": "int8"}
 FORMATS = ("torch", *ONNX_FORMATS, *OPENVINO_FORMATS, *(("torchao int8",) if find_spec("torchao") else ()))
-QUERIES, BATCHES, ROUNDS = 32, (1, 8, 32), 10
+QUERIES, BATCHES, ROUNDS = 32, (1, 8, 32), 8
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 
 
@@ -186,11 +186,10 @@ def times(given: argparse.Namespace) -> list[dict[str, Any]]:
     bench = Bench(given, given.domains[0])
     order = torch.randperm(len(bench.own), generator=torch.Generator().manual_seed(given.seed))[:QUERIES]
     queries = bench.own.rows(order)
-    runs = {
-        (model, form): runner(bench, model, form, bench.module(model))
-        for model in given.models
-        for form in given.formats
-    }
+    runs = {}
+    for model in given.models:
+        module = bench.module(model)
+        runs |= {(model, form): runner(bench, model, form, module) for form in given.formats}
     rows = []
     for size in BATCHES:
         batches = [unlabelled(batch) for batch in queries.batches(size)]

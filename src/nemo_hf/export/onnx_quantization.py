@@ -46,7 +46,7 @@ def quantize_file(source: Path, target: Path, width: str, samples: Sequence[Inpu
         from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
         model = onnx.load(source)
-        has_convolutions = _has_convolutions(model, width, samples)
+        convolutional = _convolutional(model, width, samples)
         if width == "int4":
             ONNXModel(model).replace_gemm_with_matmul()  # of which alone there are kernels
             blocks: dict[str, Any] = {"block_size": BLOCK, "accuracy_level": INTEGER_PRODUCTS}
@@ -58,20 +58,25 @@ def quantize_file(source: Path, target: Path, width: str, samples: Sequence[Inpu
         add_pre_process_metadata(model)  # otherwise they recommend what torch's exporter has done
         # Seven bits, since sums of eight overflow on CPUs without VNNI: what is compared here holds there, too.
         options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "use_external_data_format": is_large}
-        dynamic = source.with_name("dynamic.onnx") if has_convolutions else target
-        quantize_dynamic(model, dynamic, ["MatMul", "Gemm", "Gather"], **options)
-        if has_convolutions:
-            quantize_static(dynamic, target, _reader(samples or ()), op_types_to_quantize=[*AROUND_CONVOLUTIONS],
+        if convolutional:
+            static = source.with_name("static.onnx")
+            quantize_static(model, static, _reader(samples or ()), nodes_to_quantize=convolutional,
                             activation_type=QuantType.QUInt8, **options)  # fmt: skip
+            model = onnx.load(static)
+        quantize_dynamic(model, target, ["MatMul", "Gemm", "Gather"], **options)
 
 
-def _has_convolutions(model: Any, width: str, samples: Sequence[Inputs] | None) -> bool:
-    """Whether convolutions have enough of the weights to be quantized; refuses what onnxruntime has no way for."""
+def _convolutional(model: Any, width: str, samples: Sequence[Inputs] | None) -> list[str]:
+    """Names of convolutions and of what is between them, if they have enough of the weights to be quantized.
+
+    Refuses those that onnxruntime has no way for.
+    """
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
-    own = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
-    share = sum(sizes.get(name, 0) for name in own) / sum(sizes.values())
+    nodes = list(model.graph.node)
+    places = [place for place, node in enumerate(nodes) if node.op_type == "Conv"]
+    share = sum(sizes.get(name, 0) for name in {nodes[place].input[1] for place in places}) / sum(sizes.values())
     if share <= FEW:
-        return False
+        return []
     got = f"Got quantize={width!r} for a module with {share:.0%} of its weights in convolutions"
     if width == "int4":
         raise UnsupportedArchitectureError(
@@ -82,7 +87,7 @@ def _has_convolutions(model: Any, width: str, samples: Sequence[Inputs] | None) 
             f"{got} and no calibration samples; expected some, since the ranges of the convolutions' inputs come from "
             "them. Pass calibration=, a hundred samples or more."
         )
-    return True
+    return [node.name for node in nodes[: places[-1] + 1] if node.op_type in AROUND_CONVOLUTIONS]
 
 
 def _reader(samples: Sequence[Inputs]) -> Any:

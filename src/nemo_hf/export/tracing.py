@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def trace(ready: Traceable, path: Path) -> None:
     options: dict[str, Any] = {"external_data": ready.is_large, "dynamo": True, "verbose": False}
     options |= {"input_names": list(inputs), "output_names": ready.outputs, "dynamic_shapes": free}
     try:
-        with PROCESS_SETTINGS, _silent(), torch.no_grad():
+        with PROCESS_SETTINGS, _silent(), torch.no_grad(), _returning(module, ready.outputs):
             torch.onnx.export(module, (), path, kwargs=dict(inputs), **options)
     except Exception as error:  # the exporter raises whatever the model's code meets
         if isinstance(error, (ImportError, OSError)) or is_out_of_memory(error):
@@ -156,6 +157,23 @@ def trace(ready: Traceable, path: Path) -> None:
             f"({type(error).__name__}: {first_line(error)}). {OTHER_WAYS.format('save_plain')}"
         ) from error
     drop_notes(path)
+
+
+@contextmanager
+def _returning(module: NeMoPreTrainedModel, names: Sequence[str]) -> Iterator[None]:
+    """Makes a module return some outputs as a tuple; detectors have more, which no class of outputs declares."""
+    whole = module.forward
+
+    @wraps(whole)
+    def forward(*args: Any, **inputs: Any) -> tuple[Tensor, ...]:
+        found: Any = whole(*args, **inputs)
+        return tuple(found[name] for name in names)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager
