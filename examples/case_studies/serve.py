@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 MOST_TEXTS, MOST_BYTES = 64, 2**20  # of a request
+MOST_SKIPPED = 16 * MOST_BYTES  # of a body that is refused; clients that send more may miss the answer
 REJECTED = "none of these"  # the last label of a calibrated module
 Outputs = tuple[np.ndarray, np.ndarray]  # logits (texts, labels), that of `REJECTED` last, and rejection scores
 
@@ -196,6 +197,9 @@ class Handler(BaseHTTPRequestHandler):
         if length is None or not (length.isascii() and length.isdigit() and len(length) < 20):
             raise RefusedError(411, f"Got Content-Length {length and length[:20]!r}; expected the body's bytes.")
         if int(length) > MOST_BYTES:
+            left = min(int(length), MOST_SKIPPED)
+            while left and (read := self.rfile.read(min(left, MOST_BYTES))):  # clients write all before they read
+                left -= len(read)
             raise RefusedError(413, f"Got {int(length)} bytes; expected at most {MOST_BYTES}. Send fewer texts.")
         try:
             asked = json.loads(self.rfile.read(int(length)))
