@@ -37,7 +37,7 @@ def banking_answers() -> str:
     models = ordered(stored["models"])
     header = ["model", "accuracy", "with rejection", "own accepted", "other domains rejected", "no intent rejected",
               "AUROC, other domains", "AUROC, no intent", "parameters", "MB", "MB pulled",
-              "seconds of work"]  # fmt: skip
+              "CPU minutes of work"]  # fmt: skip
     keys = ("closest", "right", "accepted", "rejected_other", "rejected_strange", "auroc_other", "auroc_strange")
     lines = []
     for name, row in ordered(stored["answers"]).items():
@@ -45,13 +45,13 @@ def banking_answers() -> str:
         line = [shown_name(name), *(f"{row[key]:.3f}" for key in keys)]
         own = models.get(name)
         megabytes = [f"{own['bytes'] / 1e6:.1f}", f"{row['pulled_bytes'] / 1e6:.1f}"] if own else ["-", "-"]
-        lines.append([*line, f"{own['parameters']:,}" if own else "-", *megabytes, seconds(own) if own else "-"])
+        lines.append([*line, f"{own['parameters']:,}" if own else "-", *megabytes, minutes(own) if own else "-"])
     return f"{stored['task']}; {devices(stored, stored['models'])}:\n\n{markdown(header, lines)}"
 
 
-def seconds(row: dict) -> str:
-    """Seconds of CPU time that making a model took."""
-    return f"{row['seconds']:.0f}"
+def minutes(row: dict) -> str:
+    """Minutes of CPU time that making a model took."""
+    return f"{row['seconds'] / 60:.1f}"
 
 
 def banking_load() -> str:
