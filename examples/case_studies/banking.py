@@ -46,7 +46,7 @@ import nemo_hf
 
 RESULTS = compact.RESULTS / "case_banking.json"
 DOMAINS = ("banking", "credit_cards")
-RETENTION, POSITIONS = 0.2, 64
+RETENTION, POSITIONS, SAMPLES = 0.25, 64, 3000
 EPOCHS = 3  # of the source; truncated encoders get as many steps
 RATES = (5e-4, 1e-3)  # of truncated encoders, to choose from
 CLIENTS = (1, 4, 16)
@@ -56,7 +56,7 @@ EXPORTED = ("source", "module", "truncated")
 FORMATS = {"onnx": None, "onnx-int8": "int8"}
 WARM_UP = 30  # requests
 THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-SMALL = {"vocabulary": "shared", "max_positions": POSITIONS}
+SMALL = {"vocabulary": "shared", "max_positions": POSITIONS, "max_samples": SAMPLES}
 
 
 class Study:
