@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
+from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.evaluation.controls import ModuleAnswers
 from nemo_hf.evaluation.metrics import jaccard_indices
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.equivalence import sharing_copy
+from nemo_hf.models.cut_source import static_parent
 from nemo_hf.models.plain_checks import label_names
 from nemo_hf.models.privacy import clean_text
-from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.pruning.budget import layer_weights
 from nemo_hf.pruning.plan import is_relevant
@@ -31,6 +30,7 @@ FEW_LABELS = 5  # that a module has for which nobody named labels
 MOST_PAIRS = 20  # of groups or labels, where there is a summary
 MOST_COMPARED = 2000  # groups with each other
 LARGEST_PICKER = 650_000  # bytes of labels and neurons in the page, above which they are left out
+NOTHING_SAID: dict[str, Any] = {"dataset": None, "split": None, "seed": None, "cut_samples": [], "is_example": False}
 KINDS = {"ffn": "feed-forward", "attention": "attention", "conv": "convolution"}
 
 
@@ -43,7 +43,8 @@ class Measured:
         answers: Its answers and those of others.
         points: Of modules of the same labels: `megabytes`, `retention` and shares of right answers by kind.
         kept_at: Place of `module` among the points; `None` if it is none of them.
-        about: What the data are called: `dataset` and `split`.
+        about: What the data are called, `dataset` and `split`; the `seed`; the least and the most `cut_samples` that
+            modules and controls are cut on; whether the labels are an example, since nobody named any (`is_example`).
     """
 
     module: NeMoPreTrainedModel | None = None
@@ -67,7 +68,7 @@ def page_facts(
     parent = origin if isinstance(origin, NeMoPreTrainedModel) else None
     sited = parent
     if sited is None and origin is not None:
-        sited = make_parent(sharing_copy(origin), NeMoConfig(masks="static"))
+        sited = static_parent(origin)
     names = list((sited or model).config.names.values())
     facts: dict[str, Any] = {
         "role": role,
@@ -85,7 +86,7 @@ def page_facts(
         "samples": measured.answers.samples if measured.answers else None,
         "confusion": _confusion(module, measured.answers),
         "rejection": _rejection(module, measured.answers),
-        "about": {"dataset": None, "split": None, "seed": None, **measured.about},
+        "about": {**NOTHING_SAID, **measured.about},
         "neurons": _neurons(parent, module),
         "overlap": _overlap(parent),
         "used": _median_used(parent),
