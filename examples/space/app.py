@@ -180,6 +180,18 @@ def told() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+def load(options: dict[str, Any]) -> Source:
+    """The source that the options name; one that can't be had ends the app with a message."""
+    try:
+        return Source(**options | {"max_samples": int(options["max_samples"])})
+    except (*REFUSED, ImportError) as error:
+        reason = str(error).rstrip(".\n")
+        sys.exit(
+            f"Can't load the classifier {options['model']!r} with samples of {options['data']!r}:\n{reason}.\nName "
+            "others by --model and --data, or by the variables MODEL and DATA; downloads need a connection to the Hub."
+        )
+
+
 def main() -> None:
     """Loads the source and serves the app until it is stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,7 +204,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that temporary files go
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        app = build(Source(**options | {"max_samples": int(options["max_samples"])}))
+        app = build(load(options))
         app.queue().launch(server_port=port, theme=THEME, css=CSS, footer_links=[])
 
 

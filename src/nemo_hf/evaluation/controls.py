@@ -87,7 +87,7 @@ class ModuleAnswers:
         confusion: How often the module answers a label (column) where another is right (row), (labels, labels); empty
             where a sample may have several labels.
         rejection: `auroc` of telling own samples from others by the energy of the module's logits, the numbers of
-            `own` and `other` samples, and `curve`: by falling threshold the shares of own samples accepted and of
+            `own` and `other` samples, and `curve`: by rising threshold the shares of own samples accepted and of
             others rejected. Empty without samples of both kinds.
     """
 
@@ -144,14 +144,13 @@ def rejection_curve(energies: Tensor, is_own: Tensor) -> dict[str, Any]:
     """AUROC and curve of accepting samples whose energy, (samples,), reaches a threshold; empty without both kinds.
 
     The curve has rows of threshold, share of own samples accepted, and share of others rejected; its thresholds are
-    quantiles of all energies, so that it is even wherever they lie.
+    quantiles of the energies of either kind, so that it is even along both axes, however few samples one has.
     """
     found = auroc(energies, is_own)
     if found is None:
         return {}
     steps = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64)
-    ordered = energies.double().sort().values
-    thresholds = ordered[(steps * (len(ordered) - 1)).round().long()].unique()
-    own, other = energies[is_own].double(), energies[~is_own].double()
+    own, other = (energies[chosen].double().sort().values for chosen in (is_own, ~is_own))
+    thresholds = torch.cat([kind[(steps * (len(kind) - 1)).round().long()] for kind in (own, other)]).unique()
     rows = [[t.item(), (own >= t).double().mean().item(), (other < t).double().mean().item()] for t in thresholds]
     return {"auroc": found, "own": int(is_own.sum()), "other": int((~is_own).sum()), "curve": rows}

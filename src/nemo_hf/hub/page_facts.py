@@ -26,7 +26,7 @@ from nemo_hf.pruning.plan import is_relevant
 from nemo_hf.pruning.size_table import LABELS, full_widths, parameters_at, size_table
 
 MOST_SHOWN = 16  # groups or labels that a table has a column for; of more, it has a summary
-FEW_LABELS = 5  # that a module has for which nobody named labels
+FEWEST_LABELS, ONE_OF = 5, 10  # labels of a module for which nobody named any: at least so many, and one of so many
 MOST_PAIRS = 20  # of groups or labels, where there is a summary
 MOST_COMPARED = 2000  # groups with each other
 LARGEST_PICKER = 650_000  # bytes of labels and neurons in the page, above which they are left out
@@ -107,7 +107,8 @@ def chosen_labels(model: PreTrainedModel, labels: LabelLike | Sequence[LabelLike
     unseen = set(getattr(model.config, "unseen_labels", None) or ())
     large = [ids for ids in groups.values() if 1 < len(ids) < len(names) and unseen.isdisjoint(ids)]
     known = [index for index in names if index not in unseen]
-    return list(large[0] if large else known[: max(1, min(FEW_LABELS, len(names) // 2))])
+    few = min(MOST_SHOWN, max(FEWEST_LABELS, len(names) // ONE_OF))
+    return list(large[0] if large else known[: max(1, min(few, len(names) // 2))])
 
 
 def _size(model: PreTrainedModel) -> dict[str, Any]:
@@ -117,6 +118,8 @@ def _size(model: PreTrainedModel) -> dict[str, Any]:
 
 def _module_facts(module: NeMoPreTrainedModel) -> dict[str, Any]:
     config, done = module.config, module.config.extraction or {}
+    errors = done.get("layers") or {}  # in the order of their paths, if they come from a file
+    paths = [path for path, _ in module.model.named_modules() if path in errors]
     return {
         **_size(module),
         "labels": list(config.names.values()),
@@ -124,7 +127,7 @@ def _module_facts(module: NeMoPreTrainedModel) -> dict[str, Any]:
         "retained": config.retained_neurons,
         "is_tuned": config.is_tuned,
         "extraction": {name: value for name, value in done.items() if name != "layers"} or None,
-        "layers": [[path, *errors] for path, errors in (done.get("layers") or {}).items()],
+        "layers": [[path, *errors[path]] for path in paths],
         "fit": config.rejection,
     }
 

@@ -71,7 +71,7 @@ def write_report_page(
             data; they are run through more than once. A module carries the measured report from then on.
         calibration: Samples to cut modules on at several sizes, as in `extract_module`, beside controls.
         labels: Labels or groups of these modules; `None` takes those of the module, else the first group of several
-            labels, or the first five labels.
+            labels, or the first labels: a tenth of them, from 5 to 16.
         retentions: Shares of the weights that these modules keep.
         processing_class: As in `extract_module`.
         seed: Of the controls.
@@ -90,6 +90,7 @@ def write_report_page(
     source = model if module is None else origin
     about = {"batches": batches, "calibration": calibration, "labels": labels, "retentions": retentions}
     given = {"dataset": None, "split": None, **(words or {})}
+    given["dataset"] = given["dataset"] and shown_source(str(given["dataset"]))[0]
     measured = measure_page(
         module, source, **about, processing_class=processing_class, seed=seed,
         show_progress=show_progress,

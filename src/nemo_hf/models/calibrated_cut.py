@@ -154,7 +154,7 @@ def extract_module(
     with tqdm(disable=not show_progress, desc="Measuring", leave=None) as bar, torch.no_grad(), exactly:
 
         def advance(phase: str) -> None:
-            bar.set_description(phase)
+            bar.set_description_str(phase)
             bar.update()
 
         source = prepare_source(model, [inputs for inputs, _ in samples.own], task, scores, advance)
