@@ -157,7 +157,7 @@ def measure_page(
         ids = list(module.config.label_ids or ()) if module is not None else chosen_labels(origin, labels)
         options = {"processing_class": processing_class, "max_samples": CUT_SAMPLES, "show_progress": show_progress}
         cuts = cut_beside_controls(origin, ids, calibration, sorted(retentions, reverse=True), seed, **options)
-        samples = [each.config.extraction["samples"] for found in cuts for each in found.values()]
+        samples = [(each.config.extraction or {})["samples"] for found in cuts for each in found.values()]
         own = {"cut_samples": sorted({min(samples), max(samples)}), "is_example": module is None and labels is None}
         about = {**(about or {}), **own}
     kept_at = None

@@ -180,7 +180,7 @@ class Reconstruction:
                     return
         own, shared = self.targets.maps
         if size + sum(map(_size, shared.values())) <= self.most_shared:
-            shared |= own
+            shared.update(own)
 
     def _reconstruct(self, paths: Sequence[str], final: int, ridge: float) -> dict[str, LayerError]:
         """Changes layers that are called one after another with the same input, or one that joins the stream."""
