@@ -22,7 +22,7 @@ from nemo_hf import NeMoConfig, compose, extract_module, make_parent, write_repo
 from nemo_hf.cli import main
 from nemo_hf.evaluation.controls import CUTS, ModuleAnswers, measure_answers, rejection_curve
 from nemo_hf.hub.page_charts import ticks
-from nemo_hf.hub.page_facts import MOST_SHOWN, Measured, label_words, page_facts, shown_source
+from nemo_hf.hub.page_facts import MOST_SHOWN, Measured, chosen_labels, label_words, page_facts, shown_source
 from nemo_hf.hub.publish import CardOptions, write_companions
 from nemo_hf.hub.report_page import page_words, render_page
 from nemo_hf.models.base import base_parameters
@@ -283,6 +283,17 @@ def test_the_rejection_curve_is_the_shares_of_samples_on_each_side():
     assert rejection_curve(energies, torch.ones(4, dtype=torch.bool)) == {}
 
 
+@pytest.mark.parametrize(("count", "groups", "expected"), [
+    (5, None, [0, 1]), (12, None, [0, 1, 2, 3, 4]), (150, None, range(15)), (400, None, range(16)),
+    (150, 10, range(0, 150, 10)),
+])  # fmt: skip
+def test_a_page_for_no_labels_in_particular_is_about_some(count, groups, expected):
+    parent = with_labels(count, groups)
+    assert chosen_labels(parent) == list(expected)
+    if groups is None:
+        assert chosen_labels(parent.detach_masks()) == list(expected)
+
+
 def test_answers_are_counted_as_a_naive_loop_counts_them():
     parent = parent_of("vit")
     module = parent.extract_module(["ship", "cat"])
@@ -310,7 +321,8 @@ def test_ticks_are_round(low, high, expected):
 @pytest.mark.slow
 def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     vit, data = "google/vit-base-patch16-224-in21k", "--dataset org/animals --batch-size 8 --samples 10"
-    assert main(f"report {vit} --output out/plain.html {data} --labels cat+dog car --retention 0.5 0.2".split()) == 0
+    there = data.replace("org", f"{stage}/org")
+    assert main(f"report {vit} --output out/plain.html {there} --labels cat+dog car --retention 0.5 0.2".split()) == 0
     page = (stage / "out/plain.html").read_text()
     assert {"accuracy", "picker", "mistakes", "rejection", "errors", "latency"} <= set(
         re.findall(r'<section id="(\w+)"', page)
@@ -318,6 +330,7 @@ def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     assert "A module of 3 of 5 labels takes" in page
     assert re.search(r"Modules and controls are cut on \d+( to \d+)? other samples each", page)
     assert "They are an example" not in page
+    assert "labels of animals (" in page
     err = capsys.readouterr().err
     assert [f"Cutting {kind}" in err for kind in CUTS.values()] == [True] * 4
     assert "Answers" in err
