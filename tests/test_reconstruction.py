@@ -273,8 +273,8 @@ def test_so_is_one_of_plain_convolutional_networks(name):
     assert_nearer(paper.PaperCNNForImageClassification(config).eval())  # random weights of any size would close all
 
 
-@pytest.mark.parametrize("most", [0, 30_000, 2**29])  # no stream of the source, those of some blocks, all
-@pytest.mark.parametrize("family", ["vit", "bert"])
+# No stream of the source is shared, those of some blocks, all.
+@pytest.mark.parametrize(("family", "most"), [("vit", 0), ("vit", 30_000), ("bert", 2**29)])
 def test_modules_that_share_what_the_source_says_are_those_cut_one_by_one(family, most, monkeypatch):
     monkeypatch.setattr("nemo_hf.pruning.reconstruct.SHARED_BYTES", most)
     runs = []
