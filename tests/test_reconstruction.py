@@ -271,3 +271,19 @@ def test_so_is_one_of_plain_convolutional_networks(name):
     config = paper.PaperCNNConfig(architecture=name, width=4, **NAMES)
     torch.manual_seed(0)
     assert_nearer(paper.PaperCNNForImageClassification(config).eval())  # random weights of any size would close all
+
+
+# No stream of the source is shared, those of some blocks, all.
+@pytest.mark.parametrize(("family", "most"), [("vit", 0), ("vit", 30_000), ("bert", 2**29)])
+def test_modules_that_share_what_the_source_says_are_those_cut_one_by_one(family, most, monkeypatch):
+    monkeypatch.setattr("nemo_hf.pruning.reconstruct.SHARED_BYTES", most)
+    runs = []
+    collect = Reconstruction._collect_targets
+    monkeypatch.setattr(Reconstruction, "_collect_targets", lambda *args: (runs.append(1), collect(*args)))
+    batches = batches_for(family, 80)
+    together = cut(fresh(family), batches, [0.6, 0.3])
+    shared = len(runs)
+    for module, retention in zip(together, [0.6, 0.3], strict=True):
+        assert_same_weights(module, cut(fresh(family), batches, retention))
+    alone = len(runs) - shared
+    assert (shared < alone) == (most > 0)

@@ -20,9 +20,9 @@ from test_card_escapes import FUZZING, SLOW, WORDS
 
 from nemo_hf import NeMoConfig, compose, extract_module, make_parent, write_report_page
 from nemo_hf.cli import main
-from nemo_hf.evaluation.controls import ModuleAnswers, measure_answers, rejection_curve
+from nemo_hf.evaluation.controls import CUTS, ModuleAnswers, measure_answers, rejection_curve
 from nemo_hf.hub.page_charts import ticks
-from nemo_hf.hub.page_facts import MOST_SHOWN, Measured, label_words, page_facts, shown_source
+from nemo_hf.hub.page_facts import MOST_SHOWN, Measured, chosen_labels, label_words, page_facts, shown_source
 from nemo_hf.hub.publish import CardOptions, write_companions
 from nemo_hf.hub.report_page import page_words, render_page
 from nemo_hf.models.base import base_parameters
@@ -198,7 +198,7 @@ def words_page(label, text):
     facts["module"]["extraction"] = {"distance": 0.1, "cut_distance": 0.2, "refused": text}
     report = {"accuracy": 0.5, "parent_restricted_accuracy": 0.6, "samples": 2, "device": text, "latency_note": text}
     facts["report"] = {**report, "latency_ms": {"1": 1.0}, "parent_latency_ms": {"1": 2.0}}
-    facts["about"] = {"dataset": text, "split": text, "seed": 0}
+    facts["about"] |= {"dataset": text, "split": text, "seed": 0, "cut_samples": [3, 1000], "is_example": True}
     facts["title"] = facts["base_class"] = text
     facts["neurons"] = {"columns": [0, text], "groups": [label], "sites": [[text, text, 4]], "rows": [[0.5, 1.0]]}
     facts["overlap"] = {"groups": [label, text], "indices": [[1.0, 0.5], [0.5, 1.0]]}
@@ -283,6 +283,17 @@ def test_the_rejection_curve_is_the_shares_of_samples_on_each_side():
     assert rejection_curve(energies, torch.ones(4, dtype=torch.bool)) == {}
 
 
+@pytest.mark.parametrize(("count", "groups", "expected"), [
+    (5, None, [0, 1]), (12, None, [0, 1, 2, 3, 4]), (150, None, range(15)), (400, None, range(16)),
+    (150, 10, range(0, 150, 10)),
+])  # fmt: skip
+def test_a_page_for_no_labels_in_particular_is_about_some(count, groups, expected):
+    parent = with_labels(count, groups)
+    assert chosen_labels(parent) == list(expected)
+    if groups is None:
+        assert chosen_labels(parent.detach_masks()) == list(expected)
+
+
 def test_answers_are_counted_as_a_naive_loop_counts_them():
     parent = parent_of("vit")
     module = parent.extract_module(["ship", "cat"])
@@ -310,12 +321,19 @@ def test_ticks_are_round(low, high, expected):
 @pytest.mark.slow
 def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     vit, data = "google/vit-base-patch16-224-in21k", "--dataset org/animals --batch-size 8 --samples 10"
-    assert main(f"report {vit} --output out/plain.html {data} --labels cat+dog car --retention 0.5 0.2".split()) == 0
+    there = data.replace("org", f"{stage}/org")
+    assert main(f"report {vit} --output out/plain.html {there} --labels cat+dog car --retention 0.5 0.2".split()) == 0
     page = (stage / "out/plain.html").read_text()
     assert {"accuracy", "picker", "mistakes", "rejection", "errors", "latency"} <= set(
         re.findall(r'<section id="(\w+)"', page)
     )
     assert "A module of 3 of 5 labels takes" in page
+    assert re.search(r"Modules and controls are cut on \d+( to \d+)? other samples each", page)
+    assert "They are an example" not in page
+    assert "labels of animals (" in page
+    err = capsys.readouterr().err
+    assert [f"Cutting {kind}" in err for kind in CUTS.values()] == [True] * 4
+    assert "Answers" in err
     cut = "--dataset org/animals --retention 0.5 --output-dir m"
     assert main(f"cut {vit} --labels cat dog {cut}".split()) == 0
     assert main(f"report m --parent {vit} --output m.html {data} --retention 0.3".split()) == 0
@@ -323,6 +341,7 @@ def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     assert main(f"report m --output alone.html {data}".split()) == 0
     sections = re.findall(r'<section id="(\w+)"', (stage / "alone.html").read_text())
     assert sections == ["neurons", "mistakes", "rejection", "errors", "unknown"]
+    assert "are cut on" not in (stage / "alone.html").read_text()
     data = data_of((stage / "m.html").read_text())
     line = (
         f"{data['samples']['command']} {data['words'][0]} {data['samples']['options']} --retention 0.3 --output-dir x"

@@ -1,10 +1,13 @@
 """Modules without whole parts and with narrower residual streams compute what they should; the rest is refused."""
 
+import copy
+
 import pytest
 import torch
 from conftest import fresh
 from cutting_helpers import assert_untouched, batches_for, cut, everything_about, seen_by
 from test_reconstruction import RIDGE, ridge_change
+from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_hf import UnsupportedArchitectureError, extract_module
@@ -68,6 +71,36 @@ def test_a_narrower_stream_is_saved_loaded_and_exported(family, tmp_path):
     assert module.save_plain(tmp_path / "plain").changes["hidden_size"] == 24
     plain = module.config.plain_class.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(logits(plain, batches), logits(module, batches), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", PRE_NORM)
+@pytest.mark.parametrize("stream", [None, 0.75])
+def test_the_configuration_says_the_width_that_hidden_states_have(family, stream, tmp_path):
+    batches = batches_for(family)
+    module = cut(fresh(family), batches, stream=stream, rejection=False)
+    module.save_pretrained(tmp_path)
+    for each in (module, type(module).from_pretrained(tmp_path), copy.deepcopy(module)):
+        width = each(**batches[0], output_hidden_states=True).hidden_states[-1].shape[-1]
+        assert width == (32 if stream is None else 24)
+        names = {"hidden_size", each.config.base_config.attribute_map.get("hidden_size", "hidden_size")}
+        assert {getattr(each.config, name) for name in names} == {width}
+        assert each.config.base_config.hidden_size == 32
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == width
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2"])
+def test_no_other_width_can_be_said_than_that_of_the_weights(family, tmp_path):
+    module = cut(fresh(family), batches_for(family), stream=0.75, rejection=False)
+    module.save_pretrained(tmp_path)
+    said = module.config.to_dict()
+    module.config.hidden_size = 24
+    with pytest.raises(ValueError, match="hidden_size=32 for a module whose residual stream is 24 wide"):
+        module.config.hidden_size = 32
+    with pytest.raises(ValueError, match="hidden_size=32 for a module whose residual stream is 24 wide"):
+        type(module).from_pretrained(tmp_path, hidden_size=32)
+    assert module.config.to_dict() == said
+    module.save_pretrained(tmp_path)
+    assert type(module).from_pretrained(tmp_path).config.to_dict() == module.config.to_dict()
 
 
 def test_more_neurons_stay_in_a_narrower_stream_at_the_same_weights():

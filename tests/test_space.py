@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import example_script, logits_of, tiny
+from conftest import LABELS as NAMES
+from conftest import example_script, fresh, logits_of, text_samples, tiny, tokenizer
 from PIL import Image
 from sklearn.datasets import load_digits
 from stage import stage as stage
@@ -65,6 +67,35 @@ def digits(tmp_path_factory):
         rows = {"image": [images[place] for place in places], "label": [int(found.target[place]) for place in places]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-0.parquet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A directory with a classifier of texts, `model`, whose labels have words of their own, and samples, `data`."""
+    folder, model = tmp_path_factory.mktemp("words"), fresh("bert").train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch = {name: torch.as_tensor(values) for name, values in columns(text_samples(200)).items()}
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    features = datasets.Features(text=datasets.Value("string"), intent=datasets.ClassLabel(names=NAMES))
+    for seed, split in enumerate(("train", "test")):
+        found = columns(text_samples(200, seed))
+        rows = {"text": [text_of(ids) for ids in found["input_ids"]], "intent": found["labels"]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-0.parquet")
+    return folder
+
+
+def columns(samples):
+    return {name: [each[name] if name == "labels" else each[name].tolist() for each in samples] for name in samples[0]}
+
+
+def text_of(ids):
+    """A text that the tokenizer turns into these ids; each label has twenty words."""
+    return " ".join(f"w{index - 2}" for index in ids if index > 1)
 
 
 TEXTS = ("google-bert/bert-base-uncased", "org/texts", "train", "test", "intent", 20)
@@ -139,29 +170,49 @@ def test_the_space_names_what_it_needs():
     assert "nemo-hf" in (SPACE / "requirements.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("given", "reason"), [
+    ({}, "'philschmid/DistilBERT-Banking77', which is no directory here and can't be read from the Hub"),
+    ({"model": TEXTS[0], "data": "org/missing"}, "org/missing"),
+    ({"model": TEXTS[0], "data": TEXTS[1]}, "Got no column 'label_text'"),
+    ({"model": "no such place", "data": TEXTS[1]}, "which is no directory and no name of a Hub repository"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_ends_the_app_with_one_message(given, reason, stage, monkeypatch):
+    pytest.importorskip("gradio", reason="Needs what [test] installs: gradio")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    app = example_script("space", "app")
+    defaults = {name.replace("-", "_"): value for name, (value, _) in app.OPTIONS.items()}
+    with pytest.raises(SystemExit) as ended:
+        app.load(defaults | given)
+    message = str(ended.value)
+    assert message.startswith(f"Can't load the classifier {(defaults | given)['model']!r} with samples of ")
+    assert reason in message
+    assert "Name others by --model and --data" in message
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def served(digits, tmp_path_factory):
+@contextmanager
+def served(source, label_column, folder):
     """The address of the app, started as a user starts it, and what it writes; it leaves no temporary files behind."""
     pytest.importorskip("gradio", reason="Needs what [test] installs: gradio")
-    folder, port = tmp_path_factory.mktemp("app"), free_port()
+    port = free_port()
     own = {
         "TMPDIR": str(folder),
-        "DATA": str(digits / "data"),
-        "LABEL_COLUMN": "label",
-        "HF_HOME": str(digits / "home"),
+        "DATA": str(source / "data"),
+        "LABEL_COLUMN": label_column,
+        "HF_HOME": str(source / "home"),
     }
-    source = {"PYTHONPATH": str(SPACE.parents[1] / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = ["--model", str(digits / "model"), "--port", str(port)]
-    log = digits / "log.txt"
+    library = {"PYTHONPATH": str(SPACE.parents[1] / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = ["--model", str(source / "model"), "--port", str(port)]
+    log = source / "log.txt"
     with log.open("w") as output:
-        app = subprocess.Popen([sys.executable, str(SPACE / "app.py"), *words], cwd=folder, stdout=output,
-                               stderr=subprocess.STDOUT, env={**os.environ, **source, **own})  # fmt: skip
+        app = subprocess.Popen([sys.executable, str(SPACE / "app.py"), *options], cwd=folder, stdout=output,
+                               stderr=subprocess.STDOUT, env={**os.environ, **library, **own})  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(address, app, log)
@@ -183,13 +234,12 @@ def wait_for(address, app, log):
             time.sleep(0.2)
 
 
-@pytest.fixture
-def page(served):
+@contextmanager
+def opened(address, log):
     """A page of headless Chromium with the app, in which nothing went wrong and nothing else was asked for."""
     api = pytest.importorskip("playwright.sync_api", reason="Needs what [test] installs: playwright")
     if CHROMIUM is None:
         pytest.skip("Needs a Chromium: on the path, or named by CHROMIUM.")
-    address, log = served
     noise = []
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
@@ -199,8 +249,10 @@ def page(served):
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("request", lambda asked: noise.append(asked.url) if is_elsewhere(asked.url, address) else None)
         page.goto(address)
-        yield page
-        browser.close()
+        try:
+            yield page
+        finally:
+            browser.close()
     assert noise == []
     assert "Traceback" not in log.read_text()
 
@@ -218,22 +270,87 @@ def verdict(page, text):
     page.locator(".verdict").get_by_text(text).wait_for()
 
 
-@pytest.mark.slow
-def test_a_visitor_cuts_a_module_and_compares_it(page, tmp_path):
-    from playwright.sync_api import expect
-
-    press(page, "Cut")
-    page.get_by_text("Got an empty set of labels; expected at least one label or group. Name some.").wait_for()
+def choose(page, labels):
     chosen = page.get_by_label("Labels")
-    for label in LABELS:
+    for label in labels:
         chosen.click()
         chosen.fill(label)
         page.get_by_role("option", name=label, exact=True).click()
     page.keyboard.press("Escape")  # closes the list, which covers the button
+
+
+def costs(page):
+    """The table of what the module costs, once it is there."""
+    page.get_by_text("Multiply-accumulates").wait_for()
+    return [row.split("\t") for row in page.locator(".costs table").inner_text().splitlines() if "\t" in row]
+
+
+def assert_all_answer(page):
+    for title in ("Source:", "Source, these labels only:", "Module:"):
+        assert page.get_by_text(title).inner_text().endswith(" ms")
+
+
+@pytest.fixture
+def images_page(digits, tmp_path_factory):
+    with served(digits, "label", tmp_path_factory.mktemp("app")) as (address, log), opened(address, log) as page:
+        yield page
+
+
+@pytest.fixture
+def texts_page(words, tmp_path_factory):
+    with served(words, "intent", tmp_path_factory.mktemp("app")) as (address, log), opened(address, log) as page:
+        yield page
+
+
+@pytest.mark.slow
+def test_a_visitor_types_texts_that_a_module_answers_or_rejects(texts_page, tmp_path):
+    from playwright.sync_api import expect
+
+    page = texts_page
+    choose(page, ["cat", "dog"])
+    page.get_by_label("number input for Share to keep").fill("0.5")
+    page.keyboard.press("Enter")
+    press(page, "Cut")
+    accuracy = next(row for row in costs(page) if row[0].startswith("Accuracy"))
+    assert float(accuracy[2].rstrip("%")) > 90
+    press(page, "Classify")
+    page.get_by_text("Got no text; expected one.").wait_for()
+    text = page.get_by_label("Text", exact=True)
+    text.fill(" ".join(f"w{place}" for place in range(30, 40)))  # words of the second label
+    press(page, "Classify")
+    verdict(page, "The module answers dog.")
+    assert_all_answer(page)
+    text.fill(" ".join(f"w{place}" for place in range(50, 60)))  # and of the third
+    press(page, "Classify")
+    verdict(page, "The module rejects this input: none of cat, dog.")
+    for button, answer in (("A sample of these labels", "answers"), ("A sample of other labels", "rejects this input")):
+        before = text.input_value()
+        press(page, button)
+        expect(text).not_to_have_value(before, timeout=SOON)
+        press(page, "Classify")
+        verdict(page, f"The module {answer}")
+
+    page.get_by_text("Samples of your own").click()
+    page.get_by_label("Texts").fill("w9 w10 w11\n\nw30 w31 w32 w33\n" * 10)
+    press(page, "Cut")
+    page.get_by_text("on 20 samples").wait_for()
+    expect(page.locator(".verdict")).to_have_count(0)  # it was about the module before, like the times
+    expect(page.get_by_text(re.compile(r"^(Source|Module).*: .* ms$"))).to_have_count(0)
+    assert "/" not in page.get_by_text("without any, those of").inner_text()
+    page.screenshot(path=tmp_path / "app.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_a_visitor_cuts_a_module_and_compares_it(images_page, tmp_path):
+    from playwright.sync_api import expect
+
+    page = images_page
+    press(page, "Cut")
+    page.get_by_text("Got an empty set of labels; expected at least one label or group. Name some.").wait_for()
+    choose(page, LABELS)
     press(page, "Cut")
     page.get_by_text(re.compile(r"\d+ steps")).first.wait_for()  # progress
-    page.get_by_text("Multiply-accumulates").wait_for()
-    table = [row.split("\t") for row in page.locator(".costs table").inner_text().splitlines() if "\t" in row]
+    table = costs(page)
     size = next(row for row in table if row[0] == "Size")
     assert float(size[2].split()[0]) < 0.5 * float(size[1].split()[0])
     accuracy = next(row for row in table if row[0].startswith("Accuracy"))
@@ -245,8 +362,7 @@ def test_a_visitor_cuts_a_module_and_compares_it(page, tmp_path):
     page.locator("img[src*='/file=']").first.wait_for()
     press(page, "Classify")
     verdict(page, "The module answers")
-    for title in ("Source:", "Source, these labels only:", "Module:"):
-        assert page.get_by_text(title).inner_text().endswith(" ms")
+    assert_all_answer(page)
     shown = page.locator("img[src*='/file=']").first
     before = shown.get_attribute("src")
     press(page, "A sample of other labels")

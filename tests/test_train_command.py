@@ -136,6 +136,13 @@ def test_samples_are_spread_over_the_labels(most):
         assert own == total or own >= max(counts) - 1
 
 
+@pytest.mark.parametrize(("most", "counts"), [(4, [3, 1]), (12, [5, 7]), (18, [5, 13]), (30, [5, 15])])
+def test_samples_of_the_labels_asked_for_come_first_and_a_quarter_is_of_others(most, counts):
+    data = datasets.Dataset.from_dict({"labels": [0] * 12 + [1] * 3 + [2] * 5, "row": range(20)})
+    chosen = spread_samples(data, most, [2])["labels"][:]
+    assert [chosen.count(2), len(chosen) - chosen.count(2)] == counts
+
+
 def test_max_length_truncates_and_is_saved_with_the_tokenizer(stage, capsys):
     assert main([*TEXTS.split(), "--max-steps", "1", "--max-length", "2"]) == 0
     assert len(AutoTokenizer.from_pretrained("out")("w1 w2 w3", truncation=True)["input_ids"]) == 2

@@ -54,6 +54,7 @@ EMPTY = "*Pick labels and cut a module: its size, speed and accuracy will be her
 def build(source: Source) -> gr.Blocks:
     """Builds the app for a source."""
     is_text, name = source.kind == "text", Path(source.name).name
+    data = Path(source.data).name if Path(source.data).is_dir() else source.data
     with gr.Blocks(title="Cut a module", delete_cache=(AN_HOUR // 6, AN_HOUR)) as app:
         module, drawn = gr.State(None, time_to_live=AN_HOUR), gr.State(0)
         gr.Markdown(
@@ -72,7 +73,7 @@ def build(source: Source) -> gr.Blocks:
                 )
                 with gr.Accordion("Samples of your own", open=False, visible=is_text):
                     texts = gr.Textbox(
-                        lines=5, label="Texts", info=f"One in a line; without any, those of {source.data} are used."
+                        lines=5, label="Texts", info=f"One in a line; without any, those of {data} are used."
                     )
                 button = gr.Button("Cut", variant="primary")
             with gr.Column():
@@ -109,7 +110,8 @@ def build(source: Source) -> gr.Blocks:
                 archive = shutil.make_archive(f"{folder}/module", "zip", folder, "module")
                 shown = [gr.update(value=archive, visible=True), gr.update(visible=True), gr.update(visible=True)]
                 same = [source.command(*options), source.code(*options)]
-                yield [found, as_table(source.table(found)), *shown, *same, "", *[None] * len(answers)]
+                cleared = [gr.update(value=None, label=name) for name in TITLES.values()]
+                yield [found, as_table(source.table(found)), *shown, *same, "", *cleared]
 
         def compare(found: Any, given: Any) -> list[Any]:
             if not given:
@@ -180,6 +182,18 @@ def told() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+def load(options: dict[str, Any]) -> Source:
+    """The source that the options name; one that can't be had ends the app with a message."""
+    try:
+        return Source(**options | {"max_samples": int(options["max_samples"])})
+    except (*REFUSED, ImportError) as error:
+        reason = str(error).rstrip(".\n")
+        sys.exit(
+            f"Can't load the classifier {options['model']!r} with samples of {options['data']!r}:\n{reason}.\nName "
+            "others by --model and --data, or by the variables MODEL and DATA; downloads need a connection to the Hub."
+        )
+
+
 def main() -> None:
     """Loads the source and serves the app until it is stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,7 +206,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that temporary files go
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        app = build(Source(**options | {"max_samples": int(options["max_samples"])}))
+        app = build(load(options))
         app.queue().launch(server_port=port, theme=THEME, css=CSS, footer_links=[])
 
 

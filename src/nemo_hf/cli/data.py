@@ -100,16 +100,21 @@ def _limit_length(processor: Any, config: PreTrainedConfig, max_length: int, is_
     processor.model_max_length = max_length
 
 
-def spread_samples(dataset: Any, most: int | None) -> Any:
-    """At most so many samples of a data set with `labels`, as evenly of all labels as there are; `None`: all."""
+def spread_samples(dataset: Any, most: int | None, first: Sequence[int] = ()) -> Any:
+    """At most so many samples of a data set with `labels`, as evenly of all labels as there are; `None`: all.
+
+    Those of the labels `first` come first, and a quarter is of others, as far as there are so many.
+    """
     if most is None or most >= len(dataset):
         return dataset
     seen: Counter[int] = Counter()
-    ranked = []
+    ranked: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for row, label in enumerate(dataset.with_format(None)["labels"]):
-        ranked.append((seen[label], row))
+        ranked[label in first].append((seen[label], row))
         seen[label] += 1
-    return dataset.select(sorted(row for _, row in sorted(ranked)[:most]))
+    own, others = (sorted(ranked[is_first]) for is_first in (True, False))
+    count = min(len(others), max(most - len(own), most // 4))
+    return dataset.select(sorted(row for _, row in own[: most - count] + others[:count]))
 
 
 def load_samples(

@@ -1,12 +1,14 @@
 """The command `report`: a page about a parent, a module or a plain model."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from nemo_hf.hub.page_facts import chosen_labels
 from nemo_hf.hub.report_page import RETENTIONS, check_page, write_report_page
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.calibration_inputs import input_kind
@@ -43,9 +45,15 @@ def report(options: Namespace) -> None:
 def _measuring(options: Namespace, model: Any, source: Any) -> dict[str, Any]:
     """The data that a page is measured on, and how commands name them."""
     is_source = source is not None
+    if not is_source and (options.labels or options.retention):
+        raise ValueError(
+            "Got --labels or --retention for a module alone; expected its source as well: --parent SOURCE."
+        )
     asked, word = (source, options.parent or options.model) if is_source else (model, options.model)
     config = model.config.base_config if not is_source else source.config
     names = list(names_of(config).values())
+    labels = [label for each in options.labels or () for label in labels_of(each, known_names(config))] or None
+    own = chosen_labels(source, labels) if model is source else list(model.config.label_ids or ())
     kind, columns = input_kind(asked), (options.label_column, options.input_column)
     split = options.calibration_split or "train"
     cut = ["--dataset", options.dataset]
@@ -53,29 +61,23 @@ def _measuring(options: Namespace, model: Any, source: Any) -> dict[str, Any]:
         cut += [f"--{name.replace('_', '-')}", getattr(options, name)] if getattr(options, name) else []
     cut += ["--split", split] if split != "train" else []
     found: dict[str, Any] = {
-        "batches": _batches(options, asked, names),
+        "batches": _batches(options, asked, names, own),
         "words": {"cut": cut, "dataset": options.dataset, "split": options.split},
     }
     if is_source:
-        known = known_names(source.config)
-        labels = [label for each in options.labels or () for label in labels_of(each, known)]
         found |= {
             "calibration": load_samples(options.dataset, split, kind, names, *columns),
-            "labels": labels or None,
+            "labels": labels,
             "retentions": options.retention or RETENTIONS,
             "processing_class": saved_processor(source, word),
         }
-    elif options.labels or options.retention:
-        raise ValueError(
-            "Got --labels or --retention for a module alone; expected its source as well: --parent SOURCE."
-        )
     return found
 
 
-def _batches(options: Namespace, model: Any, names: list[str]) -> DataLoader[Any]:
+def _batches(options: Namespace, model: Any, names: list[str], first: Sequence[int]) -> DataLoader[Any]:
     task = model.task if isinstance(model, NeMoPreTrainedModel) else task_of(type(model))
     own = {"names": names, "task": task, "max_length": options.max_length}
     columns = (options.label_column or "label", options.input_column)
     data = load_data(options.dataset, str(model.name_or_path), [options.split], *columns, **own)
-    samples = spread_samples(data.splits[options.split], options.samples or SAMPLES)
+    samples = spread_samples(data.splits[options.split], options.samples or SAMPLES, first)
     return DataLoader(samples, batch_size=options.batch_size, collate_fn=data.collator)

@@ -8,26 +8,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from nemo_hf.config import NeMoConfig
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.batches import labelled_batches, select_samples
 from nemo_hf.models.calibrated_cut import extract_module
+from nemo_hf.models.cut_source import static_parent
 from nemo_hf.models.finiteness import check_outputs
 from nemo_hf.models.plain_checks import label_names
-from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.rejection import energy
 from nemo_hf.models.rejection_calibration import auroc, own_samples
 from nemo_hf.pruning.plan import is_relevant
 
 Answering = Mapping[str, Callable[..., Any]]  # plain models by name
+CUTS = {
+    "accuracy": "modules",
+    "raw": "the same without reconstruction",
+    "random": "as many random neurons",
+    "other": "modules of other labels",
+}
 THRESHOLDS = 33  # at which the rejection curve is measured
 
 
 def cut_beside_controls(
     source: PreTrainedModel, labels: Sequence[int], calibration: Any, retentions: Sequence[float], seed: int = 0,
-    **options: Any,
+    show_progress: bool = False, **options: Any,
 ) -> list[dict[str, NeMoPreTrainedModel]]:  # fmt: skip
     """Cuts modules of some label ids at each retention: `accuracy`, and the controls of the same size beside it.
 
@@ -35,16 +41,23 @@ def cut_beside_controls(
     reconstructed; `other` is a module of as many other labels, if there are any, with this module's head. `options`
     are further ones of `nemo_hf.extract_module`.
     """
-    given = {"calibration": calibration, "retention": list(retentions), "show_progress": False, **options}
-    cut: Callable[..., list[NeMoPreTrainedModel]] = partial(extract_module, **given)
+    given = {"calibration": calibration, "retention": list(retentions), "show_progress": show_progress, **options}
+    cut: Callable[..., list[NeMoPreTrainedModel]] = partial(extract_module, source, **given)
     chosen, count = list(labels), len(label_names(source))
     others = [label for label in range(count) if label not in labels][: len(chosen)]
-    found = {
-        "accuracy": cut(source, chosen),
-        "raw": cut(source, chosen, reconstruct=False, rejection=False),
-        "random": cut(_with_random_relevance(source, seed), chosen, scores="relevance", rejection=False),
-        **({"other": cut(source, others, rejection=False)} if others else {}),
+    cuts = {
+        "accuracy": partial(cut, chosen),
+        "raw": partial(cut, chosen, reconstruct=False, rejection=False),
+        "random": lambda: extract_module(
+            _with_random_relevance(source, seed), chosen, scores="relevance", **{**given, "rejection": False}
+        ),
+        **({"other": partial(cut, others, rejection=False)} if others else {}),
     }
+    found: dict[str, list[NeMoPreTrainedModel]] = {}
+    with tqdm(cuts.items(), disable=not show_progress) as bar:
+        for kind, make in bar:
+            bar.set_description(f"Cutting {CUTS[kind]}")
+            found[kind] = make()
     for module, stranger in zip(found["accuracy"], found.get("other", ()), strict=False):
         for head in module.heads:  # answers for these labels
             stranger.model.set_submodule(head, module.model.get_submodule(head))
@@ -53,8 +66,7 @@ def cut_beside_controls(
 
 def _with_random_relevance(source: Any, seed: int) -> NeMoPreTrainedModel:
     """A parent like a model, whose relevance ranks at random those neurons that the model uses."""
-    is_parent = isinstance(source, NeMoPreTrainedModel)
-    parent = copy.deepcopy(source) if is_parent else make_parent(copy.deepcopy(source), NeMoConfig(masks="static"))
+    parent = copy.deepcopy(source) if isinstance(source, NeMoPreTrainedModel) else static_parent(source)
     generator = torch.Generator().manual_seed(seed)
     for mask in parent.parent_masks().site_masks():
         used = is_relevant(mask.relevance, parent.nemo_config.relevance_threshold).any(0)
@@ -75,7 +87,7 @@ class ModuleAnswers:
         confusion: How often the module answers a label (column) where another is right (row), (labels, labels); empty
             where a sample may have several labels.
         rejection: `auroc` of telling own samples from others by the energy of the module's logits, the numbers of
-            `own` and `other` samples, and `curve`: by falling threshold the shares of own samples accepted and of
+            `own` and `other` samples, and `curve`: by rising threshold the shares of own samples accepted and of
             others rejected. Empty without samples of both kinds.
     """
 
@@ -132,14 +144,13 @@ def rejection_curve(energies: Tensor, is_own: Tensor) -> dict[str, Any]:
     """AUROC and curve of accepting samples whose energy, (samples,), reaches a threshold; empty without both kinds.
 
     The curve has rows of threshold, share of own samples accepted, and share of others rejected; its thresholds are
-    quantiles of all energies, so that it is even wherever they lie.
+    quantiles of the energies of either kind, so that it is even along both axes, however few samples one has.
     """
     found = auroc(energies, is_own)
     if found is None:
         return {}
     steps = torch.linspace(0, 1, THRESHOLDS, dtype=torch.float64)
-    ordered = energies.double().sort().values
-    thresholds = ordered[(steps * (len(ordered) - 1)).round().long()].unique()
-    own, other = energies[is_own].double(), energies[~is_own].double()
+    own, other = (energies[chosen].double().sort().values for chosen in (is_own, ~is_own))
+    thresholds = torch.cat([kind[(steps * (len(kind) - 1)).round().long()] for kind in (own, other)]).unique()
     rows = [[t.item(), (own >= t).double().mean().item(), (other < t).double().mean().item()] for t in thresholds]
     return {"auroc": found, "own": int(is_own.sum()), "other": int((~is_own).sum()), "curve": rows}

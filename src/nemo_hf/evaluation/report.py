@@ -11,14 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
+from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
 from nemo_hf.models.batches import labelled_batches, select_samples
-from nemo_hf.models.equivalence import as_saved, sharing_copy
+from nemo_hf.models.cut_source import static_parent
+from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import check_answers_once, group_indices, group_membership, sample_groups
-from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.models.rejection_calibration import auroc, own_samples
 from nemo_hf.models.weight_files import size_in_bytes
@@ -142,7 +142,7 @@ def evaluate_module(
                 f"Got a {type(parent).__name__} without module; expected a module of it. Pass module=extract_module("
                 "model, labels, calibration=...), or a parent."
             )
-        parent = make_parent(sharing_copy(parent), NeMoConfig(masks="static"))
+        parent = static_parent(parent)
     check_answers_once(parent)
     library_metrics = LibraryMetrics(metrics, parent.config.has_several_labels)
     if module is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 70, 18, 16, 56  # around the area of the lines
+LEFT, RIGHT, TOP, BOTTOM = 70, 32, 16, 56  # around the area of the lines
 TICKS = 5
 RING = "The ring is the module that the rest of this page is about."
 THRESHOLD = "The ring is the threshold that the module has now."

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_hf.config import LabelLike, NeMoConfig, resolve_labels
+from nemo_hf.config import LabelLike, resolve_labels
 from nemo_hf.evaluation.controls import ModuleAnswers
 from nemo_hf.evaluation.metrics import jaccard_indices
 from nemo_hf.models.base import NeMoPreTrainedModel, base_parameters
-from nemo_hf.models.equivalence import sharing_copy
+from nemo_hf.models.cut_source import static_parent
 from nemo_hf.models.plain_checks import label_names
 from nemo_hf.models.privacy import clean_text
-from nemo_hf.models.pruning_modes import make_parent
 from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.pruning.budget import layer_weights
 from nemo_hf.pruning.plan import is_relevant
 from nemo_hf.pruning.size_table import LABELS, full_widths, parameters_at, size_table
 
 MOST_SHOWN = 16  # groups or labels that a table has a column for; of more, it has a summary
-FEW_LABELS = 5  # that a module has for which nobody named labels
+FEWEST_LABELS, ONE_OF = 5, 10  # labels of a module for which nobody named any: at least so many, and one of so many
 MOST_PAIRS = 20  # of groups or labels, where there is a summary
 MOST_COMPARED = 2000  # groups with each other
 LARGEST_PICKER = 650_000  # bytes of labels and neurons in the page, above which they are left out
+NOTHING_SAID: dict[str, Any] = {"dataset": None, "split": None, "seed": None, "cut_samples": [], "is_example": False}
 KINDS = {"ffn": "feed-forward", "attention": "attention", "conv": "convolution"}
 
 
@@ -43,7 +43,8 @@ class Measured:
         answers: Its answers and those of others.
         points: Of modules of the same labels: `megabytes`, `retention` and shares of right answers by kind.
         kept_at: Place of `module` among the points; `None` if it is none of them.
-        about: What the data are called: `dataset` and `split`.
+        about: What the data are called, `dataset` and `split`; the `seed`; the least and the most `cut_samples` that
+            modules and controls are cut on; whether the labels are an example, since nobody named any (`is_example`).
     """
 
     module: NeMoPreTrainedModel | None = None
@@ -67,7 +68,7 @@ def page_facts(
     parent = origin if isinstance(origin, NeMoPreTrainedModel) else None
     sited = parent
     if sited is None and origin is not None:
-        sited = make_parent(sharing_copy(origin), NeMoConfig(masks="static"))
+        sited = static_parent(origin)
     names = list((sited or model).config.names.values())
     facts: dict[str, Any] = {
         "role": role,
@@ -85,7 +86,7 @@ def page_facts(
         "samples": measured.answers.samples if measured.answers else None,
         "confusion": _confusion(module, measured.answers),
         "rejection": _rejection(module, measured.answers),
-        "about": {"dataset": None, "split": None, "seed": None, **measured.about},
+        "about": {**NOTHING_SAID, **measured.about},
         "neurons": _neurons(parent, module),
         "overlap": _overlap(parent),
         "used": _median_used(parent),
@@ -106,7 +107,8 @@ def chosen_labels(model: PreTrainedModel, labels: LabelLike | Sequence[LabelLike
     unseen = set(getattr(model.config, "unseen_labels", None) or ())
     large = [ids for ids in groups.values() if 1 < len(ids) < len(names) and unseen.isdisjoint(ids)]
     known = [index for index in names if index not in unseen]
-    return list(large[0] if large else known[: max(1, min(FEW_LABELS, len(names) // 2))])
+    few = min(MOST_SHOWN, max(FEWEST_LABELS, len(names) // ONE_OF))
+    return list(large[0] if large else known[: max(1, min(few, len(names) // 2))])
 
 
 def _size(model: PreTrainedModel) -> dict[str, Any]:
@@ -116,6 +118,8 @@ def _size(model: PreTrainedModel) -> dict[str, Any]:
 
 def _module_facts(module: NeMoPreTrainedModel) -> dict[str, Any]:
     config, done = module.config, module.config.extraction or {}
+    errors = done.get("layers") or {}  # in the order of their paths, if they come from a file
+    paths = [path for path, _ in module.model.named_modules() if path in errors]
     return {
         **_size(module),
         "labels": list(config.names.values()),
@@ -123,7 +127,7 @@ def _module_facts(module: NeMoPreTrainedModel) -> dict[str, Any]:
         "retained": config.retained_neurons,
         "is_tuned": config.is_tuned,
         "extraction": {name: value for name, value in done.items() if name != "layers"} or None,
-        "layers": [[path, *errors] for path, errors in (done.get("layers") or {}).items()],
+        "layers": [[path, *errors[path]] for path in paths],
         "fit": config.rejection,
     }
 

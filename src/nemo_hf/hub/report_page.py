@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from nemo_hf.config import LabelLike
@@ -38,6 +39,7 @@ from .provenance import versions
 
 PAGE_NAME = "report.html"
 RETENTIONS = (0.4, 0.2, 0.1)
+CUT_SAMPLES = 500  # most samples of the labels that the page's modules and controls are cut on
 LONGEST_NAME = 80  # letters of a name that are shown
 
 
@@ -69,7 +71,7 @@ def write_report_page(
             data; they are run through more than once. A module carries the measured report from then on.
         calibration: Samples to cut modules on at several sizes, as in `extract_module`, beside controls.
         labels: Labels or groups of these modules; `None` takes those of the module, else the first group of several
-            labels, or the first five labels.
+            labels, or the first labels: a tenth of them, from 5 to 16.
         retentions: Shares of the weights that these modules keep.
         processing_class: As in `extract_module`.
         seed: Of the controls.
@@ -88,6 +90,7 @@ def write_report_page(
     source = model if module is None else origin
     about = {"batches": batches, "calibration": calibration, "labels": labels, "retentions": retentions}
     given = {"dataset": None, "split": None, **(words or {})}
+    given["dataset"] = given["dataset"] and shown_source(str(given["dataset"]))[0]
     measured = measure_page(
         module, source, **about, processing_class=processing_class, seed=seed,
         show_progress=show_progress,
@@ -152,8 +155,11 @@ def measure_page(
     cuts: list[dict[str, NeMoPreTrainedModel]] = []
     if origin is not None and calibration is not None:
         ids = list(module.config.label_ids or ()) if module is not None else chosen_labels(origin, labels)
-        options = {"processing_class": processing_class}
+        options = {"processing_class": processing_class, "max_samples": CUT_SAMPLES, "show_progress": show_progress}
         cuts = cut_beside_controls(origin, ids, calibration, sorted(retentions, reverse=True), seed, **options)
+        samples = [(each.config.extraction or {})["samples"] for found in cuts for each in found.values()]
+        own = {"cut_samples": sorted({min(samples), max(samples)}), "is_example": module is None and labels is None}
+        about = {**(about or {}), **own}
     kept_at = None
     if module is None and cuts:
         kept_at = len(cuts) // 2
@@ -163,7 +169,7 @@ def measure_page(
     if origin is not None:
         evaluate_module(origin, list(module.config.label_ids or ()), batches, module, show_progress=show_progress)
     others = {f"{place} {kind}": each.model for place, found in enumerate(cuts) for kind, each in found.items()}
-    answers = measure_answers(module, others, batches)
+    answers = measure_answers(module, others, tqdm(batches, desc="Answers", leave=False, disable=not show_progress))
     restricted = (module.report or {}).get("parent_restricted_accuracy")
     points = [_point(place, found, answers.accuracies, restricted) for place, found in enumerate(cuts)]
     return Measured(module, answers, points, kept_at, about or {})

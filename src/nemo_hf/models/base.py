@@ -358,7 +358,7 @@ class NeMoPreTrainedModel(SavedModel):
 
     def own_logits(self, **inputs: Any) -> Tensor:
         """Logits of the model's own labels, without that of a `rejected_label`: (batch, labels)."""
-        logits: Tensor = self(**inputs, return_dict=True).logits
+        logits: Tensor = self(**{**inputs, "return_dict": True}).logits
         return logits[..., : self.num_labels]
 
     def _prepare_to_save(self) -> None:

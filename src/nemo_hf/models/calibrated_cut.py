@@ -151,16 +151,17 @@ def extract_module(
     options = _Options(reconstruct, refine_epochs, vocabulary, max_positions, rejection, processing_class, scores, cost)
     _check_tables(model, samples, options)
     exactly = torch.autocast(model.device.type, enabled=False)  # it would keep old weights in half precision
-    with tqdm(disable=not show_progress, desc="Measuring") as bar, torch.no_grad(), exactly:
+    with tqdm(disable=not show_progress, desc="Measuring", leave=None) as bar, torch.no_grad(), exactly:
 
         def advance(phase: str) -> None:
-            bar.set_description(phase)
+            bar.set_description_str(phase)
             bar.update()
 
         source = prepare_source(model, [inputs for inputs, _ in samples.own], task, scores, advance)
         samples.warn_of_other_labels(source.likeliest)
         narrowing = None if stream is None else Narrowing.of(source, stream)
         parts = dropped_parts(source, task, drop_parts)
+        source.targets = {} if max_loss is not None or len(retentions) * len(parts) > 1 else None
         cut = partial(_module, model, source, task, samples, options, advance, narrowing, parts)
         whole = accuracy(source.plain, task, samples.held_out, task.label_ids)
         modules = [_smallest(cut, task, samples, whole, max_loss)] if max_loss is not None else [*map(cut, retentions)]

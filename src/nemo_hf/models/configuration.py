@@ -123,7 +123,9 @@ class NeMoModelConfig(SavedConfig):
 
     Attributes of the plain model's configuration, such as `pad_token_id`, `hidden_size` or `output_hidden_states`, are
     read and written through to `base_config`, which the plain model inside shares. Only `return_dict` stays here: many
-    plain models fail inside when their own configuration says `False`.
+    plain models fail inside when their own configuration says `False`. Of a module whose residual stream was narrowed,
+    `hidden_size`, and what the family calls it, is `stream_width`. Other widths may differ from layer to layer in a
+    module: `sites` has them, and `intermediate_size` remains that of the whole model.
 
     Args:
         base_config: Configuration of the plain model inside, at full width.
@@ -158,7 +160,7 @@ class NeMoModelConfig(SavedConfig):
             `id2label` and `label2id` then show after its own; `None` for no such label.
         is_tuned: Module: whether it was trained further since it was cut.
         token_rows: Module: how many rows its tokens share (see `share_tokens`), or `None`.
-        stream_width: Module: width of its residual stream where that was narrowed, or `None`.
+        stream_width: Module: width of its residual stream where that was narrowed, or `None`; `hidden_size` then too.
         training: What the trainer recorded of the training (see `provenance.training_record`), or `None`.
         processor_files: Names of the processor's files beside the weights; `None` looks for the usual ones.
         save_identity: Of the save that it was read from: `id`, which all files of the save hold, and their `digests`.
@@ -215,16 +217,21 @@ class NeMoModelConfig(SavedConfig):
 
     def __getattr__(self, name: str) -> Any:
         if (base := self._base_with(name)) is not None:
-            return getattr(base, name)
+            return self.stream_width if self._is_narrowed(base, name) else getattr(base, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NAMED_LABELS and value and self.shows_rejected:
             value = self._without_rejected(name, value)
-        if (base := self._base_with(name)) is not None:
-            setattr(base, name, value)
-        else:
+        if (base := self._base_with(name)) is None:
             super().__setattr__(name, value)
+        elif not self._is_narrowed(base, name):
+            setattr(base, name, value)
+        elif value != self.stream_width:
+            raise ValueError(
+                f"Got {name}={value!r} for a module whose residual stream is {self.stream_width} wide; expected that "
+                "width. Leave it as it is, or cut another module with stream=."
+            )
 
     def _base_with(self, name: str) -> PreTrainedConfig | None:
         """Returns the plain model's configuration if an attribute is to be found there, once both are built."""
@@ -234,6 +241,11 @@ class NeMoModelConfig(SavedConfig):
         # What chooses code or weights to load is nothing that a file hands on.
         is_own = name in self.__dict__ or hasattr(type(self), name) or name in ("auto_map", *checks.LOADING_KEYS)
         return None if base is None or is_own or name.startswith("_") or not hasattr(base, name) else base
+
+    def _is_narrowed(self, base: PreTrainedConfig, name: str) -> bool:
+        """Whether an attribute of the plain model's configuration is the width of a stream that was narrowed since."""
+        names = base.attribute_map
+        return self.stream_width is not None and names.get(name, name) == names.get("hidden_size", "hidden_size")
 
     @property
     def shows_rejected(self) -> bool:

@@ -18,9 +18,11 @@ from nemo_hf.pruning.depth import part_means
 from nemo_hf.pruning.head_bases import change_query_key, change_value, query_key_basis, value_basis
 from nemo_hf.pruning.layer_edits import layer_weight, scale_inputs, scale_rows
 from nemo_hf.pruning.plan import module_masks
+from nemo_hf.pruning.reconstruct import Targets
 from nemo_hf.pruning.scores import activity_scores, fisher_scores, magnitude_scores, relevance_scores
 from nemo_hf.pruning.statistics import SiteStatistics, measure_sites
 
+from .attach import attach_masks
 from .base import NeMoPreTrainedModel
 from .equivalence import sharing_copy
 from .finiteness import check_finite, check_outputs
@@ -79,6 +81,7 @@ class Source:
     scores: dict[str, dict[str, Tensor]]
     costs: dict[Cost, dict[str, float]]  # of the layers that make or read neurons, by path
     means: dict[str, Tensor]  # of what whole parts add to the stream, by path of their last layer
+    targets: dict[int, Targets] | None = None  # by number of samples, where several modules are fitted to them
 
 
 def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
@@ -98,7 +101,7 @@ def check_calibrated(model: PreTrainedModel, calibration: Any) -> None:
 
 
 def find_static_sites(
-    model: PreTrainedModel, plain: PreTrainedModel, options: NeMoConfig, inputs: Mapping[str, Tensor]
+    model: PreTrainedModel, plain: PreTrainedModel, options: NeMoConfig, inputs: Mapping[str, Tensor] | None = None
 ) -> list[NeuronSite]:
     """The sites of a plain model with their pruning modes; those of a model that was cut before are known."""
     shapes = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
@@ -111,6 +114,12 @@ def find_static_sites(
     parent.detach_masks()
     _SITES[model] = (asked, sites)
     return sites
+
+
+def static_parent(model: PreTrainedModel) -> NeMoPreTrainedModel:
+    """A parent with static masks that shares the tensors of a plain model, which stays as it is."""
+    plain, options = sharing_copy(model), NeMoConfig(masks="static")
+    return attach_masks(plain, options, sites=find_static_sites(model, plain, options))
 
 
 def change_head_bases(

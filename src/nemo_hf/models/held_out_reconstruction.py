@@ -57,7 +57,10 @@ def reconstruct_module(
     def fit(samples: Answered, ridge: float) -> dict[str, LayerError]:
         undo()
         batches = list(enumerate(inputs for inputs, _ in samples))
-        reconstruction = Reconstruction(source.plain, module.model, source.sites, keep, heads, batches, basis)
+        count = sum(sample_count(inputs) for _, inputs in batches)
+        targets = None if source.targets is None else source.targets.setdefault(count, {})
+        about = (source.sites, keep, heads, batches, basis, targets)
+        reconstruction = Reconstruction(source.plain, module.model, *about)
         return reconstruction.run(ridge, on_layer=lambda path: advance("Reconstructing"))
 
     every_batch = [inputs for part in (fitted, judging, samples) for inputs, _ in part]

@@ -6,7 +6,7 @@ the stream, each layer also mends their damage.
 """
 
 import itertools
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,11 +31,13 @@ from .watching import Call, watching_results, watching_stream
 
 SMALLEST_FACTOR = 1e-3  # of the largest one on the way to the stream: channels below it are left as they are
 NOTHING = torch.empty(0)
+SHARED_BYTES = 2**29  # most memory for streams of the source that several modules of it are fitted to
 TRIED = 2  # samples on which skipping blocks is tried
 PATCH_NUMBERS = 2**24  # of a convolution's patches that are held at a time
 ROWS_PER_FEATURE, LEAST_ROWS = 8, 8192  # positions of images beyond which a sample of them will do
 
 Batches = Sequence[tuple[int, Mapping[str, Any]]]
+Targets = dict[tuple[str, int], list[Call]]  # of the source, by the first layer of a step and batch
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Reconstruction:
     source says. Source and module are in eval mode and in float32. `batches` are
     numbered model inputs; `plan` says which neurons of the sites the module keeps, `heads` which outputs of the layers
     that make the logits, and `basis`, (source's width, module's width), how a narrower stream comes from the source's.
+    `targets` is filled with streams of the source, for further modules of it and of the same batches and heads.
     """
 
     def __init__(
@@ -97,8 +100,11 @@ class Reconstruction:
         heads: Mapping[str, Tensor],
         batches: Batches,
         basis: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> None:
         self.basis = basis
+        self.targets: ChainMap[tuple[str, int], list[Call]] = ChainMap({}, {} if targets is None else targets)
+        self.most_shared = 0 if targets is None else SHARED_BYTES
         self.source, self.module, self.batches = source, module, batches
         self.samples = sum(len(next(iter(inputs.values()))) for _, inputs in batches)
         cuts = [layer for site in sites for layer in site_cut(site, plan[site.key]).layers.items()]
@@ -118,7 +124,6 @@ class Reconstruction:
         once = [path for path, count in times.items() if count == 1]
         self.blocks = [path for path in once if not any(other.startswith(f"{path}.") for other in once)]
         self.runs = [PartialRuns(model, self.blocks) for model in (source, module)]
-        self.targets: dict[tuple[str, int], list[Call]] = {}  # of the source, by the first layer of a step and batch
 
     @torch.no_grad()
     def run(self, ridge: float = 1e-2, on_layer: Callable[[str], None] = lambda path: None) -> dict[str, LayerError]:
@@ -151,7 +156,7 @@ class Reconstruction:
 
     def _collect_targets(self, steps: Sequence[Sequence[str]], final: int) -> None:
         """Runs the source once for several steps and keeps its streams, if these are not too large."""
-        self.targets.clear()
+        self.targets.clear()  # those of the last block, but not those that further modules need
         left, size = len(steps), 0
 
         def on_last() -> None:
@@ -168,12 +173,14 @@ class Reconstruction:
                     seen.clear()
                 self.runs[0].run(index, inputs, final)
                 for paths, seen in zip(steps, watched, strict=True):
-                    calls = [replace(call, read=NOTHING, result=NOTHING) for call in seen]
-                    size += sum(call.stream.nbytes for call in calls if call.stream is not None)
-                    self.targets[paths[0], index] = calls
+                    self.targets[paths[0], index] = [replace(call, read=NOTHING, result=NOTHING) for call in seen]
+                    size += _size(seen)
                 if size > REMEMBERED_BYTES:
                     self.targets.clear()
                     return
+        own, shared = self.targets.maps
+        if size + sum(map(_size, shared.values())) <= self.most_shared:
+            shared.update(own)
 
     def _reconstruct(self, paths: Sequence[str], final: int, ridge: float) -> dict[str, LayerError]:
         """Changes layers that are called one after another with the same input, or one that joins the stream."""
@@ -195,6 +202,11 @@ class Reconstruction:
         # Layers that nothing was cut from have good weights to stay near to.
         found = {path: error for path, error in errors.items() if error is not None}
         return {path: replace(error, is_scarce=error.is_scarce and point is not None) for path, error in found.items()}
+
+
+def _size(calls: Sequence[Call]) -> int:
+    """Bytes of the streams of some calls."""
+    return sum(call.stream.nbytes for call in calls if call.stream is not None)
 
 
 class _Fit:

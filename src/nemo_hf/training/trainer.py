@@ -336,9 +336,9 @@ class NeMoTrainer(Trainer):
         is_given = any(kwargs.get(name) is not None for name in ("module", "threshold", "round_to"))
         if not self.nemo_config.trains_modules and not is_given:
             kwargs["module"] = self.extract_module(labels)
+        kwargs.setdefault("show_progress", not self.args.disable_tqdm)
         batches = data.sample_loader(self, one_dataset(eval_dataset, self.eval_dataset))
-        progress = not self.args.disable_tqdm
-        return evaluate_module(self._whole_parent(), labels, batches, show_progress=progress, **kwargs)
+        return evaluate_module(self._whole_parent(), labels, batches, **kwargs)
 
     def calibrate_rejection(
         self, module: NeMoClassifier, eval_dataset: Any = None, accepted: float = 0.95,
