@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -205,7 +206,8 @@ def deployment() -> str:
     header = ["model", "format", "accuracy", "loss", "worst loss", "domains", "MB",
               *(f"ms, batch {b}" for b in batches), "to source, same format", "to source, torch"]  # fmt: skip
     lines = []
-    for row in stored["accuracies"]:
+    by_model = grouped(stored["accuracies"], "model").values()
+    for row in (row for rows in by_model for row in sorted(rows, key=itemgetter("format"))):
         timed = {each["batch"]: each for each in times.get((row["model"], row["format"]), [])}
         accuracy, loss, worst = f"{row['accuracy']:.3f}", f"{row['loss']:.1f}", f"{row['worst_loss']:.1f}"
         size = "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
