@@ -16,8 +16,10 @@ Refused requests get a status of 4xx and {"error": ...}. One request is computed
 import argparse
 import json
 import logging
+import socket
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 MOST_TEXTS, MOST_BYTES = 64, 2**20  # of a request
+LAST_READS = 100  # of what is sent after a refusal
 REJECTED = "none of these"  # the last label of a calibrated module
 Outputs = tuple[np.ndarray, np.ndarray]  # logits (texts, labels), that of `REJECTED` last, and rejection scores
 
@@ -185,6 +188,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
+
+    def finish(self) -> None:
+        """Ends a connection, and reads what is still sent: with bytes unread, it would take the answer with it."""
+        super().finish()
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            for _ in range(LAST_READS):
+                if not self.connection.recv(MOST_BYTES):
+                    break
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, as JSON too."""
