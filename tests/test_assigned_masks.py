@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ def relevance_of(parent):
     return {key: table.clone() for key, table in parent.masks.relevance().items()}
 
 
+@cache
 def source_sites(family):
     if family == "resnet":
         return make_parent(randomize(tiny("ResNetForImageClassification", **STAGES))).sites

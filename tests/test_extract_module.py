@@ -1,6 +1,7 @@
 """Modules cut from plain models on calibration samples: what they keep and say, and what is refused."""
 
 import copy
+import functools
 
 import datasets
 import pytest
@@ -55,6 +56,11 @@ def test_the_same_call_gives_the_same_module_whatever_was_drawn_before():
     assert first == second
 
 
+@functools.cache
+def wide_module(family):
+    return cut(fresh(family), batches_for(family))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_a_module_has_the_precision_of_its_source(family, dtype):
@@ -67,7 +73,7 @@ def test_a_module_has_the_precision_of_its_source(family, dtype):
     module = cut(model, batches)
     assert {p.dtype for p in module.parameters()} == {dtype}
     assert_untouched(model, before)
-    wide = cut(fresh(family), batches_for(family))
+    wide = wide_module(family)
     for batch, other in zip(batches, batches_for(family), strict=True):
         torch.testing.assert_close(logits_of(module, **batch).float(), logits_of(wide, **other), rtol=0.05, atol=0.05)
 
@@ -77,7 +83,7 @@ def test_a_module_has_the_precision_of_its_source(family, dtype):
     ids=["no_grad", "inference_mode", "autocast"],
 )  # fmt: skip
 def test_the_module_is_the_same_in_any_mode_of_torch(around):
-    expected = cut(fresh("bert"), batches_for("bert"))
+    expected = wide_module("bert")
     with around():
         module = cut(copy.deepcopy(fresh("bert")), batches_for("bert"))
     assert_same_weights(module, expected)

@@ -338,7 +338,7 @@ class Evil(str):
     """A path at which a file appears when this is unpickled."""
 
     def __reduce__(self):
-        return Path.touch, (Path(self),)
+        return Path.touch, (Path(str(self)),)
 
 
 @kinds

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -19,10 +20,28 @@ from nemo_hf import UnsupportedArchitectureError, calibrate_rejection, extract_m
 from nemo_hf.export.agreement import check_agreement, measure_agreement
 from nemo_hf.export.onnx import OnnxRunner
 from nemo_hf.export.openvino import OpenVinoRunner
+from nemo_hf.export.tracing import trace
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
 
+TRACED = {}
 TEXTS = ["w1 w2 w3", "w4", "w100 w7 w8 w9 w10", "w5 w6"]
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch, tmp_path_factory):
+    """The same module is traced once, since that takes seconds; test_exporting.py tries how."""
+
+    def copied(ready, path):
+        tensors = [*ready.exact.state_dict().values(), *ready.inputs.values()]
+        key = str(ready.exact.config), *ready.outputs, *ready.inputs, *(tensor.numpy().tobytes() for tensor in tensors)
+        if key not in TRACED:
+            TRACED[key] = tmp_path_factory.mktemp("traced") / "model.onnx"
+            trace(ready, TRACED[key])
+        shutil.copy(TRACED[key], path)
+
+    for name in ("onnx", "openvino"):
+        monkeypatch.setattr(f"nemo_hf.export.{name}.trace", copied)
 
 
 @cache

@@ -188,6 +188,7 @@ def test_masks_are_off_in_an_asyncio_task_and_in_what_it_awaits():
 
 # torch 2.13's compiler does that itself with an autograd function.
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_parent_knows_the_calls_of_each_thread():
     parent = masked("vit")
     compiled = torch.compile(parent, backend="eager", fullgraph=True)

@@ -16,8 +16,10 @@ Refused requests get a status of 4xx and {"error": ...}. One request is computed
 import argparse
 import json
 import logging
+import socket
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 MOST_TEXTS, MOST_BYTES = 64, 2**20  # of a request
-MOST_SKIPPED = 16 * MOST_BYTES  # of a body that is refused; clients that send more may miss the answer
+LAST_READS = 100  # of what is sent after a refusal
 REJECTED = "none of these"  # the last label of a calibrated module
 Outputs = tuple[np.ndarray, np.ndarray]  # logits (texts, labels), that of `REJECTED` last, and rejection scores
 
@@ -187,6 +189,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def finish(self) -> None:
+        """Ends a connection, and reads what is still sent: with bytes unread, it would take the answer with it."""
+        super().finish()
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            for _ in range(LAST_READS):
+                if not self.connection.recv(MOST_BYTES):
+                    break
+
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, as JSON too."""
         self.send_json(code, {"error": message or explain or self.responses.get(code, ("refused",))[0]})
@@ -197,9 +209,6 @@ class Handler(BaseHTTPRequestHandler):
         if length is None or not (length.isascii() and length.isdigit() and len(length) < 20):
             raise RefusedError(411, f"Got Content-Length {length and length[:20]!r}; expected the body's bytes.")
         if int(length) > MOST_BYTES:
-            left = min(int(length), MOST_SKIPPED)
-            while left and (read := self.rfile.read(min(left, MOST_BYTES))):  # clients write all before they read
-                left -= len(read)
             raise RefusedError(413, f"Got {int(length)} bytes; expected at most {MOST_BYTES}. Send fewer texts.")
         try:
             asked = json.loads(self.rfile.read(int(length)))

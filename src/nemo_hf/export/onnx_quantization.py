@@ -46,12 +46,13 @@ def quantize_file(source: Path, target: Path, width: str, samples: Sequence[Inpu
         from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
         model = onnx.load(source)
+        del model.graph.value_info[:]  # older versions transpose weights and leave their shapes there as they were
         convolutional = _convolutional(model, width, samples)
         if width == "int4":
             ONNXModel(model).replace_gemm_with_matmul()  # of which alone there are kernels
             blocks: dict[str, Any] = {"block_size": BLOCK, "accuracy_level": INTEGER_PRODUCTS}
             blocks["op_types_to_quantize"] = ("MatMul", "Gather")
-            quantizer = MatMulNBitsQuantizer(model, bits=4, **blocks)
+            quantizer = MatMulNBitsQuantizer(model, **blocks)
             quantizer.process()
             quantizer.model.save_model_to_file(target, is_large)
             return
