@@ -94,6 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     cutting = argparse.ArgumentParser(add_help=False)
     cutting.add_argument("--threshold", type=float, help="relevance from which a neuron is kept, above 0 up to 1")
     cutting.add_argument("--round-to", type=int, metavar="N", help="fill widths up to multiples of N, such as 8")
+    on_samples = argparse.ArgumentParser(add_help=False)
+    text = "split of DATA whose samples modules are cut on (default, for parents that trained no modules: train)"
+    on_samples.add_argument("--cut-split", metavar="SPLIT", help=text)
+    text = "share of the weights that modules cut on samples keep (default: 0.2)"
+    on_samples.add_argument("--retention", type=float, metavar="SHARE", help=text)
 
     add = command("demo", "train, cut and measure on scikit-learn's digits, offline, in two minutes")
     add("--output-dir", required=True, help="gets plain/, parent/, modules/, report.json, modules.png and report.html")
@@ -134,10 +139,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantize", choices=WIDTHS, help="ONNX and OpenVINO: bits of the weights (default: float32)")
     add("--min-agreement", type=float, metavar="SHARE", help="with --dataset: share of equal answers (default: 0.98)")
 
-    inputs = [_data_options(is_required=True), cutting]
+    inputs = [_data_options(is_required=True), cutting, on_samples]
     add = command("evaluate", "measure modules beside their parent and controls", parents=inputs)
     add("--parent", required=True, help="parent, or plain model of --modules: directory or Hub repository")
-    add("--labels", nargs="+", help="modules to cut by relevance, each as labels joined by '+': cat+dog car")
+    add("--labels", nargs="+", help="modules to cut, each as labels joined by '+': cat+dog car")
     add("--modules", nargs="+", metavar="DIR", help="saved modules in place of --labels: directories or repositories")
     add("--metrics", nargs="+", metavar="NAME", help="metrics of the library evaluate, or paths of metric scripts")
     add("--output", metavar="FILE", help="JSON file for the reports")
@@ -146,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = command(
         "push",
         "upload a parent or module with its card, or a parent with modules of it",
-        parents=[_data_options(is_required=False), cutting],
+        parents=[_data_options(is_required=False), cutting, on_samples],
         usage="nemo-hf push DIR --repo-id ME/NAME [options]\n"
         "       nemo-hf push --parent DIR --namespace ME --modules LABELS ... [options]",
     )

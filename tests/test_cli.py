@@ -2,19 +2,23 @@
 
 import argparse
 import json
+import re
 import runpy
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from conftest import LABELS, fresh, image_processor
 from hub_server import hub as hub
 from stage import stage as stage
 from stage import template as template
 from test_evaluation import METRIC
-from transformers import pipeline
+from transformers import AutoModelForImageClassification, pipeline
 
+import nemo_hf
 from nemo_hf.cli import commands, main
-from nemo_hf.cli.data import load_data
+from nemo_hf.cli.data import load_data, load_samples
 from nemo_hf.cli.dispatch import COMMANDS
 from nemo_hf.cli.models import labels_of
 from nemo_hf.models.rejection import REJECTED_LABEL
@@ -200,6 +204,31 @@ def test_labels_that_are_joined_are_those_of_one_module(more, stage):
     assert [config["label_ids"] for config in configs] == [[1, 0]] * 3
     assert configs[0]["sites"] == configs[1]["sites"] == configs[2]["sites"]
     assert labels_of("c++", {"c++", "c"}) == ["c++"]
+
+
+def test_modules_of_a_parent_that_trained_none_are_cut_on_samples(stage, hub, capsys):
+    parent = nemo_hf.make_parent(fresh("vit"), nemo_hf.NeMoConfig())
+    parent.attach_processor(image_processor())
+    parent.save_pretrained("assigned")
+    samples = load_samples("org/animals", "validation", "image", LABELS)
+    module = nemo_hf.extract_module(parent, ["cat", "dog"], samples, 0.5, processing_class=image_processor())
+    how = "--parent assigned --dataset org/animals --cut-split validation --retention 0.5"
+    assert main(f"push {how} --namespace me --modules cat+dog".split()) == 0
+    pushed = AutoModelForImageClassification.from_pretrained("me/cat-dog").state_dict()
+    assert all(torch.equal(tensor, pushed[name]) for name, tensor in module.state_dict().items())
+    assert main(f"evaluate {how} --labels cat+dog --output r.json".split()) == 0
+    (report,) = json.loads(Path("r.json").read_text())
+    names = ("accuracy", "parameters", "weight_retention_rate")
+    before = json.loads(hub.files("me/cat-dog")["report.json"])
+    assert [report[name] for name in names] == [before[name] for name in names]
+    capsys.readouterr()
+    for words in (
+        "push --parent assigned --namespace me --modules cat",
+        "push --parent parent --namespace me --modules cat --retention 0.5",
+        f"evaluate {how} --labels cat --threshold 0.5",
+    ):
+        assert main(words.split()) == 2
+        assert re.search("Got no --dataset|Got --threshold or", capsys.readouterr().err)
 
 
 def test_evaluate_prints_each_module_when_it_is_measured(capsys, monkeypatch):

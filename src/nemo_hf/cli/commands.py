@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,8 @@ ON_SAMPLES = {"retention", "max_loss", "validation_split", "vocabulary", "max_po
               "scores", "cost", "drop_parts", "stream", "label_column", "input_column", "no_reconstruct",
               "trust_remote_code"}  # fmt: skip
 CUTS = "expected a parent with what training found, or samples"
-TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "threshold", "round_to", "compare_formats"}
+TOGETHER = {"parent", "namespace", "name", "modules", "calibration_split", "cut_split", "retention", "threshold",
+            "round_to", "compare_formats"}  # fmt: skip
 
 
 def demo(options: Namespace) -> None:
@@ -112,6 +113,30 @@ def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
     return modules if isinstance(modules, list) else [modules]
 
 
+def _cutter(options: Namespace, parent: NeMoPreTrainedModel) -> Callable[[Any], NeMoPreTrainedModel] | None:
+    """What cuts modules of a parent on samples, if it trained none or the options say so; `None` is by relevance."""
+    by_relevance = options.threshold is not None or options.round_to is not None
+    on_samples = options.cut_split is not None or options.retention is not None
+    if by_relevance and on_samples:
+        raise ValueError(
+            "Got --threshold or --round-to for a cut by relevance, and --cut-split or --retention for one on samples; "
+            "expected one kind. Leave the other out."
+        )
+    if by_relevance or (parent.nemo_config.trains_modules and not on_samples):
+        return None
+    if not options.dataset:
+        raise ValueError(
+            "Got no --dataset; expected one, since these modules are cut on samples: the parent trained none, or "
+            "--cut-split or --retention says so. Name it."
+        )
+    names, columns = list(names_of(parent.config).values()), (options.label_column, options.input_column)
+    samples = load_samples(options.dataset, options.cut_split or "train", input_kind(parent), names, *columns)
+    processor = saved_processor(parent, options.parent)
+    return lambda labels: extract_module(
+        parent, labels, samples, options.retention, processing_class=processor, show_progress=False
+    )
+
+
 def export(options: Namespace) -> None:
     """Writes a module in another format and prints what changed."""
     _check_apart(options.module, options.output_dir)
@@ -167,10 +192,12 @@ def evaluate(options: Namespace) -> None:
     loader = load_batches(options, options.split, parent, QUICK_SAMPLES if options.quick else None)
     cut = {"threshold": options.threshold, "round_to": options.round_to, "quick": options.quick}
     measure = partial(evaluate_module, parent, batches=loader, metrics=options.metrics)
+    on_samples = _cutter(options, parent) if options.labels else None
     width, reports = max(map(len, asked)), []
     print(table_head(width), flush=True)
     for name, labels in asked.items():
-        report = measure(labels, module=load(name) if options.modules else None, **cut).to_dict()
+        module = load(name) if options.modules else on_samples and on_samples(labels)
+        report = measure(labels, module=module, **cut).to_dict()
         print(table_row(name, report, width), flush=True)
         reports.append(report)
     for name, report in zip(asked, reports, strict=True) if options.metrics else ():
@@ -220,6 +247,7 @@ def push(options: Namespace) -> None:
             load_batches(options, options.calibration_split, model) if options.calibration_split else None,
             *(card, options.threshold, options.round_to, options.compare_formats),
             private=options.private or None,
+            cut=_cutter(options, model),
         )
         print("\n".join(f"{name}: {address}" for name, address in done.items()))
 

@@ -5,7 +5,7 @@ import json
 import re
 import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -241,12 +241,14 @@ def push_modules(
     parent: NeMoPreTrainedModel, modules: Mapping[str, Sequence[LabelLike]], namespace: str, name: str,
     batches: Iterable[Mapping[str, Any]] | None = None, calibration: Iterable[Mapping[str, Any]] | None = None,
     options: CardOptions | None = None, threshold: float | None = None, round_to: int | None = None,
-    compares_formats: bool = False, private: bool | None = None, **push_options: Any,
+    compares_formats: bool = False, private: bool | None = None,
+    cut: Callable[[Sequence[LabelLike]], NeMoPreTrainedModel] | None = None, **push_options: Any,
 ) -> dict[str, str]:  # fmt: skip
     """Pushes a parent and modules of it, one repository each, and ties them in a collection.
 
-    `modules` maps the caller's name of each to labels or groups. They are measured on `batches` of held-out data, and
-    their rejection is calibrated on `calibration`, validation data. A call that failed half-way can be repeated.
+    `modules` maps the caller's name of each to labels or groups. They are cut by relevance, or as `cut` does, measured
+    on `batches` of held-out data, and their rejection is calibrated on `calibration`, validation data. A call that
+    failed half-way can be repeated.
     Returns the repository of the `"parent"` and of each module by name, and the address of the `"collection"`.
     """
     names = parent.config.names
@@ -256,7 +258,7 @@ def push_modules(
     done = {"parent": f"{namespace}/{name}"}
     push_model(parent, done["parent"], options, private=private, **push_options)
     for key, labels in modules.items():
-        module = extract_module(parent, labels, threshold, round_to)
+        module = cut(labels) if cut else extract_module(parent, labels, threshold, round_to)
         if calibration is not None:
             calibrate_rejection(module, calibration, show_progress=False)
         if batches is not None:
