@@ -162,6 +162,16 @@ def test_layers_of_a_narrow_stream_are_fitted_to_the_whole_one_in_its_basis():
     assert residual.item() == pytest.approx(errors[output].after, rel=1e-3)
 
 
+def test_heads_that_are_together_as_wide_as_the_stream_are_fitted_as_others_are():
+    batches, errors = batches_for("vit"), []
+    for retention, width in ((0.2, 3), (0.25, 4), (0.35, 5)):
+        module = cut(fresh("vit"), batches, retention, stream=0.5, rejection=False)
+        assert (module.config.sites[0]["widths"]["head_dim"], module.config.stream_width) == (width, 16)
+        errors.append(module.config.extraction["layers"]["vit.layers.0.attention.q_proj"][0])
+    assert errors == sorted(errors)  # more dimensions of the whole model's heads, of which the last ones matter least
+    assert errors[-1] < 1
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [("bert", "BERT"), ("distilbert", "BERT"), ("albert", "norm"), ("swin", "streams of the widths")],

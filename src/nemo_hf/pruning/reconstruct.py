@@ -254,9 +254,10 @@ class _Fit:
 
     def _own_outputs(self, target: Tensor, stream: Tensor) -> Tensor:
         """The source's stream, in the module's basis, with the outputs that the layer has, and scaled as these are."""
-        if self.basis is not None and (target.shape[-1], stream.shape[-1]) == self.basis.shape:
-            return target @ self.basis.to(target)
         kept = None if self.cut is None else self.cut.outputs
+        basis = None if kept is not None else self.basis  # what is cut itself may have the stream's width, too
+        if basis is not None and (target.shape[-1], stream.shape[-1]) == basis.shape:
+            return target @ basis.to(target)
         dim = 1 if isinstance(self.layer, nn.Conv2d) else target.ndim - 1
         is_cut = kept is not None and target.shape[dim] == self.outputs and stream.shape[dim] == len(kept)
         if kept is None or self.cut is None or not is_cut:
