@@ -101,7 +101,9 @@ def test_what_fits_the_samples_alone_is_refused(monkeypatch, caplog):
 
     watched_runs(monkeypatch, by_heart)
     module = cut(source, batches)
-    assert "would differ" in module.config.extraction["refused"]
+    found = module.config.extraction
+    assert "would differ" in found["refused"]
+    assert found["distance"] == found["cut_distance"]
     assert "not reconstructed" in caplog.text
     monkeypatch.undo()
     assert_same_weights(module, cut(source, batches, reconstruct=False))
@@ -113,8 +115,7 @@ def test_fewer_samples_than_can_be_held_out_judge_themselves(monkeypatch, count)
     module = cut(source, batches)
     assert runs[0][0] == rows_of(batches)
     assert module.config.extraction["samples"] == count
-    found = module.config.extraction
-    assert found.get("refused") or found["distance"] == pytest.approx(distance(module, source, batches), rel=1e-4)
+    assert module.config.extraction["distance"] == pytest.approx(distance(module, source, batches), rel=1e-4)
 
 
 def test_a_module_that_keeps_every_neuron_needs_no_reconstruction(monkeypatch):

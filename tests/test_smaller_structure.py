@@ -238,7 +238,10 @@ def test_dropped_parts_are_the_least_useful_ones_cost_nothing_and_others_keep_mo
 
 
 def test_the_number_of_dropped_parts_is_that_of_the_nearest_answers():
-    done = cut(fresh("vit"), batches_for("vit"), drop_parts="auto").config.extraction
+    batches = batches_for("vit")
+    done = cut(fresh("vit"), batches, drop_parts="auto").config.extraction
+    alone = {str(n): cut(fresh("vit"), batches, drop_parts=n).config.extraction["distance"] for n in range(3)}
+    assert alone == done["distances"]
     best = min(done["distances"], key=done["distances"].get)
     assert done["distance"] == done["distances"][best]
     assert len(done.get("dropped", {})) == int(best)

@@ -27,7 +27,7 @@ from .cut_source import TRIAL_SAMPLES, Advance, CutTask, Score, Source, check_ca
 from .extraction import CutSource, ModulePlan, build_module, check_module, read_tensor, restore_dtypes
 from .extraction import extract_module as cut_by_relevance
 from .finiteness import check_finite
-from .held_out_reconstruction import reconstruct_module
+from .held_out_reconstruction import reconstruct_module, warn_of_fit
 from .processors import own_processor, padded
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
@@ -166,6 +166,7 @@ def extract_module(
         whole = accuracy(source.plain, task, samples.held_out, task.label_ids)
         modules = [_smallest(cut, task, samples, whole, max_loss)] if max_loss is not None else [*map(cut, retentions)]
         for (module, done), asked in zip(modules, retentions, strict=True):
+            warn_of_fit(done)
             done["retention"] = asked if max_loss is None else None
             if max_loss is None and done[cost] > LARGEST_EXCESS * asked:
                 logger.warning(

@@ -72,30 +72,32 @@ def reconstruct_module(
             errors = fit(fitted, ridge)
             if (found := _distance(module, judging)) <= raw:
                 break
-        if not found <= raw:
+        refused = None if found <= raw else f"the answers would differ by {found:.3g} in place of {raw:.3g}"
+        if refused is not None:
             undo()
+            found = raw
         elif are_few and judging is not samples:
             errors = fit(samples, ridge)
-    return {"cut_distance": raw, "distance": found, "ridge": ridge, **_described(errors, found, raw)}
-
-
-def _described(errors: Mapping[str, LayerError], found: float, raw: float) -> dict[str, Any]:
-    """What the report says of the layers; warns of few samples, and where the module stays as it was cut."""
-    scarce = sum(error.is_scarce for error in errors.values())
-    done: dict[str, Any] = {
+    return {
+        "cut_distance": raw,
+        "distance": found,
+        "ridge": ridge,
         "layers": {path: [error.before, error.after] for path, error in errors.items()},
-        "scarce_layers": scarce,
+        "scarce_layers": sum(error.is_scarce for error in errors.values()),
+        **({"refused": refused} if refused is not None else {}),
     }
-    if not found <= raw:
-        done["refused"] = f"the answers would differ by {found:.3g} in place of {raw:.3g}"
+
+
+def warn_of_fit(done: Mapping[str, Any]) -> None:
+    """Warns where a module that is kept stays as it was cut, and of few samples for its layers."""
+    if done.get("refused"):
         logger.warning("The module is not reconstructed: %s (mean square). Pass more samples.", done["refused"])
-    elif scarce:
+    elif done.get("scarce_layers"):
         logger.warning(
             "Got few calibration samples for the width of %d layers, which are held nearer to their old weights. Pass "
             "more, some hundreds.",
-            scarce,
+            done["scarce_layers"],
         )
-    return done
 
 
 def _part(samples: Answered, every: int, is_held: bool) -> Iterator[tuple[Inputs, Tensor]]:
