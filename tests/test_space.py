@@ -330,12 +330,14 @@ def test_a_visitor_types_texts_that_a_module_answers_or_rejects(texts_page, tmp_
         press(page, "Classify")
         verdict(page, f"The module {answer}")
 
+    expect(page.get_by_text("Command line", exact=True)).to_have_count(1)
     page.get_by_text("Samples of your own").click()
     page.get_by_label("Texts").fill("w9 w10 w11\n\nw30 w31 w32 w33\n" * 10)
     press(page, "Cut")
     page.get_by_text("on 20 samples").wait_for()
     expect(page.locator(".verdict")).to_have_count(0)  # it was about the module before, like the times
     expect(page.get_by_text(re.compile(r"^(Source|Module).*: .* ms$"))).to_have_count(0)
+    expect(page.get_by_text("Command line", exact=True)).to_have_count(0)  # it would cut on the app's samples
     assert "/" not in page.get_by_text("without any, those of").inner_text()
     page.screenshot(path=tmp_path / "app.png", full_page=True)
 

@@ -80,7 +80,7 @@ def build(source: Source) -> gr.Blocks:
                 table = gr.Markdown(EMPTY, min_height=200, elem_classes="costs")
                 download = gr.DownloadButton("Download the module", visible=False)
         with gr.Accordion("The same on your computer", open=False, visible=False) as yours:
-            command = gr.Code(language="shell", label="Command line", wrap_lines=True)
+            command_line = gr.Code(language="shell", label="Command line", wrap_lines=True)
             code = gr.Code(language="python", label="Python", wrap_lines=True)
         with gr.Column(visible=False) as comparison:
             gr.Markdown("## Compare")
@@ -109,7 +109,8 @@ def build(source: Source) -> gr.Blocks:
                 found.save_pretrained(Path(folder, "module"))
                 archive = shutil.make_archive(f"{folder}/module", "zip", folder, "module")
                 shown = [gr.update(value=archive, visible=True), gr.update(visible=True), gr.update(visible=True)]
-                same = [source.command(*options), source.code(*options)]
+                is_theirs = bool((texts or "").strip())  # texts that no command can name
+                same = [gr.update(value=source.command(*options), visible=not is_theirs), source.code(*options)]
                 cleared = [gr.update(value=None, label=name) for name in TITLES.values()]
                 yield [found, as_table(source.table(found)), *shown, *same, "", *cleared]
 
@@ -133,7 +134,7 @@ def build(source: Source) -> gr.Blocks:
         button.click(
             cut,
             [labels, retention, tokens, texts],
-            [module, table, download, yours, comparison, command, code, verdict, *answers],
+            [module, table, download, yours, comparison, command_line, code, verdict, *answers],
             concurrency_limit=1,
             show_progress_on=table,
         )
