@@ -126,7 +126,7 @@ def check_page(
     if origin is not None:
         _check_origin(module, origin)
     if labels is not None and module is not None:
-        raise ValueError("Got labels for the page of a module; expected none: it is about the module's own. Leave out.")
+        raise ValueError("Got labels for the page of a module; expected none: it is about its own. Leave them out.")
     if (labels is not None or retentions is not None) and calibration is None:
         got = "retentions" if labels is None else "labels"
         raise ValueError(f"Got {got} without samples to cut on; expected both. Pass calibration=, or leave {got} out.")
