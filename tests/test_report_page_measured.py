@@ -132,6 +132,15 @@ def test_the_control_of_other_labels_is_cut_on_samples_of_them_or_left_out(kept,
     assert ("A control of other labels needs labelled samples" in text) == (kept != "all")
 
 
+def test_a_module_of_all_labels_has_no_control_of_others_and_the_page_asks_for_none(tmp_path):
+    options = {"batches": batches_of(), "calibration": batches_of(), "retentions": [0.5], "show_progress": False}
+    write_report_page(fresh("vit"), tmp_path / "x.html", labels=LABELS, **options)
+    text = text_of((tmp_path / "x.html").read_text())
+    assert "A module of 5 of 5 labels" in text
+    assert "other labels needs" not in text
+    assert "module of other labels" not in text
+
+
 def test_one_retention_is_as_good_as_a_list_of_one(tmp_path):
     plain = fresh("vit")
     options = {"batches": batches_of(), "calibration": batches_of(), "labels": OWN, "show_progress": False}
@@ -164,7 +173,7 @@ def test_a_module_takes_no_other_labels_and_no_other_origin(tmp_path):
         write_report_page(module, tmp_path / "x.html", labels=["car"], **measuring)
     other = fresh("vit")
     other.config.id2label = {index: f"label {index}" for index in range(len(LABELS))}
-    for origin in (fresh("bert"), other, make_parent(fresh("bert"), generated()), module):
+    for origin in (fresh("bert"), other, make_parent(fresh("bert"), generated()), module, "vit"):
         with pytest.raises(ValueError, match="expected the model that it was cut from"):
             write_report_page(module, tmp_path / "x.html", origin=origin)
     assert list(tmp_path.iterdir()) == []

@@ -118,7 +118,8 @@ def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]
     data = "--dataset DATA"
     both = f"{data} and --parent SOURCE" if is_module else data
     cuts = f"{data}{'' if is_module else ', which cuts modules'}"
-    lacks_other = bool(facts["points"]) and all(row.get("other") is None for row in facts["points"])
+    has_others = facts["module"] is not None and len(facts["module"]["labels"]) != facts["of_labels"]
+    lacks_other = has_others and bool(facts["points"]) and all(row.get("other") is None for row in facts["points"])
     has_several = facts["samples"] is not None and facts["confusion"] is None
     lacks = {
         "A choice of labels": (

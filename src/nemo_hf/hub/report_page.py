@@ -136,7 +136,7 @@ def check_page(
 def _check_origin(module: NeMoPreTrainedModel | None, origin: Any) -> None:
     if module is None:
         raise ValueError("Got an origin of a model that is no module; expected none. Leave it out.")
-    if not may_come_from(module, origin):
+    if not isinstance(origin, PreTrainedModel) or not may_come_from(module, origin):
         raise ValueError(
             f"Got an origin of another class or other labels than the module, a {module.config.base_class} with "
             f"{list(module.config.names.values())}; expected the model that it was cut from. Pass that one."
