@@ -340,7 +340,7 @@ def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     assert 'class="mark"' in (stage / "m.html").read_text()
     assert main(f"report m --output alone.html {data}".split()) == 0
     sections = re.findall(r'<section id="(\w+)"', (stage / "alone.html").read_text())
-    assert sections == ["neurons", "mistakes", "rejection", "errors", "unknown"]
+    assert sections == ["accuracy", "neurons", "mistakes", "rejection", "errors", "unknown"]
     assert "are cut on" not in (stage / "alone.html").read_text()
     data = data_of((stage / "m.html").read_text())
     line = (
@@ -354,7 +354,10 @@ def test_the_command_measures_a_plain_model_and_a_module_of_it(stage, capsys):
     ("report parent --output parent", "which is a directory; expected a file"),
     ("report parent --output x.html --labels cat", "Got --labels without --dataset"),
     ("report parent --output x.html --parent parent", "Got an origin of a model that is no module"),
-    ("report cat-dog --output x.html --dataset org/animals --labels cat", "for a module alone"),
+    ("report cat-dog --output x.html --dataset org/animals --labels cat", "Got --labels for a module; expected none"),
+    ("report cat-dog --output x.html --parent parent --dataset org/animals --labels cat", "Got --labels for a module"),
+    ("report cat-dog --output x.html --dataset org/animals --retention 0.5", "Got --retention for a module alone"),
+    ("report cat-dog --output x.html --parent google-bert/bert-base-uncased", "Got an origin of another class"),
     ("report parent --output x.html --dataset org/animals --labels cta", "Did you mean 'cat'?"),
     ("report ./nothing --output x.html", "no directory and no name"),
     ("push --parent parent --namespace me --modules cat --report-page x.html", "Got one --report-page for several"),

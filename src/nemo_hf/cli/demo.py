@@ -105,7 +105,7 @@ def _write_page(parent: Any, rows: Sequence[Mapping[str, Any]], test: Digits, ou
     points = [{"megabytes": row["bytes"] / 1e6, **row} for row in own]
     points = [{key: row.get(key) for key in ("megabytes", "retention", *MEASURED)} for row in points]
     about = {"dataset": "scikit-learn's digits", "split": "test", "seed": seed}
-    measured = Measured(module, measure_answers(module, {}, batches), points, 0, about)
+    measured = Measured(module, measure_answers(module, {}, batches), points, 0, about, is_reported=True)
     words = page_words(parent, parent, {"model": str(output / "parent"), "title": "Demo: handwritten digits"})
     write_page(page_facts(parent, parent, measured, words), output / PAGE_NAME)
 

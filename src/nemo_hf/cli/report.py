@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nemo_hf.hub.page_facts import chosen_labels
-from nemo_hf.hub.report_page import RETENTIONS, check_page, write_report_page
+from nemo_hf.hub.report_page import check_file, check_page, write_report_page
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.calibration_inputs import input_kind
 from nemo_hf.models.configuration import task_of
@@ -28,8 +28,7 @@ def report(options: Namespace) -> None:
     if given and not options.dataset:
         named = " ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"Got {named} without --dataset; expected data to measure with. Name some, or leave it out.")
-    if Path(options.output).is_dir():
-        raise IsADirectoryError(f"Got --output {options.output}, which is a directory; expected a file. Name one.")
+    check_file(options.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     code = {"trust_remote_code": True} if options.trust_remote_code else {}
     model = load_any(options.model, **code).to(device)
@@ -45,10 +44,10 @@ def report(options: Namespace) -> None:
 def _measuring(options: Namespace, model: Any, source: Any) -> dict[str, Any]:
     """The data that a page is measured on, and how commands name them."""
     is_source = source is not None
-    if not is_source and (options.labels or options.retention):
-        raise ValueError(
-            "Got --labels or --retention for a module alone; expected its source as well: --parent SOURCE."
-        )
+    if options.labels and model is not source:
+        raise ValueError("Got --labels for a module; expected none: its page is about its own labels. Leave them out.")
+    if options.retention and not is_source:
+        raise ValueError("Got --retention for a module alone; expected its source as well: --parent SOURCE.")
     asked, word = (source, options.parent or options.model) if is_source else (model, options.model)
     config = model.config.base_config if not is_source else source.config
     names = list(names_of(config).values())
@@ -68,7 +67,7 @@ def _measuring(options: Namespace, model: Any, source: Any) -> dict[str, Any]:
         found |= {
             "calibration": load_samples(options.dataset, split, kind, names, *columns),
             "labels": labels,
-            "retentions": options.retention or RETENTIONS,
+            "retentions": options.retention,
             "processing_class": saved_processor(source, word),
         }
     return found

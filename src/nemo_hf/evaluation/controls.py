@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.batches import labelled_batches, select_samples
 from nemo_hf.models.calibrated_cut import extract_module
+from nemo_hf.models.calibration import read_calibration
 from nemo_hf.models.cut_source import static_parent
 from nemo_hf.models.finiteness import check_outputs
+from nemo_hf.models.labels import has_label
 from nemo_hf.models.plain_checks import label_names
 from nemo_hf.models.rejection import energy
 from nemo_hf.models.rejection_calibration import auroc, own_samples
@@ -25,7 +27,7 @@ Answering = Mapping[str, Callable[..., Any]]  # plain models by name
 CUTS = {
     "accuracy": "modules",
     "raw": "the same without reconstruction",
-    "random": "as many random neurons",
+    "random": "random neurons of the same size",
     "other": "modules of other labels",
 }
 THRESHOLDS = 33  # at which the rejection curve is measured
@@ -38,21 +40,22 @@ def cut_beside_controls(
     """Cuts modules of some label ids at each retention: `accuracy`, and the controls of the same size beside it.
 
     `raw` is the module before reconstruction; `random` keeps neurons drawn by `seed` from those that the source uses,
-    reconstructed; `other` is a module of as many other labels, if there are any, with this module's head. `options`
-    are further ones of `nemo_hf.extract_module`.
+    reconstructed; `other` is a module of as many other labels, with this module's head, if samples have such labels:
+    cut on other ones it would be the module itself. `options` are further ones of `nemo_hf.extract_module`.
     """
     given = {"calibration": calibration, "retention": list(retentions), "show_progress": show_progress, **options}
     cut: Callable[..., list[NeMoPreTrainedModel]] = partial(extract_module, source, **given)
     chosen, count = list(labels), len(label_names(source))
     others = [label for label in range(count) if label not in labels][: len(chosen)]
-    cuts = {
+    cuts: dict[str, Callable[[], list[NeMoPreTrainedModel]]] = {
         "accuracy": partial(cut, chosen),
         "raw": partial(cut, chosen, reconstruct=False, rejection=False),
         "random": lambda: extract_module(
             _with_random_relevance(source, seed), chosen, scores="relevance", **{**given, "rejection": False}
         ),
-        **({"other": partial(cut, others, rejection=False)} if others else {}),
     }
+    if others and _have_labels(source, calibration, chosen, others, options):
+        cuts["other"] = partial(cut, others, rejection=False)
     found: dict[str, list[NeMoPreTrainedModel]] = {}
     with tqdm(cuts.items(), disable=not show_progress) as bar:
         for kind, make in bar:
@@ -62,6 +65,15 @@ def cut_beside_controls(
         for head in module.heads:  # answers for these labels
             stranger.model.set_submodule(head, module.model.get_submodule(head))
     return [dict(zip(found, modules, strict=True)) for modules in zip(*found.values(), strict=True)]
+
+
+def _have_labels(
+    source: PreTrainedModel, calibration: Any, labels: Sequence[int], others: Sequence[int], options: Mapping[str, Any]
+) -> bool:
+    """Whether samples for modules of these labels and of others are known to have one of the others."""
+    given = {name: options[name] for name in ("processing_class", "batch_size", "max_samples") if name in options}
+    samples = read_calibration(source, calibration, labels_wanted=[*labels, *others], **given)
+    return any(found is not None and bool(has_label(found, others).any()) for _, found in samples)
 
 
 def _with_random_relevance(source: Any, seed: int) -> NeMoPreTrainedModel:

@@ -19,6 +19,7 @@ from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.extraction import ModulePlan, extract_module, make_plan
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.labels import check_answers_once, group_indices, group_membership, sample_groups
+from nemo_hf.models.plain_checks import label_names
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.models.rejection_calibration import auroc, own_samples
 from nemo_hf.models.weight_files import size_in_bytes
@@ -214,8 +215,7 @@ def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: A
             f"Got {', '.join(differing) or f'{labels=}'} and a module of {own_names} cut with {options}; expected the "
             "module's own labels and options. Leave the others out, or leave module out to cut another."
         )
-    names = [parent.config.names[index] for index in own_ids]
-    is_same = (own.base_class, own_names) == (parent.config.base_class, names)
+    is_same = may_come_from(module, parent)
     plan = make_plan(parent, own_ids, **options) if own.extraction is None else None
     if is_same and plan is not None:
         kept = {entry["key"]: entry.get("kept", plan.counts.get(entry["key"])) for entry in own.sites or []}
@@ -226,6 +226,18 @@ def _plan_of(module: NeMoPreTrainedModel, parent: NeMoPreTrainedModel, labels: A
             "expected a module of this parent as it is now. Load the parent that it was cut from, or cut it anew."
         )
     return plan
+
+
+def may_come_from(module: NeMoPreTrainedModel, origin: PreTrainedModel) -> bool:
+    """Whether a module can have been cut from a parent or plain model: one of its class, with its labels."""
+    own = module.config
+    if isinstance(origin, NeMoPreTrainedModel):
+        base_class, names = origin.config.base_class if origin.is_parent else None, origin.config.names
+    else:
+        base_class, names = type(origin).__name__, label_names(origin)
+    return base_class == own.base_class and list(own.names.values()) == [
+        names.get(each) for each in own.label_ids or ()
+    ]
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ MOST_PAIRS = 20  # of groups or labels, where there is a summary
 MOST_COMPARED = 2000  # groups with each other
 LARGEST_PICKER = 650_000  # bytes of labels and neurons in the page, above which they are left out
 NOTHING_SAID: dict[str, Any] = {"dataset": None, "split": None, "seed": None, "cut_samples": [], "is_example": False}
-KINDS = {"ffn": "feed-forward", "attention": "attention", "conv": "convolution"}
+SITE_KINDS = {"ffn": "feed-forward", "attention": "attention", "conv": "convolution"}
+OF_NO_DATA = ("latency_ms", "parent_latency_ms", "latency_note", "device", "parent_megabytes")  # in a report
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Measured:
         kept_at: Place of `module` among the points; `None` if it is none of them.
         about: What the data are called, `dataset` and `split`; the `seed`; the least and the most `cut_samples` that
             modules and controls are cut on; whether the labels are an example, since nobody named any (`is_example`).
+        is_reported: Whether the module's report is of the same data as `answers`.
     """
 
     module: NeMoPreTrainedModel | None = None
@@ -52,6 +54,7 @@ class Measured:
     points: Sequence[Mapping[str, Any]] = ()
     kept_at: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    is_reported: bool = False
 
 
 def page_facts(
@@ -70,6 +73,7 @@ def page_facts(
     if sited is None and origin is not None:
         sited = static_parent(origin)
     names = list((sited or model).config.names.values())
+    report = _report(module, measured)
     facts: dict[str, Any] = {
         "role": role,
         "title": words["title"],
@@ -80,12 +84,12 @@ def page_facts(
         "origin": _size(origin) if origin is not None else None,
         "of_labels": len(names) if origin is not None else None,
         "module": _module_facts(module) if module is not None else None,
-        "report": module.report if module is not None else None,
+        "report": report,
         "points": list(measured.points),
         "kept_at": measured.kept_at,
         "samples": measured.answers.samples if measured.answers else None,
         "confusion": _confusion(module, measured.answers),
-        "rejection": _rejection(module, measured.answers),
+        "rejection": _rejection(report, measured.answers),
         "about": {**NOTHING_SAID, **measured.about},
         "neurons": _neurons(parent, module),
         "overlap": _overlap(parent),
@@ -138,7 +142,7 @@ def _site_names(model: NeMoPreTrainedModel) -> list[list[str]]:
     found = []
     for site in model.sites:
         seen[site.kind] += 1
-        found.append([f"{KINDS.get(site.kind, site.kind)} {seen[site.kind]}", site.name])
+        found.append([f"{SITE_KINDS.get(site.kind, site.kind)} {seen[site.kind]}", site.name])
     return found
 
 
@@ -242,12 +246,20 @@ def _confusion(module: NeMoPreTrainedModel | None, answers: ModuleAnswers | None
     return {"labels": labels, "mistakes": mistakes, "lowest": lowest}
 
 
-def _rejection(module: NeMoPreTrainedModel | None, answers: ModuleAnswers | None) -> dict[str, Any] | None:
-    """The rejection curve, with the place of the module's own threshold, or what its report holds."""
-    found = dict(answers.rejection) if answers else {}
-    if module is None or not found:
+def _report(module: NeMoPreTrainedModel | None, measured: Measured) -> dict[str, Any] | None:
+    """The module's report; beside answers on other data, these, and what of the report depends on no data."""
+    report, answers = (None if module is None else module.report), measured.answers
+    if module is None or answers is None or measured.is_reported:
+        return report
+    kept = {name: value for name, value in (report or {}).items() if name in OF_NO_DATA}
+    return {**kept, "accuracy": answers.accuracies.get("module"), "samples": answers.samples}
+
+
+def _rejection(report: Mapping[str, Any] | None, answers: ModuleAnswers | None) -> dict[str, Any] | None:
+    """The rejection curve, with the place of the module's own threshold if its report is of the same data."""
+    if report is None or answers is None or not answers.rejection:
         return None
-    return {**found, "chosen": (module.report or {}).get("rejection")}
+    return {**answers.rejection, "chosen": report.get("rejection")}
 
 
 def _picker(

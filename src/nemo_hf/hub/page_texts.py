@@ -8,7 +8,7 @@ KINDS = {
     "restricted": "whole model, choosing among these labels",
     "accuracy": "module",
     "raw": "module before reconstruction",
-    "random": "as many random neurons",
+    "random": "random neurons of the same size",
     "other": "module of other labels",
     "empty": "no neurons",
 }
@@ -16,16 +16,20 @@ KINDS = {
 
 def known_accuracies(facts: Mapping[str, Any]) -> dict[str, float]:
     """Shares of right answers of the page's module, its whole model and controls, by kind, as far as they are known."""
-    report = facts["report"] or {}
-    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
-    found = {
-        "accuracy": report.get("accuracy", validation.get("accuracy")),
-        "restricted": report.get("parent_restricted_accuracy", validation.get("source_accuracy")),
-        **(report.get("controls") or {}),
-    }
+    report, validation = facts["report"] or {}, _validation(facts)
+    found: dict[str, Any] = {"accuracy": validation.get("accuracy"), "restricted": validation.get("source_accuracy")}
+    if "accuracy" in report:
+        restricted, controls = report.get("parent_restricted_accuracy"), report.get("controls") or {}
+        found = {"accuracy": report["accuracy"], "restricted": restricted, **controls}
     if facts["kept_at"] is not None:
         found |= facts["points"][facts["kept_at"]]
     return {kind: found[kind] for kind in KINDS if found.get(kind) is not None}
+
+
+def _validation(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the cut measured of the module; nothing if it was trained further since then."""
+    module = facts["module"] or {}
+    return {} if module.get("is_tuned") else (module.get("extraction") or {}).get("validation") or {}
 
 
 def curve_rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -40,8 +44,7 @@ def curve_rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def measured_on(facts: Mapping[str, Any]) -> int | None:
     """Number of samples that the accuracies which the module brought along are of."""
-    validation = ((facts["module"] or {}).get("extraction") or {}).get("validation") or {}
-    return (facts["report"] or {}).get("samples", validation.get("samples"))
+    return (facts["report"] or {}).get("samples", _validation(facts).get("samples"))
 
 
 def rejection_rows(found: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -74,7 +77,7 @@ def headline(facts: Mapping[str, Any]) -> tuple[str, str]:
     if "restricted" in known:
         beside.append(f"the whole model, choosing among the same labels, reaches {known['restricted']:.1%}")
     if "random" in known:
-        beside.append(f"as many random neurons reach {known['random']:.1%}")
+        beside.append(f"random neurons of the same size reach {known['random']:.1%}")
     compared = "; ".join(beside)
     return f"{text}.", f"{compared[0].upper()}{compared[1:]}." if beside else ""
 
@@ -100,7 +103,7 @@ def key_figures(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         beside = f"whole model {known['restricted']:.1%}" if "restricted" in known else ""
         found.append(("right answers", f"{known['accuracy']:.1%}", beside))
     if "random" in known:
-        found.append(("random neurons", f"{known['random']:.1%}", "as many of them"))
+        found.append(("random neurons", f"{known['random']:.1%}", "of the same size"))
     auroc = (facts["rejection"] or (facts["report"] or {}).get("rejection") or {}).get("auroc")
     found += [("AUROC of rejection", f"{auroc:.3f}", "own samples from others")] if auroc is not None else []
     if rows := latency_rows(facts["report"]):
@@ -115,6 +118,8 @@ def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]
     data = "--dataset DATA"
     both = f"{data} and --parent SOURCE" if is_module else data
     cuts = f"{data}{'' if is_module else ', which cuts modules'}"
+    has_others = facts["module"] is not None and len(facts["module"]["labels"]) != facts["of_labels"]
+    lacks_other = has_others and bool(facts["points"]) and all(row.get("other") is None for row in facts["points"])
     has_several = facts["samples"] is not None and facts["confusion"] is None
     lacks = {
         "A choice of labels": (
@@ -125,6 +130,7 @@ def unknown(facts: Mapping[str, Any], has_picker: bool) -> list[tuple[str, str]]
         ),
         "Accuracy": ("restricted" in found, f"beside the whole model is measured by {both}."),
         "Accuracy over size": (bool(facts["points"]), f"with controls is measured by {both}, which cuts modules."),
+        "A control of other labels": (not lacks_other, "needs labelled samples of them to cut on."),
         "Mistakes among the labels": (
             facts["confusion"] is not None,
             "are counted where each sample has one label." if has_several else f"are counted by {data}.",

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from nemo_hf.config import LabelLike
 from nemo_hf.evaluation.controls import cut_beside_controls, measure_answers
-from nemo_hf.evaluation.report import evaluate_module
+from nemo_hf.evaluation.report import evaluate_module, may_come_from
 from nemo_hf.models.atomic_writes import write_text
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.composed_model import NeMoComposedModel
@@ -51,7 +51,7 @@ def write_report_page(
     batches: Iterable[Mapping[str, Any]] | None = None,
     calibration: Any = None,
     labels: LabelLike | Sequence[LabelLike] | None = None,
-    retentions: Sequence[float] = RETENTIONS,
+    retentions: float | Sequence[float] | None = None,
     processing_class: Any = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -68,11 +68,11 @@ def write_report_page(
         path: File to write, whole or not at all.
         origin: Of a module: the parent or plain model that it was cut from.
         batches: Batches of model inputs with `labels`, label ids of the model that modules are cut from, of held-out
-            data; they are run through more than once. A module carries the measured report from then on.
+            data, which can be run through more than once. A module carries the measured report from then on.
         calibration: Samples to cut modules on at several sizes, as in `extract_module`, beside controls.
-        labels: Labels or groups of these modules; `None` takes those of the module, else the first group of several
-            labels, or the first labels: a tenth of them, from 5 to 16.
-        retentions: Shares of the weights that these modules keep.
+        labels: Labels or groups of these modules; `None` takes the first group of several labels, or the first labels:
+            a tenth of them, from 5 to 16. Modules beside a module always have its labels.
+        retentions: Shares of the weights that these modules keep, or one of them; `None` means 0.4, 0.2 and 0.1.
         processing_class: As in `extract_module`.
         seed: Of the controls.
         show_progress: Whether to show a progress bar.
@@ -80,12 +80,12 @@ def write_report_page(
             `cut`, a list of words for `nemo-hf cut`, by which it finds samples, and the data's `dataset` and `split`.
 
     Raises:
-        TypeError: If `model` is joined from modules, or no model.
+        TypeError: If `model` is joined from modules, or no model, or data can be read only once.
         ValueError: If something doesn't fit: labels or data without them, samples without a model to cut, a module of
-            another model.
+            another model, or labels or retentions where nothing is cut for them.
         IsADirectoryError: If `path` is a directory.
     """
-    check_page(model, path, origin, calibration, batches)
+    check_page(model, path, origin, calibration, batches, labels, retentions)
     module = model if isinstance(model, NeMoPreTrainedModel) and not model.is_parent else None
     source = model if module is None else origin
     about = {"batches": batches, "calibration": calibration, "labels": labels, "retentions": retentions}
@@ -101,23 +101,55 @@ def write_report_page(
 
 def write_page(facts: Mapping[str, Any], path: str | Path) -> None:
     """Writes the page of some facts, whole or not at all."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"Got {str(path)!r}, which is a directory; expected a file. Name one.")
+    check_file(path)
     write_text(path, render_page(facts))
 
 
-def check_page(model: Any, path: str | Path, origin: Any = None, calibration: Any = None, batches: Any = None) -> None:
+def check_file(path: str | Path) -> None:
+    """Refuses a directory in place of the page's file."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"Got {str(path)!r}, which is a directory; expected a file. Name one.")
+
+
+def check_page(
+    model: Any, path: str | Path, origin: Any = None, calibration: Any = None, batches: Any = None, labels: Any = None,
+    retentions: Any = None,
+) -> None:  # fmt: skip
     """Refuses what there can be no page of, before anything is measured."""
     if isinstance(model, NeMoComposedModel) or not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"Got a {type(model).__name__}; expected a parent, a module or a plain classifier. Write a page for each "
             "of its modules."
         )
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"Got {str(path)!r}, which is a directory; expected a file. Name one.")
-    is_module = isinstance(model, NeMoPreTrainedModel) and not model.is_parent
-    if origin is not None and not is_module:
+    check_file(path)
+    module = model if isinstance(model, NeMoPreTrainedModel) and not model.is_parent else None
+    if origin is not None:
+        _check_origin(module, origin)
+    if labels is not None and module is not None:
+        raise ValueError("Got labels for the page of a module; expected none: it is about its own. Leave them out.")
+    if (labels is not None or retentions is not None) and calibration is None:
+        got = "retentions" if labels is None else "labels"
+        raise ValueError(f"Got {got} without samples to cut on; expected both. Pass calibration=, or leave {got} out.")
+    _check_data(module is not None, origin, calibration, batches)
+
+
+def _check_origin(module: NeMoPreTrainedModel | None, origin: Any) -> None:
+    if module is None:
         raise ValueError("Got an origin of a model that is no module; expected none. Leave it out.")
+    if not isinstance(origin, PreTrainedModel) or not may_come_from(module, origin):
+        raise ValueError(
+            f"Got an origin of another class or other labels than the module, a {module.config.base_class} with "
+            f"{list(module.config.names.values())}; expected the model that it was cut from. Pass that one."
+        )
+
+
+def _check_data(is_module: bool, origin: Any, calibration: Any, batches: Any) -> None:
+    for name, data in (("calibration", calibration), ("batches", batches)):
+        if isinstance(data, Iterator):
+            raise TypeError(
+                f"Got {name} that can be read only once, a {type(data).__name__}; expected data to run through several "
+                f"times. Pass a DataLoader or a list, such as list({name})."
+            )
     if calibration is not None and is_module and origin is None:
         raise ValueError(
             "Got samples to cut on and a module without origin; expected the model that it was cut from. Pass origin=."
@@ -143,7 +175,7 @@ def measure_page(
     batches: Iterable[Mapping[str, Any]] | None = None,
     calibration: Any = None,
     labels: LabelLike | Sequence[LabelLike] | None = None,
-    retentions: Sequence[float] = RETENTIONS,
+    retentions: float | Sequence[float] | None = None,
     processing_class: Any = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -156,7 +188,9 @@ def measure_page(
     if origin is not None and calibration is not None:
         ids = list(module.config.label_ids or ()) if module is not None else chosen_labels(origin, labels)
         options = {"processing_class": processing_class, "max_samples": CUT_SAMPLES, "show_progress": show_progress}
-        cuts = cut_beside_controls(origin, ids, calibration, sorted(retentions, reverse=True), seed, **options)
+        asked = RETENTIONS if retentions is None else retentions
+        shares = sorted(asked, reverse=True) if isinstance(asked, Iterable) else [asked]
+        cuts = cut_beside_controls(origin, ids, calibration, shares, seed, **options)
         samples = [(each.config.extraction or {})["samples"] for found in cuts for each in found.values()]
         own = {"cut_samples": sorted({min(samples), max(samples)}), "is_example": module is None and labels is None}
         about = {**(about or {}), **own}
@@ -172,7 +206,7 @@ def measure_page(
     answers = measure_answers(module, others, tqdm(batches, desc="Answers", leave=False, disable=not show_progress))
     restricted = (module.report or {}).get("parent_restricted_accuracy")
     points = [_point(place, found, answers.accuracies, restricted) for place, found in enumerate(cuts)]
-    return Measured(module, answers, points, kept_at, about or {})
+    return Measured(module, answers, points, kept_at, about or {}, is_reported=origin is not None)
 
 
 def _point(
