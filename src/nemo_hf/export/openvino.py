@@ -10,13 +10,15 @@ from torch import Tensor
 
 from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.files import EXPORTED_FILES
 
-from .agreement import MIN_AGREEMENT, Agreement, Inputs
+from .agreement import Agreement, Inputs
 from .onnx_quantization import check_width
 from .plain_files import check_place, write_companions
 from .tracing import compare_outputs, prepared, trace
 
-OPENVINO_NAME = "openvino_model.xml"
+OPENVINO_NAME = EXPORTED_FILES["openvino"]
+STALE = ("openvino_model.*",)
 OPENVINO_PACKAGES = ("openvino", "onnx", "onnxscript")
 LARGEST = 127  # of 8-bit weights
 SMALLEST = 512  # numbers of a tensor whose weights are quantized
@@ -42,7 +44,7 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
     *,
     quantize: str | None = None,
     calibration: Any = None,
-    min_agreement: float = MIN_AGREEMENT,
+    min_agreement: float | None = None,
 ) -> OpenVinoExport:
     """Writes a module as `openvino_model.xml` and `.bin` with its processor's files and a plain `config.json`.
 
@@ -55,24 +57,25 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
         quantize: `"int8"` for weights of linear layers, embeddings and convolutions in 8 bits, with a scale for each
             output or row; `None` for float32.
         calibration: Samples to compare answers on, as in `export_onnx`.
-        min_agreement: Share of these samples, in [0, 1], whose answer must be the module's, as in `export_onnx`.
+        min_agreement: Share of equal answers, in [0, 1], as in `export_onnx`.
 
     Returns:
         Inputs, outputs, the largest difference in float32, and how the answers agree with the module's.
 
     Raises:
         ValueError: If this is a parent, has texts but no padding token, `inputs` are fewer than 2 samples, an argument
-            is out of range, or the directory holds weights with another config.json.
+            is out of range, `min_agreement` comes without calibration samples, or the directory holds weights with
+            another config.json.
         ImportError: If openvino, onnx or onnxscript is missing.
         UnsupportedArchitectureError: If the model can't be traced, or OpenVINO computes something else.
     """
     check_width(quantize, ("int8",))
     ready = prepared(module, inputs, calibration, min_agreement, OPENVINO_PACKAGES, "openvino")
-    check_place(Path(directory), ready.config)
+    check_place(Path(directory), ready.config, STALE)
     import openvino
 
     agreement = None
-    with replaced_directory(directory, stale=("openvino_model.*",)) as temporary, scratch_directory() as scratch:
+    with replaced_directory(directory, stale=STALE) as temporary, scratch_directory() as scratch:
         traced, path = Path(scratch, "model.onnx"), Path(temporary, OPENVINO_NAME)
         trace(ready, traced)
         model = openvino.Core().read_model(traced)
@@ -82,7 +85,7 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
             _quantize(model)
         openvino.save_model(model, path, compress_to_fp16=False)
         if quantize or ready.samples:
-            agreement = ready.measured(OpenVinoRunner(path, threads), "openvino", quantize, min_agreement)
+            agreement = ready.measured(OpenVinoRunner(path, threads), "openvino", quantize)
         size = sum(file.stat().st_size for file in temporary.iterdir())
         write_companions(module, ready.config, temporary)
     return OpenVinoExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.batches import sample_count
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.head_outputs import NeMoOutput, answers
@@ -25,9 +26,9 @@ from nemo_hf.models.rejection import add_rejection
 from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
-from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.trial_inputs import random_inputs, trial_inputs
 
-from .agreement import Agreement, Inputs, check_agreement, check_share, in_float32, measure_agreement, read_samples
+from .agreement import Agreement, Inputs, check_agreement, in_float32, measure_agreement, needed_share, read_samples
 from .plain_files import OTHER_WAYS, check_is_module, plain_config
 
 Free = Mapping[str, Mapping[int, str]]  # names of the dimensions of inputs that may have any size
@@ -48,6 +49,7 @@ class Traceable:
     free: Free
     outputs: list[str]
     samples: list[dict[str, Tensor]] | None  # batches of calibration samples
+    needed: float  # share of equal answers to these
 
     @property
     def shapes(self) -> dict[str, list[Any]]:
@@ -59,7 +61,7 @@ class Traceable:
         """Whether the weights need a file of their own."""
         return size_in_bytes(self.exact.parameters()) > LARGEST_FILE
 
-    def measured(self, run: Runner, file: str, quantize: str | None, needed: float) -> Agreement:
+    def measured(self, run: Runner, file: str, quantize: str | None) -> Agreement:
         """Compares answers on the calibration samples, or on random inputs, and keeps what was found in the config."""
         batches = [traced_inputs(self.exact)] if self.samples is None else self.samples
 
@@ -67,18 +69,18 @@ class Traceable:
             return dict(zip(self.outputs, run(**batch), strict=True))
 
         found = measure_agreement(self.exact, named, batches, are_random=self.samples is None)
-        check_agreement(found, needed, f"a file for {file}{f' in {quantize}' if quantize else ''}")
-        self.config.export = {"format": file, "quantize": quantize, **asdict(found)}
+        check_agreement(found, self.needed, f"a file for {file}{f' in {quantize}' if quantize else ''}")
+        self.config.export = {**getattr(self.config, "export", {}), file: {"quantize": quantize, **asdict(found)}}
         return found
 
 
 def prepared(
-    module: NeMoPreTrainedModel, inputs: Inputs | None, calibration: Any, min_agreement: float,
+    module: NeMoPreTrainedModel, inputs: Inputs | None, calibration: Any, min_agreement: float | None,
     packages: Sequence[str], extra: str,
 ) -> Traceable:  # fmt: skip
     """A module ready to be traced; what can't be is refused."""
     check_is_module(module)
-    check_share(min_agreement)
+    needed = needed_share(min_agreement, calibration)
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(
             f"Got no {' and no '.join(missing)}; expected these packages. Run: pip install 'nemo-hf[{extra}]'"
@@ -91,7 +93,7 @@ def prepared(
     if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
         exact.set_attn_implementation("eager")
     samples = None if calibration is None else read_samples(exact, calibration)
-    if inputs is not None and len(next(iter(inputs.values()))) < 2:
+    if inputs is not None and sample_count(inputs := trial_inputs(exact, inputs)) < 2:
         raise ValueError("Got one sample to trace with; expected at least 2. Pass more, or none for random ones.")
     if inputs is None:
         first = next((batch for batch in samples or () if len(next(iter(batch.values()))) > 1), None)
@@ -107,7 +109,7 @@ def prepared(
     boxes = ["pred_boxes"] if module.task == "object-detection" else []
     outputs = ["logits", *boxes, *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
-    return Traceable(exact, _rejecting_config(module), inputs, free, outputs, samples)
+    return Traceable(exact, _rejecting_config(module), inputs, free, outputs, samples, needed)
 
 
 def _rejecting_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
