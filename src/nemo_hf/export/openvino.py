@@ -1,6 +1,5 @@
 """Exports modules to OpenVINO, and checks what it computes before the files are moved into place."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.files import EXPORTED_FILES
 
-from .agreement import Agreement, Inputs
+from .agreement import Inputs
 from .onnx_quantization import check_width
-from .plain_files import check_place, write_companions
-from .tracing import compare_outputs, prepared, trace
+from .tracing import FileExport, compare_outputs, prepared, trace, write_export
 
 OPENVINO_NAME = EXPORTED_FILES["openvino"]
 STALE = ("openvino_model.*",)
@@ -23,18 +20,6 @@ OPENVINO_PACKAGES = ("openvino", "onnx", "onnxscript")
 LARGEST = 127  # of 8-bit weights
 SMALLEST = 512  # numbers of a tensor whose weights are quantized
 READERS = {"MatMul", "Gather", "Convolution", "GroupConvolution"}
-
-
-@dataclass(frozen=True)
-class OpenVinoExport:
-    """What `export_openvino` wrote."""
-
-    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
-    outputs: list[str]  # as those of `export_onnx`
-    difference: float  # largest between OpenVINO's outputs and the module's, in float32, before any quantization
-    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
-    agreement: Agreement | None  # of the files' answers; None for files in float32 without calibration samples
-    bytes: int  # of openvino_model.xml and openvino_model.bin
 
 
 def export_openvino(  # noqa: D417 - a method of parents and modules
@@ -45,7 +30,7 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
     quantize: str | None = None,
     calibration: Any = None,
     min_agreement: float | None = None,
-) -> OpenVinoExport:
+) -> FileExport:
     """Writes a module as `openvino_model.xml` and `.bin` with its processor's files and a plain `config.json`.
 
     OpenVINO converts the traced ONNX file; inputs, outputs, rejection and the comparison are those of `export_onnx`.
@@ -71,24 +56,19 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
     """
     check_width(quantize, ("int8",))
     ready = prepared(module, inputs, calibration, min_agreement, OPENVINO_PACKAGES, "openvino")
-    check_place(Path(directory), ready.config, STALE)
     import openvino
 
-    agreement = None
-    with replaced_directory(directory, stale=STALE) as temporary, scratch_directory() as scratch:
-        traced, path = Path(scratch, "model.onnx"), Path(temporary, OPENVINO_NAME)
+    def write(temporary: Path, scratch: Path) -> Any:
+        traced, path, threads = scratch / "model.onnx", temporary / OPENVINO_NAME, torch.get_num_threads()
         trace(ready, traced)
         model = openvino.Core().read_model(traced)
-        threads = torch.get_num_threads()
-        difference, tolerance = compare_outputs(ready, OpenVinoRunner(model, threads, INFERENCE_PRECISION_HINT="f32"))
+        compared = compare_outputs(ready, OpenVinoRunner(model, threads, INFERENCE_PRECISION_HINT="f32"))
         if quantize:
             _quantize(model)
         openvino.save_model(model, path, compress_to_fp16=False)
-        if quantize or ready.samples:
-            agreement = ready.measured(OpenVinoRunner(path, threads), "openvino", quantize)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
-        write_companions(module, ready.config, temporary)
-    return OpenVinoExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)
+        return compared, lambda: OpenVinoRunner(path, threads)
+
+    return write_export(module, ready, directory, STALE, "openvino", quantize, write)
 
 
 class OpenVinoRunner:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
 from nemo_hf.models.batches import sample_count
 from nemo_hf.models.equivalence import as_saved
@@ -29,7 +30,7 @@ from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
 from nemo_hf.neurons.trial_inputs import random_inputs, trial_inputs
 
 from .agreement import Agreement, Inputs, check_agreement, in_float32, measure_agreement, needed_share, read_samples
-from .plain_files import OTHER_WAYS, check_is_module, plain_config
+from .plain_files import OTHER_WAYS, check_is_module, check_place, plain_config, write_companions
 
 Free = Mapping[str, Mapping[int, str]]  # names of the dimensions of inputs that may have any size
 Runner = Callable[..., list[Tensor]]  # gives a file's outputs for inputs by name
@@ -37,6 +38,18 @@ Runner = Callable[..., list[Tensor]]  # gives a file's outputs for inputs by nam
 TOLERANCE = 1e-4  # share of the largest logit: the kernels of other runtimes sum in another order
 LARGEST_FILE = 1_500_000_000  # bytes of weights; an ONNX file holds at most 2 GB, so more go to a file of their own
 TRACED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class FileExport:
+    """What `export_onnx` or `export_openvino` wrote."""
+
+    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
+    outputs: list[str]  # "logits", of detectors "pred_boxes", and of calibrated modules "rejection_scores"
+    difference: float  # largest between the runtime's outputs and the module's, in float32, before any quantization
+    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
+    agreement: Agreement | None  # of the file's answers; None for a file in float32 without calibration samples
+    bytes: int  # of the file, and of its weights if they are in a file of their own
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,23 @@ class Traceable:
         check_agreement(found, self.needed, f"a file for {file}{f' in {quantize}' if quantize else ''}")
         self.config.export = {**getattr(self.config, "export", {}), file: {"quantize": quantize, **asdict(found)}}
         return found
+
+
+def write_export(
+    module: NeMoPreTrainedModel, ready: Traceable, directory: str | Path, stale: Sequence[str], form: str,
+    quantize: str | None, write: Callable[[Path, Path], tuple[tuple[float, float], Callable[[], Runner]]],
+) -> FileExport:  # fmt: skip
+    """Puts an exported file with its companions in place of those that match `stale`, once it is compared.
+
+    `write` gets the new directory and one for scratch, and returns what `compare_outputs` does and what opens the file.
+    """
+    check_place(Path(directory), ready.config, stale)
+    with replaced_directory(directory, stale=stale) as temporary, scratch_directory() as scratch:
+        (difference, tolerance), opened = write(temporary, scratch)
+        agreement = ready.measured(opened(), form, quantize) if quantize or ready.samples else None
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+        write_companions(module, ready.config, temporary)
+    return FileExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)
 
 
 def prepared(
