@@ -137,7 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output-dir", required=True, help="directory of the export")
     add("--format", choices=FORMATS, default="plain", help="format of the export (default: plain)")
     add("--quantize", choices=WIDTHS, help="ONNX and OpenVINO: bits of the weights (default: float32)")
-    add("--min-agreement", type=float, metavar="SHARE", help="with --dataset: share of equal answers (default: 0.98)")
+    text = "with --dataset: share of the samples whose answer must be the module's (default: 0.98)"
+    add("--min-agreement", type=float, metavar="SHARE", help=text)
 
     inputs = [_data_options(is_required=True), cutting, on_samples]
     add = command("evaluate", "measure modules beside their parent and controls", parents=inputs)

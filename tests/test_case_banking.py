@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import shutil
 import socket
 import threading
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import LABELS, example_script, fresh, tokenizer
+from conftest import LABELS, TEXT, example_script, fresh, tiny, tokenizer
 from sklearn.metrics import roc_auc_score
 
 import nemo_hf
@@ -178,6 +179,29 @@ def test_many_clients_at_once_each_get_their_own_answers(endpoint):
     for thread in threads:
         thread.join()
     assert list(found.values()) == [expected] * 6
+
+
+@pytest.mark.parametrize("longest", [20, 10**30, None])
+def test_texts_are_cut_to_what_the_tokenizer_says_and_the_model_has(longest, module, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    options = json.loads((saved / "tokenizer_config.json").read_text())
+    options = {**options, "model_max_length": longest} if longest else {"pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    check_as_module(serve.Classifier(str(tmp_path))(TEXTS), module, TEXTS)
+
+
+def test_a_model_with_fewer_positions_than_its_configuration_says_takes_long_texts(tmp_path):
+    words = tokenizer()
+    model = tiny("RobertaForSequenceClassification", **{**TEXT, "max_position_embeddings": 25})
+    words.model_max_length = 24
+    texts = [text(index) for index in range(40)]
+    batch = {**words(texts, padding=True, return_tensors="pt"), "labels": torch.arange(40) % 5}
+    module = nemo_hf.extract_module(model, OWN, [batch], 0.5, processing_class=words, show_progress=False)
+    module.save_pretrained(tmp_path)
+    (answer,) = serve.Classifier(str(tmp_path))(["w1 " * 100])
+    with torch.no_grad():
+        output = module(**words("w1 " * 100, truncation=True, return_tensors="pt"))
+    assert answer["rejection_score"] == pytest.approx(output.rejection_scores.item(), abs=1e-4)
 
 
 def test_a_module_without_calibration_is_not_served(tmp_path, monkeypatch):

@@ -133,6 +133,11 @@ def test_onnx_gives_logits_and_rejection_scores_for_any_batch(tmp_path):
     samples = torch.stack([sample["pixel_values"] for sample in image_samples(2)]).bfloat16()
     with pytest.raises(ValueError, match=r"Got one sample to trace with; expected at least 2\. Pass more"):
         module.export_onnx(tmp_path, {"pixel_values": samples[:1]})
+    for export in (module.export_onnx, module.export_openvino, module.save_plain):
+        for wrong in ({}, {"labels": torch.zeros(2)}, {"pixel_values": samples[:0]}, {"pixel_values": [[1.0]]}):
+            with pytest.raises(ValueError, match=r"Got the inputs .*; expected tensors by name, of one sample or more"):
+                export(tmp_path / "none", wrong)
+    assert list(tmp_path.iterdir()) == []
     export = module.export_onnx(tmp_path, {"pixel_values": samples})  # of another precision than the module's
     assert export.difference < 1e-4
     assert (export.inputs, export.outputs) == ({"pixel_values": ["batch", 3, 16, 16]}, ["logits", "rejection_scores"])

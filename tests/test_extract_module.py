@@ -295,7 +295,7 @@ BAD = {
     "module": (lambda: {"model": parent_of("bert").extract_module([0, 1])}, "module"),
     "groups": (lambda: {"label_groups": {"pets": ["cat", "dog"]}}, "car"),
     "positions": (lambda: {"max_positions": 3}, "processor|tokenizer"),
-    "fewer positions": (lambda: {"max_positions": 3, "processing_class": tokenizer()}, "expected at least"),
+    "fewer positions": (lambda: {"max_positions": 3, "processing_class": tokenizer()}, "expected from 12, the"),
     "vocabulary of images": (
         lambda: {"model": fresh("vit"), "calibration": batches_for("vit"), "vocabulary": "shared"},
         "no token ids",
@@ -315,6 +315,17 @@ def test_bad_input_is_refused_with_what_to_do(name):
     }
     with pytest.raises((ValueError, TypeError), match=message):
         extract_module(**options, show_progress=False)
+
+
+@pytest.mark.parametrize(("family", "length"), [("llama", 16), ("bert", 3), ("bert", 1000), ("bert", 16.0)])
+@pytest.mark.parametrize("make", [fresh, parent_of])
+def test_positions_that_can_not_be_shortened_are_refused_before_the_cut(make, family, length, monkeypatch):
+    monkeypatch.setattr("nemo_hf.models.calibrated_cut.prepare_source", None)
+    match = (
+        r"Got max_positions=16 for a Llama.* tables \[\]; exp" if family == "llama" else r"Got max_pos.*; expected from"
+    )
+    with pytest.raises(ValueError, match=match):
+        cut(make(family), batches_for(family), processing_class=tokenizer(), max_positions=length)
 
 
 def test_numbers_in_samples_must_be_finite():

@@ -17,10 +17,11 @@ from test_exporting import cut_module
 from torch.utils.data import DataLoader
 
 from nemo_hf import UnsupportedArchitectureError, calibrate_rejection, extract_module
-from nemo_hf.export.agreement import check_agreement, measure_agreement
+from nemo_hf.export.agreement import check_agreement, measure_agreement, read_samples
 from nemo_hf.export.onnx import OnnxRunner
 from nemo_hf.export.openvino import OpenVinoRunner
 from nemo_hf.export.tracing import trace
+from nemo_hf.models.batches import sample_count
 from nemo_hf.models.rejection import energy, rejection_scores
 from nemo_hf.neurons.trial_inputs import random_inputs
 
@@ -90,8 +91,8 @@ def test_files_of_linear_layers_are_smaller_and_answer_as_the_module(width, kind
     )
     embedding = max(onnx.load(tmp_path / "model.onnx").graph.initializer, key=lambda tensor: max(tensor.dims or [0]))
     assert embedding.data_type != onnx.TensorProto.FLOAT  # the largest table is the vocabulary's
-    config = json.loads((tmp_path / "config.json").read_text())["export"]
-    assert (config["format"], config["quantize"], config["agreement"]) == ("onnx", width, 1.0)
+    config = json.loads((tmp_path / "config.json").read_text())["export"]["onnx"]
+    assert (config["quantize"], config["agreement"]) == (width, 1.0)
     assert str(Path(__file__).parents[1]).encode() not in written
     batch = random_inputs(module)
     run = OnnxRunner(tmp_path / "model.onnx", 1)
@@ -142,6 +143,33 @@ def test_files_below_the_agreement_are_refused_and_the_old_ones_stay(method, tmp
     assert contents(tmp_path) != before
 
 
+def test_formats_of_one_module_share_a_directory_and_other_modules_stay_out(tmp_path):
+    parent = copy.deepcopy(cut_module("vit", "scatter"))
+    module, other = parent, copy.deepcopy(parent)
+    other.config.label2id = {"cat": 0, "car": 1}
+    other.config.id2label = {0: "cat", 1: "car"}
+    exact = {"quantize": "int8", "calibration": [pixels(9)], "min_agreement": 0}
+    module.export_onnx(tmp_path, **exact)
+    onnx_alone = json.loads((tmp_path / "config.json").read_text())["export"]
+    module.export_openvino(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["export"] == onnx_alone
+    module.export_openvino(tmp_path, **exact)
+    both = json.loads((tmp_path / "config.json").read_text())["export"]
+    assert (set(both), both["onnx"]) == ({"onnx", "openvino"}, onnx_alone["onnx"])
+    before = contents(tmp_path)
+    for method, names in (("export_onnx", "openvino_model.xml"), ("export_openvino", "model.onnx")):
+        with pytest.raises(ValueError, match=rf"with another config.json \({names}\); expected"):
+            getattr(other, method)(tmp_path)
+    calibrate_rejection(module, DataLoader(image_samples(30), batch_size=15), show_progress=False)
+    with pytest.raises(ValueError, match=r"with another config.json \(model.onnx\); expected"):
+        module.export_openvino(tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / "openvino_model.xml").unlink()
+    other.export_onnx(tmp_path)  # in place of the only other weights
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["id2label"], "export" in config) == ({"0": "cat", "1": "car"}, False)
+
+
 @pytest.mark.parametrize("width", [None, "int8"])
 def test_openvino_gives_logits_and_rejection_scores_for_any_batch(width, tmp_path):
     module = cut_module("vit", "scatter")
@@ -154,7 +182,7 @@ def test_openvino_gives_logits_and_rejection_scores_for_any_batch(width, tmp_pat
     assert str(tmp_path).encode() not in (tmp_path / "openvino_model.xml").read_bytes()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rejection"]["threshold"] == module.config.rejection["threshold"]
-    assert (config["export"]["quantize"], config["export"]["samples"]) == (width, 9)
+    assert (config["export"]["openvino"]["quantize"], config["export"]["openvino"]["samples"]) == (width, 9)
     run = OpenVinoRunner(tmp_path / "openvino_model.xml", 1, INFERENCE_PRECISION_HINT="f32")
     for count in (1, 7):
         right = logits(module, {"pixel_values": samples[:count]})[:, :2]
@@ -185,14 +213,43 @@ def test_agreement_is_the_share_of_equal_answers_by_a_plain_loop():
         check_agreement(random, 0.0, "a file")
 
 
-def test_labelled_samples_of_others_count_only_where_the_module_rejects_them(tmp_path):
+def test_labelled_samples_of_others_count_only_where_the_module_rejects_them(tmp_path, monkeypatch):
     module = cut_module("vit")
     samples = image_samples(30)
     own = sum(int(sample["labels"]) in module.config.label_ids for sample in samples)
     assert 0 < own < 30
-    assert module.export_onnx(tmp_path, calibration=samples).agreement.samples == own
+    found = module.export_onnx(tmp_path, calibration=samples).agreement
+    assert (found.samples, found.accepted_samples, found.accepted_agreement) == (own, own, found.agreement)
     calibrate_rejection(module, DataLoader(samples, batch_size=15), show_progress=False)
     assert module.export_onnx(tmp_path, calibration=samples).agreement.samples == 2 * own  # as many others
+    monkeypatch.setattr("nemo_hf.export.agreement.MOST_SAMPLES", 6)
+    labelled, texts = (sum(map(sample_count, read_samples(module, given))) for given in (samples, [pixels(30)]))
+    assert (labelled, texts) == (6, 3)
+
+
+def test_rejections_do_not_make_up_for_wrong_answers_among_the_accepted():
+    """All of 18 samples that the module rejects are right, and half of the two others."""
+    module = copy.deepcopy(cut_module("vit"))
+    calibrate_rejection(module, DataLoader(image_samples(30), batch_size=15), show_progress=False)
+    batch = pixels(20)
+    with torch.no_grad():
+        scores = module(**batch).rejection_scores.sort().values
+        module.config.rejection["threshold"] = (scores[1] + scores[2]).item() / 2
+        right = module(**batch)
+    accepted = (right.rejection_scores <= module.config.rejection["threshold"]).nonzero().flatten()
+    assert len(accepted) == 2
+    wrong = {"logits": right.logits.clone(), "rejection_scores": right.rejection_scores}
+    wrong["logits"][accepted[0]] = wrong["logits"][accepted[0]].roll(1)
+    found = measure_agreement(module, lambda batch: wrong, [batch], are_random=False)
+    assert (found.agreement, found.accepted_samples, found.accepted_agreement) == (0.95, 2, 0.5)
+    with pytest.raises(UnsupportedArchitectureError, match=r"on 50\.00% of the 2 samples that the module doesn't rej"):
+        check_agreement(found, 0.9, "a file")
+    check_agreement(found, 0.5, "a file")
+    module.config.rejection["threshold"] = -1.0 + scores[0].item()
+    with torch.no_grad():
+        nothing = measure_agreement(module, lambda batch: module(**batch), [batch], are_random=False)
+    assert (nothing.accepted_samples, nothing.accepted_agreement) == (0, None)
+    check_agreement(nothing, 1.0, "a file")
 
 
 @pytest.mark.parametrize(
@@ -201,11 +258,16 @@ def test_labelled_samples_of_others_count_only_where_the_module_rejects_them(tmp
         ({"quantize": "int2"}, r"Got quantize='int2'; expected 'int8' or 'int4', or None"),
         ({"min_agreement": 1.5}, r"Got min_agreement=1\.5; expected a share of the samples in \[0, 1\]"),
         ({"calibration": []}, r"calibration"),
+        ({"min_agreement": 0.5}, r"Got min_agreement=0\.5 and no calibration samples; expected some.*--dataset, or"),
+        ({"min_agreement": 0.98, "quantize": "int8"}, r"Got min_agreement=0\.98 and no calibration samples"),
     ],
 )
 def test_wrong_arguments_are_refused(options, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         text_module().export_onnx(tmp_path / "out", **options)
+    if "min_agreement" in options:
+        with pytest.raises(ValueError, match=match):
+            text_module().export_openvino(tmp_path / "out", **options)
     with pytest.raises(ValueError, match=r"Got quantize='int4'; expected 'int8', or None"):
         text_module().export_openvino(tmp_path / "out", quantize="int4")
     assert list(tmp_path.iterdir()) == []

@@ -462,9 +462,22 @@ def test_an_export_to_onnx_leaves_the_configuration_of_other_weights_alone(tmp_p
     module = two_modules()[0]
     module.save_pretrained(tmp_path / "a")
     before = contents(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"^Got .*/a', which holds weights with another config.json; expected"):
+    with pytest.raises(ValueError, match=r"^Got .*/a', .* with another config.json \(model.safetensors\); expected"):
         module.export_onnx(tmp_path / "a")
     assert contents(tmp_path / "a") == before
     module.save_plain(tmp_path / "b")
     module.export_onnx(tmp_path / "b")
     assert {"model.onnx", "model.safetensors"} <= set(contents(tmp_path / "b"))
+
+
+def test_no_save_replaces_the_configuration_of_exported_files(tmp_path, monkeypatch):
+    without_tracing(monkeypatch)
+    module, other = two_modules()
+    module.export_onnx(tmp_path)
+    before = contents(tmp_path)
+    for save in (other.save_pretrained, module.save_pretrained, parent_of("vit").save_pretrained):
+        with pytest.raises(ValueError, match=r"where model.onnx need the config.json .*expected a directory without"):
+            save(tmp_path)
+    with pytest.raises(ValueError, match=r"another config.json \(model.onnx\)"):
+        other.save_plain(tmp_path)
+    assert contents(tmp_path) == before

@@ -137,7 +137,8 @@ def measure(bench: Bench, model: str, form: str, module: Any) -> dict[str, Any]:
     right = sum(int((run(unlabelled(b)).argmax(-1) == b["labels"]).sum()) for b in bench.own.batches(32))
     agreement = None
     if form not in ("torch", "torchao int8"):
-        agreement = json.loads((bench.folder / model / form / "config.json").read_text())["export"]["agreement"]
+        (record,) = json.loads((bench.folder / model / form / "config.json").read_text())["export"].values()
+        agreement = record["agreement"]
     return {"accuracy": right / len(bench.own), "bytes": size(bench, model, form, module), "agreement": agreement}
 
 

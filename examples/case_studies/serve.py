@@ -96,7 +96,9 @@ class Classifier:
             )
         config = config.get("base_config", config)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.enable_truncation(config["max_position_embeddings"])
+        options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        longest = config["max_position_embeddings"]  # RoBERTa has fewer positions
+        self.tokenizer.enable_truncation(int(min(longest, options.get("model_max_length") or longest)))
         self.tokenizer.enable_padding(pad_id=config.get("pad_token_id") or 0)
         self.model = (OnnxModel if (folder / "model.onnx").exists() else TorchModel)(folder, threads)
         self.lock = threading.Lock()

@@ -29,20 +29,34 @@ class Agreement:
     samples: int
     are_random: bool  # random inputs, which lie near the borders between labels, and not calibration samples
     agreement: float  # share of equal answers, in [0, 1]; rejections are answers
+    accepted_samples: int  # that the module doesn't reject
+    accepted_agreement: float | None  # share of equal answers to these; None if there are none
     logit_difference: float  # the largest
     largest_logit: float  # of the module
 
 
-def check_share(value: Any) -> None:
-    """Refuses a `min_agreement` that is no share with a `ValueError`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"Got min_agreement={value!r}; expected a share of the samples in [0, 1], such as 0.98.")
+def needed_share(min_agreement: Any, calibration: Any) -> float:
+    """The share that `min_agreement` asks for; one out of range, or of no samples, is a `ValueError`."""
+    if min_agreement is None:
+        return MIN_AGREEMENT
+    is_number = isinstance(min_agreement, (int, float)) and not isinstance(min_agreement, bool)
+    if not is_number or not 0 <= min_agreement <= 1:
+        raise ValueError(
+            f"Got min_agreement={min_agreement!r}; expected a share of the samples in [0, 1], such as 0.98."
+        )
+    if calibration is None:
+        raise ValueError(
+            f"Got min_agreement={min_agreement!r} and no calibration samples; expected some, on which answers are "
+            "compared. Pass calibration=, on the command line --dataset, or leave min_agreement out."
+        )
+    return float(min_agreement)
 
 
 def read_samples(module: NeMoPreTrainedModel, calibration: Any) -> list[dict[str, Tensor]]:
     """Batches of calibration samples; samples of other labels are left out where the module doesn't reject them."""
     own, found = module.config.label_ids or [], []
-    read = read_calibration(module, calibration, None, BATCH, MOST_SAMPLES, labels_wanted=own)
+    most = MOST_SAMPLES // 2 if module.config.rejection else MOST_SAMPLES  # and as many of other labels
+    read = read_calibration(module, calibration, None, BATCH, most, labels_wanted=own)
     for inputs, labels in read:
         if labels is not None and own and not module.config.rejection:
             is_own = has_label(labels, own)
@@ -68,7 +82,7 @@ def measure_agreement(
     module: NeMoPreTrainedModel, run: Callable[[Inputs], Inputs], batches: Sequence[Inputs], are_random: bool
 ) -> Agreement:
     """Runs a module and its file, whose outputs `run` gives by name, on the same batches."""
-    samples, same, apart, largest = 0, [], [], []
+    samples, same, accepted, apart, largest = 0, [], [], [], []
     names = [name for _, name in sorted(module.config.id2label.items())]
     own = module.num_labels if module.config.rejection else None  # the logit behind these is of the rejected label
     for batch in batches:
@@ -77,10 +91,26 @@ def measure_agreement(
         logits, right = (labels_last(outputs["logits"])[..., :own] for outputs in (got, expected))
         samples += len(right)
         same.append(_same_answers(module, batch, got, expected).flatten())
+        accepted.append(torch.ones_like(same[-1]) if own is None else ~_is_rejected(module, expected))
         apart.append(difference(logits, right, module.task))
         largest.append(right.abs().max().item())
-    shares = torch.cat(same).double()
-    return Agreement(samples, are_random, shares.mean().item(), torch.tensor(apart).max().item(), max(largest))
+    shares, are_accepted = torch.cat(same).double(), torch.cat(accepted)
+    count = samples if own is None else int(are_accepted.sum())
+    return Agreement(
+        samples=samples,
+        are_random=are_random,
+        agreement=shares.mean().item(),
+        accepted_samples=count,
+        accepted_agreement=shares[are_accepted].mean().item() if count else None,
+        logit_difference=torch.tensor(apart).max().item(),
+        largest_logit=max(largest),
+    )
+
+
+def _is_rejected(module: NeMoPreTrainedModel, outputs: Any) -> Tensor:
+    """Which samples a calibrated module, or its file, rejects."""
+    rejected: Tensor = outputs["rejection_scores"] > (module.config.rejection or {})["threshold"]
+    return rejected
 
 
 def _same_answers(module: NeMoPreTrainedModel, batch: Inputs, got: Inputs, expected: Any) -> Tensor:
@@ -95,8 +125,7 @@ def _same_answers(module: NeMoPreTrainedModel, batch: Inputs, got: Inputs, expec
     else:
         same = logits.argmax(-1) == right.argmax(-1)
     if module.config.rejection:
-        threshold = module.config.rejection["threshold"]
-        same &= (got["rejection_scores"] > threshold) == (expected["rejection_scores"] > threshold)
+        same &= _is_rejected(module, got) == _is_rejected(module, expected)
     mask = batch.get("attention_mask")
     return same[mask.bool()] if mask is not None and mask.shape == same.shape else same
 
@@ -110,8 +139,11 @@ def check_agreement(found: Agreement, needed: float, what: str) -> None:
             f"expected at most {allowed:.2g}. Pass calibration samples to see what its answers are worth, or None for "
             "quantize."
         )
-    if not found.are_random and not found.agreement >= needed:
-        raise UnsupportedArchitectureError(
-            f"Got {what} that gives the module's answer on {found.agreement:.2%} of {found.samples} samples; expected "
-            f"at least {needed:.2%}. Pass a wider type or None for quantize, or a lower min_agreement if that will do."
-        )
+    of_all = found.agreement, f"{found.samples} samples"
+    of_accepted = found.accepted_agreement, f"the {found.accepted_samples} samples that the module doesn't reject"
+    for share, of in () if found.are_random else (of_all, of_accepted):
+        if share is not None and not share >= needed:
+            raise UnsupportedArchitectureError(
+                f"Got {what} that gives the module's answer on {share:.2%} of {of}; expected at least {needed:.2%}. "
+                "Pass a wider type or None for quantize, or a lower min_agreement if that will do."
+            )

@@ -1,34 +1,21 @@
 """Exports modules to ONNX, and checks onnxruntime's outputs before the files are moved into place."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.files import EXPORTED_FILES
 
-from .agreement import MIN_AGREEMENT, Agreement, Inputs
+from .agreement import Inputs
 from .onnx_quantization import WIDTHS, check_width, quantize_file
-from .plain_files import check_place, write_companions
-from .tracing import compare_outputs, drop_notes, prepared, trace
+from .tracing import FileExport, compare_outputs, drop_notes, prepared, trace, write_export
 
-ONNX_NAME = "model.onnx"
+ONNX_NAME = EXPORTED_FILES["onnx"]
+STALE = (f"{ONNX_NAME}*",)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class OnnxExport:
-    """What `export_onnx` wrote."""
-
-    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
-    outputs: list[str]  # "logits", of detectors "pred_boxes", and of calibrated modules "rejection_scores"
-    difference: float  # largest between onnxruntime's outputs and the module's, in float32, before any quantization
-    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
-    agreement: Agreement | None  # of the file's answers; None for a file in float32 without calibration samples
-    bytes: int  # of model.onnx, and of its weights if they are in a file of their own
 
 
 def export_onnx(  # noqa: D417 - a method of parents and modules
@@ -38,8 +25,8 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
     *,
     quantize: str | None = None,
     calibration: Any = None,
-    min_agreement: float = MIN_AGREEMENT,
-) -> OnnxExport:
+    min_agreement: float | None = None,
+) -> FileExport:
     """Writes a module as `model.onnx` with its processor's files and a plain `config.json`.
 
     The batch is a free dimension; so are the tokens of texts and the samples of waveforms. Weights are in float32, or
@@ -55,10 +42,11 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
             bits; `"int4"` for those of linear layers and embeddings in 4 bits; `None` for none. Layers' inputs are
             rounded to 8 bits too.
         calibration: Samples to compare answers on, as in `nemo_hf.extract_module`, at most 1,000; texts, images or
-            recordings need the processor that the module carries. If labelled, samples of other labels count only where
-            the module rejects them.
-        min_agreement: Share of these samples, in [0, 1], whose answer must be the module's; random inputs, which are
-            near the borders between labels, only show that the logits are not off by more than half of the largest.
+            recordings need the processor that the module carries. If labelled, samples of other labels are left out,
+            unless the module has calibrated rejection: then up to 500 are of its labels, and as many of others.
+        min_agreement: Share of these samples, in [0, 1], whose answer must be the module's, of all and of those that
+            the module doesn't reject; `None` is 0.98. Random inputs, which are near the borders between labels, only
+            show that the logits are not off by more than half of the largest.
 
     Returns:
         Inputs, outputs, the largest difference that onnxruntime made in float32 on batches of several sizes and
@@ -66,28 +54,25 @@ def export_onnx(  # noqa: D417 - a method of parents and modules
 
     Raises:
         ValueError: If this is a parent, has texts but no padding token, `inputs` are fewer than 2 samples, an argument
-            is out of range, convolutions are to be quantized without calibration samples, or the directory holds
-            weights with another config.json.
+            is out of range, `min_agreement` comes without calibration samples, convolutions are to be quantized without
+            calibration samples, or the directory holds weights with another config.json.
         ImportError: If onnx, onnxscript or onnxruntime is missing.
         UnsupportedArchitectureError: If the model can't be traced or quantized, or onnxruntime computes something else.
     """
     check_width(quantize, WIDTHS)
     ready = prepared(module, inputs, calibration, min_agreement, ONNX_PACKAGES, "onnx")
-    check_place(Path(directory), ready.config)
-    agreement = None
-    with replaced_directory(directory, stale=(f"{ONNX_NAME}*",)) as temporary, scratch_directory() as scratch:
-        written = Path(temporary, ONNX_NAME)
-        path = Path(scratch, ONNX_NAME) if quantize else written
+
+    def write(temporary: Path, scratch: Path) -> Any:
+        written = temporary / ONNX_NAME
+        path = scratch / ONNX_NAME if quantize else written
         trace(ready, path)
-        difference, tolerance = compare_outputs(ready, OnnxRunner(path, torch.get_num_threads()))
+        compared = compare_outputs(ready, OnnxRunner(path, torch.get_num_threads()))
         if quantize:
             quantize_file(path, written, quantize, ready.samples, ready.is_large)
             drop_notes(written)
-        if quantize or ready.samples:
-            agreement = ready.measured(OnnxRunner(written, torch.get_num_threads()), "onnx", quantize, min_agreement)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
-        write_companions(module, ready.config, temporary)
-    return OnnxExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)
+        return compared, lambda: OnnxRunner(written, torch.get_num_threads())
+
+    return write_export(module, ready, directory, STALE, "onnx", quantize, write)
 
 
 class OnnxRunner:

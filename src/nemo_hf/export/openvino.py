@@ -1,6 +1,5 @@
 """Exports modules to OpenVINO, and checks what it computes before the files are moved into place."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.files import EXPORTED_FILES
 
-from .agreement import MIN_AGREEMENT, Agreement, Inputs
+from .agreement import Inputs
 from .onnx_quantization import check_width
-from .plain_files import check_place, write_companions
-from .tracing import compare_outputs, prepared, trace
+from .tracing import FileExport, compare_outputs, prepared, trace, write_export
 
-OPENVINO_NAME = "openvino_model.xml"
+OPENVINO_NAME = EXPORTED_FILES["openvino"]
+STALE = ("openvino_model.*",)
 OPENVINO_PACKAGES = ("openvino", "onnx", "onnxscript")
 LARGEST = 127  # of 8-bit weights
 SMALLEST = 512  # numbers of a tensor whose weights are quantized
 READERS = {"MatMul", "Gather", "Convolution", "GroupConvolution"}
-
-
-@dataclass(frozen=True)
-class OpenVinoExport:
-    """What `export_openvino` wrote."""
-
-    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
-    outputs: list[str]  # as those of `export_onnx`
-    difference: float  # largest between OpenVINO's outputs and the module's, in float32, before any quantization
-    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
-    agreement: Agreement | None  # of the files' answers; None for files in float32 without calibration samples
-    bytes: int  # of openvino_model.xml and openvino_model.bin
 
 
 def export_openvino(  # noqa: D417 - a method of parents and modules
@@ -42,8 +29,8 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
     *,
     quantize: str | None = None,
     calibration: Any = None,
-    min_agreement: float = MIN_AGREEMENT,
-) -> OpenVinoExport:
+    min_agreement: float | None = None,
+) -> FileExport:
     """Writes a module as `openvino_model.xml` and `.bin` with its processor's files and a plain `config.json`.
 
     OpenVINO converts the traced ONNX file; inputs, outputs, rejection and the comparison are those of `export_onnx`.
@@ -55,37 +42,33 @@ def export_openvino(  # noqa: D417 - a method of parents and modules
         quantize: `"int8"` for weights of linear layers, embeddings and convolutions in 8 bits, with a scale for each
             output or row; `None` for float32.
         calibration: Samples to compare answers on, as in `export_onnx`.
-        min_agreement: Share of these samples, in [0, 1], whose answer must be the module's, as in `export_onnx`.
+        min_agreement: Share of equal answers, in [0, 1], as in `export_onnx`.
 
     Returns:
         Inputs, outputs, the largest difference in float32, and how the answers agree with the module's.
 
     Raises:
         ValueError: If this is a parent, has texts but no padding token, `inputs` are fewer than 2 samples, an argument
-            is out of range, or the directory holds weights with another config.json.
+            is out of range, `min_agreement` comes without calibration samples, or the directory holds weights with
+            another config.json.
         ImportError: If openvino, onnx or onnxscript is missing.
         UnsupportedArchitectureError: If the model can't be traced, or OpenVINO computes something else.
     """
     check_width(quantize, ("int8",))
     ready = prepared(module, inputs, calibration, min_agreement, OPENVINO_PACKAGES, "openvino")
-    check_place(Path(directory), ready.config)
     import openvino
 
-    agreement = None
-    with replaced_directory(directory, stale=("openvino_model.*",)) as temporary, scratch_directory() as scratch:
-        traced, path = Path(scratch, "model.onnx"), Path(temporary, OPENVINO_NAME)
+    def write(temporary: Path, scratch: Path) -> Any:
+        traced, path, threads = scratch / "model.onnx", temporary / OPENVINO_NAME, torch.get_num_threads()
         trace(ready, traced)
         model = openvino.Core().read_model(traced)
-        threads = torch.get_num_threads()
-        difference, tolerance = compare_outputs(ready, OpenVinoRunner(model, threads, INFERENCE_PRECISION_HINT="f32"))
+        compared = compare_outputs(ready, OpenVinoRunner(model, threads, INFERENCE_PRECISION_HINT="f32"))
         if quantize:
             _quantize(model)
         openvino.save_model(model, path, compress_to_fp16=False)
-        if quantize or ready.samples:
-            agreement = ready.measured(OpenVinoRunner(path, threads), "openvino", quantize, min_agreement)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
-        write_companions(module, ready.config, temporary)
-    return OpenVinoExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)
+        return compared, lambda: OpenVinoRunner(path, threads)
+
+    return write_export(module, ready, directory, STALE, "openvino", quantize, write)
 
 
 class OpenVinoRunner:

@@ -2,15 +2,18 @@
 
 import copy
 import json
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from nemo_hf.models.base import NeMoPreTrainedModel
-from nemo_hf.models.files import clean_companion, read_json
+from nemo_hf.models.files import EXPORTED_FILES, clean_companion, read_json
 from nemo_hf.models.labels import settle_labels
 from nemo_hf.models.privacy import clean
 
+WEIGHTS = ("*.onnx", "*.xml", "*.safetensors")
 OTHER_WAYS = "Use save_pretrained, whose files nemo_hf loads, or {}."
 
 
@@ -25,6 +28,8 @@ def plain_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:
     settle_labels(module.config)
     config = copy.deepcopy(module.config.base_config)
     assert isinstance(config, PreTrainedConfig)
+    for name in ("export", "rejection"):  # of files that the source was loaded beside
+        vars(config).pop(name, None)
     names = module.config.names
     config.id2label = names
     config.label2id = {name: index for index, name in names.items()}
@@ -55,17 +60,28 @@ def write_companions(module: NeMoPreTrainedModel, config: PreTrainedConfig, dire
     write_processor(module, directory)
 
 
-def check_place(directory: Path, config: PreTrainedConfig) -> None:
-    """Refuses a directory with weights whose config.json would be replaced by that of another model."""
+def check_place(directory: Path, config: PreTrainedConfig, replaced: Sequence[str]) -> None:
+    """Refuses a directory with the weights of another config.json, and keeps what this one says of exports that stay.
+
+    Files whose names match a pattern in `replaced` are about to go.
+    """
     path = directory / "config.json"
-    if not path.is_file() or not any(directory.glob("*.safetensors")):
+    found = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)}
+    staying = sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in replaced))
+    if not path.is_file() or not staying:
         return
     there, ours = ({**data} for data in (read_json(path), clean(json.loads(config.to_json_string()), is_config=True)))
+    records = there.get("export")
+    if "rejection" not in there:  # beside a plain model, which has none
+        ours.pop("rejection", None)
     for data in (there, ours):
-        for name in ("rejection", "export", "dtype", "architectures", "transformers_version"):
+        for name in ("export", "dtype", "architectures", "transformers_version"):
             data.pop(name, None)
     if there != ours:
         raise ValueError(
-            f"Got {str(directory)!r}, which holds weights with another config.json; expected a directory without. "
-            "Export to a directory of its own."
+            f"Got {str(directory)!r}, which holds weights with another config.json ({', '.join(staying)}); expected a "
+            "directory without. Export to a directory of its own."
         )
+    known = records if isinstance(records, dict) else {}
+    if kept := {form: known[form] for form, name in EXPORTED_FILES.items() if name in staying and form in known}:
+        config.export = kept

@@ -23,13 +23,13 @@ from nemo_hf.models.head_outputs import answers, difference
 from nemo_hf.models.loading import PROCESS_SETTINGS, hidden_progress
 from nemo_hf.neurons.sites import AttentionSite, UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import SHAPE_ERRORS, first_line, is_out_of_memory
-from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.trial_inputs import trial_inputs
 from nemo_hf.pruning.layer_cuts import cut_tensor, tensor_cuts
 from nemo_hf.pruning.layer_edits import weight_shape
 from nemo_hf.pruning.shared_rows import expanded_state
 
 from . import onnx
-from .plain_files import OTHER_WAYS, check_is_module, clean_written_config, plain_config, write_processor
+from .plain_files import OTHER_WAYS, check_is_module, check_place, clean_written_config, plain_config, write_processor
 from .tracing import traced_inputs
 from .uniform_widths import UniformWidths, uniform_widths, zero_padded_state
 
@@ -66,7 +66,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
         Sizes, changed widths and the difference that was found before anything was written.
 
     Raises:
-        ValueError: If this is a parent.
+        ValueError: If this is a parent, or the directory holds exported files with another config.json.
         UnsupportedArchitectureError: If no configuration of the plain class gives the module's logits.
     """
     check_is_module(module)
@@ -88,6 +88,7 @@ def save_plain(  # noqa: D417 - a method of parents and modules
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
         if name in stored:
             tensor.data = tensor.data.to(stored[name])
+    check_place(Path(directory), plain.config, STALE_WEIGHTS)
     with replaced_directory(directory, stale=STALE_WEIGHTS) as temporary:
         plain.save_pretrained(temporary)
         clean_written_config(temporary)
@@ -129,8 +130,7 @@ def _smallest_plain(
     module: NeMoPreTrainedModel, inputs: Mapping[str, Tensor] | None
 ) -> tuple[UniformWidths, PreTrainedModel, float, float]:
     """The smallest plain model in float32 that computes what a module does; difference and tolerance."""
-    inputs = random_inputs(module) if inputs is None else inputs
-    batch = {name: value.to(module.device) for name, value in inputs.items() if name != "labels"}
+    batch = {name: value.to(module.device) for name, value in trial_inputs(module, inputs).items()}
     batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
 
     def shapes_of(tried: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

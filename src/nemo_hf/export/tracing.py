@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from nemo_hf.models.atomic_writes import replaced_directory, scratch_directory
 from nemo_hf.models.base import NeMoPreTrainedModel
+from nemo_hf.models.batches import sample_count
 from nemo_hf.models.equivalence import as_saved
 from nemo_hf.models.finiteness import check_finite, check_outputs
 from nemo_hf.models.head_outputs import NeMoOutput, answers
@@ -25,10 +27,10 @@ from nemo_hf.models.rejection import add_rejection
 from nemo_hf.models.weight_files import size_in_bytes
 from nemo_hf.neurons.sites import UnsupportedArchitectureError
 from nemo_hf.neurons.trial_calls import first_line, is_out_of_memory
-from nemo_hf.neurons.trial_inputs import random_inputs
+from nemo_hf.neurons.trial_inputs import random_inputs, trial_inputs
 
-from .agreement import Agreement, Inputs, check_agreement, check_share, in_float32, measure_agreement, read_samples
-from .plain_files import OTHER_WAYS, check_is_module, plain_config
+from .agreement import Agreement, Inputs, check_agreement, in_float32, measure_agreement, needed_share, read_samples
+from .plain_files import OTHER_WAYS, check_is_module, check_place, plain_config, write_companions
 
 Free = Mapping[str, Mapping[int, str]]  # names of the dimensions of inputs that may have any size
 Runner = Callable[..., list[Tensor]]  # gives a file's outputs for inputs by name
@@ -36,6 +38,18 @@ Runner = Callable[..., list[Tensor]]  # gives a file's outputs for inputs by nam
 TOLERANCE = 1e-4  # share of the largest logit: the kernels of other runtimes sum in another order
 LARGEST_FILE = 1_500_000_000  # bytes of weights; an ONNX file holds at most 2 GB, so more go to a file of their own
 TRACED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class FileExport:
+    """What `export_onnx` or `export_openvino` wrote."""
+
+    inputs: dict[str, list[Any]]  # name to dimensions, names for the free ones
+    outputs: list[str]  # "logits", of detectors "pred_boxes", and of calibrated modules "rejection_scores"
+    difference: float  # largest between the runtime's outputs and the module's, in float32, before any quantization
+    tolerance: float  # largest difference allowed: 1e-4 times max(1, largest logit)
+    agreement: Agreement | None  # of the file's answers; None for a file in float32 without calibration samples
+    bytes: int  # of the file, and of its weights if they are in a file of their own
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Traceable:
     free: Free
     outputs: list[str]
     samples: list[dict[str, Tensor]] | None  # batches of calibration samples
+    needed: float  # share of equal answers to these
 
     @property
     def shapes(self) -> dict[str, list[Any]]:
@@ -59,7 +74,7 @@ class Traceable:
         """Whether the weights need a file of their own."""
         return size_in_bytes(self.exact.parameters()) > LARGEST_FILE
 
-    def measured(self, run: Runner, file: str, quantize: str | None, needed: float) -> Agreement:
+    def measured(self, run: Runner, file: str, quantize: str | None) -> Agreement:
         """Compares answers on the calibration samples, or on random inputs, and keeps what was found in the config."""
         batches = [traced_inputs(self.exact)] if self.samples is None else self.samples
 
@@ -67,18 +82,35 @@ class Traceable:
             return dict(zip(self.outputs, run(**batch), strict=True))
 
         found = measure_agreement(self.exact, named, batches, are_random=self.samples is None)
-        check_agreement(found, needed, f"a file for {file}{f' in {quantize}' if quantize else ''}")
-        self.config.export = {"format": file, "quantize": quantize, **asdict(found)}
+        check_agreement(found, self.needed, f"a file for {file}{f' in {quantize}' if quantize else ''}")
+        self.config.export = {**getattr(self.config, "export", {}), file: {"quantize": quantize, **asdict(found)}}
         return found
 
 
+def write_export(
+    module: NeMoPreTrainedModel, ready: Traceable, directory: str | Path, stale: Sequence[str], form: str,
+    quantize: str | None, write: Callable[[Path, Path], tuple[tuple[float, float], Callable[[], Runner]]],
+) -> FileExport:  # fmt: skip
+    """Puts an exported file with its companions in place of those that match `stale`, once it is compared.
+
+    `write` gets the new directory and one for scratch, and returns what `compare_outputs` does and what opens the file.
+    """
+    check_place(Path(directory), ready.config, stale)
+    with replaced_directory(directory, stale=stale) as temporary, scratch_directory() as scratch:
+        (difference, tolerance), opened = write(temporary, scratch)
+        agreement = ready.measured(opened(), form, quantize) if quantize or ready.samples else None
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+        write_companions(module, ready.config, temporary)
+    return FileExport(ready.shapes, ready.outputs, difference, tolerance, agreement, size)
+
+
 def prepared(
-    module: NeMoPreTrainedModel, inputs: Inputs | None, calibration: Any, min_agreement: float,
+    module: NeMoPreTrainedModel, inputs: Inputs | None, calibration: Any, min_agreement: float | None,
     packages: Sequence[str], extra: str,
 ) -> Traceable:  # fmt: skip
     """A module ready to be traced; what can't be is refused."""
     check_is_module(module)
-    check_share(min_agreement)
+    needed = needed_share(min_agreement, calibration)
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(
             f"Got no {' and no '.join(missing)}; expected these packages. Run: pip install 'nemo-hf[{extra}]'"
@@ -91,7 +123,7 @@ def prepared(
     if exact.config._attn_implementation not in ("eager", "sdpa"):  # others can't be traced
         exact.set_attn_implementation("eager")
     samples = None if calibration is None else read_samples(exact, calibration)
-    if inputs is not None and len(next(iter(inputs.values()))) < 2:
+    if inputs is not None and sample_count(inputs := trial_inputs(exact, inputs)) < 2:
         raise ValueError("Got one sample to trace with; expected at least 2. Pass more, or none for random ones.")
     if inputs is None:
         first = next((batch for batch in samples or () if len(next(iter(batch.values()))) > 1), None)
@@ -107,7 +139,7 @@ def prepared(
     boxes = ["pred_boxes"] if module.task == "object-detection" else []
     outputs = ["logits", *boxes, *(["rejection_scores"] if module.config.rejection else [])]
     free = {name: _free_dimensions(name, value) for name, value in inputs.items()}
-    return Traceable(exact, _rejecting_config(module), inputs, free, outputs, samples)
+    return Traceable(exact, _rejecting_config(module), inputs, free, outputs, samples, needed)
 
 
 def _rejecting_config(module: NeMoPreTrainedModel) -> PreTrainedConfig:

@@ -32,7 +32,7 @@ from .processors import own_processor, padded
 from .refine import refine_module
 from .rejection_calibration import calibrate_on_samples
 from .smaller_structure import Narrowing, check_structure, dropped_parts
-from .vocabulary import share_tokens, shorten_positions, shrink_vocabulary
+from .vocabulary import check_positions, share_tokens, shorten_positions, shrink_vocabulary
 from .weight_files import size_in_bytes
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class _Options:
 
 
 def _check_tables(model: PreTrainedModel, samples: CutSamples, options: _Options) -> None:
-    """Refuses, before any work, smaller tables where there is no tokenizer, or for fewer tokens than samples have."""
+    """Refuses, before any work, smaller tables where the model can't have them, or has no tokenizer."""
     if not (options.vocabulary or options.max_positions is not None):
         return
     asked = f"vocabulary={options.vocabulary!r} and max_positions={options.max_positions!r}"
@@ -231,12 +231,9 @@ def _check_tables(model: PreTrainedModel, samples: CutSamples, options: _Options
         raise ValueError(f"Got {asked} for a model of no token ids; expected None for both. Leave them out.")
     if options.processing_class is None:
         own_processor(model, "text")
-    longest = max(inputs["input_ids"].shape[1] for inputs, _ in samples.own)
-    if type(options.max_positions) is int and options.max_positions < longest:
-        raise ValueError(
-            f"Got max_positions={options.max_positions}; expected at least {longest}, the tokens of the longest "
-            "calibration sample. Pass such a number, or shorter samples."
-        )
+    if options.max_positions is not None:
+        plain = model.model if isinstance(model, NeMoPreTrainedModel) else model
+        check_positions(plain, [inputs for inputs, _ in samples.own], options.max_positions)
 
 
 def _module(

@@ -18,6 +18,7 @@ from .privacy import LOADERS, clean
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
+EXPORTED_FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}  # by format
 # Usual files of tokenizers, image processors and feature extractors, where a configuration names none.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
@@ -26,6 +27,16 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # of which
 LARGEST_JSON = 16 * 2**20
 ALWAYS_CHECKED = 2**20  # bytes up to which a file is compared with its checksum at every load, not only on arrival
 CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of a file system and of this machine may differ
+
+
+def check_no_exports(directory: str | Path) -> None:
+    """Refuses a directory with exported files, which need the config.json beside them, with a `ValueError`."""
+    there = [name for name in EXPORTED_FILES.values() if Path(directory, name).is_file()]
+    if there and Path(directory, "config.json").is_file():
+        raise ValueError(
+            f"Got {str(directory)!r}, where {' and '.join(there)} need the config.json that would be replaced; "
+            "expected a directory without exported files. Save to a directory of its own, or move these away."
+        )
 
 
 def find_file(source: str | Path, name: str, hub_options: Mapping[str, Any]) -> Path | None:

@@ -16,7 +16,7 @@ from transformers.utils.hub import resolve_revision
 from .atomic_writes import STALE_WEIGHTS, replaced_directory, scratch_directory
 from .config_checks import REMEDY, check_companion_files, check_companions, check_report, damaged, is_companion
 from .configuration import MODEL_OPTIONS
-from .files import REPORT_NAME, clean_companion, read_companions, recorded_names
+from .files import REPORT_NAME, check_no_exports, clean_companion, read_companions, recorded_names
 from .finiteness import check_finite
 from .labels import settle_labels
 from .load_options import open_configured
@@ -70,6 +70,10 @@ class SavedModel(PreTrainedModel):
             **kwargs: As in `transformers`; with `push_to_hub=True` the main process uploads the model too, with the
                 options of that method. `save_original_format` defaults to `False`, because `Trainer` resumes and
                 loads its best model by the names that the weights have in memory.
+
+        Raises:
+            ValueError: If weights are not finite, the configuration could not be loaded, or the directory holds
+                exported files, which need their own `config.json`.
         """
         self._prepare_to_save()
         check_finite(self, kwargs.get("state_dict"), also=KEEP_OTHERWISE)
@@ -82,6 +86,7 @@ class SavedModel(PreTrainedModel):
         self.config.processor_files = recorded_names(self.processor_files)
         if not kwargs.get("is_main_process", True):
             return
+        check_no_exports(save_directory)
         self.check_config()
         report = self._checked_report()
         companions = {name: clean_companion(name, content) for name, content in self.processor_files.items()}

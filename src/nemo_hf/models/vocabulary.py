@@ -157,17 +157,8 @@ def shorten_positions(
     """
     data = _tokenizer_data(module, tokenizer)
     inputs = list(_inputs_of(batches))
-    longest = max(value.shape[1] for batch in inputs for name, value in batch.items() if name.endswith(IDS))
-    table = _position_table(module)
+    table, before = check_positions(module.model, inputs, max_positions)
     offset = position_offset(table)
-    before = module.config.max_position_embeddings - offset
-    if type(max_positions) is not int or not longest <= max_positions <= before:
-        is_short = type(max_positions) is int and 0 < max_positions < longest
-        do = f", or batches with truncation=True, max_length={max_positions}" if is_short else ""
-        raise ValueError(
-            f"Got max_positions={max_positions!r}; expected from {longest}, the tokens of the longest batch, to "
-            f"{before}. Pass such a number{do}."
-        )
     config = copy.deepcopy(module.config)
     for inner in _configs(config):
         if getattr(inner, "max_position_embeddings", None) == before + offset:
@@ -210,16 +201,26 @@ def _tokenizer_data(module: NeMoPreTrainedModel, tokenizer: Any) -> dict[str, An
     return data
 
 
-def _position_table(module: NeMoPreTrainedModel) -> nn.Embedding:
-    """The table of absolute positions."""
-    table = position_table(module.model, getattr(module.config, "max_position_embeddings", None))
-    if table is None:
+def check_positions(plain: Any, inputs: Sequence[Mapping[str, Any]], max_positions: Any) -> tuple[nn.Embedding, int]:
+    """A plain model's table of absolute positions, and for how many tokens it is, if it can be shortened."""
+    size = getattr(plain.config, "max_position_embeddings", None)
+    table = position_table(plain, size)
+    if table is None or size is None:
         raise ValueError(
-            f"Got a module of {module.config.base_class} with the position tables "
-            f"{list(position_tables(module.model))}; expected one, as long as max_position_embeddings says. Leave the "
-            "positions as they are."
+            f"Got max_positions={max_positions!r} for a {type(plain).__name__} with the position tables "
+            f"{list(position_tables(plain))}; expected one, as long as max_position_embeddings says. Leave "
+            "max_positions out."
         )
-    return table
+    before: int = size - position_offset(table)
+    longest = max(value.shape[1] for batch in inputs for name, value in batch.items() if name.endswith(IDS))
+    if type(max_positions) is not int or not longest <= max_positions <= before:
+        is_short = type(max_positions) is int and 0 < max_positions < longest
+        do = f", or batches with truncation=True, max_length={max_positions}" if is_short else ""
+        raise ValueError(
+            f"Got max_positions={max_positions!r}; expected from {longest}, the tokens of the longest batch, to "
+            f"{before}. Pass such a number{do}."
+        )
+    return table, before
 
 
 def _configs(config: Any) -> Iterator[Any]:
