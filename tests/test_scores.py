@@ -275,3 +275,11 @@ def test_targets_say_what_is_cut():
     module = extract_module(model, [0, 1], batches, 0.3, nemo_config=generated(targets=["ffn"]), show_progress=False)
     assert module.model.bert.encoder.layer[0].attention.self.query.weight.shape == (32, 32)
     assert module.model.bert.encoder.layer[0].intermediate.dense.out_features < 16
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.2, 0.3, 0.5, 0.7])
+def test_what_is_too_little_for_wider_heads_goes_to_feed_forward_parts(retention):
+    module = cut(fresh("vit"), batches_for("vit", 16), retention, reconstruct=False)
+    per_layer = 4 * 32 * 32 + 2 * 32 * 48
+    two_neurons = 2 * 2 * 32 / per_layer  # in each layer; a further dimension of each head is four times as much
+    assert 0 <= retention - module.config.extraction["weights"] < two_neurons

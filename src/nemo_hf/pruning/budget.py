@@ -76,10 +76,11 @@ def plan_budget(
     """Keeps the neurons of the highest scores within a share of the costs of their layers.
 
     Attention and feed-forward neurons: the same share of each part; then feed-forward widths are rounded down to
-    multiples at which products are fast, widths of heads are rounded up, and attention gets what is left. Channels of
-    convolutions, whose layers cost very differently: those which add most, for their costs, to the logarithm of what
-    their layer keeps of its scores, so that no layer starves. Every site keeps a neuron at least, except those whose
-    keys are `dropped`, which keep none. Returns site key to part to kept neurons: sorted indices.
+    multiples at which products are fast, widths of heads are rounded up, attention gets what is left, and feed-forward
+    parts get what is too little for a further dimension of all heads. Channels of convolutions, whose layers cost very
+    differently: those which add most, for their costs, to the logarithm of what their layer keeps of its scores, so
+    that no layer starves. Every site keeps a neuron at least, except those whose keys are `dropped`, which keep none.
+    Returns site key to part to kept neurons: sorted indices.
     """
     plan: dict[str, dict[str, Tensor]] = {}
     for has_channels in (False, True):
@@ -95,7 +96,9 @@ def plan_budget(
         else:
             found, share = _largest(partial(_keep_share, own, scores, dropped), fits)
             if share < 1:
-                found, _ = _largest(partial(_keep_share, own, scores, dropped, share), fits, share)
+                found, of_attention = _largest(partial(_keep_share, own, scores, dropped, share), fits, share)
+                rest = partial(_keep_share, own, scores, dropped, of_attention=of_attention)
+                found, _ = _largest(rest, fits, share)
         plan |= found
     return {site.key: plan[site.key] for site in sites}
 
@@ -112,18 +115,19 @@ def _largest(keep: Callable[[float], Keep], fits: Callable[[Keep], bool], low: f
 
 
 def _keep_share(
-    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], dropped: Collection[str], *shares: float
-) -> dict[str, dict[str, Tensor]]:
-    """Keeps a share of each part; of two shares the last one is that of attention, and others are rounded down."""
+    sites: Sequence[NeuronSite], scores: Mapping[str, Mapping[str, Tensor]], dropped: Collection[str],
+    share: float, of_attention: float | None = None,
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Keeps a share of each part; where attention has one of its own, the others' widths are rounded down."""
     plan = {}
     for site in sites:
         if site.key in dropped:
             plan[site.key] = dict.fromkeys(site.parts, torch.empty(0, dtype=torch.long))
         elif isinstance(site, AttentionSite):
-            plan[site.key] = _attention(site, scores[site.key], shares[-1])
+            plan[site.key] = _attention(site, scores[site.key], share if of_attention is None else of_attention)
         else:
-            counts = {name: shares[0] * len(score) for name, score in scores[site.key].items()}
-            if len(shares) > 1:
+            counts = {name: share * len(score) for name, score in scores[site.key].items()}
+            if of_attention is not None:
                 counts = {name: _downwards(count) for name, count in counts.items()}
             plan[site.key] = {name: _best(score, counts[name]) for name, score in scores[site.key].items()}
     return plan
