@@ -36,7 +36,7 @@ def test_the_source_stays_as_it_is_also_when_the_cut_ends_in_the_middle(phase, e
 
         def __exit__(self, *_): ...
         def update(self): ...
-        def set_description(self, name):
+        def set_description_str(self, name):
             seen.append(name)
             if name == phase and seen.count(name) == (2 if name == "Reconstructing" else 1):
                 raise error("in the middle")
