@@ -270,7 +270,7 @@ def test_the_whole_study_on_tiny_data(tmp_path, monkeypatch):
     tokenizer().save_pretrained(encoder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(banking, "RATES", (1e-3,))
-    monkeypatch.setattr(banking, "SMALL", {"vocabulary": "shared", "max_positions": 20, "max_samples": 100})
+    monkeypatch.setattr(banking, "SMALL", {"vocabulary": "shared", "max_positions": 20})
     words = ["--data", data, "--work", tmp_path / "work", "--model", encoder, "--output", tmp_path / "found.json"]
     words = [*map(str, words), "--domains", "vehicles", "--layers", "1"]
     monkeypatch.setattr(banking, "FORMATS", {"onnx": None})

@@ -226,9 +226,10 @@ def test_modules_of_a_parent_that_trained_none_are_cut_on_samples(stage, hub, ca
         "push --parent assigned --namespace me --modules cat",
         "push --parent parent --namespace me --modules cat --retention 0.5",
         f"evaluate {how} --labels cat --threshold 0.5",
+        f"evaluate {how} --modules cat-dog",
     ):
         assert main(words.split()) == 2
-        assert re.search("Got no --dataset|Got --threshold or", capsys.readouterr().err)
+        assert re.search("Got no --dataset|Got --threshold or|cut already", capsys.readouterr().err)
 
 
 def test_evaluate_prints_each_module_when_it_is_measured(capsys, monkeypatch):

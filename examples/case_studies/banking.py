@@ -56,7 +56,7 @@ EXPORTED = ("source", "module", "truncated")
 FORMATS = {"onnx": None, "onnx-int8": "int8"}
 WARM_UP = 30  # requests
 THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-SMALL = {"vocabulary": "shared", "max_positions": POSITIONS, "max_samples": SAMPLES}
+SMALL = {"vocabulary": "shared", "max_positions": POSITIONS}
 
 
 class Study:
@@ -106,7 +106,10 @@ class Study:
         self.rows[row["model"]] = row
         about = {"command": "python examples/case_studies/banking.py STEP --data DATA --work WORK"}
         domains = " and ".join(self.given.domains)
-        about |= {"task": f"CLINC150, MiniLM; domains {domains}; seed {self.given.seed}", "retention": RETENTION}
+        about |= {
+            "task": f"CLINC150, MiniLM; domains {domains}; seed {self.given.seed}",
+            "retention": self.given.retention,
+        }
         compact.update(self.given.output, {**compact.load(self.given.output), **about}, "models", [row], "model")
 
 
@@ -124,12 +127,12 @@ def make(study: Study) -> None:
     if not study.has("source"):
         study.save("source", source, work, retention=1.0)
     if not study.has("module"):
-        study.save("module", source, {}, retention=RETENTION, **SMALL)
+        study.save("module", source, {}, retention=given.retention, max_samples=given.samples, **SMALL)
     rates = RATES
     for name, has_all in (("truncated", False), ("truncated-all", True)):
         if not study.has(name):
             model, work = truncated_encoder(task, study, has_all, rates)
-            study.save(name, model, work, retention=1.0, **SMALL)
+            study.save(name, model, work, retention=1.0, max_samples=given.samples, **SMALL)
         rates = [study.rows[name]["rate"]]  # taken over
 
 
@@ -328,6 +331,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="The pretrained encoder.")
     parser.add_argument("--source", type=Path, help="Folder of a classifier of all intents; else one is trained.")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
+    parser.add_argument("--retention", type=float, default=RETENTION, help="Of the module.")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="Most training queries that the cut sees.")
     parser.add_argument("--layers", type=int, default=2, help="Of truncated encoders.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hub", help="Address of a Hub that you are signed in to.")

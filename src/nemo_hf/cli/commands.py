@@ -98,19 +98,24 @@ def _cut_on_samples(options: Namespace) -> list[NeMoPreTrainedModel]:
     named = ("max_loss", "max_positions", "refine_epochs", "scores", "cost", "drop_parts", "stream", "vocabulary")
     chosen = {name: getattr(options, name) for name in named} | {"max_samples": options.samples}
     retention = options.retention if len(options.retention or ()) > 1 else next(iter(options.retention or ()), None)
-    read = partial(load_samples, options.dataset, kind=input_kind(model), names=list(names_of(model.config).values()),
-                   label_column=options.label_column, input_column=options.input_column)  # fmt: skip
+    read = partial(_samples, options, model, model.config)
     modules = extract_module(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         _one_module(options.labels, known_names(model.config)),
-        read(split=options.split),
+        read(options.split),
         retention,
         processing_class=saved_processor(model, options.model),
-        validation=options.validation_split and read(split=options.validation_split),
+        validation=options.validation_split and read(options.validation_split),
         reconstruct=not options.no_reconstruct,
         **{name: value for name, value in chosen.items() if value is not None},
     )
     return modules if isinstance(modules, list) else [modules]
+
+
+def _samples(options: Namespace, model: Any, config: Any, split: str) -> Any:
+    """A split of `--dataset` as raw samples for a model, with labels of a configuration."""
+    names, columns = list(names_of(config).values()), (options.label_column, options.input_column)
+    return load_samples(options.dataset, split, input_kind(model), names, *columns)
 
 
 def _cutter(options: Namespace, parent: NeMoPreTrainedModel) -> Callable[[Any], NeMoPreTrainedModel] | None:
@@ -129,8 +134,7 @@ def _cutter(options: Namespace, parent: NeMoPreTrainedModel) -> Callable[[Any], 
             "Got no --dataset; expected one, since these modules are cut on samples: the parent trained none, or "
             "--cut-split or --retention says so. Name it."
         )
-    names, columns = list(names_of(parent.config).values()), (options.label_column, options.input_column)
-    samples = load_samples(options.dataset, options.cut_split or "train", input_kind(parent), names, *columns)
+    samples = _samples(options, parent, parent.config, options.cut_split or "train")
     processor = saved_processor(parent, options.parent)
     return lambda labels: extract_module(
         parent, labels, samples, options.retention, processing_class=processor, show_progress=False
@@ -152,10 +156,8 @@ def export(options: Namespace) -> None:
         sizes = f"{plain.parameters:,} parameters (module: {plain.module_parameters:,}), changed: {plain.changes}"
     else:
         if options.dataset:
-            source: Any = module.config.base_config  # which knows all labels, as the data may have
-            read = load_samples(options.dataset, options.split, input_kind(module), list(source.id2label.values()),
-                                options.label_column, options.input_column)  # fmt: skip
-            chosen["calibration"] = read
+            known = module.config.base_config  # all labels, as the data may have
+            chosen["calibration"] = _samples(options, module, known, options.split)
         found = (module.export_onnx if options.format == "onnx" else module.export_openvino)(
             options.output_dir, **chosen
         )
@@ -176,6 +178,11 @@ def evaluate(options: Namespace) -> None:
         raise ValueError(
             "Got both or none of --labels and --modules; expected one. Name labels to cut by relevance, or saved "
             "modules."
+        )
+    if options.modules and (options.cut_split or options.retention is not None):
+        raise ValueError(
+            "Got --cut-split or --retention with --modules, which are cut already; expected them with --labels. Leave "
+            "them out."
         )
     parent = load_any(options.parent)
     if options.labels and not isinstance(parent, NeMoPreTrainedModel):
